@@ -1,0 +1,79 @@
+"""The optimizer's settings, and how every room's config says what is wrong with it.
+
+A config dataclass checks itself when it is made and names *all* its problems at once, so that a person mends a file in
+one go. `jobs` prefixes the section's name and gathers the problems of all sections.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+class ConfigProblems(ValueError):
+    """Everything that is wrong with one config section; each problem starts with the key's name."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def require(*checks: tuple[bool, str]) -> None:
+    """Raise ConfigProblems with the text of every check that does not hold."""
+    if problems := [text for holds, text in checks if not holds]:
+        raise ConfigProblems(problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Muon with weight decay for matrices, AdamW for the rest; one learning rate and one weight decay for both."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """`muon`: matrices by Muon, embeddings, head and norms by AdamW. `adamw`: everything by AdamW."""
+    lr: float = 4.2e-4
+    """Peak learning rate, shared by Muon and AdamW (Moonlight, section 2.2)."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, multiplied by the learning rate."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    nesterov: bool = True
+    """Orthogonalize a look-ahead of the momentum instead of the momentum itself."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    ns_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of Newton-Schulz; `auto` is bf16 on a GPU and fp32 on a CPU."""
+    wire_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type in which pieces of straddling matrices travel; `auto` is bf16 on a GPU (Moonlight, algorithm 1) and fp32 on
+    a CPU."""
+    update_rms: float = 0.2
+    """Muon's update is scaled by `update_rms * sqrt(max(A, B))` to match AdamW's RMS (Moonlight, equation 4)."""
+    beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW: decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW: added to the root of the second moment."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm, applied before momentum and orthogonalization; 0 turns clipping off."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: a cosine to the final rate, or warm-up-stable-decay with a linear decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay_fraction: float = 0.2
+    """`wsd`: the share of all steps that the decay takes."""
+    final_lr_fraction: float = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.lr > 0, f"lr must be greater than 0, not {self.lr}"),
+            (self.weight_decay >= 0, f"weight_decay must be 0 or more, not {self.weight_decay}"),
+            (0 <= self.momentum < 1, f"momentum must be in [0, 1), not {self.momentum}"),
+            (self.ns_steps >= 1, f"ns_steps must be 1 or more, not {self.ns_steps}"),
+            (self.update_rms > 0, f"update_rms must be greater than 0, not {self.update_rms}"),
+            (0 <= self.beta1 < 1, f"beta1 must be in [0, 1), not {self.beta1}"),
+            (0 <= self.beta2 < 1, f"beta2 must be in [0, 1), not {self.beta2}"),
+            (self.eps > 0, f"eps must be greater than 0, not {self.eps}"),
+            (self.grad_clip >= 0, f"grad_clip must be 0 (off) or more, not {self.grad_clip}"),
+            (self.warmup_steps >= 0, f"warmup_steps must be 0 or more, not {self.warmup_steps}"),
+            (0 <= self.decay_fraction <= 1, f"decay_fraction must be in [0, 1], not {self.decay_fraction}"),
+            (0 <= self.final_lr_fraction <= 1, f"final_lr_fraction must be in [0, 1], not {self.final_lr_fraction}"),
+        )

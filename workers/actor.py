@@ -1,0 +1,86 @@
+"""One worker process as a Ray actor: the only file of this room that knows Ray.
+
+The step loop runs in a thread of its own; the actor's methods stay responsive meanwhile. The driver reads reports by a
+long poll, so that nobody in the step's path waits for the driver, and a dead process fails its pending poll at once.
+
+torch and deepspeed are imported when the worker prepares, not with this module: the driver imports it too.
+"""
+
+import os
+import queue
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from workers.config import StorageConfig
+from workers.errors import RaymuonError
+from workers.reports import Ended, Report
+from workers.storage import configure_s3
+from workers.task import Membership, Task
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class Worker:
+    """A slot of the worker group."""
+
+    def __init__(self) -> None:
+        # oneDNN's AMX kernels end the process on CPUs that announce AMX and do not grant it.
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+        self.outbox: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self.pause_requested = threading.Event()
+        self.stores: dict[int, TCPStore] = {}
+
+    def prepare(self, storage: StorageConfig) -> str:
+        """Import everything that training needs, and return the node's address."""
+        import workers.training  # noqa: F401  (the slow imports)
+
+        configure_s3(storage.s3_endpoint)
+        return ray.util.get_node_ip_address()
+
+    def open_rendezvous(self, generation: int, host: str, world_size: int) -> int:
+        """Hold a generation's store in this process, which will be its rank 0, and return the port."""
+        from torch.distributed import TCPStore
+
+        store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
+        self.stores = {generation: store}
+        return store.port
+
+    def start(self, member: Membership, task: Task) -> None:
+        """Train in a thread of its own, as a member of a generation; reports tell of the rest."""
+        self.pause_requested.clear()
+        threading.Thread(target=self._train, args=(member, task), name="train", daemon=True).start()
+
+    def reports(self, timeout_s: float) -> list[Report]:
+        """Return what has happened since the last call; wait up to `timeout_s` for the first report."""
+        try:
+            found = [self.outbox.get(timeout=timeout_s)]
+        except queue.Empty:
+            return []
+        while not self.outbox.empty():
+            found.append(self.outbox.get_nowait())
+        return found
+
+    def pause(self) -> None:
+        """Ask all ranks, through the next boundary, to save and end."""
+        self.pause_requested.set()
+
+    def _train(self, member: Membership, task: Task) -> None:
+        from workers.training import train
+
+        def report(kind: type[Report], **fields: Any) -> None:
+            self.outbox.put(kind(generation=member.generation, rank=member.rank, time=time.time(), **fields))
+
+        try:
+            outcome, step = train(member, task, self.stores.get(member.generation), report, self.pause_requested.is_set)
+            report(Ended, step=step, outcome=outcome)
+        except RaymuonError as error:
+            report(Ended, step=-1, outcome="failed", error=str(error), exit_code=error.exit_code)
+        except Exception as error:
+            traceback.print_exc()
+            report(Ended, step=-1, outcome="failed", error=f"{type(error).__name__}: {error}", exit_code=4)

@@ -1,0 +1,179 @@
+"""Settings of what runs in a worker: model, data, training and checkpoints."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from optim.config import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A Moonlight: DeepSeek-V3's architecture (multi-head latent attention, mixture of experts).
+
+    The defaults are Moonlight-16B-A3B's own, except for the vocabulary, which is bytes.
+    """
+
+    name: Literal["moonlight"] = "moonlight"
+    """Architecture."""
+    vocab_size: int = 256
+    """Tokens; 256 is the byte-level vocabulary."""
+    hidden_size: int = 2048
+    """Width of the residual stream."""
+    num_layers: int = 27
+    """Transformer layers."""
+    num_heads: int = 16
+    """Attention heads."""
+    kv_lora_rank: int = 512
+    """Width of the compressed keys and values."""
+    qk_nope_head_dim: int = 128
+    """Width per head of the query and key without positions."""
+    qk_rope_head_dim: int = 64
+    """Width per head of the query and key with rotary positions; even."""
+    v_head_dim: int = 128
+    """Width per head of the values."""
+    rope_theta: float = 50000.0
+    """Base of the rotary positions."""
+    intermediate_size: int = 11264
+    """Width of the dense layers' SwiGLU."""
+    num_dense_layers: int = 1
+    """The first layers have a dense SwiGLU instead of experts."""
+    moe_intermediate_size: int = 1408
+    """Width of one expert's SwiGLU."""
+    num_experts: int = 64
+    """Routed experts per layer."""
+    num_experts_per_token: int = 6
+    """Routed experts that a token visits."""
+    num_shared_experts: int = 2
+    """Experts' worth of SwiGLU that every token visits."""
+    routed_scaling_factor: float = 2.446
+    """Scale of the renormalized gates."""
+    router_bias_rate: float = 1e-3
+    """Step of the balancing bias after each training step; 0 freezes it."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        sizes = (
+            *("vocab_size", "hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim"),
+            *("qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size", "num_experts"),
+            *("num_experts_per_token",),
+        )
+        require(
+            *((getattr(self, key) >= 1, f"{key} must be 1 or more, not {getattr(self, key)}") for key in sizes),
+            (self.vocab_size >= 256, f"vocab_size must be 256 (bytes) or more, not {self.vocab_size}"),
+            (self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}"),
+            (
+                0 <= self.num_dense_layers <= self.num_layers,
+                f"num_dense_layers must be between 0 and num_layers ({self.num_layers}), not {self.num_dense_layers}",
+            ),
+            (
+                self.num_experts_per_token <= self.num_experts,
+                f"num_experts_per_token must be at most num_experts ({self.num_experts}), "
+                f"not {self.num_experts_per_token}",
+            ),
+            (self.num_shared_experts >= 0, f"num_shared_experts must be 0 or more, not {self.num_shared_experts}"),
+            (self.router_bias_rate >= 0, f"router_bias_rate must be 0 or more, not {self.router_bias_rate}"),
+            (self.init_std > 0, f"init_std must be greater than 0, not {self.init_std}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """The corpus and where its prepared token shards go."""
+
+    source: str = "python-stdlib"
+    """Text: an fsspec URL or glob, several with commas between them, or `python-stdlib`, the standard library's own
+    source code."""
+    prepared_url: str = "runs/data"
+    """Folder (fsspec URL) for the token shards; every node must be able to read it."""
+    held_out_fraction: float = 0.03
+    """Share at the end of each document that is kept for validation."""
+    ledger: str = ""
+    """Folder in which every worker writes down the ids of the samples that it trains on; empty for none."""
+
+    def __post_init__(self) -> None:
+        require(
+            (bool(self.source.strip()), "source must name a file, a glob, a URL or python-stdlib; it is empty"),
+            (bool(self.prepared_url.strip()), "prepared_url must name a folder; it is empty"),
+            (
+                0 < self.held_out_fraction < 1,
+                f"held_out_fraction must be between 0 and 1, not {self.held_out_fraction}",
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How much is trained, in which batches, and how often it is validated."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch: int = 32
+    """Sequences per optimizer step, at any world size."""
+    micro_batch: int = 8
+    """Sequences per forward pass; divides global_batch."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    validate_every: int = 100
+    """Steps between validations; 0 validates at the start and at the end only."""
+    validate_sequences: int = 64
+    """Held-out sequences per validation, always the same ones."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward and backward pass; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights are always fp32."""
+    sample_prompt: str = "def "
+    """The text from which the trained model writes a sample at the end; empty for none."""
+    sample_bytes: int = 200
+    """Length of the sample."""
+
+    def __post_init__(self) -> None:
+        require(
+            *(
+                (getattr(self, key) >= 1, f"{key} must be 1 or more, not {getattr(self, key)}")
+                for key in ("steps", "global_batch", "micro_batch", "seq_len", "validate_sequences")
+            ),
+            (
+                self.micro_batch < 1 or self.global_batch % self.micro_batch == 0,
+                f"global_batch must be a multiple of micro_batch ({self.micro_batch}), not {self.global_batch}",
+            ),
+            (self.validate_every >= 0, f"validate_every must be 0 (ends only) or more, not {self.validate_every}"),
+            (self.sample_bytes >= 0, f"sample_bytes must be 0 or more, not {self.sample_bytes}"),
+        )
+
+    @property
+    def slots(self) -> int:
+        """Micro-batch slots of a global batch."""
+        return self.global_batch // self.micro_batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Where checkpoints go, and when."""
+
+    url: str = "runs/checkpoints"
+    """Folder (fsspec URL, for instance s3://bucket/prefix) under which each run has its own."""
+    every: int = 100
+    """Steps between checkpoints; the last step always makes one. 0: the last only."""
+
+    def __post_init__(self) -> None:
+        require(
+            (bool(self.url.strip()), "url must name a folder; it is empty"),
+            (self.every >= 0, f"every must be 0 (the last step only) or more, not {self.every}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StorageConfig:
+    """How storage is reached. Credentials come from the environment or a role, never from a config."""
+
+    s3_endpoint: str = ""
+    """Endpoint URL of an S3 store that is not AWS; empty for AWS, or for what the environment says."""
+
+    def __post_init__(self) -> None:
+        require(
+            (
+                not self.s3_endpoint or self.s3_endpoint.startswith(("http://", "https://")),
+                f"s3_endpoint must start with http:// or https://, not {self.s3_endpoint!r}",
+            ),
+        )

@@ -1,0 +1,1 @@
+"""The corpus, its token shards, and the order in which samples are read."""

@@ -1,0 +1,160 @@
+"""Text becomes byte-level token shards, once, at a URL that every node can read.
+
+A prepared corpus is a folder named after what it was made from: `train-00000.bin`, ..., `validation-00000.bin` (one
+byte per token, a document's end is a zero byte) and `index.json`, which is written last: a folder without it counts as
+nothing. The content hash over all shards identifies the data in every checkpoint.
+"""
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import fsspec
+from fsspec import AbstractFileSystem
+
+from workers.config import DataConfig
+from workers.errors import ConfigError
+from workers.storage import Store, absolute_url, storage_errors
+
+FORMAT = "raymuon-tokens-1"
+SHARD_BYTES = 64 * 2**20
+STDLIB = "python-stdlib"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of tokens."""
+
+    name: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus, as its index says."""
+
+    url: str
+    content_hash: str
+    documents: int
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+
+    @staticmethod
+    def tokens(shards: tuple[Shard, ...]) -> int:
+        """Return the tokens in a split."""
+        return sum(shard.tokens for shard in shards)
+
+
+def prepare(config: DataConfig) -> Corpus:
+    """Return the prepared corpus of `config.source`; make it where it is not there yet.
+
+    Raises:
+        ConfigError: no file matches, or there is no text in the files.
+        StorageError: a place cannot be read or written.
+    """
+    files = list(_files(config))
+    if not files:
+        raise ConfigError(f"data.source={config.source!r}: no file found; name a file, a glob or a URL with text in it")
+    fingerprint = hashlib.sha256(repr((FORMAT, config.held_out_fraction)).encode())
+    for fs, path in files:
+        fingerprint.update(f"{path}\0{fs.size(path)}\0{fs.ukey(path)}\n".encode())
+    store = Store(absolute_url(config.prepared_url)).child(fingerprint.hexdigest()[:16])
+    if not store.exists("index.json"):
+        _write(config, files, store)
+    return load(store.url)
+
+
+def load(url: str) -> Corpus:
+    """Read the index of a prepared corpus.
+
+    Raises:
+        StorageError: it is missing, or of a format that this version does not know.
+    """
+    index = json.loads(Store(url).read("index.json"))
+    if index.get("format") != FORMAT:
+        raise ConfigError(f"{url}: token format {index.get('format')!r}, this version reads {FORMAT!r}")
+    splits = {split: tuple(Shard(**shard) for shard in index[split]) for split in ("train", "validation")}
+    return Corpus(url, index["content_hash"], index["documents"], **splits)
+
+
+def check_corpus(corpus: Corpus, seq_len: int, global_batch: int) -> list[str]:
+    """Return what is wrong with a corpus for this batch; nothing where all is well."""
+    problems = []
+    if (samples := (Corpus.tokens(corpus.train) - 1) // seq_len) < global_batch:
+        problems.append(
+            f"the corpus has {max(0, samples)} training sequences of {seq_len} tokens, fewer than one global batch "
+            f"({global_batch}); lower train.seq_len or train.global_batch, or add text to data.source"
+        )
+    if Corpus.tokens(corpus.validation) <= seq_len:
+        problems.append(
+            f"the held-out split has {Corpus.tokens(corpus.validation)} tokens, not one sequence of {seq_len}; "
+            "raise data.held_out_fraction or lower train.seq_len"
+        )
+    return problems
+
+
+def _files(config: DataConfig) -> Iterator[tuple[AbstractFileSystem, str]]:
+    """Yield the files of the source, in a fixed order."""
+    for source in filter(None, (part.strip() for part in config.source.split(","))):
+        if source == STDLIB:
+            root = Path(sysconfig.get_path("stdlib"))
+            skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+            fs = fsspec.filesystem("file")
+            for path in sorted(root.rglob("*.py")):
+                if not skipped & set(path.relative_to(root).parts):
+                    yield fs, str(path)
+            continue
+        with storage_errors(source):
+            fs, path = fsspec.url_to_fs(absolute_url(source))
+            found = fs.find(path) if fs.isdir(path) else fs.glob(path)
+            yield from ((fs, name) for name in sorted(found) if fs.isfile(name))  # type: ignore[arg-type]
+
+
+def _write(config: DataConfig, files: list[tuple[AbstractFileSystem, str]], store: Store) -> None:
+    splits = {"train": _ShardWriter(store, "train"), "validation": _ShardWriter(store, "validation")}
+    documents = 0
+    for fs, path in files:
+        with storage_errors(path):
+            text = fs.cat_file(path)
+        if not text.strip():
+            continue
+        documents += 1
+        document = text + b"\0"
+        cut = len(document) - round(len(document) * config.held_out_fraction)
+        splits["train"].add(document[:cut])
+        splits["validation"].add(document[cut:])
+    if not documents:
+        raise ConfigError(f"data.source={config.source!r}: {len(files)} file(s) found, but no text in them")
+    shards = {split: [asdict(shard) for shard in writer.close()] for split, writer in splits.items()}
+    content = hashlib.sha256(json.dumps([FORMAT, shards]).encode()).hexdigest()
+    index = {"format": FORMAT, "content_hash": content, "source": config.source, "documents": documents, **shards}
+    store.create("index.json", json.dumps(index, indent=1).encode())
+
+
+class _ShardWriter:
+    def __init__(self, store: Store, split: str) -> None:
+        self.store, self.split = store, split
+        self.buffer = bytearray()
+        self.shards: list[Shard] = []
+
+    def add(self, tokens: bytes) -> None:
+        self.buffer += tokens
+        while len(self.buffer) >= SHARD_BYTES:
+            self._flush(SHARD_BYTES)
+
+    def close(self) -> list[Shard]:
+        if self.buffer:
+            self._flush(len(self.buffer))
+        return self.shards
+
+    def _flush(self, size: int) -> None:
+        tokens = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        shard = Shard(f"{self.split}-{len(self.shards):05d}.bin", size, hashlib.sha256(tokens).hexdigest())
+        # Two drivers may prepare the same corpus at once; whoever comes second finds the same bytes in place.
+        self.store.create(shard.name, tokens)
+        self.shards.append(shard)

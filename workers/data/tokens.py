@@ -1,0 +1,60 @@
+"""Reading samples out of prepared token shards.
+
+A sample is `seq_len + 1` tokens: inputs and, one to the right, targets. Sample i starts at token `i * seq_len` of the
+split, whichever shard that lies in. Shards are memory-mapped; remote ones are copied to a local cache first.
+"""
+
+import hashlib
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+
+import fsspec
+import numpy as np
+
+from workers.data.corpus import Corpus, Shard
+from workers.errors import StorageError
+from workers.storage import storage_errors
+
+
+class TokenSplit:
+    """One split of a corpus as an array of samples.
+
+    Args:
+        corpus: the prepared corpus.
+        shards: its `train` or `validation` shards.
+        seq_len: tokens per sample, without the one more for the last target.
+    """
+
+    def __init__(self, corpus: Corpus, shards: tuple[Shard, ...], seq_len: int) -> None:
+        self.seq_len = seq_len
+        self.num_samples = max(0, (Corpus.tokens(shards) - 1) // seq_len)
+        self._ends = list(accumulate(shard.tokens for shard in shards))
+        self._maps = [_open(corpus.url, shard) for shard in shards]
+
+    def sample(self, index: int) -> np.ndarray:
+        """Return the `seq_len + 1` tokens of one sample as int64."""
+        start, stop = index * self.seq_len, (index + 1) * self.seq_len + 1
+        parts = []
+        while start < stop:
+            shard = bisect_right(self._ends, start)
+            base = self._ends[shard] - len(self._maps[shard])
+            part = self._maps[shard][start - base : stop - base]
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts).astype(np.int64)
+
+    def batch(self, indices: list[int]) -> np.ndarray:
+        """Return `[len(indices), seq_len + 1]` tokens."""
+        return np.stack([self.sample(index) for index in indices])
+
+
+def _open(url: str, shard: Shard) -> np.ndarray:
+    """Map a shard and check its hash, so that no run trains on damaged data."""
+    with storage_errors(f"{url}/{shard.name}"):
+        # The cache's name holds the folder's, which holds the fingerprint: shards of two corpora never meet.
+        local = fsspec.open_local(f"simplecache::{url}/{shard.name}" if "://" in url else f"{url}/{shard.name}")
+        tokens = np.memmap(Path(str(local)), dtype=np.uint8, mode="r")
+    if hashlib.sha256(tokens).hexdigest() != shard.sha256:
+        raise StorageError(f"{url}/{shard.name}: damaged (its SHA-256 is not the index's); delete the folder to remake")
+    return tokens

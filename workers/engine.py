@@ -1,0 +1,127 @@
+"""One process's part of DeepSpeed: the process group, the ZeRO-1 engine around a fresh model, and their end.
+
+A generation builds all of it anew: `deepspeed.initialize` on a module that had an engine before would keep the old
+one alive through its hooks.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+from torch import Tensor
+
+from optim.config import OptimConfig
+from optim.zero1 import Zero1Optimizer
+from workers.config import ModelConfig, TrainConfig
+from workers.models import moonlight
+
+# The CPU backend would compile a shared-memory op with g++ at the first start (a minute on two cores), and that op
+# spins for ever when a peer dies. Gloo alone starts at once and raises.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine and what raymuon needs of its parts."""
+
+    engine: Any
+    model: moonlight.Moonlight
+    optimizer: Zero1Optimizer
+    device: torch.device
+    rank: int
+    world_size: int
+
+    @property
+    def zero(self) -> Any:
+        """DeepSpeed's ZeRO wrapper around our optimizer."""
+        return self.engine.optimizer
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum `values` (fp64) over all ranks."""
+        on_device = values.to(self.device)
+        dist.all_reduce(on_device)
+        return on_device.cpu()
+
+    def publish_weights(self) -> None:
+        """Bring the fp32 master weights into every rank's module, after they were loaded."""
+        self.zero.update_lp_params()
+
+    def destroy(self) -> None:
+        """Take the engine and the process group down, so that this process can build the next generation's."""
+        self.engine.destroy()
+        deepspeed.comm.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
+        groups._WORLD_GROUP = None
+
+
+def default_device() -> torch.device:
+    """Return this process's GPU where there is one, the CPU otherwise."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join_process_group(rank: int, world_size: int, store: dist.Store, device: torch.device) -> None:
+    """Form the process group of a generation over a store that its rank 0 holds."""
+    # DeepSpeed and libraries under it look at these even where a process group exists.
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    deepspeed.init_distributed(dist_init_required=False)
+
+
+def build_engine(
+    model_config: ModelConfig, optim_config: OptimConfig, train: TrainConfig, seed: int, device: torch.device
+) -> Engine:
+    """Make a fresh model and wrap it; the process group must be there.
+
+    The initial weights depend on the seed alone: they are drawn on the CPU, on every rank alike.
+    """
+    torch.manual_seed(seed)
+    model = moonlight.build(model_config).to(device)
+    optimizer = Zero1Optimizer(model.named_parameters(), optim_config)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(train, optim_config, device, sum(p.numel() for p in model.parameters())),
+        dist_init_required=False,
+    )
+    optimizer.bind(engine.optimizer)
+    return Engine(engine, model, optimizer, device, dist.get_rank(), dist.get_world_size())
+
+
+def deepspeed_config(train: TrainConfig, optim: OptimConfig, device: torch.device, num_parameters: int) -> dict:
+    """Return DeepSpeed's settings: ZeRO-1, our optimizer, and accumulation that we manage ourselves."""
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
+    # Buckets are allocated at their full size: 2 GB by default, whatever the model's.
+    bucket = min(500_000_000, num_parameters + num_parameters % 2)
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": 1,
+        # Any number of backward passes, then step(): ranks may run different numbers of micro-batches.
+        "managed_gradient_accumulation": False,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": optim.grad_clip,
+        "bf16": {"enabled": bf16, "check_grad_overflow": True} if bf16 else {"enabled": False},
+        "zero_optimization": {
+            "stage": 1,
+            "round_robin_gradients": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "steps_per_print": None,
+    }

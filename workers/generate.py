@@ -1,0 +1,33 @@
+"""Text from a trained byte-level model."""
+
+import torch
+
+from workers.models.moonlight import Moonlight
+
+
+@torch.no_grad()
+def generate(
+    model: Moonlight, prompt: str, num_bytes: int, context: int, seed: int, temperature: float = 0.7
+) -> str:
+    """Return the prompt and up to `num_bytes` bytes after it; a document's end (a zero byte) stops it.
+
+    Args:
+        model: on any device.
+        prompt: text to go on from.
+        num_bytes: to generate.
+        context: tokens that the model looks back on.
+        seed: of the sampling.
+        temperature: of the softmax.
+    """
+    device = next(model.parameters()).device
+    random = torch.Generator().manual_seed(seed)
+    tokens = list(prompt.encode())
+    model.eval()
+    for _ in range(num_bytes):
+        logits = model(torch.tensor([tokens[-context:]], device=device))[0, -1].float().cpu()
+        token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=random))
+        if token == 0:
+            break
+        tokens.append(token)
+    model.train()
+    return bytes(token for token in tokens if token < 256).decode(errors="replace")

@@ -1,0 +1,1 @@
+"""Models are plain PyTorch, one file each."""

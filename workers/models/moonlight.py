@@ -1,0 +1,228 @@
+"""Moonlight: DeepSeek-V3's architecture as Moonlight-16B-A3B uses it ("Muon is Scalable for LLM Training").
+
+Multi-head latent attention without query compression, a dense SwiGLU in the first layers, then routed experts with a
+sigmoid router, shared experts and a balancing bias instead of an auxiliary loss. Parameter names are Hugging Face's,
+except that a layer's experts are stacked `[E, out, in]`.
+
+Every operation is deterministic for a given number of threads; no gradient is summed in a racing order.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from workers.config import ModelConfig
+
+
+def build(config: ModelConfig) -> "Moonlight":
+    """Make the model with weights drawn from torch's current random state."""
+    model = Moonlight(config)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:  # Norm gains start at one.
+            nn.init.normal_(parameter, std=config.init_std)
+    return model
+
+
+class Moonlight(nn.Module):
+    """The causal language model: tokens `[batch, time]` to logits `[batch, time, vocabulary]`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of each next token, in the dtype of the weights."""
+        return self.lm_head(self.model(tokens))
+
+    def expert_load(self) -> Tensor:
+        """Return how many tokens each expert got since the last `clear_expert_load`: int64 `[MoE layers, experts]`."""
+        loads = [experts.load for experts in self._experts()]
+        return torch.stack(loads) if loads else torch.zeros(0, self.config.num_experts, dtype=torch.int64)
+
+    def clear_expert_load(self) -> None:
+        """Start counting anew."""
+        for experts in self._experts():
+            experts.load.zero_()
+
+    @torch.no_grad()
+    def balance_experts(self, load: Tensor, rate: float) -> None:
+        """Move every router's bias against the load of the global batch.
+
+        `b <- b + rate * (sign(e) - mean(sign(e)))`, `e = mean load - load` (Moonlight, appendix C): taking the mean
+        away keeps the biases from drifting together.
+
+        Args:
+            load: tokens per expert, `[MoE layers, experts]`, summed over all ranks.
+            rate: u in the paper; 1e-3 in its stages 1 and 2.
+        """
+        for experts, tokens in zip(self._experts(), load.double(), strict=True):
+            direction = torch.sign(tokens.mean() - tokens)
+            bias = experts.gate.e_score_correction_bias
+            bias += (rate * (direction - direction.mean())).to(bias)
+
+    def _experts(self) -> list["MixtureOfExperts"]:
+        return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, dense=i < config.num_dense_layers) for i in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states `[batch, time, hidden]`."""
+        x = self.embed_tokens(tokens)
+        rotation = rotary(tokens.size(1), self.config.qk_rope_head_dim, self.config.rope_theta, tokens.device)
+        for layer in self.layers:
+            x = layer(x, rotation)
+        return self.norm(x)
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig, dense: bool) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = LatentAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Map `[batch, time, hidden]` to the same."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def rotary(time: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine `[time, dim / 2]` of the rotary positions, in fp32."""
+    frequency = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    angle = torch.outer(torch.arange(time, device=device, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate neighbouring pairs (DeepSeek's interleaved layout) of `[batch, heads, time, dim]` by their position."""
+    cos, sin = rotation
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention: keys and values come out of one narrow compression per token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.rank = config.num_heads, config.kv_lora_rank
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, self.heads * (self.nope + self.rope), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=config.norm_eps)
+        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Map `[batch, time, hidden]` to the same; the rotary key is shared by all heads."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
+        compressed, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(compressed)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k_nope, v = kv.split([self.nope, self.value], dim=-1)
+        k_rope = rotate(k_rope.unsqueeze(1), rotation).expand(-1, self.heads, -1, -1)
+        out = F.scaled_dot_product_attention(
+            torch.cat((q_nope, rotate(q_rope, rotation)), -1), torch.cat((k_nope, k_rope), -1), v, is_causal=True
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """The dense feed-forward layer, and the shared experts."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., hidden]` to the same."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """Scores by sigmoid; a bias that no gradient reaches steers the choice, but not the weight, of the experts."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k, self.scale = config.num_experts_per_token, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map `[tokens, hidden]` to gates (fp32) and expert numbers, both `[tokens, top_k]`."""
+        scores = F.linear(x.float(), self.weight.float()).sigmoid()
+        chosen = (scores + self.e_score_correction_bias).topk(self.top_k, sorted=False).indices
+        gates = scores.gather(1, chosen)
+        return self.scale * gates / (gates.sum(-1, keepdim=True) + 1e-20), chosen
+
+    def _apply(self, fn, recurse: bool = True) -> "Router":  # noqa: ANN001
+        # A bias step of 1e-3 would be lost in bf16: the buffer follows the device but never the dtype.
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked `[E, out, in]`: each slice is a matrix of its own to Muon."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, intermediate = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_proj = nn.Parameter(torch.empty(experts, intermediate, hidden))
+        self.up_proj = nn.Parameter(torch.empty(experts, intermediate, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Map rows sorted by expert, `[rows, hidden]`, to the same; expert e has the rows up to `ends[e]`."""
+        gate = F.grouped_mm(x, self.gate_proj.mT, offs=ends)
+        up = F.grouped_mm(x, self.up_proj.mT, offs=ends)
+        return F.grouped_mm(F.silu(gate) * up, self.down_proj.mT, offs=ends)
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed and shared experts; no token is dropped."""
+
+    load: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        shared = config.num_shared_experts * config.moe_intermediate_size
+        self.shared_experts = SwiGLU(config.hidden_size, shared) if shared else None
+        self.register_buffer("load", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[batch, time, hidden]` to the same, and count the experts' load while training."""
+        rows = x.flatten(0, -2)
+        gates, chosen = self.gate(rows)
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.zeros_like(self.load).scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
+        if self.training:
+            self.load += counts
+        # A repeat and two permutations: their gradients are sums in a fixed order, unlike an indexed addition's.
+        repeated = rows.repeat_interleave(self.gate.top_k, dim=0)[order]
+        out = self.experts(repeated, counts.cumsum(0).to(torch.int32))[order.argsort()]
+        mixed = (out.unflatten(0, chosen.shape) * gates.unsqueeze(-1).to(out.dtype)).sum(1).view_as(x)
+        return mixed if self.shared_experts is None else mixed + self.shared_experts(x)

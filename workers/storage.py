@@ -1,0 +1,147 @@
+"""Files under any fsspec URL: one way to open a place, to create a file only where none is, and to name what failed.
+
+Everything that raymuon keeps goes through here, so that a local folder and an S3 bucket behave alike and so that every
+failure becomes a StorageError which names the URL.
+"""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import fsspec.config
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from workers.errors import StorageError
+
+
+
+def configure_s3(endpoint: str = "") -> None:
+    """Set how this process talks to S3: fsspec's own defaults, so that every user of fsspec in it follows.
+
+    Args:
+        endpoint: URL of a store that is not AWS; empty for AWS, or for what the environment says.
+    """
+    options = fsspec.config.conf.setdefault("s3", {})
+    options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3}}
+    options["use_listings_cache"] = False  # Another process's new file has to be seen.
+    if endpoint:
+        options["endpoint_url"] = endpoint
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder under an fsspec URL; `path` arguments are relative to it."""
+
+    url: str
+
+    def child(self, path: str) -> "Store":
+        """Return the folder `path` below this one."""
+        return Store(f"{self.url.rstrip('/')}/{path}")
+
+    @property
+    def fs(self) -> AbstractFileSystem:
+        """The filesystem; fsspec keeps one instance for each."""
+        return fsspec.url_to_fs(self.url)[0]
+
+    def path(self, path: str = "") -> str:
+        """Return the path that the filesystem wants."""
+        root = str(self.fs._strip_protocol(self.url)).rstrip("/")
+        return f"{root}/{path}" if path else root
+
+    def read(self, path: str) -> bytes:
+        """Return the whole file."""
+        with storage_errors(f"{self.url}/{path}"):
+            return self.fs.cat_file(self.path(path))
+
+    def exists(self, path: str = "") -> bool:
+        """Tell whether the file or folder is there."""
+        with storage_errors(f"{self.url}/{path}"):
+            return self.fs.exists(self.path(path))
+
+    def names(self, folder: str) -> list[str]:
+        """Return the sorted names in a folder, without it; none if the folder is missing."""
+        with storage_errors(f"{self.url}/{folder}"):
+            try:
+                return sorted(path.rsplit("/", 1)[-1] for path in self.fs.ls(self.path(folder), detail=False))
+            except FileNotFoundError:
+                return []
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file that must not be there yet; of several writers exactly one gets True.
+
+        On disk: a temporary file, fsync, a hard link, which fails where the name is taken. On S3: `If-None-Match: *`.
+        In both cases the file is there whole or not at all.
+        """
+        with storage_errors(f"{self.url}/{path}"):
+            target = self.path(path)
+            if isinstance(self.fs, LocalFileSystem):
+                return _create_local(Path(target), data)
+            try:
+                self.fs.pipe_file(target, data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+    def probe(self) -> None:
+        """Write and remove a small file.
+
+        Raises:
+            StorageError: the place is missing, read-only, full or refuses our credentials.
+        """
+        name = f".raymuon-probe-{secrets.token_hex(8)}"
+        self.create(name, b"raymuon")
+        with storage_errors(self.url):
+            self.fs.rm_file(self.path(name))
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn what a filesystem raises into a StorageError that names the URL and the way to mend it."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        hint = "create the bucket, or check its name" if url.startswith("s3") else "check the path"
+        raise StorageError(f"{url}: not found ({error}); {hint}") from error
+    except PermissionError as error:
+        raise StorageError(f"{url}: access denied ({error}); check the keys and the rights that they have") from error
+    except Exception as error:  # botocore and aiohttp have exceptions of their own, with no common base.
+        raise StorageError(f"{url}: {type(error).__name__}: {error}") from error
+
+
+def _create_local(target: Path, data: bytes) -> bool:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+    _sync_folder(target.parent)
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def absolute_url(url: str) -> str:
+    """Return a local path as an absolute one, so that processes with another working directory find it."""
+    return url if "://" in url or "::" in url else str(Path(url).expanduser().resolve())
