@@ -62,7 +62,7 @@ def prepare(config: DataConfig) -> Corpus:
     fingerprint = hashlib.sha256(repr((FORMAT, config.held_out_fraction)).encode())
     for fs, path in files:
         fingerprint.update(f"{path}\0{fs.size(path)}\0{fs.ukey(path)}\n".encode())
-    store = Store(absolute_url(config.prepared_url)).child(fingerprint.hexdigest()[:16])
+    store = Store(config.prepared_url).child(fingerprint.hexdigest()[:16])
     if not store.exists("index.json"):
         _write(config, files, store)
     return load(store.url)

@@ -1,0 +1,143 @@
+"""The command `raymuon`. Every error that a person can mend is one message and an exit code, never a traceback.
+
+Exit codes: 0 ok, 2 config, 3 cluster, 4 training, 5 storage or tracking, 130 interrupted.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from workers.errors import RaymuonError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+checkpoints_app = typer.Typer(no_args_is_help=True, help="List, show and compare checkpoints.")
+app.add_typer(checkpoints_app, name="checkpoints")
+bench_app = typer.Typer(no_args_is_help=True, help="Measurements against rivals, as ratios.")
+app.add_typer(bench_app, name="bench")
+
+Config = Annotated[str, typer.Argument(help="A YAML file, or a built-in config by name: demo.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance optim.lr=1e-2.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on the last line of stdout.")]
+CheckpointUrl = Annotated[str, typer.Argument(help="A run's folder, its newest checkpoint, or FOLDER@STEP.")]
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on with the unfinished run of that name; RUN: with that one; never: a new run.")
+    ] = "never",
+    address: Annotated[str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a run from its start, or go on with one."""
+    from jobs.train import train
+
+    train(config, overrides or [], resume, address, as_json)
+
+
+@app.command(name="config")
+def config_(config: Config = "demo", overrides: Overrides = None) -> None:
+    """Print a config with all its keys, resolved and documented."""
+    from jobs.load import documented_yaml, load
+
+    typer.echo(documented_yaml(load(config, overrides or [])))
+
+
+@checkpoints_app.command("ls")
+def checkpoints_ls(
+    url: Annotated[str, typer.Argument(help="A run's folder, or the folder over all runs.")],
+    as_json: AsJson = False,
+    s3_endpoint: Annotated[str, typer.Option(help="Of an S3 store that is not AWS.")] = "",
+) -> None:
+    """List committed checkpoints."""
+    from jobs.checkpoints import list_checkpoints
+    from workers.storage import configure_s3
+
+    configure_s3(s3_endpoint)
+    rows = list_checkpoints(url)
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table("run", "step", "attempt", "saved", "world size", "tokens", "MB")
+    for row in rows:
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
+        cells = (row["run_id"], row["step"], row["attempt"], saved, row["world_size"], f"{row['tokens']:,}")
+        table.add_row(*map(str, cells), f"{row['bytes'] / 1e6:.1f}")
+    Console().print(table)
+
+
+@checkpoints_app.command("show")
+def checkpoints_show(
+    url: CheckpointUrl,
+    as_json: AsJson = False,
+    s3_endpoint: Annotated[str, typer.Option(help="Of an S3 store that is not AWS.")] = "",
+) -> None:
+    """Show what a checkpoint holds."""
+    from jobs.checkpoints import show
+    from workers.storage import configure_s3
+
+    configure_s3(s3_endpoint)
+    found = show(url)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    console = Console(highlight=False)
+    for key in ("run_id", "step", "attempt", "world_size", "counters", "identity"):
+        console.print(f"{key}: {found[key]}")
+    table = Table("kind", "tensor", "shape")
+    for tensor in found["tensors"]:
+        table.add_row(tensor["kind"], tensor["name"], str(tensor["shape"]))
+    console.print(table)
+
+
+@checkpoints_app.command("diff")
+def checkpoints_diff(
+    first: CheckpointUrl,
+    second: CheckpointUrl,
+    as_json: AsJson = False,
+    s3_endpoint: Annotated[str, typer.Option(help="Of an S3 store that is not AWS.")] = "",
+) -> None:
+    """Compare two checkpoints, tensor by tensor."""
+    from jobs.checkpoints import diff
+    from workers.storage import configure_s3
+
+    configure_s3(s3_endpoint)
+    differences = diff(first, second)
+    equal = all(difference.bitwise_equal for difference in differences)
+    largest = max((d.max_abs for d in differences if d.max_abs is not None), default=None)
+    if as_json:
+        tensors = [asdict(difference) for difference in differences]
+        typer.echo(json.dumps({"bitwise_equal": equal, "max_abs": largest, "tensors": tensors}))
+        return
+    table = Table("kind", "tensor", "largest difference", "bitwise equal")
+    for d in differences:
+        table.add_row(d.kind, d.name, d.note or f"{d.max_abs:.3g}", "yes" if d.bitwise_equal else "no")
+    console = Console()
+    console.print(table)
+    console.print("bitwise equal" if equal else f"different; largest difference {largest}")
+
+
+def main() -> None:
+    """Run the command line; the console script's entry."""
+    try:
+        code = app(standalone_mode=False) or 0
+    except RaymuonError as error:
+        sys.stderr.write(f"raymuon: {error}\n")
+        code = error.exit_code
+    except typer.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        sys.stderr.write("raymuon: interrupted\n")
+        code = 130
+    except typer.TyperException as error:  # A wrong option or a missing argument.
+        error.show()
+        code = 2
+    sys.exit(code)

@@ -1,0 +1,145 @@
+"""YAML and `key=value` overrides into one typed RunConfig: the only place that knows OmegaConf.
+
+All problems of a config are gathered and told at once.
+"""
+
+import ast
+import difflib
+import inspect
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from optim.config import ConfigProblems
+from orchestrator.config import RunConfig
+from workers.errors import ConfigError
+
+CONFIGS = Path(__file__).parent / "configs"
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def load(config: str, overrides: list[str]) -> RunConfig:
+    """Return the RunConfig of a YAML file (or a built-in one, by its name) with the overrides on top.
+
+    Raises:
+        ConfigError: with every problem that was found.
+    """
+    values = _read(config, overrides)
+    problems: list[str] = []
+    result = _build(RunConfig, values, "", problems)
+    if problems or result is None:
+        raise ConfigError(f"config {config}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems))
+    return result
+
+
+def documented_yaml(config: RunConfig) -> str:
+    """Return the config as YAML with every key's documentation above it."""
+    lines = []
+    for section in fields(config):
+        value = getattr(config, section.name)
+        lines.append(f"# {_docs(RunConfig)[section.name]}")
+        if not is_dataclass(value):
+            lines.append(_yaml(section.name, value))
+            continue
+        lines.append(f"{section.name}:")
+        for key in fields(value):
+            lines.append(f"  # {_docs(type(value))[key.name]}")
+            lines.append(f"  {_yaml(key.name, getattr(value, key.name))}")
+    return "\n".join(lines)
+
+
+def plain_yaml(config: RunConfig) -> str:
+    """Return the resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read(config: str, overrides: list[str]) -> dict[str, Any]:
+    path = Path(config)
+    if not path.exists() and path.name == config and (CONFIGS / f"{config}.yaml").exists():
+        path = CONFIGS / f"{config}.yaml"
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise ConfigError(f"{config}: no such config; give a YAML file or one of {known}") from error
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{config}: cannot be read as YAML: {error}") from error
+    if wrong := [override for override in overrides if "=" not in override or override.startswith("=")]:
+        raise ConfigError(f"override(s) {', '.join(wrong)}: write them as key=value, for instance optim.lr=1e-3")
+    try:
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
+        container = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"{config}: {str(error).splitlines()[0]}") from error
+    if not isinstance(container, dict):
+        raise ConfigError(f"{config}: must hold keys and values, not a list")
+    return {str(key): value for key, value in container.items()}
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+    """Make `cls` out of `values`; add what is wrong to `problems` and return None then."""
+    hints, arguments, before = get_type_hints(cls), {}, len(problems)
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            problems.append(_unknown(name))
+        elif is_dataclass(section := hints[key]):
+            if isinstance(value, dict):
+                arguments[key] = _build(section, value, f"{name}.", problems)  # type: ignore[arg-type]
+            else:
+                problems.append(f"{name}: is a section with keys of its own, not {value!r}")
+        else:
+            try:
+                arguments[key] = OmegaConf.merge(OmegaConf.structured(cls), {key: value})[key]
+            except OmegaConfBaseException:
+                problems.append(f"{name}: must be {_type_name(hints[key])}, not {value!r}")
+    for key, section in hints.items():
+        if is_dataclass(section) and key not in values:
+            arguments[key] = section()
+    if any(argument is None for argument in arguments.values()):
+        return None
+    try:
+        made = cls(**arguments)
+    except ConfigProblems as error:
+        problems.extend(f"{prefix}{problem}" for problem in error.problems)
+        return None
+    return made if len(problems) == before else None
+
+
+def _unknown(name: str) -> str:
+    """Say that there is no such key, and which one may have been meant."""
+    known = _all_keys(RunConfig, "")
+    same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    close = same_leaf or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"{name}: unknown key" + (f"; did you mean {' or '.join(close)}?" if close else "")
+
+
+def _all_keys(cls: type, prefix: str) -> list[str]:
+    keys = []
+    for key, hint in get_type_hints(cls).items():
+        keys += _all_keys(hint, f"{prefix}{key}.") if is_dataclass(hint) else [f"{prefix}{key}"]  # type: ignore[arg-type]
+    return keys
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    return TYPE_NAMES[hint]
+
+
+def _docs(cls: type) -> dict[str, str]:
+    """Read the texts that stand under the fields in the source of a config dataclass."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def _yaml(key: str, value: Any) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create({key: value})).strip()

@@ -1,0 +1,96 @@
+"""`raymuon train`: a run from config to summary."""
+
+import json
+import math
+import os
+import signal
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from jobs.load import load, plain_yaml
+from jobs.watch import TerminalWatcher
+from orchestrator.config import RunConfig, absolute
+from orchestrator.driver import RunResult, StopSignal, run
+from workers.errors import Interrupted
+
+
+def train(config: str, overrides: list[str], resume: str, address: str | None, as_json: bool) -> None:
+    """Train, then say what came out of it; with `as_json` as one JSON object on the last line of stdout.
+
+    Raises:
+        RaymuonError: with its exit code; Interrupted after a clean stop, too.
+    """
+    run_config = absolute(load(config, overrides))
+    stop = StopSignal()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.request())
+    plot: list[Path] = []
+
+    def artifacts(result: RunResult, record: Any) -> None:
+        plot.append(_write_artifacts(run_config, result, record))
+
+    with TerminalWatcher(run_config.train.global_batch * run_config.train.seq_len) as watcher:
+        result = run(run_config, resume, address, watcher, stop, artifacts)
+    summary = _summary(run_config, result, plot[0])
+    _print(summary, Console(stderr=as_json, highlight=False))
+    if as_json:
+        print(json.dumps(summary), flush=True)  # noqa: T201
+    if result.status == "interrupted":
+        raise Interrupted(
+            f"stopped at step {result.steps} with a checkpoint; go on with: raymuon train {config} --resume {result.run_id}"
+        )
+
+
+def _write_artifacts(config: RunConfig, result: RunResult, record: Any) -> Path:
+    """Put the resolved config and the loss curve into the MLflow run; keep the picture beside the checkpoints."""
+    from jobs.curves import plot_losses  # matplotlib takes a second to import.
+
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = Path(folder) / "config.yaml"
+        resolved.write_text(plain_yaml(config))
+        record.artifact(resolved)
+        picture = Path(folder) / "loss.png"
+        plot_losses({config.run.name: result.losses}, picture)
+        record.artifact(picture)
+        kept = Path("runs") / "plots" / f"{result.run_id}.png"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(picture.read_bytes())
+    return kept.resolve()
+
+
+def _summary(config: RunConfig, result: RunResult, plot: Path) -> dict[str, Any]:
+    started = psutil.Process(os.getpid()).create_time()
+    kept = {key: value for key, value in asdict(result).items() if key not in ("losses", "first_step_time")}
+    return {
+        **kept,
+        "val_bits_per_byte_start": _bits(result.val_loss_start),
+        "val_bits_per_byte": _bits(result.val_loss),
+        "loss_curve": str(plot),
+        "mlflow_tracking_uri": config.tracking.uri,
+        "wall_s": round(time.time() - started, 2),
+        "first_step_s": result.first_step_time and round(result.first_step_time - started, 2),
+    }
+
+
+def _bits(nats: float | None) -> float | None:
+    return None if nats is None else nats / math.log(2)
+
+
+def _print(summary: dict[str, Any], console: Console) -> None:
+    console.print(f"\n[bold]{summary['status']}[/bold] at step {summary['steps']} after {summary['tokens']:,} tokens")
+    for when, suffix in (("start", "_start"), ("end", "")):
+        if (loss := summary[f"val_loss{suffix}"]) is not None:
+            bits = summary[f"val_bits_per_byte{suffix}"]
+            console.print(f"validation at the {when}: {loss:.4f} nats, {bits:.4f} bits per byte")
+    if summary["sample"]:
+        console.print("sample:")
+        console.print("\n".join(f"    {line}" for line in summary["sample"].splitlines()), markup=False)
+    console.print(f"loss curve: {summary['loss_curve']}", soft_wrap=True)
+    console.print(f"checkpoint: {summary['checkpoint']}", soft_wrap=True)
+    console.print(f"MLflow:     mlflow ui --backend-store-uri {summary['mlflow_tracking_uri']}", soft_wrap=True)

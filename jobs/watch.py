@@ -1,0 +1,74 @@
+"""A run on the terminal: a progress bar where there is one, plain lines in a log file."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from workers.reports import Report, ShardWritten, StepDone, Validated
+
+LOG_S = 10.0
+"""Seconds between lines where the output is not a terminal."""
+
+
+class TerminalWatcher:
+    """Shows step, loss, tokens per second and the time that is left, on stderr."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.tokens_per_step = tokens_per_step
+        self.last_step, self.val_loss = 0, float("nan")
+        self.next_line = 0.0
+        self.rate = 0.0
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            refresh_per_second=2,
+            disable=not self.console.is_terminal,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> "TerminalWatcher":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def phase(self, text: str) -> None:
+        """Say what the start is doing."""
+        self.console.print(f"[dim]{text} ...[/dim]")
+
+    def warn(self, text: str) -> None:
+        """Say what is wrong."""
+        self.console.print(f"[yellow]{text}[/yellow]")
+
+    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
+        """Show the bar."""
+        where = f" from step {first_step}" if first_step else ""
+        self.console.print(f"run {run_id}: {world_size} worker(s), training{where} to step {last_step}")
+        self.last_step = last_step
+        self.task = self.bar.add_task("train", total=last_step, completed=first_step, numbers="")
+
+    def report(self, report: Report) -> None:
+        """Move the bar, or write a line now and then."""
+        match report:
+            case StepDone():
+                speed = self.tokens_per_step / report.seconds
+                self.rate = 0.9 * self.rate + 0.1 * speed if self.rate else speed
+                left = (self.last_step - report.step) * self.tokens_per_step / self.rate
+                numbers = f"loss {report.loss:.4f}  {self.rate:,.0f} tokens/s"
+                if self.task is not None:
+                    self.bar.update(self.task, completed=report.step, numbers=numbers)
+                if not self.console.is_terminal and time.monotonic() >= self.next_line:
+                    self.next_line = time.monotonic() + LOG_S
+                    self.console.print(f"step {report.step}/{self.last_step}  {numbers}  {left:.0f} s left")
+            case Validated():
+                self.console.print(f"step {report.step}: validation loss {report.loss:.4f} nats per byte")
+            case ShardWritten() if report.rank == 0:
+                self.console.print(f"[dim]step {report.step}: checkpoint[/dim]")

@@ -1,0 +1,113 @@
+"""RunConfig: everything that a run is told, composed out of each room's settings."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from optim.config import OptimConfig, require
+from workers.config import CheckpointConfig, DataConfig, ModelConfig, StorageConfig, TrainConfig
+from workers.storage import absolute_url
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunInfo:
+    """What people call the run."""
+
+    name: str = "raymuon"
+    """Name in MLflow, and what `--resume auto` looks for."""
+
+    def __post_init__(self) -> None:
+        require((bool(self.name.strip()), "name must not be empty"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalingConfig:
+    """How many workers, and what each of them gets."""
+
+    min_workers: int = 1
+    """Training does not start with fewer."""
+    max_workers: int = 1
+    """Training never uses more."""
+    accelerator: Literal["auto", "gpu", "cpu"] = "auto"
+    """What a worker reserves: `gpu` one GPU, `cpu` only processors; `auto` a GPU where the cluster has any."""
+    cpus_per_worker: float = 1.0
+    """Processors that a worker reserves."""
+    wait_s: float = 300.0
+    """How long to wait for min_workers on a cluster that we joined; a local Ray has what it has."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.min_workers >= 1, f"min_workers must be 1 or more, not {self.min_workers}"),
+            (
+                self.max_workers >= self.min_workers,
+                f"max_workers must be at least min_workers ({self.min_workers}), not {self.max_workers}",
+            ),
+            (self.cpus_per_worker > 0, f"cpus_per_worker must be greater than 0, not {self.cpus_per_worker}"),
+            (self.wait_s > 0, f"wait_s must be greater than 0, not {self.wait_s}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """Where MLflow keeps the record."""
+
+    uri: str = "sqlite:///runs/mlflow.db"
+    """MLflow tracking URI; a password belongs into MLFLOW_TRACKING_PASSWORD, not here."""
+    experiment: str = "raymuon"
+    """MLflow experiment."""
+
+    def __post_init__(self) -> None:
+        require(
+            (bool(self.uri.strip()), "uri must not be empty"),
+            ("@" not in self.uri.split("://")[-1].split("/")[0] or self.uri.startswith("sqlite"), _NO_PASSWORD),
+            (bool(self.experiment.strip()), "experiment must not be empty"),
+        )
+
+
+_NO_PASSWORD = "uri must not hold a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """The whole config of a run."""
+
+    run: RunInfo = field(default_factory=RunInfo)
+    """The run's name."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Architecture and sizes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Corpus."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Steps, batches, validation."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """Workers."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """How storage is reached."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+    seed: int = 0
+    """Of the initial weights, the data order and everything random."""
+
+    def __post_init__(self) -> None:
+        require((self.seed >= 0, f"seed must be 0 or more, not {self.seed}"))
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """Make all local paths absolute: workers have working directories of their own."""
+    data, uri = config.data, config.tracking.uri
+    if uri.startswith("sqlite:///"):
+        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().resolve()}"
+    return replace(
+        config,
+        data=replace(
+            data,
+            prepared_url=absolute_url(data.prepared_url),
+            ledger=data.ledger and absolute_url(data.ledger),
+        ),
+        checkpoint=replace(config.checkpoint, url=absolute_url(config.checkpoint.url)),
+        tracking=replace(config.tracking, uri=uri),
+    )

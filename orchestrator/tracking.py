@@ -1,0 +1,214 @@
+"""The MLflow run: owned by the driver, written by one thread, each step once.
+
+A high-water mark per series, read back on resume, keeps a step that is trained again after a fault from being logged
+again. Rows carry the time at which the step happened. An unreachable server never stops training: rows wait in memory
+and go out with the next flush; `close` raises if some could not be written at all.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import mlflow
+from mlflow.entities import Metric, Param, Run, RunStatus, ViewType
+from mlflow.exceptions import MlflowException
+
+from orchestrator.config import TrackingConfig
+from workers.errors import ConfigError, StorageError
+
+FLUSH_S = 2.0
+REACH_S = 5.0
+MARKS = {"train": "loss", "validation": "val_loss"}
+"""The metric of each series whose last step is the series' high-water mark."""
+PARAM_LIMIT = 6000
+
+
+class Tracking:
+    """An MLflow tracking server or database.
+
+    Raises:
+        StorageError: it cannot be reached; told within a few seconds.
+    """
+
+    def __init__(self, config: TrackingConfig) -> None:
+        self.uri = config.uri
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        _reach(config.uri)
+        try:
+            self.client = mlflow.MlflowClient(config.uri)
+            self.experiment_id = self._experiment(config)
+        except Exception as error:  # Whatever a store's driver raises.
+            raise StorageError(f"tracking.uri={config.uri}: {_first_line(error)}") from error
+
+    def create(self, name: str, params: Mapping[str, Any]) -> str:
+        """Make a run and return its id; the params are logged once, with the run."""
+        run_id = self.client.create_run(self.experiment_id, run_name=name).info.run_id
+        self.client.log_batch(run_id, params=[Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()])
+        return run_id
+
+    def unfinished(self, name: str) -> str | None:
+        """Return the newest run of that name which has not finished."""
+        escaped = name.replace("'", "\\'")
+        runs = self.client.search_runs(
+            [self.experiment_id],
+            f"attributes.run_name = '{escaped}' and attributes.status != 'FINISHED'",
+            ViewType.ACTIVE_ONLY,
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        return runs[0].info.run_id if runs else None
+
+    def find(self, run: str) -> str:
+        """Return the id of the run with this id, or the newest with this name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        try:
+            return self.client.get_run(run).info.run_id
+        except MlflowException:
+            escaped = run.replace("'", "\\'")
+            found: list[Run] = self.client.search_runs(
+                [self.experiment_id], f"attributes.run_name = '{escaped}'", max_results=1
+            )
+            if not found:
+                raise ConfigError(
+                    f"--resume {run}: no run of that id or name in {self.uri}; name one, or use auto or never"
+                ) from None
+            return found[0].info.run_id
+
+    def _experiment(self, config: TrackingConfig) -> str:
+        if found := self.client.get_experiment_by_name(config.experiment):
+            return found.experiment_id
+        # A server has its own place for artifacts; beside a database file they go into a folder next to it.
+        artifacts = _beside(config.uri)
+        return self.client.create_experiment(config.experiment, artifact_location=artifacts)
+
+
+@dataclass
+class _Row:
+    step: int
+    time_ms: int
+    values: dict[str, float]
+
+
+class RunRecord:
+    """One MLflow run while a driver leads it.
+
+    Args:
+        tracking: where the run is.
+        run_id: the run; it is marked as running.
+    """
+
+    def __init__(self, tracking: Tracking, run_id: str) -> None:
+        self.client, self.run_id = tracking.client, run_id
+        self.marks = {series: self._last_step(metric) for series, metric in MARKS.items()}
+        self.client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+        self._rows: list[_Row] = []
+        self._lock = threading.Lock()  # Guards _rows; _flushing keeps the order of the rows that are on their way.
+        self._flushing = threading.Lock()
+        self._closing = threading.Event()
+        self.failure: str | None = None
+        """Why the last flush failed, if it did."""
+        self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def log(self, series: str, step: int, at: float, values: dict[str, float]) -> None:
+        """Record a step of `train` or `validation` at most once; `at` in seconds since the epoch."""
+        if step > self.marks[series]:
+            self.marks[series] = step
+            with self._lock:
+                self._rows.append(_Row(step, int(at * 1000), values))
+
+    def flush(self) -> bool:
+        """Write all rows that wait; on a failure keep them, note why, and return False."""
+        with self._flushing:
+            with self._lock:
+                rows = list(self._rows)
+            metrics = [Metric(key, value, r.time_ms, r.step) for r in rows for key, value in r.values.items()]
+            per_row = max((len(r.values) for r in rows), default=1)
+            chunk = 1000 // per_row * per_row  # MLflow takes 1,000 metrics a batch; a row is never torn.
+            try:
+                for first in range(0, len(metrics), chunk):
+                    self.client.log_batch(self.run_id, metrics=metrics[first : first + chunk])
+            except Exception as error:  # Whatever a store's driver raises: training goes on.
+                self.failure = _first_line(error)
+                return False
+            self.failure = None
+            with self._lock:
+                del self._rows[: len(rows)]
+            return True
+
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the run."""
+        self.client.set_tag(self.run_id, key, value)
+
+    def artifact(self, path: Path) -> None:
+        """Put a file beside the run."""
+        self.client.log_artifact(self.run_id, str(path))
+
+    def history(self, metric: str) -> list[tuple[int, float]]:
+        """Return all `(step, value)` of a metric, in order."""
+        return sorted((m.step, m.value) for m in self.client.get_metric_history(self.run_id, metric))
+
+    def close(self, status: str) -> None:
+        """Write what is left and set the run's status: FINISHED, FAILED or KILLED.
+
+        Raises:
+            StorageError: rows could not be written.
+        """
+        self._closing.set()
+        self._thread.join()
+        written = self.flush()
+        try:
+            self.client.set_terminated(self.run_id, status)
+        except Exception as error:  # As above.
+            raise StorageError(f"the MLflow run {self.run_id} could not be ended: {_first_line(error)}") from error
+        if not written:
+            raise StorageError(f"{len(self._rows)} rows could not be written to the MLflow run: {self.failure}")
+
+    def _run(self) -> None:
+        while not self._closing.wait(FLUSH_S):
+            self.flush()
+
+    def _last_step(self, metric: str) -> int:
+        return max((m.step for m in self.client.get_metric_history(self.run_id, metric)), default=-1)
+
+
+def _reach(uri: str) -> None:
+    """Find out within seconds whether anything is there: MLflow's own client would try for minutes."""
+    parsed = urlparse(uri)
+    if parsed.scheme in ("http", "https"):
+        port = parsed.port or {"http": 80, "https": 443}[parsed.scheme]
+        started = time.monotonic()
+        try:
+            socket.create_connection((parsed.hostname or "", port), timeout=REACH_S).close()
+        except OSError as error:
+            raise StorageError(
+                f"tracking.uri={uri}: no server answers there ({error}, after {time.monotonic() - started:.1f} s); "
+                "start it, or check the address"
+            ) from error
+    elif parsed.scheme == "sqlite":
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"tracking.uri={uri}: the folder cannot be made ({error})") from error
+
+
+def _beside(uri: str) -> str | None:
+    """Return the artifact folder for a local database, None for a server."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "artifacts").as_uri()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
