@@ -22,11 +22,13 @@ def newton_schulz(
         `[..., A, B]`, singular values near 1 (Muon, K. Jordan 2024; Moonlight, equation 2).
     """
     a, b, c = coefficients
-    tall = x.size(-2) > x.size(-1)
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
+    tall = shape[-2] > shape[-1]
     if tall:  # The Gram matrix is taken on the shorter side.
         x = x.mT
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(shape)

@@ -4,22 +4,37 @@ A generation builds all of it anew: `deepspeed.initialize` on a module that had 
 one alive through its hooks.
 """
 
+import importlib
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups
 from torch import Tensor
 
 from optim.config import OptimConfig
 from optim.zero1 import Zero1Optimizer
 from workers.config import ModelConfig, TrainConfig
 from workers.models import moonlight
+
+# DeepSpeed's autotuner imports MLflow where it is installed: a second per worker, for nothing.
+_mlflow = sys.modules.get("mlflow")
+sys.modules["mlflow"] = None  # type: ignore[assignment]
+import deepspeed  # noqa: E402
+from deepspeed.utils import groups  # noqa: E402
+
+if _mlflow is None:
+    del sys.modules["mlflow"]
+else:
+    sys.modules["mlflow"] = _mlflow
+
+# `deepspeed.initialize` would import these, two seconds' worth, when everybody waits for the first step.
+for _module in ("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "torch._inductor.compile_fx"):
+    importlib.import_module(_module)
 
 # The CPU backend would compile a shared-memory op with g++ at the first start (a minute on two cores), and that op
 # spins for ever when a peer dies. Gloo alone starts at once and raises.

@@ -1,0 +1,49 @@
+# `make help` lists the verbs. Everything is installed into .venv/, from pyproject.toml at the versions of
+# requirements.lock.
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+ARGS ?=
+
+.PHONY: help install demo test test-gpu lint format curves bench lock clean
+
+help: ## list the verbs
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## put raymuon and all that it needs into .venv/
+
+$(INSTALLED): pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --constraint requirements.lock --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED) ## train a small Moonlight on real text, from end to end; ARGS="optim.name=adamw" changes it
+	$(BIN)/raymuon train demo $(ARGS)
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+test-gpu: $(INSTALLED) ## run what needs a GPU
+	$(BIN)/pytest -m gpu tests/gpu $(ARGS)
+
+lint: $(INSTALLED) ## ruff, pyright, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: $(INSTALLED) ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+curves: $(INSTALLED) ## Muon and AdamW, each at the best of three learning rates, in one picture (15 minutes)
+	$(BIN)/raymuon bench curves --picture docs/curves.png $(ARGS)
+
+bench: $(INSTALLED) ## raymuon against plain torchrun (10 minutes)
+	$(BIN)/raymuon bench overhead --json $(ARGS)
+
+lock: ## write requirements.lock anew from what is in .venv/
+	$(BIN)/pip freeze --exclude-editable --exclude pip | sed -E 's/^(torch==[0-9.]+).*/\1/' > requirements.lock
+
+clean: ## remove .venv/ and everything that runs have left here
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,10 @@
+"""Settings for all tests."""
+
+import os
+import tempfile
+
+# oneDNN's AMX kernels end the process on CPUs that announce AMX and do not grant it; before torch is imported.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp(prefix="matplotlib-"))

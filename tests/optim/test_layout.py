@@ -1,0 +1,85 @@
+"""Layout and plan are pure: hypothesis looks for shapes that break them."""
+
+import subprocess
+import sys
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optim.layout import Fragment, GroupLayout, copies, partition_size
+from optim.plan import matrices_of, plan_orthogonalization
+
+numels = st.lists(st.integers(1, 60), min_size=1, max_size=12)
+worlds = st.integers(1, 9)
+
+
+def layout_of(sizes: list[int], world_size: int) -> GroupLayout:
+    return GroupLayout.of([f"p{i}" for i in range(len(sizes))], sizes, world_size)
+
+
+@given(numels, worlds)
+def test_fragments_tile_every_parameter_exactly_once(sizes, world_size):
+    layout = layout_of(sizes, world_size)
+    assert layout.partition == partition_size(sum(sizes), world_size)
+    seen = {name: [] for name in layout.names}
+    for rank in range(world_size):
+        fragments = layout.fragments(rank)
+        assert sum(f.length for f in fragments) <= layout.partition
+        for fragment in fragments:
+            seen[fragment.name] += range(fragment.start, fragment.stop)
+            flat = layout.starts[layout.names.index(fragment.name)] + fragment.start
+            assert flat == rank * layout.partition + fragment.offset
+    assert {name: list(range(size)) for name, size in zip(layout.names, sizes, strict=True)} == seen
+
+
+@given(numels, worlds, worlds)
+def test_any_world_size_can_be_filled_from_any_other(sizes, before, after):
+    old, new = layout_of(sizes, before), layout_of(sizes, after)
+    content = {name: [(name, i) for i in range(size)] for name, size in zip(old.names, sizes, strict=True)}
+    buffers, have = [], []
+    for rank in range(before):
+        buffer = [None] * old.partition
+        for f in old.fragments(rank):
+            buffer[f.offset : f.offset + f.length] = content[f.name][f.start : f.stop]
+            have.append((rank, f))
+        buffers.append(buffer)
+    for rank in range(after):
+        want = new.fragments(rank)
+        target = [None] * new.partition
+        for copy in copies(have, want):
+            piece = buffers[copy.source][copy.source_offset : copy.source_offset + copy.length]
+            target[copy.target_offset : copy.target_offset + copy.length] = piece
+        for f in want:
+            assert target[f.offset : f.offset + f.length] == content[f.name][f.start : f.stop]
+
+
+def test_a_hole_is_named():
+    try:
+        copies([(0, Fragment("w", 0, 4, 0))], [Fragment("w", 0, 6, 0)])
+    except KeyError as error:
+        assert "w[4:6]" in str(error)
+    else:
+        raise AssertionError("a hole went unseen")
+
+
+shapes = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8)
+
+
+@given(shapes, worlds)
+def test_every_matrix_is_orthogonalized_once_and_pieces_tile_the_straddlers(group, world_size):
+    layout = layout_of([e * a * b for e, a, b in group], world_size)
+    matrices = matrices_of(layout, group)
+    plan = plan_orthogonalization(layout, matrices)
+    assert sum(map(len, plan.local)) + len(plan.straddlers) == len(matrices)
+    assert len(plan.straddlers) <= world_size - 1
+    for straddler in plan.straddlers:
+        assert straddler.owner in {piece.holder for piece in straddler.pieces}
+        positions = [i for p in straddler.pieces for i in range(p.position, p.position + p.length)]
+        assert positions == list(range(straddler.rows * straddler.columns))
+    travelling = sum(p.length for r in range(world_size) for q in range(world_size) for p in plan.sent(r, q))
+    assert travelling == sum(p.length for m in plan.straddlers for p in m.pieces if p.holder != m.owner)
+
+
+def test_layout_and_plan_import_nothing_heavy():
+    code = "import sys, optim.layout, optim.plan; print({'torch', 'numpy', 'ray', 'deepspeed'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -1,0 +1,30 @@
+import pytest
+
+from optim.config import ConfigProblems, OptimConfig
+from optim.schedule import learning_rate
+
+
+def test_cosine_warms_up_peaks_and_ends_at_the_final_rate():
+    config = OptimConfig(lr=1.0, warmup_steps=10, final_lr_fraction=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0
+    assert rates[54] == pytest.approx(0.55)  # Half-way between warm-up and end.
+    assert rates[99] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+
+
+def test_wsd_is_flat_then_falls_in_a_line():
+    config = OptimConfig(lr=1.0, warmup_steps=10, schedule="wsd", decay_fraction=0.2, final_lr_fraction=0.0)
+    rates = [learning_rate(config, step, 100) for step in range(1, 101)]
+    assert set(rates[9:80]) == {1.0}
+    assert rates[89] == pytest.approx(0.5) and rates[99] == 0.0
+
+
+def test_a_warm_up_longer_than_the_run_is_a_line():
+    assert learning_rate(OptimConfig(lr=1.0, warmup_steps=20), 5, 10) == 0.25
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ConfigProblems) as raised:
+        OptimConfig(lr=-1, momentum=1.0, ns_steps=0)
+    assert [problem.split()[0] for problem in raised.value.problems] == ["lr", "momentum", "ns_steps"]

@@ -1,0 +1,139 @@
+"""The model against the paper's numbers and against plain, slow arithmetic."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from optim.routing import is_matrix
+from workers.config import ModelConfig
+from workers.models.moonlight import Moonlight, build
+
+TINY = ModelConfig(
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_experts=6,
+    num_experts_per_token=2,
+    num_shared_experts=1,
+    init_std=0.1,
+)
+
+
+def tiny(seed: int = 0) -> Moonlight:
+    torch.manual_seed(seed)
+    return build(TINY)
+
+
+def test_parameter_counts_of_the_16b_are_the_published_ones():
+    config = replace(ModelConfig(), vocab_size=163840)
+    with torch.device("meta"):
+        model = Moonlight(config)
+    numels = {name: p.numel() for name, p in model.named_parameters()}
+    assert sum(numels.values()) == 15_960_108_544
+    experts = sum(n for name, n in numels.items() if ".experts." in name)
+    assert sum(numels.values()) - experts + experts * 6 // 64 == 2_914_774_528
+    muon = sum(p.numel() for name, p in model.named_parameters() if is_matrix(name, tuple(p.shape)))
+    assert muon == 15_288_893_440
+    biases = [b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert sum(b.numel() for b in biases) == 1_664
+
+
+def test_the_gate_scale_makes_the_routed_output_as_large_as_one_expert():
+    """2.446 is E[1 / |p|] of renormalized top-6 sigmoids of 64 standard normals (Moonlight, appendix)."""
+    random = torch.Generator().manual_seed(0)
+    scores = torch.randn(200_000, 64, generator=random).sigmoid().topk(6).values
+    p = scores / scores.sum(-1, keepdim=True)
+    assert (1 / p.norm(dim=-1)).mean().item() == pytest.approx(ModelConfig().routed_scaling_factor, abs=1e-3)
+
+
+def test_mixture_of_experts_equals_a_loop_over_tokens():
+    layer = tiny().model.layers[1].mlp
+    layer.gate.e_score_correction_bias.copy_(torch.linspace(-0.3, 0.3, 6))
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    expected = torch.zeros_like(x)
+    for b, t in [(b, t) for b in range(2) for t in range(5)]:
+        token = x[b, t]
+        scores = (layer.gate.weight @ token).sigmoid()
+        chosen = (scores + layer.gate.e_score_correction_bias).argsort(descending=True)[:2]
+        total = scores[chosen].sum()
+        for e in chosen:
+            hidden = F.silu(layer.experts.gate_proj[e] @ token) * (layer.experts.up_proj[e] @ token)
+            expected[b, t] += 2.446 * scores[e] / total * (layer.experts.down_proj[e] @ hidden)
+        expected[b, t] += layer.shared_experts(token)
+    assert (layer(x) - expected).abs().max() < 1e-5
+    assert layer.load.sum() == 2 * 5 * 2
+
+
+def test_attention_equals_the_definition():
+    attention = tiny().model.layers[0].self_attn
+    x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(2))
+
+    def turned(vector: torch.Tensor, position: int) -> torch.Tensor:
+        pairs = torch.view_as_complex(vector.reshape(-1, 2).contiguous())
+        angles = position * TINY.rope_theta ** (-torch.arange(0, 8, 2) / 8)
+        return torch.view_as_real(pairs * torch.polar(torch.ones(4), angles)).flatten()
+
+    out = torch.zeros(7, 2, 12)
+    q = attention.q_proj(x)[0].view(7, 2, 16)
+    compressed, k_rope = attention.kv_a_proj_with_mqa(x)[0].split([16, 8], -1)
+    kv = attention.kv_b_proj(attention.kv_a_layernorm(compressed)).view(7, 2, 20)
+    for head in range(2):
+        for t in range(7):
+            scores = torch.stack([
+                (q[t, head, :8] @ kv[s, head, :8] + turned(q[t, head, 8:], t) @ turned(k_rope[s], s)) / math.sqrt(16)
+                for s in range(t + 1)
+            ])
+            out[t, head] = scores.softmax(0) @ kv[: t + 1, head, 8:]
+    from workers.models.moonlight import rotary
+
+    result = attention(x, rotary(7, 8, TINY.rope_theta, x.device))
+    assert (result[0] - attention.o_proj(out.flatten(1))).abs().max() < 1e-5
+
+
+def test_nothing_looks_ahead():
+    model = tiny().eval()
+    tokens = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(3))
+    changed = tokens.clone()
+    changed[0, 8:] = 0
+    difference = (model(tokens) - model(changed)).abs().amax(-1)[0]
+    assert difference[:8].max() < 1e-5 < difference[8:].min()
+
+
+def test_bias_moves_against_the_load_and_keeps_its_mean():
+    model = tiny()
+    load = torch.tensor([[10, 0, 2, 2, 2, 2]])
+    model.balance_experts(load, rate=0.1)
+    (bias,) = [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
+    signs = torch.tensor([-1.0, 1, 1, 1, 1, 1])  # The mean load is 3.
+    assert torch.allclose(bias, 0.1 * (signs - signs.mean()))
+    assert bias.mean().abs() < 1e-7
+    assert not any("bias" in name for name, _ in model.named_parameters()), "a buffer, not a parameter"
+
+
+def test_bias_stays_in_fp32_when_the_model_becomes_bf16():
+    model = tiny()
+    model.balance_experts(torch.tensor([[10, 0, 2, 2, 2, 2]]), rate=1e-3)
+    before = model.state_dict()["model.layers.1.mlp.gate.e_score_correction_bias"].clone()
+    model.bfloat16()
+    bias = model.state_dict()["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert bias.dtype == torch.float32 and torch.equal(bias, before)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_the_load_counts_in_training_only():
+    model = tiny()
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    model(tokens)
+    assert model.expert_load().shape == (1, 6) and model.expert_load().sum() == 2 * 4 * 2
+    model.clear_expert_load()
+    model.eval()(tokens)
+    assert model.expert_load().sum() == 0
