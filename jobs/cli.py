@@ -7,7 +7,8 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -123,6 +124,38 @@ def checkpoints_diff(
     console = Console()
     console.print(table)
     console.print("bitwise equal" if equal else f"different; largest difference {largest}")
+
+
+@bench_app.command("overhead")
+def bench_overhead(
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of all arms.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of raymuon against plain torchrun with the same engine, in turns."""
+    from jobs.bench.overhead import overhead
+
+    _print_result(overhead(overrides or [], repeats, _say), as_json)
+
+
+@bench_app.command("curves")
+def bench_curves(
+    overrides: Overrides = None,
+    picture: Annotated[Path, typer.Option(help="Where the PNG goes.")] = Path("curves.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Muon against AdamW on the demo, each at its best of three learning rates, in one picture."""
+    from jobs.bench.curves import curves
+
+    _print_result(curves(picture, overrides or [], _say), as_json)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    typer.echo(json.dumps(result) if as_json else json.dumps(result, indent=2))
 
 
 def main() -> None:

@@ -17,7 +17,10 @@ class RunInfo:
     """Name in MLflow, and what `--resume auto` looks for."""
 
     def __post_init__(self) -> None:
-        require((bool(self.name.strip()), "name must not be empty"))
+        require(
+            (bool(self.name.strip()), "name must not be empty"),
+            ('"' not in self.name, f"name must not have a double quote in it, as {self.name} does"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import mlflow
-from mlflow.entities import Metric, Param, Run, RunStatus, ViewType
+from mlflow.entities import Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 
 from orchestrator.config import TrackingConfig
@@ -55,15 +55,7 @@ class Tracking:
 
     def unfinished(self, name: str) -> str | None:
         """Return the newest run of that name which has not finished."""
-        escaped = name.replace("'", "\\'")
-        runs = self.client.search_runs(
-            [self.experiment_id],
-            f"attributes.run_name = '{escaped}' and attributes.status != 'FINISHED'",
-            ViewType.ACTIVE_ONLY,
-            max_results=1,
-            order_by=["attributes.start_time DESC"],
-        )
-        return runs[0].info.run_id if runs else None
+        return self._newest(f"attributes.run_name = {_quoted(name)} and attributes.status != 'FINISHED'")
 
     def find(self, run: str) -> str:
         """Return the id of the run with this id, or the newest with this name.
@@ -74,15 +66,17 @@ class Tracking:
         try:
             return self.client.get_run(run).info.run_id
         except MlflowException:
-            escaped = run.replace("'", "\\'")
-            found: list[Run] = self.client.search_runs(
-                [self.experiment_id], f"attributes.run_name = '{escaped}'", max_results=1
-            )
-            if not found:
+            found = self._newest(f"attributes.run_name = {_quoted(run)}")
+            if found is None:
                 raise ConfigError(
                     f"--resume {run}: no run of that id or name in {self.uri}; name one, or use auto or never"
                 ) from None
-            return found[0].info.run_id
+            return found
+
+    def _newest(self, condition: str) -> str | None:
+        newest_first = ["attributes.start_time DESC"]
+        runs = self.client.search_runs([self.experiment_id], condition, max_results=1, order_by=newest_first)
+        return runs[0].info.run_id if runs else None
 
     def _experiment(self, config: TrackingConfig) -> str:
         if found := self.client.get_experiment_by_name(config.experiment):
@@ -208,6 +202,11 @@ def _beside(uri: str) -> str | None:
     if not uri.startswith("sqlite:///"):
         return None
     return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "artifacts").as_uri()
+
+
+def _quoted(name: str) -> str:
+    """Quote a name for MLflow's filter language, which has no escapes; RunInfo refuses names with a double quote."""
+    return '"{}"'.format(name.replace('"', ""))
 
 
 def _first_line(error: BaseException) -> str:

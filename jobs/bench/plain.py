@@ -1,0 +1,53 @@
+"""The rival of `bench overhead`: the same engine and step loop under plain torchrun, without Ray, driver or MLflow.
+
+Started as `torchrun -m jobs.bench.plain CONFIG.yaml RUN_URL`; rank 0 prints the times of its steps as JSON.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from torch.distributed import rendezvous
+
+from jobs.load import load
+from orchestrator.config import absolute
+from workers.data.corpus import prepare
+from workers.reports import Report, StepDone
+from workers.task import Membership, Task
+from workers.training import train
+
+
+def main(config_path: str, run_url: str) -> None:
+    """Train as one rank of a torchrun group."""
+    config = absolute(load(config_path, []))
+    store, rank, world_size = next(rendezvous("env://"))
+    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0)
+    task = Task(
+        model=config.model,
+        optim=config.optim,
+        data=config.data,
+        train=config.train,
+        checkpoint=config.checkpoint,
+        storage=config.storage,
+        seed=config.seed,
+        corpus=prepare(config.data),
+        run_url=run_url,
+        attempt=1,
+        manifest=None,
+    )
+    times: list[float] = []
+
+    def report(kind: type[Report], **fields: Any) -> None:
+        if kind is StepDone:
+            times.append(time.time())
+
+    train(member, task, store, report, lambda: False)
+    if rank == 0:
+        print(json.dumps({"times": times}), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    main(sys.argv[1], sys.argv[2])

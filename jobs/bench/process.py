@@ -1,0 +1,27 @@
+"""Running the real command for a measurement, and reading what it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from workers.errors import TrainingError
+
+
+def run_json(command: list[str], **environment: str) -> dict[str, Any]:
+    """Run a command whose last line on stdout is a JSON object, and return that object.
+
+    Raises:
+        TrainingError: it failed; with the end of what it said.
+    """
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        raise TrainingError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def raymuon(*arguments: str) -> list[str]:
+    """Return the command line of this very installation's raymuon."""
+    return [str(Path(sys.executable).with_name("raymuon")), *arguments]

@@ -1,0 +1,73 @@
+import pytest
+import yaml
+
+from jobs.load import CONFIGS, documented_yaml, load, plain_yaml
+from workers.errors import ConfigError
+
+
+def test_overrides_win_and_defaults_fill():
+    config = load("demo", ["optim.lr=3e-2", "train.steps=7", "run.name=123", "optim.name=adamw"])
+    assert (config.optim.lr, config.train.steps, config.run.name) == (0.03, 7, "123")
+    assert config.optim.name == "adamw" and config.optim.momentum == 0.95 and config.model.num_experts == 8
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_built_in_configs_are_valid_and_survive_a_round_trip(name, tmp_path):
+    config = load(name, [])
+    for i, text in enumerate((plain_yaml(config), documented_yaml(config))):
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(text)
+        assert load(str(path), []) == config
+
+
+def test_every_key_is_documented():
+    lines = documented_yaml(load("demo", [])).splitlines()
+    for before, line in zip(lines, lines[1:], strict=False):
+        if ":" in line and not line.lstrip().startswith("#"):
+            assert before.lstrip().startswith("# ") or before.endswith(":"), line
+    assert len(yaml.safe_load("\n".join(lines))) == 10
+
+
+def test_all_problems_are_gathered_with_hints():
+    wrong = ["optim.lrr=1", "optim.learning_rate=1", "steps=3", "train.steps=many", "train.micro_batch=5",
+             "data=3", "scaling.max_workers=0", "optim.name=adam", "nonsense=1", "train.seq_len=1.5"]
+    with pytest.raises(ConfigError) as raised:
+        load("demo", wrong)
+    text = str(raised.value)
+    assert raised.value.exit_code == 2 and "8 problem(s)" in text.splitlines()[0] or "problem(s)" in text
+    for expected in (
+        "optim.lrr: unknown key; did you mean optim.lr?",
+        "steps: unknown key; did you mean train.steps?",
+        "train.steps: must be a whole number, not 'many'",
+        "train.seq_len: must be a whole number, not 1.5",
+        "data: is a section with keys of its own, not 3",
+        "optim.name: must be one of muon, adamw, not 'adam'",
+        "nonsense: unknown key",
+        "scaling.max_workers must be at least min_workers (1), not 0",
+    ):
+        assert expected in text, expected
+
+
+def test_a_batch_that_cannot_be_formed():
+    with pytest.raises(ConfigError, match=r"train.global_batch must be a multiple of micro_batch \(5\), not 16"):
+        load("demo", ["train.micro_batch=5"])
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "a: ${b}", "\x00", "run: {name: }}"])
+def test_broken_yaml_is_one_message(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="broken.yaml"):
+        load(str(path), [])
+
+
+def test_a_missing_config_and_a_wrong_override():
+    with pytest.raises(ConfigError, match="no such config; give a YAML file or one of demo"):
+        load("nowhere.yaml", [])
+    with pytest.raises(ConfigError, match="key=value"):
+        load("demo", ["optim.lr"])
+
+
+def test_a_password_in_the_tracking_uri_is_refused():
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
+        load("demo", ["tracking.uri=http://me:secret@host:5000"])

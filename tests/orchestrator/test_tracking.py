@@ -1,0 +1,83 @@
+"""Against a real SQLite store."""
+
+import socket
+
+import pytest
+
+from orchestrator.config import TrackingConfig
+from orchestrator.tracking import RunRecord, Tracking
+from workers.errors import ConfigError, StorageError
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory):
+    return Tracking(TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"))
+
+
+def rows(tracking, run_id, metric):
+    return [(m.step, m.value) for m in tracking.client.get_metric_history(run_id, metric)]
+
+
+def test_each_step_is_logged_once_over_drivers(tracking):
+    run_id = tracking.create("once", {"seed": 0})
+    first = RunRecord(tracking, run_id)
+    for step in range(1, 8):
+        first.log("train", step, 1000.0 + step, {"loss": float(step), "lr": 0.1})
+    first.log("validation", 4, 1004.5, {"val_loss": 4.5})
+    first.close("FAILED")
+    second = RunRecord(tracking, run_id)
+    assert second.marks == {"train": 7, "validation": 4}
+    for step in range(4, 11):  # Steps 4 to 7 are trained again after the fault.
+        second.log("train", step, 2000.0 + step, {"loss": float(step), "lr": 0.1})
+    second.log("validation", 4, 2004.5, {"val_loss": 4.5})
+    second.close("FINISHED")
+    assert sorted(rows(tracking, run_id, "loss")) == [(step, float(step)) for step in range(1, 11)]
+    assert rows(tracking, run_id, "val_loss") == [(4, 4.5)]
+    history = tracking.client.get_metric_history(run_id, "loss")
+    assert {m.step: m.timestamp for m in history}[3] == 1003_000, "the time at which the step happened"
+    assert tracking.client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_more_rows_than_one_batch_takes(tracking):
+    run_id = tracking.create("many", {})
+    record = RunRecord(tracking, run_id)
+    for step in range(1, 700):
+        record.log("train", step, float(step), {"loss": 1.0, "lr": 1.0, "tokens": 1.0})
+    record.close("FINISHED")
+    for metric in ("loss", "lr", "tokens"):
+        assert len(rows(tracking, run_id, metric)) == 699
+
+
+def test_finding_a_run_to_go_on_with(tracking):
+    done, open_ = tracking.create("it's a name", {}), tracking.create("it's a name", {})
+    RunRecord(tracking, done).close("FINISHED")
+    assert tracking.unfinished("it's a name") == open_
+    assert tracking.unfinished("another") is None
+    assert tracking.find(done) == done and tracking.find("it's a name") in (done, open_)
+    with pytest.raises(ConfigError, match="no run of that id or name"):
+        tracking.find("nobody")
+
+
+def test_an_unreachable_server_is_told_at_once():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(StorageError, match="no server answers"):
+            Tracking(TrackingConfig(uri=uri))
+
+
+def test_rows_wait_while_the_store_does_not_answer(tracking, monkeypatch):
+    run_id = tracking.create("waiting", {})
+    record = RunRecord(tracking, run_id)
+    write = record.client.log_batch
+
+    def refuse(*args, **kwargs):
+        raise OSError("the store is away")
+
+    with record._flushing:  # So that the writing thread does not come in between.
+        monkeypatch.setattr(record.client, "log_batch", refuse)
+        record.log("train", 1, 1.0, {"loss": 1.0})
+    assert not record.flush() and record.failure == "the store is away"
+    monkeypatch.setattr(record.client, "log_batch", write)
+    record.close("FINISHED")
+    assert rows(tracking, run_id, "loss") == [(1, 1.0)]
