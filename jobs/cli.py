@@ -33,9 +33,12 @@ def train(
     config: Config,
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(help="auto: go on with the unfinished run of that name; RUN: with that one; never: a new run.")
+        str,
+        typer.Option(help="auto: go on with the unfinished run of that name; RUN: with that one; never: a new run."),
     ] = "never",
-    address: Annotated[str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a run from its start, or go on with one."""
@@ -171,6 +174,6 @@ def main() -> None:
         sys.stderr.write("raymuon: interrupted\n")
         code = 130
     except typer.TyperException as error:  # A wrong option or a missing argument.
-        error.show()
+        sys.stderr.write(f"raymuon: {error.format_message()}; see raymuon --help\n")
         code = 2
     sys.exit(code)

@@ -7,6 +7,7 @@ import ast
 import difflib
 import inspect
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -94,12 +95,9 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
                 problems.append(f"{name}: is a section with keys of its own, not {value!r}")
         else:
             try:
-                arguments[key] = OmegaConf.merge(OmegaConf.structured(cls), {key: value})[key]
+                arguments[key] = getattr(OmegaConf.merge(OmegaConf.structured(cls), {key: value}), key)
             except OmegaConfBaseException:
                 problems.append(f"{name}: must be {_type_name(hints[key])}, not {value!r}")
-    for key, section in hints.items():
-        if is_dataclass(section) and key not in values:
-            arguments[key] = section()
     if any(argument is None for argument in arguments.values()):
         return None
     try:
@@ -133,12 +131,14 @@ def _type_name(hint: Any) -> str:
 
 def _docs(cls: type) -> dict[str, str]:
     """Read the texts that stand under the fields in the source of a config dataclass."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in zip(body, body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+    definition = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for field, text in pairwise(definition.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                found[name] = " ".join(doc.split())
+    return found
 
 
 def _yaml(key: str, value: Any) -> str:

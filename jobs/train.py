@@ -43,7 +43,8 @@ def train(config: str, overrides: list[str], resume: str, address: str | None, a
         print(json.dumps(summary), flush=True)  # noqa: T201
     if result.status == "interrupted":
         raise Interrupted(
-            f"stopped at step {result.steps} with a checkpoint; go on with: raymuon train {config} --resume {result.run_id}"
+            f"stopped at step {result.steps} with a checkpoint; "
+            f"go on with: raymuon train {config} --resume {result.run_id}"
         )
 
 

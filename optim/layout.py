@@ -1,7 +1,7 @@
 """Which interval of which parameter lies where. Pure Python: no torch, no numpy.
 
-ZeRO-1 lays the parameters of a group end to end, pads the end and cuts the whole into one equal partition per rank. This
-map serves the optimizer's hook, checkpoints and every change of world size: state is keyed by parameter name and
+ZeRO-1 lays the parameters of a group end to end, pads the end and cuts the whole into one equal partition per rank.
+This map serves the optimizer's hook, checkpoints and every change of world size: state is keyed by parameter name and
 offset, never by rank, and moving it between world sizes is the arithmetic of intervals below.
 
 Invariant: the fragments of all ranks tile every parameter exactly once.

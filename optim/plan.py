@@ -75,7 +75,11 @@ class OrthogonalizePlan:
         if rank == peer:
             return []
         return [
-            piece for matrix in self.straddlers if matrix.owner == peer for piece in matrix.pieces if piece.holder == rank
+            piece
+            for matrix in self.straddlers
+            if matrix.owner == peer
+            for piece in matrix.pieces
+            if piece.holder == rank
         ]
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ def connected(address: str | None) -> Iterator[bool]:
     address = address or os.environ.get("RAY_ADDRESS") or None
     local = address is None
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own in its place.
     try:
         # "local" keeps Ray from joining whatever cluster happens to run on this machine.
         ray.init(
@@ -35,6 +37,7 @@ def connected(address: str | None) -> Iterator[bool]:
             logging_level=logging.ERROR,
             configure_logging=False,
         )
+        signal.signal(signal.SIGTERM, on_sigterm)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(
             f"no Ray cluster answers at {address!r} ({error}); check --address or RAY_ADDRESS, "
@@ -47,11 +50,14 @@ def connected(address: str | None) -> Iterator[bool]:
 
 
 @contextmanager
-def reserved_slots(scaling: ScalingConfig, local: bool, notice: Callable[[str], None]) -> Iterator[list[PlacementGroup]]:
+def reserved_slots(
+    scaling: ScalingConfig, local: bool, notice: Callable[[str], None], check: Callable[[], None]
+) -> Iterator[list[PlacementGroup]]:
     """Reserve between min_workers and max_workers slots, one placement group each, and free them at the end.
 
     A placement group cannot be resized, so each slot is one of its own: a slot can be given back alone, and a pending
-    one is the demand that an autoscaler sees.
+    one is the demand that an autoscaler sees. `notice` takes a line for the person who waits; `check` is called while
+    waiting and may raise.
 
     Raises:
         ClusterError: the cluster cannot hold min_workers, or did not within `wait_s`.
@@ -64,7 +70,7 @@ def reserved_slots(scaling: ScalingConfig, local: bool, notice: Callable[[str], 
         )
     groups = [placement_group([bundle]) for _ in range(scaling.max_workers)]
     try:
-        yield _wait(groups, bundle, scaling, notice)
+        yield _wait(groups, bundle, scaling, notice, check)
     finally:
         for group in groups:
             remove_placement_group(group)
@@ -91,12 +97,17 @@ def _room(bundle: dict[str, float]) -> int:
 
 
 def _wait(
-    groups: list[PlacementGroup], bundle: dict[str, float], scaling: ScalingConfig, notice: Callable[[str], None]
+    groups: list[PlacementGroup],
+    bundle: dict[str, float],
+    scaling: ScalingConfig,
+    notice: Callable[[str], None],
+    check: Callable[[], None],
 ) -> list[PlacementGroup]:
     """Wait for all slots, or for the minimum and a short grace; give back what is still pending."""
     waiting = {group.ready(): group for group in groups}
     deadline, grace_ends, noticed = time.monotonic() + scaling.wait_s, None, False
     while waiting:
+        check()
         done, _ = ray.wait(list(waiting), num_returns=1, timeout=0.5)
         for reference in done:
             del waiting[reference]

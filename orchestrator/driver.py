@@ -5,24 +5,26 @@ commits. It is never in the step's path. Everything that can be refused is check
 that bad input leaves no half run behind.
 """
 
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from orchestrator.cluster import connected, reserved_slots, uses_gpu
 from orchestrator.config import RunConfig, absolute
+from orchestrator.preflight import Found, check_inputs, find_run, identity, in_background, run_store
 from orchestrator.run_log import RunLog
 from orchestrator.worker_group import WorkerGroup
 from workers.checkpoint.manifest import Manifest
-from workers.data.corpus import Corpus, check_corpus, prepare
+from workers.data.corpus import Corpus
 from workers.errors import ConfigError, Interrupted, RaymuonError, StorageError, TrainingError
 from workers.reports import Ended, Report, Sampled, ShardWritten, StepDone, Validated
-from workers.storage import Store, configure_s3
+from workers.storage import configure_s3
 from workers.task import Task
+
+T = TypeVar("T")
 
 
 class Watcher(Protocol):
@@ -44,19 +46,22 @@ class Watcher(Protocol):
 class StopSignal:
     """What the person at the terminal wants: nothing, a clean stop, or an end at once.
 
-    `request` is called from a signal handler in the main thread. Before training there is no step to finish, so the
-    first request ends the start itself.
+    A signal handler only counts. Raising from it would unwind through Ray's C++ calls, which turn it into an error of
+    their own; so whoever waits does so in short stretches and calls `check`.
     """
 
     def __init__(self) -> None:
-        self.requested = threading.Event()
+        self.requests = 0
         self.training = False
 
     def request(self) -> None:
-        """Take note of a first request; raise Interrupted for a second, or where there is nothing to finish."""
-        if self.requested.is_set() or not self.training:
+        """Count a Ctrl-C or SIGTERM."""
+        self.requests += 1
+
+    def check(self) -> None:
+        """Raise Interrupted after a second request, or after the first where there is no step to finish."""
+        if self.requests >= (2 if self.training else 1):
             raise Interrupted("interrupted; what the last checkpoint holds is kept")
-        self.requested.set()
 
 
 @dataclass
@@ -76,16 +81,6 @@ class RunResult:
     sample: str = ""
     losses: tuple[list[tuple[int, float]], list[tuple[int, float]]] = ((), ())  # type: ignore[assignment]
     """Training and validation losses of the whole run, `(step, nats per token)`."""
-
-
-@dataclass(frozen=True)
-class _Preflight:
-    """What was found before the run was made."""
-
-    tracking: Any
-    corpus: Corpus
-    run_id: str | None
-    manifest: Manifest | None
 
 
 def run(
@@ -114,49 +109,35 @@ def run(
     """
     config = absolute(config)
     configure_s3(config.storage.s3_endpoint)
-    # The checks and MLflow's slow import run beside Ray's start and the workers' own imports.
-    with ThreadPoolExecutor(1, thread_name_prefix="preflight") as pool:
-        preflight = pool.submit(_preflight, config, resume)
-        watcher.phase("starting Ray")
-        with connected(address) as local, reserved_slots(config.scaling, local, watcher.warn) as slots:
-            group = WorkerGroup(slots, config.scaling, uses_gpu(config.scaling))
-            try:
-                watcher.phase(f"starting {group.world_size} worker(s)")
-                addresses = group.prepare(config.storage)
-                found = preflight.result()
-                return _lead(config, found, group, addresses, watcher, stop, artifacts)
-            finally:
-                group.kill()
+    corpus = _await(in_background(lambda: check_inputs(config)), stop)
+    found = in_background(lambda: find_run(config, corpus, resume))
+    watcher.phase("starting Ray")
+    with (
+        connected(address) as local,
+        reserved_slots(config.scaling, local, watcher.warn, stop.check) as slots,
+        WorkerGroup(slots, config.scaling, uses_gpu(config.scaling)) as group,
+    ):
+        watcher.phase(f"starting {group.world_size} worker(s)")
+        group.prepare(config.storage)
+        run_found = _await(found, stop)
+        while not group.prepared(timeout_s=0.2):
+            stop.check()
+        return _lead(config, corpus, run_found, group, watcher, stop, artifacts)
 
 
-def _preflight(config: RunConfig, resume: str) -> _Preflight:
-    """Check storage, data and tracking, and find the run to go on with; change nothing but caches."""
-    Store(config.checkpoint.url).probe()
-    corpus = prepare(config.data)
-    if problems := check_corpus(corpus, config.train.seq_len, config.train.global_batch):
-        raise ConfigError("\n".join(problems))
-
-    from orchestrator.tracking import Tracking  # MLflow takes seconds to import.
-
-    tracking = Tracking(config.tracking)
-    run_id = None
-    if resume == "auto":
-        run_id = tracking.unfinished(config.run.name)
-    elif resume != "never":
-        run_id = tracking.find(resume)
-    manifest = None
-    if run_id is not None:
-        manifest = RunLog(_run_store(config, run_id)).manifest()
-        if manifest is not None:
-            _check_identity(identity(config, corpus), manifest)
-    return _Preflight(tracking, corpus, run_id, manifest)
+def _await(future: Future[T], stop: StopSignal) -> T:
+    """Wait in short stretches, so that a person can interrupt."""
+    while True:
+        stop.check()
+        with suppress(FutureTimeout):
+            return future.result(timeout=0.1)
 
 
 def _lead(
     config: RunConfig,
-    found: _Preflight,
+    corpus: Corpus,
+    found: Found,
     group: WorkerGroup,
-    addresses: list[Any],
     watcher: Watcher,
     stop: StopSignal,
     artifacts: Callable[[RunResult, Any], None],
@@ -165,7 +146,7 @@ def _lead(
     from orchestrator.tracking import RunRecord
 
     run_id = found.run_id or found.tracking.create(config.run.name, flat_params(config))
-    log = RunLog(_run_store(config, run_id))
+    log = RunLog(run_store(config, run_id))
     attempt = log.take_over()
     record = RunRecord(found.tracking, run_id)
     result = RunResult(run_id, world_size=group.world_size)
@@ -178,7 +159,7 @@ def _lead(
             checkpoint=config.checkpoint,
             storage=config.storage,
             seed=config.seed,
-            corpus=found.corpus,
+            corpus=corpus,
             run_url=log.store.url,
             attempt=attempt,
             manifest=found.manifest,
@@ -186,7 +167,7 @@ def _lead(
         if found.manifest:
             result.steps, result.tokens = found.manifest.step, found.manifest.counters["tokens"]
             result.checkpoint = f"{log.store.url}@{found.manifest.step}"
-        group.start(task, addresses)
+        group.start(task)
         watcher.begin(run_id, result.steps, config.train.steps, group.world_size)
         with _training(stop):
             _follow(config, task, group, log, record, result, watcher, stop)
@@ -218,7 +199,8 @@ def _follow(
     ended: list[Ended] = []
     pausing, failing = False, record.failure
     while len(ended) < group.world_size:
-        if stop.requested.is_set() and not pausing:
+        stop.check()
+        if stop.requests and not pausing:
             pausing = True
             watcher.warn("stopping after this step, with a checkpoint; once more ends at once")
             group.pause()
@@ -275,18 +257,6 @@ class _Commits:
         )
 
 
-def identity(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
-    """Return what has to be the same for a run to go on: otherwise it would be another run, silently."""
-    return {
-        "model": asdict(config.model),
-        "optim.name": config.optim.name,
-        "data": corpus.content_hash,
-        "train.seq_len": config.train.seq_len,
-        "train.global_batch": config.train.global_batch,
-        "seed": config.seed,
-    }
-
-
 def flat_params(config: RunConfig) -> dict[str, Any]:
     """Return the config as MLflow params: dotted keys."""
     flat: dict[str, Any] = {}
@@ -307,27 +277,6 @@ def _training(stop: StopSignal) -> Iterator[None]:
         stop.training = False
 
 
-def _check_identity(wanted: dict[str, Any], manifest: Manifest) -> None:
-    """Refuse a checkpoint of another model, other data or another batch; name every difference."""
-    differences = []
-    for key, value in wanted.items():
-        saved = manifest.identity.get(key)
-        if isinstance(value, dict) and isinstance(saved, dict):
-            differences += [
-                f"{key}.{part}: the checkpoint has {saved.get(part)!r}, the config {value[part]!r}"
-                for part in value
-                if saved.get(part) != value[part]
-            ]
-        elif saved != value:
-            differences.append(f"{key}: the checkpoint has {saved!r}, the config {value!r}")
-    if differences:
-        raise ConfigError(
-            f"run {manifest.run_id} cannot go on from step {manifest.step} with this config:\n"
-            + "\n".join(f"  {difference}" for difference in differences)
-            + "\nmake them equal, or start a new run with --resume never"
-        )
-
-
 def _train_metrics(report: StepDone, config: RunConfig, world_size: int) -> dict[str, float]:
     return {
         "loss": report.loss,
@@ -343,7 +292,3 @@ def _train_metrics(report: StepDone, config: RunConfig, world_size: int) -> dict
 def _error(report: Ended) -> RaymuonError:
     kinds: dict[int, type[RaymuonError]] = {kind.exit_code: kind for kind in (ConfigError, StorageError)}
     return kinds.get(report.exit_code, TrainingError)(f"rank {report.rank}: {report.error}")
-
-
-def _run_store(config: RunConfig, run_id: str) -> Store:
-    return Store(config.checkpoint.url).child(run_id)

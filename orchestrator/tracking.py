@@ -6,14 +6,11 @@ and go out with the next flush; `close` raises if some could not be written at a
 """
 
 import os
-import socket
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import mlflow
 from mlflow.entities import Metric, Param, RunStatus
@@ -23,7 +20,6 @@ from orchestrator.config import TrackingConfig
 from workers.errors import ConfigError, StorageError
 
 FLUSH_S = 2.0
-REACH_S = 5.0
 MARKS = {"train": "loss", "validation": "val_loss"}
 """The metric of each series whose last step is the series' high-water mark."""
 PARAM_LIMIT = 6000
@@ -33,14 +29,13 @@ class Tracking:
     """An MLflow tracking server or database.
 
     Raises:
-        StorageError: it cannot be reached; told within a few seconds.
+        StorageError: it refuses us.
     """
 
     def __init__(self, config: TrackingConfig) -> None:
         self.uri = config.uri
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        _reach(config.uri)
         try:
             self.client = mlflow.MlflowClient(config.uri)
             self.experiment_id = self._experiment(config)
@@ -174,27 +169,6 @@ class RunRecord:
 
     def _last_step(self, metric: str) -> int:
         return max((m.step for m in self.client.get_metric_history(self.run_id, metric)), default=-1)
-
-
-def _reach(uri: str) -> None:
-    """Find out within seconds whether anything is there: MLflow's own client would try for minutes."""
-    parsed = urlparse(uri)
-    if parsed.scheme in ("http", "https"):
-        port = parsed.port or {"http": 80, "https": 443}[parsed.scheme]
-        started = time.monotonic()
-        try:
-            socket.create_connection((parsed.hostname or "", port), timeout=REACH_S).close()
-        except OSError as error:
-            raise StorageError(
-                f"tracking.uri={uri}: no server answers there ({error}, after {time.monotonic() - started:.1f} s); "
-                "start it, or check the address"
-            ) from error
-    elif parsed.scheme == "sqlite":
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"tracking.uri={uri}: the folder cannot be made ({error})") from error
 
 
 def _beside(uri: str) -> str | None:

@@ -1,9 +1,10 @@
 """The worker group: one actor per slot, their ranks and rendezvous, and one stream of their reports."""
 
 from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -24,7 +25,7 @@ class WorkerGroup:
 
     def __init__(self, slots: list[PlacementGroup], scaling: ScalingConfig, gpu: bool) -> None:
         self.generation = 0
-        self.workers: list[ActorHandle] = [
+        self.workers: list[Any] = [  # Ray's actor handles have no useful type.
             Worker.options(
                 num_cpus=scaling.cpus_per_worker,
                 num_gpus=1 if gpu else 0,
@@ -33,18 +34,32 @@ class WorkerGroup:
             ).remote()
             for slot in slots
         ]
+        self._addresses: list[ray.ObjectRef] = []
         self._polls: dict[ray.ObjectRef, int] = {}
+
+    def __enter__(self) -> "WorkerGroup":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """End all worker processes at once."""
+        for worker in self.workers:
+            ray.kill(worker)
 
     @property
     def world_size(self) -> int:
         """Workers in the group."""
         return len(self.workers)
 
-    def prepare(self, storage: StorageConfig) -> list[ray.ObjectRef]:
-        """Begin all workers' imports; the results are the addresses of their nodes."""
-        return [worker.prepare.remote(storage) for worker in self.workers]
+    def prepare(self, storage: StorageConfig) -> None:
+        """Begin all workers' imports."""
+        self._addresses = [worker.prepare.remote(storage) for worker in self.workers]
 
-    def start(self, task: Task, addresses: list[ray.ObjectRef]) -> None:
+    def prepared(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` and tell whether every worker has imported what it needs, or has failed."""
+        done, _ = ray.wait(self._addresses, num_returns=len(self._addresses), timeout=timeout_s)
+        return len(done) == len(self._addresses)
+
+    def start(self, task: Task) -> None:
         """Form a new generation and let it train.
 
         Raises:
@@ -52,7 +67,7 @@ class WorkerGroup:
         """
         self.generation += 1
         try:
-            host = ray.get(addresses)[0]
+            host = ray.get(self._addresses)[0]
             port = ray.get(self.workers[0].open_rendezvous.remote(self.generation, host, self.world_size))
             ray.get(
                 [
@@ -88,11 +103,6 @@ class WorkerGroup:
     def pause(self) -> None:
         """Ask the group to save and end at the next boundary; one rank's word is enough."""
         self.workers[0].pause.remote()
-
-    def kill(self) -> None:
-        """End all worker processes at once."""
-        for worker in self.workers:
-            ray.kill(worker)
 
 
 def _first_line(error: BaseException) -> str:

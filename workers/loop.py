@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from optim.schedule import learning_rate
@@ -183,9 +183,7 @@ class Trainer:
             return
         prefix = f"{step:08d}-{self.task.attempt:04d}-{self.engine.rank:05d}"
         shard = write_shard(Store(self.task.run_url), prefix, local_state(self.engine))
-        self.report(
-            ShardWritten, step=step, shard=shard, counters=self.counters.as_dict(), shapes=shapes(self.engine)
-        )
+        self.report(ShardWritten, step=step, shard=shard, counters=self.counters.as_dict(), shapes=shapes(self.engine))
         self.saved_step = step
 
     def _report_rank0(self, kind: type[Report], **fields: Any) -> None:
@@ -212,4 +210,3 @@ class _Ledger:
         if self.file:
             line = {"attempt": self.attempt, "step": step, "slot": slot, "samples": samples}
             self.file.write(json.dumps(line) + "\n")
-

@@ -19,7 +19,6 @@ from fsspec.implementations.local import LocalFileSystem
 from workers.errors import StorageError
 
 
-
 def configure_s3(endpoint: str = "") -> None:
     """Set how this process talks to S3: fsspec's own defaults, so that every user of fsspec in it follows.
 
@@ -56,7 +55,7 @@ class Store:
     def read(self, path: str) -> bytes:
         """Return the whole file."""
         with storage_errors(f"{self.url}/{path}"):
-            return self.fs.cat_file(self.path(path))
+            return bytes(self.fs.cat_file(self.path(path)))  # type: ignore[arg-type]
 
     def exists(self, path: str = "") -> bool:
         """Tell whether the file or folder is there."""

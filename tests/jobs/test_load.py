@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import yaml
 
@@ -22,19 +24,29 @@ def test_built_in_configs_are_valid_and_survive_a_round_trip(name, tmp_path):
 
 def test_every_key_is_documented():
     lines = documented_yaml(load("demo", [])).splitlines()
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in pairwise(lines):
         if ":" in line and not line.lstrip().startswith("#"):
             assert before.lstrip().startswith("# ") or before.endswith(":"), line
     assert len(yaml.safe_load("\n".join(lines))) == 10
 
 
 def test_all_problems_are_gathered_with_hints():
-    wrong = ["optim.lrr=1", "optim.learning_rate=1", "steps=3", "train.steps=many", "train.micro_batch=5",
-             "data=3", "scaling.max_workers=0", "optim.name=adam", "nonsense=1", "train.seq_len=1.5"]
+    wrong = [
+        "optim.lrr=1",
+        "optim.learning_rate=1",
+        "steps=3",
+        "train.steps=many",
+        "train.micro_batch=5",
+        "data=3",
+        "scaling.max_workers=0",
+        "optim.name=adam",
+        "nonsense=1",
+        "train.seq_len=1.5",
+    ]
     with pytest.raises(ConfigError) as raised:
         load("demo", wrong)
     text = str(raised.value)
-    assert raised.value.exit_code == 2 and "8 problem(s)" in text.splitlines()[0] or "problem(s)" in text
+    assert (raised.value.exit_code == 2 and "8 problem(s)" in text.splitlines()[0]) or "problem(s)" in text
     for expected in (
         "optim.lrr: unknown key; did you mean optim.lr?",
         "steps: unknown key; did you mean train.steps?",

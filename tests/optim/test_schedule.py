@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from optim.config import ConfigProblems, OptimConfig
@@ -10,7 +12,7 @@ def test_cosine_warms_up_peaks_and_ends_at_the_final_rate():
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0
     assert rates[54] == pytest.approx(0.55)  # Half-way between warm-up and end.
     assert rates[99] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[9:]))
 
 
 def test_wsd_is_flat_then_falls_in_a_line():

@@ -67,8 +67,11 @@ def sharded(rank: int, world_size: int, shapes: dict, full_rank: bool, config: O
         norms.append(float(engine.optimizer._global_grad_norm))
     return {
         "weights": {name: parameter.detach().clone() for name, parameter in toy.named_parameters()},
-        "momentum": [group.tensors["momentum_buffer"].numel() for group in optimizer.flat_state(rank) if
-                     "momentum_buffer" in group.tensors],
+        "momentum": [
+            group.tensors["momentum_buffer"].numel()
+            for group in optimizer.flat_state(rank)
+            if "momentum_buffer" in group.tensors
+        ],
         "norms": norms,
     }
 
@@ -103,10 +106,14 @@ def test_equals_the_reference_with_clipping_active(world_size, shapes, full_rank
             assert (weight - expected[name]).abs().max() < (1e-6 if full_rank else 1e-5), name
 
 
-@pytest.mark.parametrize("config", [
-    OptimConfig(name="adamw", lr=LR, grad_clip=CLIP),
-    OptimConfig(lr=LR, grad_clip=CLIP, nesterov=False, ns_dtype="fp32", wire_dtype="fp32"),
-], ids=["adamw", "no nesterov"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimConfig(name="adamw", lr=LR, grad_clip=CLIP),
+        OptimConfig(lr=LR, grad_clip=CLIP, nesterov=False, ns_dtype="fp32", wire_dtype="fp32"),
+    ],
+    ids=["adamw", "no nesterov"],
+)
 def test_other_settings_equal_the_reference(config):
     results = run_ranks(3, sharded, SHAPES["mixed"], True, config)
     expected = reference(3, SHAPES["mixed"], True, config)

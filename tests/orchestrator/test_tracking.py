@@ -1,12 +1,10 @@
 """Against a real SQLite store."""
 
-import socket
-
 import pytest
 
 from orchestrator.config import TrackingConfig
 from orchestrator.tracking import RunRecord, Tracking
-from workers.errors import ConfigError, StorageError
+from workers.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +54,6 @@ def test_finding_a_run_to_go_on_with(tracking):
     assert tracking.find(done) == done and tracking.find("it's a name") in (done, open_)
     with pytest.raises(ConfigError, match="no run of that id or name"):
         tracking.find("nobody")
-
-
-def test_an_unreachable_server_is_told_at_once():
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        uri = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(StorageError, match="no server answers"):
-            Tracking(TrackingConfig(uri=uri))
 
 
 def test_rows_wait_while_the_store_does_not_answer(tracking, monkeypatch):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from optim.routing import is_matrix
 from workers.config import ModelConfig
@@ -88,10 +88,13 @@ def test_attention_equals_the_definition():
     kv = attention.kv_b_proj(attention.kv_a_layernorm(compressed)).view(7, 2, 20)
     for head in range(2):
         for t in range(7):
-            scores = torch.stack([
-                (q[t, head, :8] @ kv[s, head, :8] + turned(q[t, head, 8:], t) @ turned(k_rope[s], s)) / math.sqrt(16)
-                for s in range(t + 1)
-            ])
+            scores = torch.stack(
+                [
+                    (q[t, head, :8] @ kv[s, head, :8] + turned(q[t, head, 8:], t) @ turned(k_rope[s], s))
+                    / math.sqrt(16)
+                    for s in range(t + 1)
+                ]
+            )
             out[t, head] = scores.softmax(0) @ kv[: t + 1, head, 8:]
     from workers.models.moonlight import rotary
 

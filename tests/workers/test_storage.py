@@ -1,5 +1,5 @@
-import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -50,4 +50,4 @@ def test_probe_leaves_nothing(tmp_path):
 
 def test_local_paths_become_absolute():
     assert absolute_url("s3://bucket/x") == "s3://bucket/x"
-    assert absolute_url("runs") == os.path.join(os.getcwd(), "runs")
+    assert absolute_url("runs") == str(Path.cwd() / "runs")

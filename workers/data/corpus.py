@@ -119,7 +119,7 @@ def _write(config: DataConfig, files: list[tuple[AbstractFileSystem, str]], stor
     documents = 0
     for fs, path in files:
         with storage_errors(path):
-            text = fs.cat_file(path)
+            text = bytes(fs.cat_file(path))  # type: ignore[arg-type]
         if not text.strip():
             continue
         documents += 1

@@ -31,7 +31,9 @@ def random_seed(seed: int, step: int, slot: int) -> int:
     return int.from_bytes(blake2b(b"%d,%d,%d" % (seed, step, slot), digest_size=7).digest(), "little")
 
 
-def samples_of_slot(seed: int, step: int, slot: int, global_batch: int, micro_batch: int, num_samples: int) -> list[int]:
+def samples_of_slot(
+    seed: int, step: int, slot: int, global_batch: int, micro_batch: int, num_samples: int
+) -> list[int]:
     """Return the corpus samples of one micro-batch slot of `step` (1 is the first)."""
     first = (step - 1) * global_batch + slot * micro_batch
     return [sample_at(seed, index, num_samples) for index in range(first, first + micro_batch)]

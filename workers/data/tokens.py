@@ -55,6 +55,6 @@ def _open(url: str, shard: Shard) -> np.ndarray:
         # The cache's name holds the folder's, which holds the fingerprint: shards of two corpora never meet.
         local = fsspec.open_local(f"simplecache::{url}/{shard.name}" if "://" in url else f"{url}/{shard.name}")
         tokens = np.memmap(Path(str(local)), dtype=np.uint8, mode="r")
-    if hashlib.sha256(tokens).hexdigest() != shard.sha256:
+    if hashlib.sha256(tokens.data).hexdigest() != shard.sha256:
         raise StorageError(f"{url}/{shard.name}: damaged (its SHA-256 is not the index's); delete the folder to remake")
     return tokens

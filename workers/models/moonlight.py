@@ -8,7 +8,7 @@ Every operation is deterministic for a given number of threads; no gradient is s
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.config import ModelConfig

@@ -1,0 +1,102 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.servers import ray_cluster, s3_environment, seaweedfs
+
+RAYMUON = str(Path(sys.executable).with_name("raymuon"))
+TINY = """
+run: {name: tiny}
+model: {hidden_size: 32, num_layers: 2, num_heads: 2, kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 8,
+        v_head_dim: 16, intermediate_size: 64, moe_intermediate_size: 24, num_experts: 4, num_experts_per_token: 2,
+        num_shared_experts: 1, router_bias_rate: 0.01, init_std: 0.1}
+data: {source: TEXTS}
+optim: {lr: 1.0e-2, schedule: wsd, decay_fraction: 0}
+train: {steps: 200, global_batch: 12, micro_batch: 2, seq_len: 64, validate_every: 50, validate_sequences: 8}
+scaling: {min_workers: 2, max_workers: 2, wait_s: 60}
+checkpoint: {every: 20}
+"""
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    with ray_cluster(num_cpus=4) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory):
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as endpoint:
+        yield endpoint
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder in which a person runs raymuon."""
+
+    folder: Path
+    address: str
+
+    def command(self, *arguments: str, address: str | None = "") -> list[str]:
+        joined = self.address if address == "" else address
+        return [RAYMUON, "train", "tiny.yaml", *arguments, *(["--address", joined] if joined else [])]
+
+    def start(self, *arguments: str, **options) -> subprocess.Popen:
+        environment = {**os.environ, **s3_environment(), **options.pop("env", {})}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        return subprocess.Popen(self.command(*arguments, **options), cwd=self.folder, env=environment, **pipes)
+
+    def run(self, *arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
+        process = self.start(*arguments, **options)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
+        assert "Traceback" not in err + out
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def train(self, *arguments: str, **options) -> dict:
+        return json.loads(self.run(*arguments, "--json", **options).stdout.splitlines()[-1])
+
+    def checkpoints(self, *arguments: str) -> object:
+        environment = {**os.environ, **s3_environment()}
+        command = [RAYMUON, "checkpoints", *arguments, "--json"]
+        return json.loads(subprocess.check_output(command, cwd=self.folder, env=environment, text=True))
+
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        import mlflow
+
+        client = mlflow.MlflowClient(f"sqlite:///{self.folder}/runs/mlflow.db")
+        return sorted((m.step, m.value) for m in client.get_metric_history(run_id, metric))
+
+    def ledger(self) -> list[dict]:
+        files = sorted((self.folder / "ledger").glob("*.jsonl"))
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A small corpus of real text: some modules of the standard library."""
+    folder = tmp_path_factory.mktemp("texts")
+    library = Path(os.__file__).parent
+    for name in ("argparse", "ast", "datetime", "inspect", "pathlib", "typing", "subprocess", "tarfile"):
+        (folder / f"{name}.py").write_bytes((library / f"{name}.py").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_place(tmp_path_factory, texts, cluster):
+    def make(name: str) -> Place:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "tiny.yaml").write_text(TINY.replace("TEXTS", str(texts)))
+        return Place(folder, cluster)
+
+    return make
+
+
+@pytest.fixture
+def place(make_place):
+    return make_place("place")
