@@ -11,6 +11,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from orchestrator.config import ScalingConfig
+from orchestrator.reach import reach
 from workers.errors import ClusterError
 
 GRACE_S = 5.0
@@ -26,6 +27,8 @@ def connected(address: str | None) -> Iterator[bool]:
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     local = address is None
+    if address:
+        _reach(address)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own in its place.
     try:
@@ -81,6 +84,20 @@ def uses_gpu(scaling: ScalingConfig) -> bool:
     if scaling.accelerator == "auto":
         return ray.cluster_resources().get("GPU", 0) >= 1
     return scaling.accelerator == "gpu"
+
+
+def _reach(address: str) -> None:
+    """Find out within seconds whether anything listens there: Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():  # `auto` and `local`: Ray looks for itself.
+        return
+    try:
+        reach(host.strip("[]"), int(port))
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address!r} ({error}); check --address or RAY_ADDRESS, "
+            "or leave both out for a local Ray"
+        ) from error
 
 
 def _bundle(scaling: ScalingConfig) -> dict[str, float]:

@@ -109,8 +109,8 @@ def run(
     """
     config = absolute(config)
     configure_s3(config.storage.s3_endpoint)
-    corpus = _await(in_background(lambda: check_inputs(config)), stop)
-    found = in_background(lambda: find_run(config, corpus, resume))
+    corpus = _await(in_background(lambda: check_inputs(config), may_be_torn=True), stop)
+    found = in_background(lambda: find_run(config, corpus, resume), may_be_torn=False)
     watcher.phase("starting Ray")
     with (
         connected(address) as local,

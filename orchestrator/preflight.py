@@ -4,7 +4,6 @@ So bad input is told within seconds and leaves nothing behind. What is slow (MLf
 beside Ray's start and the workers' own imports.
 """
 
-import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlparse
 
 from orchestrator.config import RunConfig
+from orchestrator.reach import reach
 from orchestrator.run_log import RunLog
 from workers.checkpoint.manifest import Manifest
 from workers.data.corpus import Corpus, check_corpus, prepare
@@ -23,8 +23,6 @@ from workers.storage import Store
 if TYPE_CHECKING:
     from orchestrator.tracking import Tracking
 
-REACH_S = 5.0
-"""How long a tracking server may take to accept a connection."""
 T = TypeVar("T")
 
 
@@ -88,8 +86,14 @@ def identity(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def in_background(work: Callable[[], T]) -> Future[T]:
-    """Run `work` in a thread that does not hold the process back when it has to end."""
+def in_background(work: Callable[[], T], may_be_torn: bool) -> Future[T]:
+    """Run `work` in a thread.
+
+    Args:
+        work: what to do.
+        may_be_torn: the process may end in the middle of it. Otherwise its end waits for the work: MLflow, torn while
+            it makes the tables of a new database, leaves one that nobody can open.
+    """
     future: Future[T] = Future()
 
     def settle() -> None:
@@ -98,7 +102,7 @@ def in_background(work: Callable[[], T]) -> Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=settle, name="preflight", daemon=True).start()
+    threading.Thread(target=settle, name="preflight", daemon=may_be_torn).start()
     return future
 
 
@@ -126,12 +130,12 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reach(uri: str) -> None:
-    """Find out within seconds whether anything is there: MLflow's own client would try for minutes."""
+    """Find out whether there is a tracking server, or a folder for the database."""
     parsed = urlparse(uri)
     if parsed.scheme in ("http", "https"):
         port = parsed.port or {"http": 80, "https": 443}[parsed.scheme]
         try:
-            socket.create_connection((parsed.hostname or "", port), timeout=REACH_S).close()
+            reach(parsed.hostname or "", port)
         except OSError as error:
             raise StorageError(
                 f"tracking.uri={uri}: no server answers there ({error}); start it, or check the address"

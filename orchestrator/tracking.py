@@ -5,6 +5,7 @@ again. Rows carry the time at which the step happened. An unreachable server nev
 and go out with the next flush; `close` raises if some could not be written at all.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ FLUSH_S = 2.0
 MARKS = {"train": "loss", "validation": "val_loss"}
 """The metric of each series whose last step is the series' high-water mark."""
 PARAM_LIMIT = 6000
+logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
 class Tracking:

@@ -68,7 +68,7 @@ class WorkerGroup:
         self.generation += 1
         try:
             host = ray.get(self._addresses)[0]
-            port = ray.get(self.workers[0].open_rendezvous.remote(self.generation, host, self.world_size))
+            port: Any = ray.get(self.workers[0].open_rendezvous.remote(self.generation, host, self.world_size))
             ray.get(
                 [
                     worker.start.remote(

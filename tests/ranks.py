@@ -15,13 +15,13 @@ TIMEOUT_S = 300
 """A hang must fail the test some day; this is no measure of speed."""
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
     """Run `fn` on every rank and return the results in rank order."""
     # Rank 0 holds the store, on a port that the system chose, and tells the others.
     port = _context.Queue()
     results = _context.Queue()
     processes = [
-        _context.Process(target=_rank, args=(rank, world_size, port, results, fn, args), daemon=True)
+        _context.Process(target=_rank, args=(rank, world_size, port, results, fn, args, device), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
@@ -40,7 +40,9 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
             process.kill()
 
 
-def _rank(rank: int, world_size: int, port: Any, results: Any, fn: Callable[..., Any], args: tuple) -> None:
+def _rank(
+    rank: int, world_size: int, port: Any, results: Any, fn: Callable[..., Any], args: tuple, device: str
+) -> None:
     try:
         import torch
         from torch.distributed import TCPStore
@@ -54,7 +56,7 @@ def _rank(rank: int, world_size: int, port: Any, results: Any, fn: Callable[...,
                 port.put(store.port)
         else:
             store = TCPStore("127.0.0.1", port.get(timeout=TIMEOUT_S), world_size, is_master=False)
-        join_process_group(rank, world_size, store, torch.device("cpu"))
+        join_process_group(rank, world_size, store, torch.device(device))
         results.put((rank, pickle.dumps(fn(rank, world_size, *args)), ""))
         torch.distributed.barrier()  # The store must outlive everybody's last collective.
     except BaseException:

@@ -92,6 +92,9 @@ class Store:
         Raises:
             StorageError: the place is missing, read-only, full or refuses our credentials.
         """
+        if self.url.startswith("s3"):
+            with storage_errors(self.url):  # Some stores make a missing bucket at the first write.
+                self.fs.info(self.path().split("/", 1)[0])
         name = f".raymuon-probe-{secrets.token_hex(8)}"
         self.create(name, b"raymuon")
         with storage_errors(self.url):

@@ -8,7 +8,7 @@ from jobs.bench.process import raymuon, run_json
 from jobs.curves import plot_losses
 from orchestrator.config import TrackingConfig
 
-LEARNING_RATES = {"muon": (0.8e-2, 1.6e-2, 3.2e-2), "adamw": (3e-3, 6e-3, 1.2e-2)}
+LEARNING_RATES = {"muon": (0.8e-2, 1.6e-2, 3.2e-2), "adamw": (1.5e-3, 3e-3, 6e-3)}
 
 
 def curves(picture: Path, overrides: list[str], say: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Place:
 
     def run(self, *arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
         process = self.start(*arguments, **options)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=180)
         assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
         assert "Traceback" not in err + out
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -88,9 +89,21 @@ def texts(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def make_place(tmp_path_factory, texts, cluster):
+def database(tmp_path_factory):
+    """An MLflow database with its tables: making them takes seconds."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_place(tmp_path_factory, texts, cluster, database):
     def make(name: str) -> Place:
         folder = tmp_path_factory.mktemp(name)
+        (folder / "runs").mkdir()
+        shutil.copy(database, folder / "runs" / "mlflow.db")
         (folder / "tiny.yaml").write_text(TINY.replace("TEXTS", str(texts)))
         return Place(folder, cluster)
 

@@ -53,16 +53,18 @@ def sharded(rank: int, world_size: int, shapes: dict, full_rank: bool, config: O
 
     from optim.zero1 import Zero1Optimizer
     from workers.config import TrainConfig
-    from workers.engine import deepspeed_config
+    from workers.engine import deepspeed_config, default_device
 
-    toy = Toy(shapes)
+    device = default_device()
+    toy = Toy(shapes).to(device)
     optimizer = Zero1Optimizer(toy.named_parameters(), config)
     settings = deepspeed_config(TrainConfig(), config, torch.device("cpu"), sum(p.numel() for p in toy.parameters()))
     engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=settings, dist_init_required=False)
     optimizer.bind(engine.optimizer)
     norms = []
     for step in range(STEPS):
-        engine.backward(engine(targets_of(toy, step, rank, full_rank)), scale_wrt_gas=False)
+        targets = {name: target.to(device) for name, target in targets_of(toy, step, rank, full_rank).items()}
+        engine.backward(engine(targets), scale_wrt_gas=False)
         engine.step()
         norms.append(float(engine.optimizer._global_grad_norm))
     return {

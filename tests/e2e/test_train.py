@@ -1,0 +1,82 @@
+"""A run as a person starts it: on a local Ray, to the end."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+
+from orchestrator.run_log import RunLog
+from workers.storage import Store
+
+KEYS = {"run_id", "status", "steps", "tokens", "val_loss", "val_bits_per_byte", "world_size", "checkpoint"}
+KEYS |= {"mlflow_tracking_uri", "wall_s", "first_step_s", "loss_curve", "sample"}
+
+
+@pytest.fixture(scope="module")
+def finished(make_place):
+    place = make_place("finished")
+    before = {process.pid for process in psutil.process_iter()}
+    done = place.run("train.steps=30", "checkpoint.every=10", "train.validate_every=10", "--json", address=None)
+    left = [p for p in psutil.process_iter() if p.pid not in before and p.name() in ("raylet", "gcs_server")]
+    return place, done, left
+
+
+def test_the_last_line_is_one_json_object(finished):
+    _, done, left = finished
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result.keys() >= KEYS and len(done.stdout.splitlines()) == 1
+    assert (result["status"], result["steps"], result["world_size"]) == ("finished", 30, 2)
+    assert result["tokens"] == 30 * 12 * 64
+    assert result["val_loss"] < result["val_loss_start"] and result["sample"].startswith("def ")
+    assert result["val_bits_per_byte"] == pytest.approx(result["val_loss"] / 0.6931471805599453)
+    assert 0 < result["first_step_s"] < result["wall_s"]
+    assert Path(result["loss_curve"]).read_bytes().startswith(b"\x89PNG")
+    assert not left, "no process of the local Ray is left"
+
+
+def test_the_person_sees_how_it_went(finished):
+    _, done, _ = finished
+    for expected in (
+        "step 0: validation loss",
+        "validation at the end",
+        "checkpoint:",
+        "mlflow ui --backend-store-uri",
+    ):
+        assert expected in done.stderr
+    assert "tokens/s" in done.stderr and "s left" in done.stderr
+
+
+def test_mlflow_has_every_step_the_params_and_the_artifacts(finished):
+    place, done, _ = finished
+    result = json.loads(done.stdout.splitlines()[-1])
+    client = mlflow.MlflowClient(result["mlflow_tracking_uri"])
+    run = client.get_run(result["run_id"])
+    assert run.info.status == "FINISHED" and run.data.params["optim.name"] == "muon"
+    for metric in ("loss", "lr", "grad_norm", "tokens_per_second", "world_size"):
+        assert [step for step, _ in place.history(result["run_id"], metric)] == list(range(1, 31)), metric
+    assert [step for step, _ in place.history(result["run_id"], "val_loss")] == [0, 10, 20, 30]
+    names = {artifact.path for artifact in client.list_artifacts(result["run_id"])}
+    assert names == {"config.yaml", "loss.png"}
+
+
+def test_checkpoints_are_committed_in_order(finished):
+    place, done, _ = finished
+    result = json.loads(done.stdout.splitlines()[-1])
+    log = RunLog(Store(result["checkpoint"].rpartition("@")[0]))
+    assert [entry.step for entry in log.commits] == [10, 20, 30] and log.attempt == 1
+    shown = place.checkpoints("show", result["checkpoint"])
+    assert shown["counters"] == {"step": 30, "tokens": result["tokens"], "applied_steps": 30}
+    kinds = {tensor["kind"] for tensor in shown["tensors"]}
+    assert kinds == {"weight", "momentum_buffer", "exp_avg", "exp_avg_sq", "buffer"}
+    difference = place.checkpoints("diff", f"{log.store.url}@20", f"{log.store.url}@30")
+    assert not difference["bitwise_equal"] and difference["max_abs"] > 0
+
+
+def test_adamw_trains_everything_under_the_same_engine(make_place):
+    place = make_place("adamw")
+    result = place.train("optim.name=adamw", "optim.lr=3e-3", "train.steps=20")
+    assert result["val_loss"] < result["val_loss_start"]
+    shown = place.checkpoints("show", result["checkpoint"])
+    assert {tensor["kind"] for tensor in shown["tensors"]} == {"weight", "exp_avg", "exp_avg_sq", "buffer"}
