@@ -1,0 +1,98 @@
+"""The elastic batch: the world size decides who computes a slot, and nothing else."""
+
+import math
+
+import pytest
+
+from optim.config import OptimConfig
+from tests.ranks import run_ranks
+from tests.workers.test_moonlight import TINY
+from workers.config import CheckpointConfig, DataConfig, StorageConfig, TrainConfig
+from workers.data.corpus import prepare
+from workers.errors import TrainingError
+from workers.reports import ShardWritten, StepDone, Validated
+from workers.task import Task
+
+
+def task_of(folder, **train) -> Task:
+    data = DataConfig(source=__file__, prepared_url=f"{folder}/data", held_out_fraction=0.2)
+    settings = {"steps": 4, "global_batch": 6, "micro_batch": 2, "seq_len": 32, "validate_sequences": 5}
+    return Task(
+        model=TINY,
+        optim=OptimConfig(lr=1e-2),
+        data=data,
+        train=TrainConfig(**{**settings, "sample_prompt": "", **train}),
+        checkpoint=CheckpointConfig(every=2),
+        storage=StorageConfig(),
+        seed=3,
+        corpus=prepare(data),
+        run_url=f"{folder}/run",
+        attempt=1,
+        manifest=None,
+    )
+
+
+def trained(rank: int, world_size: int, task: Task, pause_at: int = 0, poison: bool = False) -> dict:
+    from workers.engine import build_engine, default_device
+    from workers.loop import Trainer
+    from workers.state import Counters
+
+    reports: list = []
+    engine = build_engine(task.model, task.optim, task.train, task.seed, default_device())
+    counters = Counters()
+    if poison:
+        engine.model.lm_head.weight.data[0, 0] = math.nan
+    trainer = Trainer(
+        task,
+        engine,
+        counters,
+        lambda kind, **fields: reports.append((kind, fields)),
+        pause=lambda: rank == world_size - 1 and counters.step + 1 == pause_at,
+    )
+    try:
+        outcome = trainer.run()
+    except TrainingError as error:
+        outcome = str(error)
+    return {
+        "outcome": outcome,
+        "step": counters.step,
+        "losses": [fields["loss"] for kind, fields in reports if kind is StepDone],
+        "validation": [(fields["step"], fields["loss"]) for kind, fields in reports if kind is Validated],
+        "saved": [fields["step"] for kind, fields in reports if kind is ShardWritten],
+        "tokens": counters.tokens,
+        "weights": {name: p.detach().clone() for name, p in engine.model.named_parameters()},
+        "biases": {name: b.clone() for name, b in engine.model.named_buffers() if "bias" in name},
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_uneven_and_idle_ranks_train_the_same_model(tmp_path, world_size):
+    """Three slots: two ranks have 1 and 2 of them, and of four ranks one has none."""
+    task = task_of(tmp_path)
+    (alone,) = run_ranks(1, trained, task)
+    together = run_ranks(world_size, trained, task)
+    assert alone["outcome"] == "finished" and alone["tokens"] == together[0]["tokens"] == 4 * 6 * 32
+    for a, b in zip(alone["losses"], together[0]["losses"], strict=True):
+        assert b == pytest.approx(a, rel=1e-6)
+    for (step, a), (other, b) in zip(alone["validation"], together[0]["validation"], strict=True):
+        assert step == other and b == pytest.approx(a, rel=1e-6)
+    for result in together:
+        for name, weight in result["weights"].items():
+            assert (weight - alone["weights"][name]).abs().max() < 1e-5, name
+        for name, bias in result["biases"].items():
+            assert bias.equal(alone["biases"][name]), "the experts' load is counted over the whole batch"
+        assert result["saved"] == [2, 4], "every rank writes its shard"
+    assert not any(result["losses"] for result in together[1:]), "rank 0 alone tells of steps"
+
+
+def test_one_ranks_pause_stops_all_at_the_same_boundary(tmp_path):
+    results = run_ranks(3, trained, task_of(tmp_path, steps=50), 3)
+    assert {(result["outcome"], result["step"]) for result in results} == {("paused", 3)}
+    assert all(result["saved"] == [2, 3] for result in results)
+
+
+def test_a_step_that_is_not_finite_ends_the_run_unsaved(tmp_path):
+    results = run_ranks(2, trained, task_of(tmp_path), 0, True)
+    for result in results:
+        assert "step 1: the loss or the gradient is not finite" in result["outcome"]
+        assert result["saved"] == [] and result["step"] == 0
