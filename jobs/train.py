@@ -18,6 +18,7 @@ from jobs.watch import TerminalWatcher
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import RunResult, StopSignal, run
 from workers.errors import Interrupted
+from workers.storage import storage_errors
 
 
 def train(config: str, overrides: list[str], resume: str, address: str | None, as_json: bool) -> None:
@@ -60,8 +61,9 @@ def _write_artifacts(config: RunConfig, result: RunResult, record: Any) -> Path:
         plot_losses({config.run.name: result.losses}, picture)
         record.artifact(picture)
         kept = Path("runs") / "plots" / f"{result.run_id}.png"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(picture.read_bytes())
+        with storage_errors(str(kept)):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(picture.read_bytes())
     return kept.resolve()
 
 

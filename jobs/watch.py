@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from workers.reports import Report, ShardWritten, StepDone, Validated
+from workers.reports import Report, StepDone, Validated
 
 LOG_S = 10.0
 """Seconds between lines where the output is not a terminal."""
@@ -18,7 +18,7 @@ class TerminalWatcher:
     def __init__(self, tokens_per_step: int) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.tokens_per_step = tokens_per_step
-        self.last_step, self.val_loss = 0, float("nan")
+        self.last_step = 0
         self.next_line = 0.0
         self.rate = 0.0
         self.bar = Progress(
@@ -70,5 +70,7 @@ class TerminalWatcher:
                     self.console.print(f"step {report.step}/{self.last_step}  {numbers}  {left:.0f} s left")
             case Validated():
                 self.console.print(f"step {report.step}: validation loss {report.loss:.4f} nats per byte")
-            case ShardWritten() if report.rank == 0:
-                self.console.print(f"[dim]step {report.step}: checkpoint[/dim]")
+
+    def committed(self, step: int, url: str) -> None:
+        """Say that a checkpoint counts."""
+        self.console.print(f"[dim]step {step}: checkpoint[/dim]")

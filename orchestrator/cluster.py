@@ -29,7 +29,6 @@ def connected(address: str | None) -> Iterator[bool]:
     local = address is None
     if address:
         _reach(address)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own in its place.
     try:
         # "local" keeps Ray from joining whatever cluster happens to run on this machine.

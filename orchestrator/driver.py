@@ -5,19 +5,19 @@ commits. It is never in the step's path. Everything that can be refused is check
 that bad input leaves no half run behind.
 """
 
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 from orchestrator.cluster import connected, reserved_slots, uses_gpu
+from orchestrator.commits import Commits
 from orchestrator.config import RunConfig, absolute
 from orchestrator.preflight import Found, check_inputs, find_run, identity, in_background, run_store
 from orchestrator.run_log import RunLog
 from orchestrator.worker_group import WorkerGroup
-from workers.checkpoint.manifest import Manifest
 from workers.data.corpus import Corpus
 from workers.errors import ConfigError, Interrupted, RaymuonError, StorageError, TrainingError
 from workers.reports import Ended, Report, Sampled, ShardWritten, StepDone, Validated
@@ -25,6 +25,8 @@ from workers.storage import configure_s3
 from workers.task import Task
 
 T = TypeVar("T")
+BLAME_S = 2.0
+"""How long to listen on after a failure: what a rank tells may only be the consequence of another's death."""
 
 
 class Watcher(Protocol):
@@ -41,6 +43,9 @@ class Watcher(Protocol):
 
     def report(self, report: Report) -> None:
         """A worker told something."""
+
+    def committed(self, step: int, url: str) -> None:
+        """A checkpoint counts."""
 
 
 class StopSignal:
@@ -127,10 +132,10 @@ def run(
 
 def _await(future: Future[T], stop: StopSignal) -> T:
     """Wait in short stretches, so that a person can interrupt."""
-    while True:
+    while not future.done():
         stop.check()
-        with suppress(FutureTimeout):
-            return future.result(timeout=0.1)
+        wait([future], timeout=0.1)
+    return future.result()
 
 
 def _lead(
@@ -167,6 +172,7 @@ def _lead(
         if found.manifest:
             result.steps, result.tokens = found.manifest.step, found.manifest.counters["tokens"]
             result.checkpoint = f"{log.store.url}@{found.manifest.step}"
+        record.tag("raymuon.checkpoint_url", log.store.url)
         group.start(task)
         watcher.begin(run_id, result.steps, config.train.steps, group.world_size)
         with _training(stop):
@@ -195,16 +201,17 @@ def _follow(
     stop: StopSignal,
 ) -> None:
     """Take in reports until every worker has ended."""
-    commits = _Commits(task, identity(config, task.corpus), group.world_size, log)
+    # What a checkpoint stands for is in the record before it counts: no row is lost, whenever the driver dies.
+    commits = Commits(log, task.attempt, identity(config, task.corpus), group.world_size, before=record.flush)
     ended: list[Ended] = []
-    pausing, failing = False, record.failure
+    pausing, failing, first_failure = False, record.failure, 0.0
     while len(ended) < group.world_size:
         stop.check()
         if stop.requests and not pausing:
             pausing = True
             watcher.warn("stopping after this step, with a checkpoint; once more ends at once")
             group.pause()
-        for report in group.reports(timeout_s=0.5):
+        for report in group.reports(timeout_s=0.2):
             watcher.report(report)
             match report:
                 case StepDone():
@@ -215,46 +222,21 @@ def _follow(
                     result.val_loss = report.loss
                     record.log("validation", report.step, report.time, {"val_loss": report.loss})
                 case ShardWritten():
-                    if manifest := commits.take(report):
-                        record.flush()  # What a checkpoint stands for is in the record before it counts.
-                        log.commit(manifest)
-                        result.checkpoint = f"{log.store.url}@{manifest.step}"
+                    if commits.take(report):
+                        result.checkpoint = f"{log.store.url}@{report.step}"
+                        watcher.committed(report.step, result.checkpoint)
                 case Sampled():
                     result.sample = report.text
-                case Ended(outcome="failed"):
-                    raise _error(report)
                 case Ended():
                     ended.append(report)
+        if failed := [report for report in ended if report.outcome == "failed"]:
+            first_failure = first_failure or time.monotonic()
+            if len(ended) == group.world_size or time.monotonic() > first_failure + BLAME_S:
+                raise _error(min(failed, key=lambda report: report.time))
         if record.failure and record.failure != failing:
             watcher.warn(f"MLflow does not take metrics ({record.failure}); training goes on, the rows wait")
         failing = record.failure
     result.status = "finished" if ended[0].outcome == "finished" else "interrupted"
-
-
-class _Commits:
-    """Collects the shards of each step until every rank's is there."""
-
-    def __init__(self, task: Task, run_identity: dict[str, Any], world_size: int, log: RunLog) -> None:
-        self.task, self.identity, self.world_size, self.log = task, run_identity, world_size, log
-        self.waiting: dict[int, dict[int, ShardWritten]] = {}
-
-    def take(self, report: ShardWritten) -> Manifest | None:
-        """Return the checkpoint's manifest when this shard was its last."""
-        shards = self.waiting.setdefault(report.step, {})
-        shards[report.rank] = report
-        if len(shards) < self.world_size:
-            return None
-        del self.waiting[report.step]
-        return Manifest(
-            run_id=self.log.store.url.rsplit("/", 1)[-1],
-            attempt=self.task.attempt,
-            step=report.step,
-            world_size=self.world_size,
-            identity=self.identity,
-            counters=report.counters,
-            shapes=report.shapes,
-            shards=tuple(shards[rank].shard for rank in sorted(shards)),
-        )
 
 
 def flat_params(config: RunConfig) -> dict[str, Any]:

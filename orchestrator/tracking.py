@@ -8,7 +8,8 @@ and go out with the next flush; `close` raises if some could not be written at a
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,16 @@ class Tracking:
         self.uri = config.uri
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        try:
+        with tracking_errors(config.uri):
             self.client = mlflow.MlflowClient(config.uri)
             self.experiment_id = self._experiment(config)
-        except Exception as error:  # Whatever a store's driver raises.
-            raise StorageError(f"tracking.uri={config.uri}: {_first_line(error)}") from error
 
     def create(self, name: str, params: Mapping[str, Any]) -> str:
         """Make a run and return its id; the params are logged once, with the run."""
-        run_id = self.client.create_run(self.experiment_id, run_name=name).info.run_id
-        self.client.log_batch(run_id, params=[Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()])
+        logged = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()]
+        with tracking_errors(self.uri):
+            run_id = self.client.create_run(self.experiment_id, run_name=name).info.run_id
+            self.client.log_batch(run_id, params=logged)
         return run_id
 
     def unfinished(self, name: str) -> str | None:
@@ -72,7 +73,8 @@ class Tracking:
 
     def _newest(self, condition: str) -> str | None:
         newest_first = ["attributes.start_time DESC"]
-        runs = self.client.search_runs([self.experiment_id], condition, max_results=1, order_by=newest_first)
+        with tracking_errors(self.uri):
+            runs = self.client.search_runs([self.experiment_id], condition, max_results=1, order_by=newest_first)
         return runs[0].info.run_id if runs else None
 
     def _experiment(self, config: TrackingConfig) -> str:
@@ -99,9 +101,12 @@ class RunRecord:
     """
 
     def __init__(self, tracking: Tracking, run_id: str) -> None:
-        self.client, self.run_id = tracking.client, run_id
-        self.marks = {series: self._last_step(metric) for series, metric in MARKS.items()}
-        self.client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+        self.client, self.uri, self.run_id = tracking.client, tracking.uri, run_id
+        self.marks = {
+            series: max((step for step, _ in self.history(metric)), default=-1) for series, metric in MARKS.items()
+        }
+        with tracking_errors(self.uri):
+            self.client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
         self._rows: list[_Row] = []
         self._lock = threading.Lock()  # Guards _rows; _flushing keeps the order of the rows that are on their way.
         self._flushing = threading.Lock()
@@ -139,15 +144,18 @@ class RunRecord:
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
-        self.client.set_tag(self.run_id, key, value)
+        with tracking_errors(self.uri):
+            self.client.set_tag(self.run_id, key, value)
 
     def artifact(self, path: Path) -> None:
         """Put a file beside the run."""
-        self.client.log_artifact(self.run_id, str(path))
+        with tracking_errors(self.uri):
+            self.client.log_artifact(self.run_id, str(path))
 
     def history(self, metric: str) -> list[tuple[int, float]]:
         """Return all `(step, value)` of a metric, in order."""
-        return sorted((m.step, m.value) for m in self.client.get_metric_history(self.run_id, metric))
+        with tracking_errors(self.uri):
+            return sorted((m.step, m.value) for m in self.client.get_metric_history(self.run_id, metric))
 
     def close(self, status: str) -> None:
         """Write what is left and set the run's status: FINISHED, FAILED or KILLED.
@@ -158,10 +166,8 @@ class RunRecord:
         self._closing.set()
         self._thread.join()
         written = self.flush()
-        try:
+        with tracking_errors(self.uri):
             self.client.set_terminated(self.run_id, status)
-        except Exception as error:  # As above.
-            raise StorageError(f"the MLflow run {self.run_id} could not be ended: {_first_line(error)}") from error
         if not written:
             raise StorageError(f"{len(self._rows)} rows could not be written to the MLflow run: {self.failure}")
 
@@ -169,8 +175,14 @@ class RunRecord:
         while not self._closing.wait(FLUSH_S):
             self.flush()
 
-    def _last_step(self, metric: str) -> int:
-        return max((m.step for m in self.client.get_metric_history(self.run_id, metric)), default=-1)
+
+@contextmanager
+def tracking_errors(uri: str) -> Iterator[None]:
+    """Turn whatever MLflow or its store's driver raises into a StorageError."""
+    try:
+        yield
+    except Exception as error:
+        raise StorageError(f"tracking.uri={uri}: {_first_line(error)}") from error
 
 
 def _beside(uri: str) -> str | None:

@@ -81,7 +81,7 @@ class WorkerGroup:
                 ]
             )
         except RayError as error:
-            raise ClusterError(f"a worker could not start: {_first_line(error)}") from error
+            raise ClusterError(f"a worker could not start: {_reason(error)}") from error
         self._polls = {worker.reports.remote(POLL_S): rank for rank, worker in enumerate(self.workers)}
 
     def reports(self, timeout_s: float) -> Iterator[Report]:
@@ -96,7 +96,7 @@ class WorkerGroup:
             try:
                 reports = ray.get(poll)
             except RayActorError as error:
-                raise TrainingError(f"the worker of rank {rank} died: {_first_line(error)}") from error
+                raise TrainingError(f"the worker of rank {rank} died: {_reason(error)}") from error
             self._polls[self.workers[rank].reports.remote(POLL_S)] = rank
             yield from (report for report in reports if report.generation == self.generation)
 
@@ -105,5 +105,7 @@ class WorkerGroup:
         self.workers[0].pause.remote()
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+def _reason(error: RayError) -> str:
+    """Return one line: Ray wraps what a worker raised into the worker's whole traceback."""
+    cause = getattr(error, "cause", None)
+    return f"{type(cause).__name__}: {cause}" if cause else str(error).strip().splitlines()[0]

@@ -124,10 +124,10 @@ class Trainer:
             self._report_rank0(Sampled, text=text)
         return outcome
 
-    def _forward_backward(self, step: int) -> float:
-        """Accumulate the gradient of this rank's slots and return their summed loss in nats."""
+    def _forward_backward(self, step: int) -> Tensor:
+        """Accumulate the gradient of this rank's slots and return their summed loss in nats, fp64 on the device."""
         train, engine = self.task.train, self.engine
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
         global_tokens = train.global_batch * train.seq_len
         # A rank without a slot runs one of weight zero: the reduction needs a gradient from everybody.
         for slot in self.slots or [0]:
@@ -139,7 +139,7 @@ class Trainer:
             weight = engine.world_size / global_tokens if self.slots else 0.0  # DeepSpeed averages over the ranks.
             engine.engine.backward(loss_sum * weight, scale_wrt_gas=False)
             if self.slots:
-                total += loss_sum.item()
+                total += loss_sum.detach()
                 self.ledger.add(step, slot, indices)
         if not self.slots:
             engine.model.clear_expert_load()
@@ -151,11 +151,11 @@ class Trainer:
         logits = model(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
 
-    def _boundary(self, loss_sum: float) -> Boundary:
+    def _boundary(self, loss_sum: Tensor) -> Boundary:
         model, train = self.engine.model, self.task.train
         load = model.expert_load()
         tokens = len(self.slots) * train.micro_batch * train.seq_len
-        scalars = [loss_sum, tokens, float(self.engine.zero.overflow), float(self.pause())]
+        scalars = [loss_sum.item(), tokens, float(self.engine.zero.overflow), float(self.pause())]
         sums = self.engine.all_reduce(torch.cat([torch.tensor(scalars, dtype=torch.float64), load.flatten().cpu()]))
         model.clear_expert_load()
         loss, tokens, overflow, pause = sums[:4].tolist()
