@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 from optim.config import OptimConfig, require
+from workers.checkpoint.manifest import Manifest
 from workers.config import CheckpointConfig, DataConfig, ModelConfig, StorageConfig, TrainConfig
+from workers.data.corpus import Corpus
 from workers.storage import absolute_url
+from workers.task import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,4 +116,21 @@ def absolute(config: RunConfig) -> RunConfig:
         ),
         checkpoint=replace(config.checkpoint, url=absolute_url(config.checkpoint.url)),
         tracking=replace(config.tracking, uri=uri),
+    )
+
+
+def task_of(config: RunConfig, corpus: Corpus, run_url: str, attempt: int, manifest: Manifest | None) -> Task:
+    """Return what the workers are told of a run: no more than they need, so nothing of Ray or MLflow."""
+    return Task(
+        model=config.model,
+        optim=config.optim,
+        data=config.data,
+        train=config.train,
+        checkpoint=config.checkpoint,
+        storage=config.storage,
+        seed=config.seed,
+        corpus=corpus,
+        run_url=run_url,
+        attempt=attempt,
+        manifest=manifest,
     )

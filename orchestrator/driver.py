@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from orchestrator.cluster import connected, reserved_slots, uses_gpu
 from orchestrator.commits import Commits
-from orchestrator.config import RunConfig, absolute
+from orchestrator.config import RunConfig, absolute, task_of
 from orchestrator.preflight import Found, check_inputs, find_run, identity, in_background, run_store
 from orchestrator.run_log import RunLog
 from orchestrator.worker_group import WorkerGroup
@@ -156,19 +156,7 @@ def _lead(
     record = RunRecord(found.tracking, run_id)
     result = RunResult(run_id, world_size=group.world_size)
     try:
-        task = Task(
-            model=config.model,
-            optim=config.optim,
-            data=config.data,
-            train=config.train,
-            checkpoint=config.checkpoint,
-            storage=config.storage,
-            seed=config.seed,
-            corpus=corpus,
-            run_url=log.store.url,
-            attempt=attempt,
-            manifest=found.manifest,
-        )
+        task = task_of(config, corpus, log.store.url, attempt, found.manifest)
         if found.manifest:
             result.steps, result.tokens = found.manifest.step, found.manifest.counters["tokens"]
             result.checkpoint = f"{log.store.url}@{found.manifest.step}"

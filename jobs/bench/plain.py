@@ -12,10 +12,10 @@ from typing import Any
 from torch.distributed import rendezvous
 
 from jobs.load import load
-from orchestrator.config import absolute
+from orchestrator.config import absolute, task_of
 from workers.data.corpus import prepare
 from workers.reports import Report, StepDone
-from workers.task import Membership, Task
+from workers.task import Membership
 from workers.training import train
 
 
@@ -24,19 +24,7 @@ def main(config_path: str, run_url: str) -> None:
     config = absolute(load(config_path, []))
     store, rank, world_size = next(rendezvous("env://"))
     member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0)
-    task = Task(
-        model=config.model,
-        optim=config.optim,
-        data=config.data,
-        train=config.train,
-        checkpoint=config.checkpoint,
-        storage=config.storage,
-        seed=config.seed,
-        corpus=prepare(config.data),
-        run_url=run_url,
-        attempt=1,
-        manifest=None,
-    )
+    task = task_of(config, prepare(config.data), run_url, attempt=1, manifest=None)
     times: list[float] = []
 
     def report(kind: type[Report], **fields: Any) -> None:
