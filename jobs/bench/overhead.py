@@ -77,7 +77,10 @@ def _raymuon(path: Path, config: RunConfig) -> float:
 def _torchrun(path: Path, config: RunConfig, folder: str) -> float:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(config.scaling.max_workers), "-m", "jobs.bench.plain"]
-    result = run_json([*command, str(path), f"{folder}/plain"], OMP_NUM_THREADS="1")
+    # What Ray and our actor set for a worker, so that both arms compute alike.
+    result = run_json(
+        [*command, str(path), f"{folder}/plain"], OMP_NUM_THREADS="1", ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16"
+    )
     return _speed(result["times"], config)
 
 

@@ -4,7 +4,6 @@ Started as `torchrun -m jobs.bench.plain CONFIG.yaml RUN_URL`; rank 0 prints the
 """
 
 import json
-import os
 import sys
 import time
 from typing import Any
@@ -37,5 +36,4 @@ def main(config_path: str, run_url: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     main(sys.argv[1], sys.argv[2])
