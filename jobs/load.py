@@ -83,7 +83,7 @@ def _read(config: str, overrides: list[str]) -> dict[str, Any]:
 
 def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
     """Make `cls` out of `values`; add what is wrong to `problems` and return None then."""
-    hints, arguments, before = get_type_hints(cls), {}, len(problems)
+    hints, arguments, unusable, before = get_type_hints(cls), {}, [], len(problems)
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in hints:
@@ -98,12 +98,15 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
                 arguments[key] = getattr(OmegaConf.merge(OmegaConf.structured(cls), {key: value}), key)
             except OmegaConfBaseException:
                 problems.append(f"{name}: must be {_type_name(hints[key])}, not {value!r}")
+                unusable.append(key)
     if any(argument is None for argument in arguments.values()):
         return None
     try:
         made = cls(**arguments)
     except ConfigProblems as error:
-        problems.extend(f"{prefix}{problem}" for problem in error.problems)
+        # What a check says about a default in the place of an unusable value would mislead.
+        sound = [problem for problem in error.problems if not any(key in problem for key in unusable)]
+        problems.extend(f"{prefix}{problem}" for problem in sound)
         return None
     return made if len(problems) == before else None
 

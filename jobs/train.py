@@ -31,14 +31,14 @@ def train(config: str, overrides: list[str], resume: str, address: str | None, a
     stop = StopSignal()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.request())
-    plot: list[Path] = []
+    plots: list[Path] = []
 
     def artifacts(result: RunResult, record: Any) -> None:
-        plot.append(_write_artifacts(run_config, result, record))
+        plots.append(_write_artifacts(run_config, result, record))
 
     with TerminalWatcher(run_config.train.global_batch * run_config.train.seq_len) as watcher:
         result = run(run_config, resume, address, watcher, stop, artifacts)
-    summary = _summary(run_config, result, plot[0])
+    summary = _summary(run_config, result, plots[0] if plots else None)
     _print(summary, Console(stderr=as_json, highlight=False))
     if as_json:
         print(json.dumps(summary), flush=True)  # noqa: T201
@@ -50,7 +50,7 @@ def train(config: str, overrides: list[str], resume: str, address: str | None, a
 
 
 def _write_artifacts(config: RunConfig, result: RunResult, record: Any) -> Path:
-    """Put the resolved config and the loss curve into the MLflow run; keep the picture beside the checkpoints."""
+    """Put the resolved config and the loss curve into the MLflow run; keep the picture under runs/plots."""
     from jobs.curves import plot_losses  # matplotlib takes a second to import.
 
     with tempfile.TemporaryDirectory() as folder:
@@ -67,14 +67,14 @@ def _write_artifacts(config: RunConfig, result: RunResult, record: Any) -> Path:
     return kept.resolve()
 
 
-def _summary(config: RunConfig, result: RunResult, plot: Path) -> dict[str, Any]:
+def _summary(config: RunConfig, result: RunResult, plot: Path | None) -> dict[str, Any]:
     started = psutil.Process(os.getpid()).create_time()
     kept = {key: value for key, value in asdict(result).items() if key not in ("losses", "first_step_time")}
     return {
         **kept,
         "val_bits_per_byte_start": _bits(result.val_loss_start),
         "val_bits_per_byte": _bits(result.val_loss),
-        "loss_curve": str(plot),
+        "loss_curve": plot and str(plot),
         "mlflow_tracking_uri": config.tracking.uri,
         "wall_s": round(time.time() - started, 2),
         "first_step_s": result.first_step_time and round(result.first_step_time - started, 2),

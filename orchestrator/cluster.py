@@ -12,7 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from orchestrator.config import ScalingConfig
 from orchestrator.reach import reach
-from workers.errors import ClusterError
+from workers.errors import ClusterError, Interrupted
 
 GRACE_S = 5.0
 """How long to wait for more workers than the minimum, once the minimum is there."""
@@ -25,26 +25,26 @@ def connected(address: str | None) -> Iterator[bool]:
     Raises:
         ClusterError: no cluster answers there.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    local = address is None
-    if address:
-        _reach(address)
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    local = address == "local"
+    _reach(address)
     on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own in its place.
     try:
         # "local" keeps Ray from joining whatever cluster happens to run on this machine.
         ray.init(
-            address or "local",
+            address,
             include_dashboard=False if local else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=False,
         )
         signal.signal(signal.SIGTERM, on_sigterm)
+    except SystemExit as error:  # What Ray's own handler makes of a SIGTERM.
+        raise Interrupted("interrupted; nothing had begun") from error
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address!r} ({error}); check --address or RAY_ADDRESS, "
-            "or leave both out for a local Ray"
-        ) from error
+        if local:
+            raise ClusterError(f"a local Ray could not be started: {error}") from error
+        raise _no_answer(address, error) from error
     try:
         yield local
     finally:
@@ -92,11 +92,15 @@ def _reach(address: str) -> None:
         return
     try:
         reach(host.strip("[]"), int(port))
-    except OSError as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address!r} ({error}); check --address or RAY_ADDRESS, "
-            "or leave both out for a local Ray"
-        ) from error
+    except (OSError, ValueError, OverflowError) as error:
+        raise _no_answer(address, error) from error
+
+
+def _no_answer(address: str, error: BaseException) -> ClusterError:
+    return ClusterError(
+        f"no Ray cluster answers at {address!r} ({error}); check --address or RAY_ADDRESS, "
+        "or leave both out for a local Ray"
+    )
 
 
 def _bundle(scaling: ScalingConfig) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from optim.config import OptimConfig, require
 from workers.checkpoint.manifest import Manifest
@@ -99,7 +99,7 @@ class RunConfig:
     """Of the initial weights, the data order and everything random."""
 
     def __post_init__(self) -> None:
-        require((self.seed >= 0, f"seed must be 0 or more, not {self.seed}"))
+        require((0 <= self.seed < 2**63, f"seed must be 0 or more, and less than 2**63, not {self.seed}"))
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -119,6 +119,17 @@ def absolute(config: RunConfig) -> RunConfig:
     )
 
 
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the leaves of nested dicts under dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves.update({f"{key}.{part}": leaf for part, leaf in flatten(value).items()})
+        else:
+            leaves[key] = value
+    return leaves
+
+
 def task_of(config: RunConfig, corpus: Corpus, run_url: str, attempt: int, manifest: Manifest | None) -> Task:
     """Return what the workers are told of a run: no more than they need, so nothing of Ray or MLflow."""
     return Task(
@@ -127,7 +138,6 @@ def task_of(config: RunConfig, corpus: Corpus, run_url: str, attempt: int, manif
         data=config.data,
         train=config.train,
         checkpoint=config.checkpoint,
-        storage=config.storage,
         seed=config.seed,
         corpus=corpus,
         run_url=run_url,

@@ -14,9 +14,9 @@ from typing import Any, Protocol, TypeVar
 
 from orchestrator.cluster import connected, reserved_slots, uses_gpu
 from orchestrator.commits import Commits
-from orchestrator.config import RunConfig, absolute, task_of
-from orchestrator.preflight import Found, check_inputs, find_run, identity, in_background, run_store
-from orchestrator.run_log import RunLog
+from orchestrator.config import RunConfig, flatten, task_of
+from orchestrator.preflight import Found, check_identity, check_inputs, find_run, identity, in_background, run_store
+from orchestrator.run_log import FencedError, RunLog
 from orchestrator.worker_group import WorkerGroup
 from workers.data.corpus import Corpus
 from workers.errors import ConfigError, Interrupted, RaymuonError, StorageError, TrainingError
@@ -99,7 +99,7 @@ def run(
     """Train a run from its start, or from where it is, to its end.
 
     Args:
-        config: of the run.
+        config: of the run, with absolute paths.
         resume: `never`, `auto` (the unfinished run of that name, if there is one) or a run's id or name.
         address: of a Ray cluster; None starts a local one, unless RAY_ADDRESS is set.
         watcher: shows what happens.
@@ -112,22 +112,30 @@ def run(
     Raises:
         RaymuonError: with the exit code of what went wrong.
     """
-    config = absolute(config)
     configure_s3(config.storage.s3_endpoint)
-    corpus = _await(in_background(lambda: check_inputs(config), may_be_torn=True), stop)
-    found = in_background(lambda: find_run(config, corpus, resume), may_be_torn=False)
+    inputs = _await(in_background(lambda: check_inputs(config), may_be_torn=True), stop)
+    if not inputs.store_fences:
+        watcher.warn(
+            f"{config.checkpoint.url} does not honour conditional creates: see to it that one driver alone leads a run"
+        )
+    found = in_background(lambda: find_run(config, inputs.corpus, resume), may_be_torn=False)
+
+    def check() -> None:
+        stop.check()
+        if found.done():
+            found.result()  # A refusal does not wait for slots or workers.
+
     watcher.phase("starting Ray")
     with (
         connected(address) as local,
-        reserved_slots(config.scaling, local, watcher.warn, stop.check) as slots,
+        reserved_slots(config.scaling, local, watcher.warn, check) as slots,
         WorkerGroup(slots, config.scaling, uses_gpu(config.scaling)) as group,
     ):
         watcher.phase(f"starting {group.world_size} worker(s)")
         group.prepare(config.storage)
-        run_found = _await(found, stop)
         while not group.prepared(timeout_s=0.2):
-            stop.check()
-        return _lead(config, corpus, run_found, group, watcher, stop, artifacts)
+            check()
+        return _lead(config, inputs.corpus, _await(found, stop), group, watcher, stop, artifacts)
 
 
 def _await(future: Future[T], stop: StopSignal) -> T:
@@ -150,16 +158,20 @@ def _lead(
     """Make or take over the run, train, and close the record whatever happens."""
     from orchestrator.tracking import RunRecord
 
-    run_id = found.run_id or found.tracking.create(config.run.name, flat_params(config))
-    log = RunLog(run_store(config, run_id))
-    attempt = log.take_over()
+    run_id = found.run_id or found.tracking.create(config.run.name, flatten(asdict(config)))
     record = RunRecord(found.tracking, run_id)
     result = RunResult(run_id, world_size=group.world_size)
     try:
-        task = task_of(config, corpus, log.store.url, attempt, found.manifest)
-        if found.manifest:
-            result.steps, result.tokens = found.manifest.step, found.manifest.counters["tokens"]
-            result.checkpoint = f"{log.store.url}@{found.manifest.step}"
+        # The log is read anew: since the preflight another driver may have come and gone.
+        log = RunLog(run_store(config, run_id))
+        if log.identity is not None:
+            check_identity(log, identity(config, corpus))
+        attempt = log.take_over(identity(config, corpus))
+        manifest = log.manifest()
+        task = task_of(config, corpus, log.store.url, attempt, manifest)
+        if manifest:
+            result.steps, result.tokens = manifest.step, manifest.counters["tokens"]
+            result.checkpoint = f"{log.store.url}@{manifest.step}"
         record.tag("raymuon.checkpoint_url", log.store.url)
         group.start(task)
         watcher.begin(run_id, result.steps, config.train.steps, group.world_size)
@@ -169,7 +181,13 @@ def _lead(
         result.losses = (record.history("loss"), record.history("val_loss"))
         if result.losses[1] and result.losses[1][0][0] == 0:
             result.val_loss_start = result.losses[1][0][1]
-        artifacts(result, record)
+        try:
+            artifacts(result, record)
+        except StorageError as error:  # The training is done and saved: a missing picture does not undo it.
+            watcher.warn(str(error))
+    except FencedError:
+        record.abandon()  # The run is another driver's now, and so is its record.
+        raise
     except BaseException as error:
         with suppress(StorageError):  # The first error is the one to tell.
             record.close("KILLED" if isinstance(error, Interrupted) else "FAILED")
@@ -220,22 +238,12 @@ def _follow(
         if failed := [report for report in ended if report.outcome == "failed"]:
             first_failure = first_failure or time.monotonic()
             if len(ended) == group.world_size or time.monotonic() > first_failure + BLAME_S:
-                raise _error(min(failed, key=lambda report: report.time))
+                # A peer that went away is a consequence; what storage or the config refused is a cause.
+                raise _error(min(failed, key=lambda r: (r.exit_code == TrainingError.exit_code, r.time)))
         if record.failure and record.failure != failing:
             watcher.warn(f"MLflow does not take metrics ({record.failure}); training goes on, the rows wait")
         failing = record.failure
     result.status = "finished" if ended[0].outcome == "finished" else "interrupted"
-
-
-def flat_params(config: RunConfig) -> dict[str, Any]:
-    """Return the config as MLflow params: dotted keys."""
-    flat: dict[str, Any] = {}
-    for section, value in asdict(config).items():
-        if isinstance(value, dict):
-            flat.update({f"{section}.{key}": item for key, item in value.items()})
-        else:
-            flat[section] = value
-    return flat
 
 
 @contextmanager

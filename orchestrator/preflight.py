@@ -1,4 +1,4 @@
-"""Everything that can be refused is found out before Ray is started and before the MLflow run is made.
+"""Everything that can be refused is found out before the MLflow run is made, most of it before Ray is started.
 
 So bad input is told within seconds and leaves nothing behind. What is slow (MLflow's import and its database) runs
 beside Ray's start and the workers' own imports.
@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlparse
 
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, flatten
 from orchestrator.reach import reach
 from orchestrator.run_log import RunLog
-from workers.checkpoint.manifest import Manifest
 from workers.data.corpus import Corpus, check_corpus, prepare
 from workers.errors import ConfigError, StorageError
 from workers.storage import Store
@@ -26,28 +25,35 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def check_inputs(config: RunConfig) -> Corpus:
-    """Check that tracking and storage can be reached and that there is enough data; return the prepared corpus.
+@dataclass(frozen=True)
+class Inputs:
+    """The prepared corpus, and whether the store honours conditional creates, on which fencing rests."""
+
+    corpus: Corpus
+    store_fences: bool
+
+
+def check_inputs(config: RunConfig) -> Inputs:
+    """Check that tracking and storage can be reached and that there is enough data.
 
     Raises:
         ConfigError: the corpus is missing, empty or too small.
         StorageError: a server does not answer, or storage cannot be written.
     """
     _reach(config.tracking.uri)
-    Store(config.checkpoint.url).probe()
+    store_fences = Store(config.checkpoint.url).probe()
     corpus = prepare(config.data)
     if problems := check_corpus(corpus, config.train.seq_len, config.train.global_batch):
         raise ConfigError("\n".join(problems))
-    return corpus
+    return Inputs(corpus, store_fences)
 
 
 @dataclass(frozen=True)
 class Found:
-    """The tracking store, and the run to go on with and its newest checkpoint, where there is one."""
+    """The tracking store, and the run to go on with, where there is one."""
 
     tracking: "Tracking"
     run_id: str | None
-    manifest: Manifest | None
 
 
 def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
@@ -61,12 +67,17 @@ def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
 
     tracking = Tracking(config.tracking)
     if resume == "never":
-        return Found(tracking, None, None)
+        return Found(tracking, None)
     run_id = tracking.unfinished(config.run.name) if resume == "auto" else tracking.find(resume)
-    manifest = RunLog(run_store(config, run_id)).manifest() if run_id else None
-    if manifest is not None:
-        _check_identity(identity(config, corpus), manifest)
-    return Found(tracking, run_id, manifest)
+    if run_id is None:
+        return Found(tracking, None)
+    log = RunLog(run_store(config, run_id))
+    if log.identity is None:
+        if resume == "auto":  # A run of that name whose files are elsewhere is not ours to go on with.
+            return Found(tracking, None)
+        raise ConfigError(f"--resume {resume}: nothing of run {run_id} is under checkpoint.url={config.checkpoint.url}")
+    check_identity(log, identity(config, corpus))
+    return Found(tracking, run_id)
 
 
 def run_store(config: RunConfig, run_id: str) -> Store:
@@ -106,9 +117,13 @@ def in_background(work: Callable[[], T], may_be_torn: bool) -> Future[T]:
     return future
 
 
-def _check_identity(wanted: dict[str, Any], manifest: Manifest) -> None:
-    """Refuse a checkpoint of another model, other data or another batch; name every difference."""
-    saved, given = _flat(manifest.identity), _flat(wanted)
+def check_identity(log: RunLog, wanted: dict[str, Any]) -> None:
+    """Refuse a run of another model, other data or another batch; name every difference.
+
+    Raises:
+        ConfigError: going on would make another run of it, silently.
+    """
+    saved, given = flatten(log.identity or {}), flatten(wanted)
     differences = [
         f"  {key}: the checkpoint has {saved.get(key)!r}, the config {value!r}"
         for key, value in given.items()
@@ -116,27 +131,19 @@ def _check_identity(wanted: dict[str, Any], manifest: Manifest) -> None:
     ]
     if differences:
         raise ConfigError(
-            f"run {manifest.run_id} cannot go on from step {manifest.step} with this config:\n"
+            f"the run at {log.store.url} cannot go on with this config:\n"
             + "\n".join(differences)
             + "\nmake them equal, or start a new run with --resume never"
         )
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves.update({f"{key}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {key: value})
-    return leaves
 
 
 def _reach(uri: str) -> None:
     """Find out whether there is a tracking server, or a folder for the database."""
     parsed = urlparse(uri)
     if parsed.scheme in ("http", "https"):
-        port = parsed.port or {"http": 80, "https": 443}[parsed.scheme]
         try:
-            reach(parsed.hostname or "", port)
-        except OSError as error:
+            reach(parsed.hostname or "", parsed.port or {"http": 80, "https": 443}[parsed.scheme])
+        except (OSError, ValueError) as error:  # A port that is none, or a name that cannot be one.
             raise StorageError(
                 f"tracking.uri={uri}: no server answers there ({error}); start it, or check the address"
             ) from error

@@ -22,6 +22,8 @@ from orchestrator.config import TrackingConfig
 from workers.errors import ConfigError, StorageError
 
 FLUSH_S = 2.0
+ROWS_PER_BATCH = 100
+"""MLflow takes 1,000 metrics at a time; a row is never torn."""
 MARKS = {"train": "loss", "validation": "val_loss"}
 """The metric of each series whose last step is the series' high-water mark."""
 PARAM_LIMIT = 6000
@@ -48,7 +50,11 @@ class Tracking:
         logged = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()]
         with tracking_errors(self.uri):
             run_id = self.client.create_run(self.experiment_id, run_name=name).info.run_id
-            self.client.log_batch(run_id, params=logged)
+            try:
+                self.client.log_batch(run_id, params=logged)
+            except Exception:
+                self.client.delete_run(run_id)  # No half run.
+                raise
         return run_id
 
     def unfinished(self, name: str) -> str | None:
@@ -63,7 +69,9 @@ class Tracking:
         """
         try:
             return self.client.get_run(run).info.run_id
-        except MlflowException:
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise StorageError(f"tracking.uri={self.uri}: {_first_line(error)}") from error
             found = self._newest(f"attributes.run_name = {_quoted(run)}")
             if found is None:
                 raise ConfigError(
@@ -128,12 +136,11 @@ class RunRecord:
         with self._flushing:
             with self._lock:
                 rows = list(self._rows)
-            metrics = [Metric(key, value, r.time_ms, r.step) for r in rows for key, value in r.values.items()]
-            per_row = max((len(r.values) for r in rows), default=1)
-            chunk = 1000 // per_row * per_row  # MLflow takes 1,000 metrics a batch; a row is never torn.
             try:
-                for first in range(0, len(metrics), chunk):
-                    self.client.log_batch(self.run_id, metrics=metrics[first : first + chunk])
+                for first in range(0, len(rows), ROWS_PER_BATCH):
+                    batch = rows[first : first + ROWS_PER_BATCH]
+                    metrics = [Metric(key, value, r.time_ms, r.step) for r in batch for key, value in r.values.items()]
+                    self.client.log_batch(self.run_id, metrics=metrics)
             except Exception as error:  # Whatever a store's driver raises: training goes on.
                 self.failure = _first_line(error)
                 return False
@@ -156,6 +163,13 @@ class RunRecord:
         """Return all `(step, value)` of a metric, in order."""
         with tracking_errors(self.uri):
             return sorted((m.step, m.value) for m in self.client.get_metric_history(self.run_id, metric))
+
+    def abandon(self) -> None:
+        """Stop writing and leave the run as it is: it is led by somebody else."""
+        with self._lock:
+            self._rows.clear()
+        self._closing.set()
+        self._thread.join()
 
     def close(self, status: str) -> None:
         """Write what is left and set the run's status: FINISHED, FAILED or KILLED.

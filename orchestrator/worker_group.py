@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -95,7 +95,7 @@ class WorkerGroup:
             rank = self._polls.pop(poll)
             try:
                 reports = ray.get(poll)
-            except RayActorError as error:
+            except RayError as error:
                 raise TrainingError(f"the worker of rank {rank} died: {_reason(error)}") from error
             self._polls[self.workers[rank].reports.remote(POLL_S)] = rank
             yield from (report for report in reports if report.generation == self.generation)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from workers.config import StorageConfig
-from workers.errors import RaymuonError
+from workers.errors import RaymuonError, TrainingError
 from workers.reports import Ended, Report
 from workers.storage import configure_s3
 from workers.task import Membership, Task
@@ -30,6 +30,8 @@ class Worker:
     """A slot of the worker group."""
 
     def __init__(self) -> None:
+        if not ray.get_gpu_ids():  # Ray does not hide the GPUs of a node from a worker that reserved none.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         # oneDNN's AMX kernels end the process on CPUs that announce AMX and do not grant it.
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
         self.outbox: queue.SimpleQueue[Report] = queue.SimpleQueue()
@@ -71,16 +73,23 @@ class Worker:
         self.pause_requested.set()
 
     def _train(self, member: Membership, task: Task) -> None:
-        from workers.training import train
+        from workers.training import join, train
+
+        engine = None
 
         def report(kind: type[Report], **fields: Any) -> None:
             self.outbox.put(kind(generation=member.generation, rank=member.rank, time=time.time(), **fields))
 
+        # The end is reported before the engine is destroyed: that closes connections, at which the peers fail, too.
         try:
-            outcome, step = train(member, task, self.stores.get(member.generation), report, self.pause_requested.is_set)
-            report(Ended, step=step, outcome=outcome)
+            engine = join(member, task, self.stores.get(member.generation))
+            report(Ended, outcome=train(engine, task, report, self.pause_requested.is_set))
         except RaymuonError as error:
-            report(Ended, step=-1, outcome="failed", error=str(error), exit_code=error.exit_code)
+            report(Ended, outcome="failed", error=str(error), exit_code=error.exit_code)
         except Exception as error:
             traceback.print_exc()
-            report(Ended, step=-1, outcome="failed", error=f"{type(error).__name__}: {error}", exit_code=4)
+            code = TrainingError.exit_code
+            report(Ended, outcome="failed", error=f"{type(error).__name__}: {error}", exit_code=code)
+        finally:
+            if engine is not None:
+                engine.destroy()

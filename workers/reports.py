@@ -63,7 +63,6 @@ class Sampled(Report):
 class Ended(Report):
     """The training thread has ended: `outcome` is `finished`, `paused` or `failed` (then `error` says why)."""
 
-    step: int
     outcome: str
     error: str = ""
     exit_code: int = 0

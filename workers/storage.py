@@ -67,8 +67,16 @@ class Store:
         with storage_errors(f"{self.url}/{folder}"):
             try:
                 return sorted(path.rsplit("/", 1)[-1] for path in self.fs.ls(self.path(folder), detail=False))
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
+
+    def size(self, path: str) -> int | None:
+        """Return a file's size in bytes, None where it is missing."""
+        with storage_errors(f"{self.url}/{path}"):
+            try:
+                return self.fs.info(self.path(path))["size"]
+            except FileNotFoundError:
+                return None
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a file that must not be there yet; of several writers exactly one gets True.
@@ -82,12 +90,18 @@ class Store:
                 return _create_local(Path(target), data)
             try:
                 self.fs.pipe_file(target, data, mode="create")
-            except FileExistsError:
-                return False
+            except Exception:
+                # The client repeats a request whose reply was lost, and is then refused because of itself; and not
+                # every store says in the same words why it refuses. What is there now decides.
+                try:
+                    return bytes(self.fs.cat_file(target)) == data  # type: ignore[arg-type]
+                except FileNotFoundError:
+                    pass
+                raise
             return True
 
-    def probe(self) -> None:
-        """Write and remove a small file.
+    def probe(self) -> bool:
+        """Write a small file twice, remove it, and tell whether the store refused the second create, as it should.
 
         Raises:
             StorageError: the place is missing, read-only, full or refuses our credentials.
@@ -96,9 +110,11 @@ class Store:
             with storage_errors(self.url):  # Some stores make a missing bucket at the first write.
                 self.fs.info(self.path().split("/", 1)[0])
         name = f".raymuon-probe-{secrets.token_hex(8)}"
-        self.create(name, b"raymuon")
+        self.create(name, b"first")
+        refused = not self.create(name, b"second")
         with storage_errors(self.url):
             self.fs.rm_file(self.path(name))
+        return refused
 
 
 @contextmanager

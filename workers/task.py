@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from optim.config import OptimConfig
 from workers.checkpoint.manifest import Manifest
-from workers.config import CheckpointConfig, DataConfig, ModelConfig, StorageConfig, TrainConfig
+from workers.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
 from workers.data.corpus import Corpus
 
 
@@ -17,7 +17,6 @@ class Task:
     data: DataConfig
     train: TrainConfig
     checkpoint: CheckpointConfig
-    storage: StorageConfig
     seed: int
     corpus: Corpus
     run_url: str

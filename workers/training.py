@@ -1,4 +1,4 @@
-"""One generation in one process: join the group, build the engine, take the state, train, take it all down."""
+"""One generation in one process: join the group, build the engine, take the state, train."""
 
 from collections.abc import Callable
 
@@ -14,19 +14,27 @@ from workers.storage import Store
 from workers.task import Membership, Task
 
 
-def train(
-    member: Membership,
-    task: Task,
-    rendezvous: RendezvousStore | None,
-    report: Callable[..., None],
-    pause: Callable[[], bool],
-) -> tuple[str, int]:
-    """Train as a member of a generation; return the outcome and the last finished step.
+def join(member: Membership, task: Task, rendezvous: RendezvousStore | None) -> Engine:
+    """Become a member of a generation: join its process group and build an engine with fresh weights.
 
     Args:
         member: this process's rank and where the rendezvous is.
-        task: what to train.
+        task: what will be trained.
         rendezvous: the store, in the process that holds it.
+    """
+    if rendezvous is None:
+        rendezvous = TCPStore(member.host, member.port, member.world_size, is_master=False)
+    device = default_device()
+    join_process_group(member.rank, member.world_size, rendezvous, device)
+    return build_engine(task.model, task.optim, task.train, task.seed, device)
+
+
+def train(engine: Engine, task: Task, report: Callable[..., None], pause: Callable[[], bool]) -> str:
+    """Take the state, train, and return the outcome.
+
+    Args:
+        engine: of `join`.
+        task: what to train.
         report: takes reports.
         pause: tells whether this process was asked to stop.
 
@@ -34,17 +42,7 @@ def train(
         TrainingError: a step was not finite.
         StorageError: a checkpoint or the data could not be read or written.
     """
-    if rendezvous is None:
-        rendezvous = TCPStore(member.host, member.port, member.world_size, is_master=False)
-    device = default_device()
-    join_process_group(member.rank, member.world_size, rendezvous, device)
-    engine = build_engine(task.model, task.optim, task.train, task.seed, device)
-    try:
-        counters = take_state(engine, task)
-        outcome = Trainer(task, engine, counters, report, pause).run()
-        return outcome, counters.step
-    finally:
-        engine.destroy()
+    return Trainer(task, engine, take_state(engine, task), report, pause).run()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from jobs.bench.process import raymuon, run_json
 from jobs.load import load, plain_yaml
 from orchestrator.cluster import connected
 from orchestrator.config import RunConfig, TrackingConfig
+from workers.errors import ClusterError
 
 WARMUP_STEPS = 10
 
@@ -46,7 +47,7 @@ def overhead(overrides: list[str], repeats: int, say: Any) -> dict[str, Any]:
             # In turns, and in another order every round: the machine's speed drifts.
             order = list(arms) if round_ % 2 == 0 else list(reversed(arms))
             for arm in order:
-                with nullcontext() if arm == "torchrun_bare" else connected(None):
+                with nullcontext() if arm == "torchrun_bare" else connected("local"):
                     speed = _raymuon(path, config) if arm == "raymuon" else _torchrun(path, config, folder)
                 arms[arm].append(speed)
                 say(f"round {round_ + 1}, {arm}: {speed:,.0f} tokens/s")
@@ -69,6 +70,8 @@ def _raymuon(path: Path, config: RunConfig) -> float:
 
     address = ray.get_runtime_context().gcs_address
     result = run_json(raymuon("train", str(path), "--address", address, "--json"))
+    if result["world_size"] != config.scaling.max_workers:
+        raise ClusterError(f"{result['world_size']} worker(s) instead of {config.scaling.max_workers}: no comparison")
     client = Tracking(TrackingConfig(uri=config.tracking.uri)).client
     history = client.get_metric_history(result["run_id"], "loss")
     return _speed([m.timestamp / 1000 for m in sorted(history, key=lambda m: m.step)], config)
@@ -77,10 +80,8 @@ def _raymuon(path: Path, config: RunConfig) -> float:
 def _torchrun(path: Path, config: RunConfig, folder: str) -> float:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(config.scaling.max_workers), "-m", "jobs.bench.plain"]
-    # What Ray and our actor set for a worker, so that both arms compute alike.
-    result = run_json(
-        [*command, str(path), f"{folder}/plain"], OMP_NUM_THREADS="1", ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16"
-    )
+    alike = {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}  # As Ray and our actor set them.
+    result = run_json([*command, str(path), f"{folder}/plain"], **alike)
     return _speed(result["times"], config)
 
 

@@ -15,7 +15,7 @@ from orchestrator.config import absolute, task_of
 from workers.data.corpus import prepare
 from workers.reports import Report, StepDone
 from workers.task import Membership
-from workers.training import train
+from workers.training import join, train
 
 
 def main(config_path: str, run_url: str) -> None:
@@ -30,9 +30,11 @@ def main(config_path: str, run_url: str) -> None:
         if kind is StepDone:
             times.append(time.time())
 
-    train(member, task, store, report, lambda: False)
+    engine = join(member, task, store)
+    train(engine, task, report, lambda: False)
     if rank == 0:
         print(json.dumps({"times": times}), flush=True)  # noqa: T201
+    engine.destroy()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from optim.config import OptimConfig
 from tests.optim.test_zero1_oracle import CONFIG, SHAPES, reference, sharded
 from tests.ranks import run_ranks
 from tests.workers.test_moonlight import TINY, tiny
-from workers.config import CheckpointConfig, DataConfig, StorageConfig, TrainConfig
+from workers.config import CheckpointConfig, DataConfig, TrainConfig
 from workers.data.corpus import prepare
 from workers.task import Task
 
@@ -47,7 +47,6 @@ def train_bf16(rank: int, world_size: int, folder: str) -> dict:
         data=data,
         train=train,
         checkpoint=CheckpointConfig(every=0),
-        storage=StorageConfig(),
         seed=0,
         corpus=prepare(data),
         run_url=f"{folder}/run",

@@ -7,7 +7,7 @@ import pytest
 from optim.config import OptimConfig
 from tests.ranks import run_ranks
 from tests.workers.test_moonlight import TINY
-from workers.config import CheckpointConfig, DataConfig, StorageConfig, TrainConfig
+from workers.config import CheckpointConfig, DataConfig, TrainConfig
 from workers.data.corpus import prepare
 from workers.errors import TrainingError
 from workers.reports import ShardWritten, StepDone, Validated
@@ -23,7 +23,6 @@ def task_of(folder, **train) -> Task:
         data=data,
         train=TrainConfig(**{**settings, "sample_prompt": "", **train}),
         checkpoint=CheckpointConfig(every=2),
-        storage=StorageConfig(),
         seed=3,
         corpus=prepare(data),
         run_url=f"{folder}/run",

@@ -6,7 +6,6 @@ and a shard only if the manifest gave it the shard's.
 
 import hashlib
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -15,8 +14,8 @@ from workers.errors import StorageError
 from workers.storage import Store
 
 FORMAT = "raymuon-checkpoint-1"
-BUFFER = "buffer"
-"""The kind of replicated tensors; the others are `weight` and the optimizer's state keys."""
+WEIGHT, BUFFER = "weight", "buffer"
+"""The kinds of master weights and of replicated tensors; the others are the optimizer's state keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +92,22 @@ class Manifest:
         """Check that the shards hold every element of every tensor exactly once, before anything is committed.
 
         Raises:
-            StorageError: an element is missing or there twice.
+            StorageError: an element is missing or there twice, or a weight has no optimizer state.
         """
-        held: Counter[tuple[str, str]] = Counter()
+        held: dict[tuple[str, str], list[Entry]] = {}
         for shard in self.shards:
             for entry in shard.entries:
-                held[entry.kind, entry.name] += entry.length
-        for (kind, name), elements in held.items():
-            if elements != prod(self.shapes[name]):
-                raise StorageError(f"step {self.step}: {kind} of {name} has {elements} elements in the shards")
+                held.setdefault((entry.kind, entry.name), []).append(entry)
+        for (kind, name), entries in held.items():
+            at = 0
+            for entry in sorted(entries, key=lambda entry: entry.start):
+                if entry.start != at:
+                    break
+                at += entry.length
+            if at != prod(self.shapes[name]) or at != sum(entry.length for entry in entries):
+                raise StorageError(f"step {self.step}: the shards do not hold {kind} of {name} exactly once")
         if missing := set(self.shapes) - {name for _, name in held}:
             raise StorageError(f"step {self.step}: nothing in the shards of {', '.join(sorted(missing))}")
+        with_state = {name for kind, name in held if kind not in (WEIGHT, BUFFER)}
+        if bare := {name for kind, name in held if kind == WEIGHT} - with_state:
+            raise StorageError(f"step {self.step}: no optimizer state in the shards of {', '.join(sorted(bare))}")

@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from math import prod
 
@@ -78,12 +78,6 @@ class CheckpointReader:
         flat = np.empty(prod(shape), dtype=np.float32)
         self.fill(kind, [Fragment(name, 0, flat.size, 0)], flat)
         return flat.reshape(shape)
-
-    def tensors(self) -> Iterator[tuple[str, str, np.ndarray]]:
-        """Yield `(kind, name, tensor)` for everything in the checkpoint."""
-        for kind in self.kinds:
-            for name in self.names(kind):
-                yield kind, name, self.tensor(kind, name)
 
     def _read_shard(self, shard: ShardFile) -> dict[str, np.ndarray]:
         data = self.store.read(shard.path)

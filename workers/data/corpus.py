@@ -16,7 +16,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 
 from workers.config import DataConfig
-from workers.errors import ConfigError
+from workers.errors import ConfigError, StorageError
 from workers.storage import Store, absolute_url, storage_errors
 
 FORMAT = "raymuon-tokens-1"
@@ -61,7 +61,8 @@ def prepare(config: DataConfig) -> Corpus:
         raise ConfigError(f"data.source={config.source!r}: no file found; name a file, a glob or a URL with text in it")
     fingerprint = hashlib.sha256(repr((FORMAT, config.held_out_fraction)).encode())
     for fs, path in files:
-        fingerprint.update(f"{path}\0{fs.size(path)}\0{fs.ukey(path)}\n".encode())
+        with storage_errors(path):
+            fingerprint.update(f"{path}\0{fs.size(path)}\0{fs.ukey(path)}\n".encode())
     store = Store(config.prepared_url).child(fingerprint.hexdigest()[:16])
     if not store.exists("index.json"):
         _write(config, files, store)
@@ -72,9 +73,13 @@ def load(url: str) -> Corpus:
     """Read the index of a prepared corpus.
 
     Raises:
-        StorageError: it is missing, or of a format that this version does not know.
+        StorageError: it is missing or damaged.
+        ConfigError: it is of a format that this version does not know.
     """
-    index = json.loads(Store(url).read("index.json"))
+    try:
+        index = json.loads(Store(url).read("index.json"))
+    except ValueError as error:
+        raise StorageError(f"{url}/index.json: damaged ({error}); delete the folder to remake it") from error
     if index.get("format") != FORMAT:
         raise ConfigError(f"{url}: token format {index.get('format')!r}, this version reads {FORMAT!r}")
     splits = {split: tuple(Shard(**shard) for shard in index[split]) for split in ("train", "validation")}

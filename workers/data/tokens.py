@@ -5,16 +5,17 @@ split, whichever shard that lies in. Shards are memory-mapped; remote ones are c
 """
 
 import hashlib
+import os
+import tempfile
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 
-import fsspec
 import numpy as np
 
 from workers.data.corpus import Corpus, Shard
 from workers.errors import StorageError
-from workers.storage import storage_errors
+from workers.storage import Store, storage_errors
 
 
 class TokenSplit:
@@ -51,10 +52,16 @@ class TokenSplit:
 
 def _open(url: str, shard: Shard) -> np.ndarray:
     """Map a shard and check its hash, so that no run trains on damaged data."""
+    path = Path(url, shard.name)
+    if "://" in url:  # Copied once per node; the name is the content's, so that corpora and runs can share it.
+        cache = Store(f"{tempfile.gettempdir()}/raymuon-tokens-{os.getuid()}")
+        if not cache.exists(shard.sha256):
+            cache.create(shard.sha256, Store(url).read(shard.name))
+        path = Path(cache.url, shard.sha256)
     with storage_errors(f"{url}/{shard.name}"):
-        # The cache's name holds the folder's, which holds the fingerprint: shards of two corpora never meet.
-        local = fsspec.open_local(f"simplecache::{url}/{shard.name}" if "://" in url else f"{url}/{shard.name}")
-        tokens = np.memmap(Path(str(local)), dtype=np.uint8, mode="r")
+        tokens = np.memmap(path, dtype=np.uint8, mode="r")
     if hashlib.sha256(tokens.data).hexdigest() != shard.sha256:
-        raise StorageError(f"{url}/{shard.name}: damaged (its SHA-256 is not the index's); delete the folder to remake")
+        raise StorageError(
+            f"{url}/{shard.name}: damaged (the SHA-256 of {path} is not the index's); delete it to remake"
+        )
     return tokens
