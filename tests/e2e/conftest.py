@@ -18,7 +18,8 @@ model: {hidden_size: 32, num_layers: 2, num_heads: 2, kv_lora_rank: 16, qk_nope_
         num_shared_experts: 1, router_bias_rate: 0.01, init_std: 0.1}
 data: {source: TEXTS}
 optim: {lr: 1.0e-2, schedule: wsd, decay_fraction: 0}
-train: {steps: 200, global_batch: 12, micro_batch: 2, seq_len: 64, validate_every: 50, validate_sequences: 8}
+train: {steps: 120, global_batch: 12, micro_batch: 4, seq_len: 64, validate_every: 30, validate_sequences: 8,
+        sample_bytes: 50}
 scaling: {min_workers: 2, max_workers: 2, wait_s: 60}
 checkpoint: {every: 20}
 """
