@@ -22,7 +22,6 @@ from workers.data.corpus import Corpus
 from workers.errors import ConfigError, Interrupted, RaymuonError, StorageError, TrainingError
 from workers.reports import Ended, Report, Sampled, ShardWritten, StepDone, Validated
 from workers.storage import configure_s3
-from workers.task import Task
 
 T = TypeVar("T")
 BLAME_S = 2.0
@@ -67,6 +66,15 @@ class StopSignal:
         """Raise Interrupted after a second request, or after the first where there is no step to finish."""
         if self.requests >= (2 if self.training else 1):
             raise Interrupted("interrupted; what the last checkpoint holds is kept")
+
+    @contextmanager
+    def during_training(self) -> Iterator[None]:
+        """Mark the time in which there is a step to finish."""
+        self.training = True
+        try:
+            yield
+        finally:
+            self.training = False
 
 
 @dataclass
@@ -160,23 +168,13 @@ def _lead(
 
     run_id = found.run_id or found.tracking.create(config.run.name, flatten(asdict(config)))
     record = RunRecord(found.tracking, run_id)
-    result = RunResult(run_id, world_size=group.world_size)
     try:
         # The log is read anew: since the preflight another driver may have come and gone.
         log = RunLog(run_store(config, run_id))
         if log.identity is not None:
             check_identity(log, identity(config, corpus))
-        attempt = log.take_over(identity(config, corpus))
-        manifest = log.manifest()
-        task = task_of(config, corpus, log.store.url, attempt, manifest)
-        if manifest:
-            result.steps, result.tokens = manifest.step, manifest.counters["tokens"]
-            result.checkpoint = f"{log.store.url}@{manifest.step}"
-        record.tag("raymuon.checkpoint_url", log.store.url)
-        group.start(task)
-        watcher.begin(run_id, result.steps, config.train.steps, group.world_size)
-        with _training(stop):
-            _follow(config, task, group, log, record, result, watcher, stop)
+        attempt = _Attempt(config, corpus, group, log, record, watcher)
+        result = attempt.run(stop)
         record.flush()
         result.losses = (record.history("loss"), record.history("val_loss"))
         if result.losses[1] and result.losses[1][0][0] == 0:
@@ -196,63 +194,77 @@ def _lead(
     return result
 
 
-def _follow(
-    config: RunConfig,
-    task: Task,
-    group: WorkerGroup,
-    log: RunLog,
-    record: Any,
-    result: RunResult,
-    watcher: Watcher,
-    stop: StopSignal,
-) -> None:
-    """Take in reports until every worker has ended."""
-    # What a checkpoint stands for is in the record before it counts: no row is lost, whenever the driver dies.
-    commits = Commits(log, task.attempt, identity(config, task.corpus), group.world_size, before=record.flush)
-    ended: list[Ended] = []
-    pausing, failing, first_failure = False, record.failure, 0.0
-    while len(ended) < group.world_size:
-        stop.check()
-        if stop.requests and not pausing:
-            pausing = True
-            watcher.warn("stopping after this step, with a checkpoint; once more ends at once")
-            group.pause()
-        for report in group.reports(timeout_s=0.2):
-            watcher.report(report)
-            match report:
-                case StepDone():
-                    result.steps, result.tokens = report.step, report.tokens
-                    result.first_step_time = result.first_step_time or report.time
-                    record.log("train", report.step, report.time, _train_metrics(report, config, group.world_size))
-                case Validated():
-                    result.val_loss = report.loss
-                    record.log("validation", report.step, report.time, {"val_loss": report.loss})
-                case ShardWritten():
-                    if commits.take(report):
-                        result.checkpoint = f"{log.store.url}@{report.step}"
-                        watcher.committed(report.step, result.checkpoint)
-                case Sampled():
-                    result.sample = report.text
-                case Ended():
-                    ended.append(report)
-        if failed := [report for report in ended if report.outcome == "failed"]:
-            first_failure = first_failure or time.monotonic()
-            if len(ended) == group.world_size or time.monotonic() > first_failure + BLAME_S:
-                # A peer that went away is a consequence; what storage or the config refused is a cause.
-                raise _error(min(failed, key=lambda r: (r.exit_code == TrainingError.exit_code, r.time)))
-        if record.failure and record.failure != failing:
-            watcher.warn(f"MLflow does not take metrics ({record.failure}); training goes on, the rows wait")
-        failing = record.failure
-    result.status = "finished" if ended[0].outcome == "finished" else "interrupted"
+class _Attempt:
+    """One attempt at a run, from the take-over to the end of every worker."""
 
+    def __init__(
+        self, config: RunConfig, corpus: Corpus, group: WorkerGroup, log: RunLog, record: Any, watcher: Watcher
+    ) -> None:
+        self.config, self.group, self.log, self.record, self.watcher = config, group, log, record, watcher
+        run_identity = identity(config, corpus)
+        number, manifest = log.take_over(run_identity), log.manifest()
+        self.task = task_of(config, corpus, log.store.url, number, manifest)
+        # What a checkpoint stands for is in the record before it counts, as long as MLflow answers.
+        self.commits = Commits(log, number, run_identity, group.world_size, before=record.flush)
+        self.ended: list[Ended] = []
+        self.failed_at: float | None = None
+        self.result = RunResult(log.store.url.rsplit("/", 1)[-1], world_size=group.world_size)
+        if manifest:
+            self.result.steps, self.result.tokens = manifest.step, manifest.counters["tokens"]
+            self.result.checkpoint = f"{log.store.url}@{manifest.step}"
+        record.tag("raymuon.checkpoint_url", log.store.url)
 
-@contextmanager
-def _training(stop: StopSignal) -> Iterator[None]:
-    stop.training = True
-    try:
-        yield
-    finally:
-        stop.training = False
+    def run(self, stop: StopSignal) -> RunResult:
+        """Train, and take in reports until every worker has ended."""
+        self.group.start(self.task)
+        self.watcher.begin(self.result.run_id, self.result.steps, self.config.train.steps, self.group.world_size)
+        with stop.during_training():
+            pausing, warned = False, None
+            while len(self.ended) < self.group.world_size:
+                stop.check()
+                if stop.requests and not pausing:
+                    pausing = True
+                    self.watcher.warn("stopping after this step, with a checkpoint; once more ends at once")
+                    self.group.pause()
+                for report in self.group.reports(timeout_s=0.2):
+                    self._take(report)
+                self._blame()
+                if self.record.failure not in (None, warned):
+                    self.watcher.warn(f"MLflow takes no metrics ({self.record.failure}); they wait, training goes on")
+                warned = self.record.failure
+        self.result.status = "finished" if self.ended[0].outcome == "finished" else "interrupted"
+        return self.result
+
+    def _take(self, report: Report) -> None:
+        self.watcher.report(report)
+        match report:
+            case StepDone():
+                self.result.steps, self.result.tokens = report.step, report.tokens
+                self.result.first_step_time = self.result.first_step_time or report.time
+                metrics = _train_metrics(report, self.config, self.group.world_size)
+                self.record.log("train", report.step, report.time, metrics)
+            case Validated():
+                self.result.val_loss = report.loss
+                self.record.log("validation", report.step, report.time, {"val_loss": report.loss})
+            case ShardWritten():
+                if self.commits.take(report):
+                    self.result.checkpoint = f"{self.log.store.url}@{report.step}"
+                    self.watcher.committed(report.step, self.result.checkpoint)
+            case Sampled():
+                self.result.sample = report.text
+            case Ended():
+                self.ended.append(report)
+                if report.outcome == "failed" and self.failed_at is None:
+                    self.failed_at = time.monotonic()
+
+    def _blame(self) -> None:
+        """Raise what made the group fail, once every rank has told or has had the time to."""
+        if self.failed_at is None:
+            return
+        if len(self.ended) == self.group.world_size or time.monotonic() > self.failed_at + BLAME_S:
+            failed = [report for report in self.ended if report.outcome == "failed"]
+            # A peer that went away is a consequence; what storage or the config refused is a cause.
+            raise _error(min(failed, key=lambda r: (r.exit_code == TrainingError.exit_code, r.time)))
 
 
 def _train_metrics(report: StepDone, config: RunConfig, world_size: int) -> dict[str, float]:
