@@ -22,6 +22,15 @@ app.add_typer(checkpoints_app, name="checkpoints")
 bench_app = typer.Typer(no_args_is_help=True, help="Measurements against rivals, as ratios.")
 app.add_typer(bench_app, name="bench")
 
+
+def _configure_s3(endpoint: str) -> str:
+    from workers.storage import configure_s3
+
+    configure_s3(endpoint)
+    return endpoint
+
+
+S3Endpoint = Annotated[str, typer.Option(help="Of an S3 store that is not AWS.", callback=_configure_s3)]
 Config = Annotated[str, typer.Argument(help="A YAML file, or a built-in config by name: demo.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance optim.lr=1e-2.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on the last line of stdout.")]
@@ -59,13 +68,11 @@ def config_(config: Config = "demo", overrides: Overrides = None) -> None:
 def checkpoints_ls(
     url: Annotated[str, typer.Argument(help="A run's folder, or the folder over all runs.")],
     as_json: AsJson = False,
-    s3_endpoint: Annotated[str, typer.Option(help="Of an S3 store that is not AWS.")] = "",
+    s3_endpoint: S3Endpoint = "",
 ) -> None:
     """List committed checkpoints."""
     from jobs.checkpoints import list_checkpoints
-    from workers.storage import configure_s3
 
-    configure_s3(s3_endpoint)
     rows = list_checkpoints(url)
     if as_json:
         typer.echo(json.dumps(rows))
@@ -82,13 +89,11 @@ def checkpoints_ls(
 def checkpoints_show(
     url: CheckpointUrl,
     as_json: AsJson = False,
-    s3_endpoint: Annotated[str, typer.Option(help="Of an S3 store that is not AWS.")] = "",
+    s3_endpoint: S3Endpoint = "",
 ) -> None:
     """Show what a checkpoint holds."""
     from jobs.checkpoints import show
-    from workers.storage import configure_s3
 
-    configure_s3(s3_endpoint)
     found = show(url)
     if as_json:
         typer.echo(json.dumps(found))
@@ -107,13 +112,11 @@ def checkpoints_diff(
     first: CheckpointUrl,
     second: CheckpointUrl,
     as_json: AsJson = False,
-    s3_endpoint: Annotated[str, typer.Option(help="Of an S3 store that is not AWS.")] = "",
+    s3_endpoint: S3Endpoint = "",
 ) -> None:
     """Compare two checkpoints, tensor by tensor."""
     from jobs.checkpoints import diff
-    from workers.storage import configure_s3
 
-    configure_s3(s3_endpoint)
     differences = diff(first, second)
     equal = all(difference.bitwise_equal for difference in differences)
     largest = max((d.max_abs for d in differences if d.max_abs is not None), default=None)
