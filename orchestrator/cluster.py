@@ -37,6 +37,8 @@ def connected(address: str | None) -> Iterator[bool]:
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=False,
+            # Ray starts workers at niceness 15, behind everything else on the machine; training is what it is for.
+            _system_config={"worker_niceness": 0} if local else None,
         )
         signal.signal(signal.SIGTERM, on_sigterm)
     except SystemExit as error:  # What Ray's own handler makes of a SIGTERM.

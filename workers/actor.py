@@ -11,18 +11,22 @@ import queue
 import threading
 import time
 import traceback
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from workers.config import StorageConfig
 from workers.errors import RaymuonError, TrainingError
-from workers.reports import Ended, Report
+from workers.reports import Ended, Report, StepDone
 from workers.storage import configure_s3
 from workers.task import Membership, Task
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
+
+LINGER_S = 0.5
+"""How long a finished step may wait to be told together with the next ones."""
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -59,13 +63,16 @@ class Worker:
         threading.Thread(target=self._train, args=(member, task), name="train", daemon=True).start()
 
     def reports(self, timeout_s: float) -> list[Report]:
-        """Return what has happened since the last call; wait up to `timeout_s` for the first report."""
-        try:
-            found = [self.outbox.get(timeout=timeout_s)]
-        except queue.Empty:
-            return []
-        while not self.outbox.empty():
-            found.append(self.outbox.get_nowait())
+        """Return what has happened since the last call; wait up to `timeout_s` for the first report.
+
+        Steps alone can wait a moment for more of them: fast steps must not become as many calls.
+        """
+        found: list[Report] = []
+        with suppress(queue.Empty):
+            found.append(self.outbox.get(timeout=timeout_s))
+            deadline = time.monotonic() + LINGER_S
+            while isinstance(found[-1], StepDone):
+                found.append(self.outbox.get(timeout=max(0.0, deadline - time.monotonic())))
         return found
 
     def pause(self) -> None:

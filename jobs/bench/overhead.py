@@ -45,8 +45,7 @@ def overhead(overrides: list[str], repeats: int, say: Any) -> dict[str, Any]:
         path.write_text(plain_yaml(config))
         for round_ in range(repeats):
             # In turns, and in another order every round: the machine's speed drifts.
-            order = list(arms) if round_ % 2 == 0 else list(reversed(arms))
-            for arm in order:
+            for arm in list(arms)[:: -1 if round_ % 2 else 1]:
                 with nullcontext() if arm == "torchrun_bare" else connected("local"):
                     speed = _raymuon(path, config) if arm == "raymuon" else _torchrun(path, config, folder)
                 arms[arm].append(speed)
