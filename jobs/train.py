@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import tempfile
 import time
@@ -45,7 +46,7 @@ def train(config: str, overrides: list[str], resume: str, address: str | None, a
     if result.status == "interrupted":
         raise Interrupted(
             f"stopped at step {result.steps} with a checkpoint; "
-            f"go on with: raymuon train {config} --resume {result.run_id}"
+            f"go on with: raymuon train {shlex.join([config, *overrides])} --resume {result.run_id}"
         )
 
 
@@ -87,7 +88,8 @@ def _bits(nats: float | None) -> float | None:
 
 def _print(summary: dict[str, Any], console: Console) -> None:
     console.print(f"\n[bold]{summary['status']}[/bold] at step {summary['steps']} after {summary['tokens']:,} tokens")
-    for when, suffix in (("start", "_start"), ("end", "")):
+    last = "end" if summary["status"] == "finished" else "last time"
+    for when, suffix in (("start", "_start"), (last, "")):
         if (loss := summary[f"val_loss{suffix}"]) is not None:
             bits = summary[f"val_bits_per_byte{suffix}"]
             console.print(f"validation at the {when}: {loss:.4f} nats, {bits:.4f} bits per byte")
