@@ -54,17 +54,17 @@ def _write_artifacts(config: RunConfig, result: RunResult, record: Any) -> Path:
     """Put the resolved config and the loss curve into the MLflow run; keep the picture under runs/plots."""
     from jobs.curves import plot_losses  # matplotlib takes a second to import.
 
-    with tempfile.TemporaryDirectory() as folder:
+    kept = Path("runs") / "plots" / f"{result.run_id}.png"
+    # A full disk here, or in the temporary folder, must not look like a failed training.
+    with storage_errors(str(kept)), tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "config.yaml"
         resolved.write_text(plain_yaml(config))
         record.artifact(resolved)
         picture = Path(folder) / "loss.png"
         plot_losses({config.run.name: result.losses}, picture)
         record.artifact(picture)
-        kept = Path("runs") / "plots" / f"{result.run_id}.png"
-        with storage_errors(str(kept)):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_bytes(picture.read_bytes())
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(picture.read_bytes())
     return kept.resolve()
 
 
