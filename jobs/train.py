@@ -17,7 +17,8 @@ from rich.console import Console
 from jobs.load import load, plain_yaml
 from jobs.watch import TerminalWatcher
 from orchestrator.config import RunConfig, absolute
-from orchestrator.driver import RunResult, StopSignal, run
+from orchestrator.driver import RunResult, run
+from orchestrator.stop import StopSignal
 from workers.errors import Interrupted
 from workers.storage import storage_errors
 

@@ -102,6 +102,15 @@ class Zero1Optimizer(torch.optim.Optimizer):
             tensors = {key: self.state[shard][key] for key in STATE_KEYS[group["method"]]}
             yield FlatState(self._layouts[group["method"]].fragments(rank), {"weight": shard.detach(), **tensors})
 
+    def layouts(self, world_size: int) -> Iterator[tuple[GroupLayout, tuple[str, ...]]]:
+        """Yield each group's layout at any world size and the kinds of its flat tensors, in `flat_state`'s order."""
+        for group in self.param_groups:
+            layout = self._layouts[group["method"]]
+            yield (
+                GroupLayout.of(layout.names, layout.numels, world_size),
+                ("weight", *STATE_KEYS[group["method"]]),
+            )
+
     @property
     def applied_steps(self) -> int:
         """Steps that AdamW's bias correction has counted; skipped steps are not among them."""

@@ -1,21 +1,35 @@
-"""Ray itself: join a cluster or start a local one, and reserve a slot for each worker."""
+"""Ray itself: join a cluster or start a local one, and reach its slots, nodes and processes."""
 
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray._private.state import state as global_state
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from orchestrator.config import ScalingConfig
+from orchestrator.handles import Gone
+from orchestrator.keeper import Keeper
 from orchestrator.reach import reach
+from workers.actor import Worker
+from workers.config import StorageConfig
 from workers.errors import ClusterError, Interrupted
 
-GRACE_S = 5.0
-"""How long to wait for more workers than the minimum, once the minimum is there."""
+LOOK_S = 0.5
+"""How old the list of living nodes may be."""
 
 
 @contextmanager
@@ -53,31 +67,128 @@ def connected(address: str | None) -> Iterator[bool]:
         ray.shutdown()
 
 
-@contextmanager
-def reserved_slots(
-    scaling: ScalingConfig, local: bool, notice: Callable[[str], None], check: Callable[[], None]
-) -> Iterator[list[PlacementGroup]]:
-    """Reserve between min_workers and max_workers slots, one placement group each, and free them at the end.
+class RayHandle:
+    """An actor."""
 
-    A placement group cannot be resized, so each slot is one of its own: a slot can be given back alone, and a pending
-    one is the demand that an autoscaler sees. `notice` takes a line for the person who waits; `check` is called while
-    waiting and may raise.
+    def __init__(self, actor: Any) -> None:  # Ray's actor handles have no useful type.
+        self._actor = actor
 
-    Raises:
-        ClusterError: the cluster cannot hold min_workers, or did not within `wait_s`.
-    """
-    bundle = _bundle(scaling)
-    if local and (room := _room(bundle)) < scaling.min_workers:
-        raise ClusterError(
-            f"scaling.min_workers={scaling.min_workers}: the local Ray has room for {room} worker(s) of {bundle}; "
-            "lower scaling.min_workers or scaling.cpus_per_worker, or join a larger cluster with --address"
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        """Call a method of the actor."""
+        future: Future[Any] = Future()
+        try:
+            answer = getattr(self._actor, method).remote(*arguments).future()
+        except RayError as error:
+            future.set_exception(Gone(_reason(error)))
+            return future
+
+        def settle(answer: Future[Any]) -> None:
+            error = answer.exception()
+            if error is None:
+                future.set_result(answer.result())
+            elif isinstance(error, RayTaskError):
+                future.set_exception(error.cause if isinstance(error.cause, Exception) else error)
+            else:
+                future.set_exception(Gone(_reason(error)))
+
+        answer.add_done_callback(settle)
+        return future
+
+    def kill(self) -> None:
+        """End the actor's process."""
+        with suppress(Exception):
+            ray.kill(self._actor)
+
+
+class RayCluster:
+    """Slots as placement groups of their own, so that one can be given back, or replaced, alone."""
+
+    def __init__(self, scaling: ScalingConfig, local: bool) -> None:
+        self.scaling, self.local = scaling, local
+        self.gpu = uses_gpu(scaling)
+        self.bundle = {"CPU": scaling.cpus_per_worker, **({"GPU": 1.0} if self.gpu else {})}
+        self._groups: dict[str, PlacementGroup] = {}
+        self._nodes: dict[str, str] = {}
+        self._looked, self._alive = 0.0, {}
+        self._look()
+        if local and (room := self.room()) < scaling.min_workers:
+            raise ClusterError(
+                f"scaling.min_workers={scaling.min_workers}: the local Ray has room for {room} worker(s) of "
+                f"{self.bundle}; lower scaling.min_workers or scaling.cpus_per_worker, or join a larger cluster with "
+                "--address"
+            )
+
+    def reserve(self) -> str:
+        """Ask for one more slot."""
+        group = placement_group([self.bundle])
+        slot = group.id.hex()
+        self._groups[slot] = group
+        return slot
+
+    def node_of(self, slot: str) -> str | None:
+        """Return the node of a slot, None while it is pending."""
+        if slot not in self._nodes and self._groups[slot].wait(0):
+            nodes = placement_group_table(self._groups[slot])["bundles_to_node_id"]
+            if node := nodes.get(0):
+                self._nodes[slot] = node
+        return self._nodes.get(slot)
+
+    def release(self, slot: str) -> None:
+        """Give a slot back."""
+        self._nodes.pop(slot, None)
+        with suppress(Exception):  # With the cluster gone there is nothing to give back.
+            remove_placement_group(self._groups.pop(slot))
+
+    def start_worker(self, slot: str) -> RayHandle:
+        """Start a worker actor in a slot."""
+        actor = Worker.options(
+            num_cpus=self.scaling.cpus_per_worker,
+            num_gpus=1 if self.gpu else 0,
+            max_concurrency=8,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=self._groups[slot]),
+        ).remote()
+        return RayHandle(actor)
+
+    def start_keeper(self, node: str, token: str, storage: StorageConfig) -> RayHandle:
+        """Start a keeper actor on a node; it takes none of the resources that workers reserve."""
+        self._look()
+        host = self._alive.get(node, "127.0.0.1")
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        actor = ray.remote(max_restarts=0, max_task_retries=0)(Keeper)
+        options = actor.options(num_cpus=0, max_concurrency=8, scheduling_strategy=strategy)
+        return RayHandle(options.remote(host, token, storage))
+
+    def alive(self, node: str) -> bool:
+        """Tell whether Ray takes the node for alive."""
+        self._look()
+        return node in self._alive
+
+    def draining(self) -> dict[str, float]:
+        """Return the nodes that Ray drains, and the seconds that they have left."""
+        with suppress(Exception):  # Not a public function of Ray; without it a drained node is a lost one.
+            deadlines = global_state.get_draining_nodes()
+            now = time.time() * 1000
+            # A drain without a deadline is reported as 0.
+            return {node: (at - now) / 1000 if at else 3600.0 for node, at in deadlines.items()}
+        return {}
+
+    def room(self) -> int:
+        """Return how many workers the nodes could hold if they were empty."""
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        return sum(
+            min(int(node["Resources"].get(kind, 0) / amount) for kind, amount in self.bundle.items()) for node in nodes
         )
-    groups = [placement_group([bundle]) for _ in range(scaling.max_workers)]
-    try:
-        yield _wait(groups, bundle, scaling, notice, check)
-    finally:
-        for group in groups:
-            remove_placement_group(group)
+
+    def _look(self) -> None:
+        if time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            self._alive = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
+
+
+def _reason(error: BaseException) -> str:
+    """Return one line: Ray tells several, with identifiers and advice."""
+    name = type(error).__name__.removeprefix("Ray").removesuffix("Error")
+    return {"ActorDied": "its process died", "ActorUnavailable": "it cannot be reached"}.get(name, name)
 
 
 def uses_gpu(scaling: ScalingConfig) -> bool:
@@ -103,51 +214,3 @@ def _no_answer(address: str, error: BaseException) -> ClusterError:
         f"no Ray cluster answers at {address!r} ({error}); check --address or RAY_ADDRESS, "
         "or leave both out for a local Ray"
     )
-
-
-def _bundle(scaling: ScalingConfig) -> dict[str, float]:
-    return {"CPU": scaling.cpus_per_worker, **({"GPU": 1.0} if uses_gpu(scaling) else {})}
-
-
-def _room(bundle: dict[str, float]) -> int:
-    """Return how many bundles the nodes can hold when they are empty."""
-    return sum(
-        min(int(node["Resources"].get(kind, 0) / amount) for kind, amount in bundle.items())
-        for node in ray.nodes()
-        if node["Alive"]
-    )
-
-
-def _wait(
-    groups: list[PlacementGroup],
-    bundle: dict[str, float],
-    scaling: ScalingConfig,
-    notice: Callable[[str], None],
-    check: Callable[[], None],
-) -> list[PlacementGroup]:
-    """Wait for all slots, or for the minimum and a short grace; give back what is still pending."""
-    waiting = {group.ready(): group for group in groups}
-    deadline, grace_ends, noticed = time.monotonic() + scaling.wait_s, None, False
-    while waiting:
-        check()
-        done, _ = ray.wait(list(waiting), num_returns=1, timeout=0.5)
-        for reference in done:
-            del waiting[reference]
-        now, ready = time.monotonic(), len(groups) - len(waiting)
-        if ready >= scaling.min_workers and grace_ends is None:
-            grace_ends = now + GRACE_S
-        if grace_ends is not None and now >= grace_ends:
-            break
-        if now >= deadline:
-            raise ClusterError(
-                f"scaling.min_workers={scaling.min_workers}: after {scaling.wait_s:g} s the cluster has given "
-                f"{ready} slot(s) of {bundle}; the nodes that are up have room for {_room(bundle)}. Lower "
-                "scaling.min_workers, add nodes, or raise scaling.wait_s"
-            )
-        if not noticed and ready < scaling.min_workers and now > deadline - scaling.wait_s + 2:
-            notice(f"waiting for {scaling.min_workers} worker slots of {bundle}; the cluster has given {ready}")
-            noticed = True
-    pending = set(waiting.values())
-    for group in pending:
-        remove_placement_group(group)
-    return [group for group in groups if group not in pending]

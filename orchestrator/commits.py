@@ -11,42 +11,46 @@ from workers.reports import ShardWritten
 class Commits:
     """Collects the shards of each step and commits it with the last of them.
 
+    The shards of a step come from the keepers of one generation; that generation may be over by then.
+
     Args:
         log: the run's log.
         attempt: which the shards are of.
         identity: what a resumed run must share.
-        world_size: shards of a checkpoint.
         before: called before each commit.
     """
 
-    def __init__(
-        self, log: RunLog, attempt: int, identity: dict[str, Any], world_size: int, before: Callable[[], object]
-    ) -> None:
-        self.log, self.attempt, self.identity, self.world_size = log, attempt, identity, world_size
-        self.before = before
-        self.waiting: dict[int, dict[int, ShardWritten]] = {}
+    def __init__(self, log: RunLog, attempt: int, identity: dict[str, Any], before: Callable[[], object]) -> None:
+        self.log, self.attempt, self.identity, self.before = log, attempt, identity, before
+        self.waiting: dict[tuple[int, int], dict[int, ShardWritten]] = {}
+        self.newest = log.commits[-1].step if log.commits else -1
+        self.given_up: set[int] = set()
+        """Steps of which a shard could not be written."""
 
-    def take(self, report: ShardWritten) -> bool:
-        """Tell whether this shard was its checkpoint's last, and the checkpoint now counts.
+    def take(self, report: ShardWritten) -> Manifest | None:
+        """Return the manifest if this shard was its checkpoint's last, and the checkpoint now counts.
 
         Raises:
             StorageError: the checkpoint is incomplete, storage refuses, or another driver has taken over.
         """
-        shards = self.waiting.setdefault(report.step, {})
+        if report.step <= self.newest:  # Another generation has saved the same step once more.
+            return None
+        shards = self.waiting.setdefault((report.generation, report.step), {})
         shards[report.rank] = report
-        if len(shards) < self.world_size:
-            return False
-        del self.waiting[report.step]
+        if len(shards) < report.world_size:
+            return None
         manifest = Manifest(
             run_id=self.log.store.url.rsplit("/", 1)[-1],
             attempt=self.attempt,
             step=report.step,
-            world_size=self.world_size,
+            world_size=report.world_size,
             identity=self.identity,
             counters=report.counters,
-            shapes=report.shapes,
+            shapes=shards[0].shapes,
             shards=tuple(shards[rank].shard for rank in sorted(shards)),
         )
         self.before()
         self.log.commit(manifest)
-        return True
+        self.newest = report.step
+        self.waiting = {key: shards for key, shards in self.waiting.items() if key[1] > report.step}
+        return manifest

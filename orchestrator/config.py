@@ -38,8 +38,12 @@ class ScalingConfig:
     """What a worker reserves: `gpu` one GPU, `cpu` only processors; `auto` a GPU where the cluster has any."""
     cpus_per_worker: float = 1.0
     """Processors that a worker reserves."""
+    standby: int = 0
+    """Workers beyond max_workers that are kept ready, to take a dead worker's place at once."""
     wait_s: float = 300.0
     """How long to wait for min_workers on a cluster that we joined; a local Ray has what it has."""
+    settle_s: float = 5.0
+    """How long to wait for more newcomers before those that are ready are taken in."""
 
     def __post_init__(self) -> None:
         require(
@@ -49,8 +53,60 @@ class ScalingConfig:
                 f"max_workers must be at least min_workers ({self.min_workers}), not {self.max_workers}",
             ),
             (self.cpus_per_worker > 0, f"cpus_per_worker must be greater than 0, not {self.cpus_per_worker}"),
+            (self.standby >= 0, f"standby must be 0 or more, not {self.standby}"),
             (self.wait_s > 0, f"wait_s must be greater than 0, not {self.wait_s}"),
+            (self.settle_s >= 0, f"settle_s must be 0 or more, not {self.settle_s}"),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoveryConfig:
+    """How many faults a run bears, and how fast a worker that hangs is found."""
+
+    max_failures: int = 30
+    """Within an hour: workers and nodes that died or hung without notice. -1: any number."""
+    max_preemptions: int = -1
+    """Within an hour: nodes that were taken away with notice. -1: any number."""
+    max_storage_failures: int = 5
+    """Within an hour: checkpoints that could not be written. -1: any number."""
+    poison_after: int = 3
+    """A step that has ended the group this often ends the run."""
+    max_in_a_row: int = 10
+    """Failures without a new step in between; one more ends the run."""
+    free_retries: int = 3
+    """Faults without a new step in between that are recovered from at once; after them comes a back-off."""
+    backoff_s: float = 1.0
+    """The first back-off; it doubles each time."""
+    max_backoff_s: float = 60.0
+    """The longest back-off."""
+    hang_s: float = 8.0
+    """A worker that gives no sign of life for this long, or a group that gets on no further, is taken for hung."""
+
+    def __post_init__(self) -> None:
+        require(
+            *(
+                (getattr(self, key) >= -1, f"{key} must be -1 (any number) or more, not {getattr(self, key)}")
+                for key in ("max_failures", "max_preemptions", "max_storage_failures")
+            ),
+            (self.poison_after >= 1, f"poison_after must be 1 or more, not {self.poison_after}"),
+            (self.max_in_a_row >= 1, f"max_in_a_row must be 1 or more, not {self.max_in_a_row}"),
+            (self.free_retries >= 0, f"free_retries must be 0 or more, not {self.free_retries}"),
+            (self.backoff_s >= 0, f"backoff_s must be 0 or more, not {self.backoff_s}"),
+            (
+                self.max_backoff_s >= self.backoff_s,
+                f"max_backoff_s must be at least backoff_s ({self.backoff_s}), not {self.max_backoff_s}",
+            ),
+            (self.hang_s > 0, f"hang_s must be greater than 0, not {self.hang_s}"),
+        )
+
+    def budget(self, kind: str) -> int | None:
+        """Return how many faults of a kind are borne within an hour; None for any number."""
+        limit = {
+            "failure": self.max_failures,
+            "preemption": self.max_preemptions,
+            "storage": self.max_storage_failures,
+        }[kind]
+        return None if limit < 0 else limit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +145,8 @@ class RunConfig:
     """Steps, batches, validation."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """Workers."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """Faults."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     storage: StorageConfig = field(default_factory=StorageConfig)

@@ -1,80 +1,34 @@
 """The driver of a run, from the checks to the last commit.
 
-It forms the group, hands out the task and then only listens: reports go to MLflow and to whoever watches, shards become
-commits. It is never in the step's path. Everything that can be refused is checked before the MLflow run is made, so
-that bad input leaves no half run behind.
+Everything that can be refused is checked before the MLflow run is made, so that bad input leaves no half run behind.
+Then the controller leads; the driver is never in the step's path.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
 
-from orchestrator.cluster import connected, reserved_slots, uses_gpu
+from orchestrator.cluster import RayCluster, connected
 from orchestrator.commits import Commits
 from orchestrator.config import RunConfig, flatten, task_of
+from orchestrator.controller import Controller, Progress
+from orchestrator.journal import Journal
+from orchestrator.keeper import new_token
+from orchestrator.pool import Pool
 from orchestrator.preflight import Found, check_identity, check_inputs, find_run, identity, in_background, run_store
+from orchestrator.recorder import RunRecorder, Watcher, go_on_with
 from orchestrator.run_log import FencedError, RunLog
-from orchestrator.worker_group import WorkerGroup
+from orchestrator.stop import StopSignal
 from workers.data.corpus import Corpus
-from workers.errors import ConfigError, Interrupted, RaymuonError, StorageError, TrainingError
-from workers.reports import Ended, Report, Sampled, ShardWritten, StepDone, Validated
+from workers.errors import ClusterError, Interrupted, StorageError
 from workers.storage import configure_s3
 
 T = TypeVar("T")
-BLAME_S = 2.0
-"""How long to listen on after a failure: what a rank tells may only be the consequence of another's death."""
-
-
-class Watcher(Protocol):
-    """Whoever shows a run to a person; called from the driver's loop, so it must be quick."""
-
-    def phase(self, text: str) -> None:
-        """A part of the start has begun."""
-
-    def warn(self, text: str) -> None:
-        """Something is wrong that does not end the run."""
-
-    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
-        """Training begins after `first_step`."""
-
-    def report(self, report: Report) -> None:
-        """A worker told something."""
-
-    def committed(self, step: int, url: str) -> None:
-        """A checkpoint counts."""
-
-
-class StopSignal:
-    """What the person at the terminal wants: nothing, a clean stop, or an end at once.
-
-    A signal handler only counts. Raising from it would unwind through Ray's C++ calls, which turn it into an error of
-    their own; so whoever waits does so in short stretches and calls `check`.
-    """
-
-    def __init__(self) -> None:
-        self.requests = 0
-        self.training = False
-
-    def request(self) -> None:
-        """Count a Ctrl-C or SIGTERM."""
-        self.requests += 1
-
-    def check(self) -> None:
-        """Raise Interrupted after a second request, or after the first where there is no step to finish."""
-        if self.requests >= (2 if self.training else 1):
-            raise Interrupted("interrupted; what the last checkpoint holds is kept")
-
-    @contextmanager
-    def during_training(self) -> Iterator[None]:
-        """Mark the time in which there is a step to finish."""
-        self.training = True
-        try:
-            yield
-        finally:
-            self.training = False
+GRACE_S = 5.0
+"""How long to wait for more slots than the minimum, once the minimum is there."""
 
 
 @dataclass
@@ -86,12 +40,21 @@ class RunResult:
     steps: int = 0
     tokens: int = 0
     world_size: int = 0
+    """At the end."""
     val_loss_start: float | None = None
     val_loss: float | None = None
     checkpoint: str = ""
     first_step_time: float | None = None
     """Seconds since the epoch at which the first step of this attempt was finished."""
     sample: str = ""
+    recoveries: int = 0
+    """Faults that the run has survived."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Each recovery and each announced change of the group: reason, cause, seconds, steps redone."""
+    goodput: float | None = None
+    """Share of the time since the run's beginning that went into steps that count."""
+    mttr_s: float | None = None
+    """Mean seconds from a fault to the start of the next new step."""
     losses: tuple[list[tuple[int, float]], list[tuple[int, float]]] = ((), ())  # type: ignore[assignment]
     """Training and validation losses of the whole run, `(step, nats per token)`."""
 
@@ -103,6 +66,7 @@ def run(
     watcher: Watcher,
     stop: StopSignal,
     artifacts: Callable[[RunResult, Any], None] = lambda result, record: None,
+    kill_after: int | None = None,
 ) -> RunResult:
     """Train a run from its start, or from where it is, to its end.
 
@@ -113,6 +77,7 @@ def run(
         watcher: shows what happens.
         stop: tells when a person wants it to end.
         artifacts: called with the result and the MLflow record before the record is closed.
+        kill_after: for demonstrations: SIGKILL one worker after this step.
 
     Returns:
         The result; `status` is `finished` or `interrupted`.
@@ -134,16 +99,19 @@ def run(
             found.result()  # A refusal does not wait for slots or workers.
 
     watcher.phase("starting Ray")
-    with (
-        connected(address) as local,
-        reserved_slots(config.scaling, local, watcher.warn, check) as slots,
-        WorkerGroup(slots, config.scaling, uses_gpu(config.scaling)) as group,
-    ):
-        watcher.phase(f"starting {group.world_size} worker(s)")
-        group.prepare(config.storage)
-        while not group.prepared(timeout_s=0.2):
-            check()
-        return _lead(config, inputs.corpus, _await(found, stop), group, watcher, stop, artifacts)
+    with connected(address) as local:
+        cluster = RayCluster(config.scaling, local)
+        with Pool(
+            cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, notice=watcher.warn
+        ) as pool:
+            pool.rehearsal = task_of(config, inputs.corpus, run_url="", attempt=0, manifest=None)
+            _await_slots(pool, cluster, watcher, check)
+            watcher.phase(f"starting {min(pool.num_slots, config.scaling.max_workers)} worker(s)")
+            while pool.num_starting:
+                check()
+                pool.refresh()
+                time.sleep(0.02)
+            return _lead(config, inputs.corpus, _await(found, stop), pool, watcher, stop, artifacts, kill_after)
 
 
 def _await(future: Future[T], stop: StopSignal) -> T:
@@ -154,14 +122,45 @@ def _await(future: Future[T], stop: StopSignal) -> T:
     return future.result()
 
 
+def _await_slots(pool: Pool, cluster: RayCluster, watcher: Watcher, check: Callable[[], None]) -> None:
+    """Wait for all slots, or for the minimum and a short grace; what is still pending stays as demand.
+
+    Raises:
+        ClusterError: the cluster did not give the minimum in time.
+    """
+    scaling = pool.scaling
+    began, grace_ends, noticed = time.monotonic(), None, False
+    while True:
+        check()
+        pool.refresh()
+        now, given = time.monotonic(), pool.num_slots
+        if given >= scaling.min_workers and grace_ends is None:
+            grace_ends = now + GRACE_S
+        if given >= scaling.max_workers + scaling.standby or (grace_ends is not None and now >= grace_ends):
+            return
+        if now >= began + scaling.wait_s and given < scaling.min_workers:
+            raise ClusterError(
+                f"scaling.min_workers={scaling.min_workers}: after {scaling.wait_s:g} s the cluster has given "
+                f"{given} slot(s) of {cluster.bundle}; the nodes that are up have room for {cluster.room()}. Lower "
+                "scaling.min_workers, add nodes, or raise scaling.wait_s"
+            )
+        if not noticed and given < scaling.min_workers and now > began + 2:
+            watcher.warn(
+                f"waiting for {scaling.min_workers} worker slots of {cluster.bundle}; the cluster has given {given}"
+            )
+            noticed = True
+        time.sleep(0.02)
+
+
 def _lead(
     config: RunConfig,
     corpus: Corpus,
     found: Found,
-    group: WorkerGroup,
+    pool: Pool,
     watcher: Watcher,
     stop: StopSignal,
     artifacts: Callable[[RunResult, Any], None],
+    kill_after: int | None,
 ) -> RunResult:
     """Make or take over the run, train, and close the record whatever happens."""
     from orchestrator.tracking import RunRecord
@@ -171,14 +170,53 @@ def _lead(
     try:
         # The log is read anew: since the preflight another driver may have come and gone.
         log = RunLog(run_store(config, run_id))
+        run_identity = identity(config, corpus)
         if log.identity is not None:
-            check_identity(log, identity(config, corpus))
-        attempt = _Attempt(config, corpus, group, log, record, watcher)
-        result = attempt.run(stop)
+            check_identity(log, run_identity)
+        attempt, manifest = log.take_over(run_identity), log.manifest()
+        url = log.store.url
+        record.tag("raymuon.checkpoint_url", url)
+        journal = Journal(log.store, attempt)
+        restored = manifest.step if manifest else 0
+        tally = go_on_with(record, journal, restored, time.time())
+        recorder = RunRecorder(config, record, journal, watcher, url, tally)
+        progress = Progress(
+            step=max(restored, record.marks["train"]),
+            tokens=manifest.counters["tokens"] if manifest else 0,
+            validated=record.marks["validation"],
+            committed=restored if manifest else -1,
+        )
+        if manifest:
+            recorder.checkpoint = f"{url}@{restored}"
+        commits = Commits(log, attempt, run_identity, recorder.before_commit)
+        task = task_of(config, corpus, url, attempt, manifest)
+        controller = Controller(config, pool, commits, task, progress, recorder, tally, kill_after)
+        try:
+            with stop.during_training():
+                status = controller.run(stop)
+        finally:
+            recorder.close(time.time())
         record.flush()
-        result.losses = (record.history("loss"), record.history("val_loss"))
-        if result.losses[1] and result.losses[1][0][0] == 0:
-            result.val_loss_start = result.losses[1][0][1]
+        result = RunResult(
+            run_id,
+            status=status,
+            steps=controller.ended_at,
+            tokens=progress.tokens,
+            world_size=progress.world_size,
+            val_loss=recorder.val_loss,
+            checkpoint=recorder.checkpoint,
+            first_step_time=recorder.first_step_time,
+            sample=recorder.sample,
+            recoveries=len(tally.faults),
+            changes=[change for change in tally.recoveries if change["reason"] != "start"],
+            goodput=tally.goodput(time.time()),
+            mttr_s=tally.mean_time_to_recovery(),
+            losses=(record.history("loss"), record.history("val_loss")),
+        )
+        if result.losses[1]:
+            result.val_loss = result.losses[1][-1][1]
+            if result.losses[1][0][0] == 0:
+                result.val_loss_start = result.losses[1][0][1]
         try:
             artifacts(result, record)
         except StorageError as error:  # The training is done and saved: a missing picture does not undo it.
@@ -192,93 +230,3 @@ def _lead(
         raise
     record.close("FINISHED" if result.status == "finished" else "KILLED")
     return result
-
-
-class _Attempt:
-    """One attempt at a run, from the take-over to the end of every worker."""
-
-    def __init__(
-        self, config: RunConfig, corpus: Corpus, group: WorkerGroup, log: RunLog, record: Any, watcher: Watcher
-    ) -> None:
-        self.config, self.group, self.log, self.record, self.watcher = config, group, log, record, watcher
-        run_identity = identity(config, corpus)
-        number, manifest = log.take_over(run_identity), log.manifest()
-        self.task = task_of(config, corpus, log.store.url, number, manifest)
-        # What a checkpoint stands for is in the record before it counts, as long as MLflow answers.
-        self.commits = Commits(log, number, run_identity, group.world_size, before=record.flush)
-        self.ended: list[Ended] = []
-        self.failed_at: float | None = None
-        self.result = RunResult(log.store.url.rsplit("/", 1)[-1], world_size=group.world_size)
-        if manifest:
-            self.result.steps, self.result.tokens = manifest.step, manifest.counters["tokens"]
-            self.result.checkpoint = f"{log.store.url}@{manifest.step}"
-        record.tag("raymuon.checkpoint_url", log.store.url)
-
-    def run(self, stop: StopSignal) -> RunResult:
-        """Train, and take in reports until every worker has ended."""
-        self.group.start(self.task)
-        self.watcher.begin(self.result.run_id, self.result.steps, self.config.train.steps, self.group.world_size)
-        with stop.during_training():
-            pausing, warned = False, None
-            while len(self.ended) < self.group.world_size:
-                stop.check()
-                if stop.requests and not pausing:
-                    pausing = True
-                    self.watcher.warn("stopping after this step, with a checkpoint; once more ends at once")
-                    self.group.pause()
-                for report in self.group.reports(timeout_s=0.2):
-                    self._take(report)
-                self._blame()
-                if self.record.failure not in (None, warned):
-                    self.watcher.warn(f"MLflow takes no metrics ({self.record.failure}); they wait, training goes on")
-                warned = self.record.failure
-        self.result.status = "finished" if self.ended[0].outcome == "finished" else "interrupted"
-        return self.result
-
-    def _take(self, report: Report) -> None:
-        self.watcher.report(report)
-        match report:
-            case StepDone():
-                self.result.steps, self.result.tokens = report.step, report.tokens
-                self.result.first_step_time = self.result.first_step_time or report.time
-                metrics = _train_metrics(report, self.config, self.group.world_size)
-                self.record.log("train", report.step, report.time, metrics)
-            case Validated():
-                self.result.val_loss = report.loss
-                self.record.log("validation", report.step, report.time, {"val_loss": report.loss})
-            case ShardWritten():
-                if self.commits.take(report):
-                    self.result.checkpoint = f"{self.log.store.url}@{report.step}"
-                    self.watcher.committed(report.step, self.result.checkpoint)
-            case Sampled():
-                self.result.sample = report.text
-            case Ended():
-                self.ended.append(report)
-                if report.outcome == "failed" and self.failed_at is None:
-                    self.failed_at = time.monotonic()
-
-    def _blame(self) -> None:
-        """Raise what made the group fail, once every rank has told or has had the time to."""
-        if self.failed_at is None:
-            return
-        if len(self.ended) == self.group.world_size or time.monotonic() > self.failed_at + BLAME_S:
-            failed = [report for report in self.ended if report.outcome == "failed"]
-            # A peer that went away is a consequence; what storage or the config refused is a cause.
-            raise _error(min(failed, key=lambda r: (r.exit_code == TrainingError.exit_code, r.time)))
-
-
-def _train_metrics(report: StepDone, config: RunConfig, world_size: int) -> dict[str, float]:
-    return {
-        "loss": report.loss,
-        "lr": report.lr,
-        "grad_norm": report.grad_norm,
-        "tokens": report.tokens,
-        "tokens_per_second": config.train.global_batch * config.train.seq_len / report.seconds,
-        "world_size": world_size,
-        "expert_imbalance": report.expert_imbalance,
-    }
-
-
-def _error(report: Ended) -> RaymuonError:
-    kinds: dict[int, type[RaymuonError]] = {kind.exit_code: kind for kind in (ConfigError, StorageError)}
-    return kinds.get(report.exit_code, TrainingError)(f"rank {report.rank}: {report.error}")

@@ -116,6 +116,7 @@ class RunRecord:
         with tracking_errors(self.uri):
             self.client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
         self._rows: list[_Row] = []
+        self._tags: dict[str, str] = {}
         self._lock = threading.Lock()  # Guards _rows; _flushing keeps the order of the rows that are on their way.
         self._flushing = threading.Lock()
         self._closing = threading.Event()
@@ -131,33 +132,46 @@ class RunRecord:
             with self._lock:
                 self._rows.append(_Row(step, int(at * 1000), values))
 
+    def note(self, step: int, at: float, values: dict[str, float]) -> None:
+        """Record something that happened besides the series, as often as it happens."""
+        with self._lock:
+            self._rows.append(_Row(step, int(at * 1000), values))
+
     def flush(self) -> bool:
         """Write all rows that wait; on a failure keep them, note why, and return False."""
         with self._flushing:
             with self._lock:
-                rows = list(self._rows)
+                rows, tags = list(self._rows), dict(self._tags)
             try:
                 for first in range(0, len(rows), ROWS_PER_BATCH):
                     batch = rows[first : first + ROWS_PER_BATCH]
                     metrics = [Metric(key, value, r.time_ms, r.step) for r in batch for key, value in r.values.items()]
                     self.client.log_batch(self.run_id, metrics=metrics)
+                for key, value in tags.items():
+                    self.client.set_tag(self.run_id, key, value)
             except Exception as error:  # Whatever a store's driver raises: training goes on.
                 self.failure = _first_line(error)
                 return False
             self.failure = None
             with self._lock:
                 del self._rows[: len(rows)]
+                self._tags = {key: value for key, value in self._tags.items() if tags.get(key) != value}
             return True
+
+    def tag_later(self, key: str, value: str) -> None:
+        """Set a tag of the run with the next flush; of several values the last counts."""
+        with self._lock:
+            self._tags[key] = value
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
         with tracking_errors(self.uri):
             self.client.set_tag(self.run_id, key, value)
 
-    def artifact(self, path: Path) -> None:
-        """Put a file beside the run."""
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Put a file beside the run, into a folder there where one is named."""
         with tracking_errors(self.uri):
-            self.client.log_artifact(self.run_id, str(path))
+            self.client.log_artifact(self.run_id, str(path), folder)
 
     def history(self, metric: str) -> list[tuple[int, float]]:
         """Return all `(step, value)` of a metric, in order."""

@@ -1,111 +1,175 @@
-"""The worker group: one actor per slot, their ranks and rendezvous, and one stream of their reports."""
+"""The members of one generation: their ranks and rendezvous, the stream of what they tell, and how they end."""
 
-from collections.abc import Iterator
-from types import TracebackType
+import time
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from orchestrator.handles import Gone
+from orchestrator.policy import Suspect, Watchdog
+from orchestrator.pool import Pool, PoolWorker
+from workers.reports import Ended, Pulse, Report
+from workers.task import KeeperLinks, Membership, Task
 
-from orchestrator.config import ScalingConfig
-from workers.actor import Worker
-from workers.config import StorageConfig
-from workers.errors import ClusterError, TrainingError
-from workers.reports import Report
-from workers.task import Membership, Task
-
-POLL_S = 10.0
+POLL_S = 1.0
 """How long a worker holds a poll open when it has nothing to tell."""
+SUSPECT_S = 1.0
+"""How long a member may take to answer, once another one is known to be lost."""
+EVIDENCE_S = 2.0
+"""How long a keeper may take to tell what a member was doing, and to kill it."""
+LEAVE_S = 4.0
+"""How long a member that answers may take to leave a generation that has lost a member."""
 
 
 class WorkerGroup:
-    """The workers of a run, in rank order."""
+    """One generation.
 
-    def __init__(self, slots: list[PlacementGroup], scaling: ScalingConfig, gpu: bool) -> None:
-        self.generation = 0
-        self.workers: list[Any] = [  # Ray's actor handles have no useful type.
-            Worker.options(
-                num_cpus=scaling.cpus_per_worker,
-                num_gpus=1 if gpu else 0,
-                max_concurrency=4,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=slot),
-            ).remote()
-            for slot in slots
-        ]
-        self._addresses: list[ray.ObjectRef] = []
-        self._polls: dict[ray.ObjectRef, int] = {}
+    Args:
+        generation: its number.
+        members: in rank order; all ready.
+        pool: which they are of.
+        watchdog: finds members that hang.
+    """
 
-    def __enter__(self) -> "WorkerGroup":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """End all worker processes at once."""
-        for worker in self.workers:
-            ray.kill(worker)
+    def __init__(self, generation: int, members: list[PoolWorker], pool: Pool, watchdog: Watchdog) -> None:
+        self.generation, self.members, self.pool, self.watchdog = generation, members, pool, watchdog
+        self.ended: dict[int, Ended] = {}
+        self.gone: dict[int, str] = {}
+        """Why, for each rank whose process is dead or had to be killed."""
+        self.stacks: dict[int, str] = {}
+        """What members that had to be killed were doing."""
+        self.told = -1
+        """The last step whose row has come."""
+        self._polls: dict[Future[Pulse], int] = {}
+        self._links: dict[int, KeeperLinks] = {}
 
     @property
     def world_size(self) -> int:
-        """Workers in the group."""
-        return len(self.workers)
+        """Members of the generation."""
+        return len(self.members)
 
-    def prepare(self, storage: StorageConfig) -> None:
-        """Begin all workers' imports."""
-        self._addresses = [worker.prepare.remote(storage) for worker in self.workers]
+    @property
+    def broken(self) -> bool:
+        """Tell whether the generation cannot go on."""
+        return bool(self.gone) or any(ended.outcome in ("lost", "failed") for ended in self.ended.values())
 
-    def prepared(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s` and tell whether every worker has imported what it needs, or has failed."""
-        done, _ = ray.wait(self._addresses, num_returns=len(self._addresses), timeout=timeout_s)
-        return len(done) == len(self._addresses)
+    @property
+    def over(self) -> bool:
+        """Tell whether nobody trains any more."""
+        return len(self.ended.keys() | self.gone.keys()) == self.world_size
 
-    def start(self, task: Task) -> None:
-        """Form a new generation and let it train.
+    def start(self, task: Task, membership: Membership, links: list[KeeperLinks]) -> None:
+        """Form the group and let it train.
 
-        Raises:
-            ClusterError: a worker died before it could begin.
+        Args:
+            task: what to train.
+            membership: what is alike for all ranks.
+            links: each rank's keepers.
         """
-        self.generation += 1
+        self.watchdog.begin(range(self.world_size), time.monotonic())
+        first = self.members[0]
+        assert first.ready is not None
         try:
-            host = ray.get(self._addresses)[0]
-            port: Any = ray.get(self.workers[0].open_rendezvous.remote(self.generation, host, self.world_size))
-            ray.get(
-                [
-                    worker.start.remote(
-                        Membership(
-                            generation=self.generation, rank=rank, world_size=self.world_size, host=host, port=port
-                        ),
-                        task,
-                    )
-                    for rank, worker in enumerate(self.workers)
-                ]
-            )
-        except RayError as error:
-            raise ClusterError(f"a worker could not start: {_reason(error)}") from error
-        self._polls = {worker.reports.remote(POLL_S): rank for rank, worker in enumerate(self.workers)}
+            opened: Future[int] = first.handle.call("open_rendezvous", self.generation, self.world_size)
+            port = opened.result(timeout=self.watchdog.hang_s)
+        except (Gone, TimeoutError) as error:
+            self._lose(0, str(error) or "does not answer")
+            return
+        self._links = dict(enumerate(links))
+        for rank, member in enumerate(self.members):
+            place = replace(membership, rank=rank, host=first.ready.host, port=port, links=links[rank])
+            member.handle.call("start", place, task)  # A member that is gone fails its poll, too.
+            self._poll(rank)
 
-    def reports(self, timeout_s: float) -> Iterator[Report]:
-        """Yield what the workers have told, of this generation only; wait up to `timeout_s` for the first.
+    def reports(self, timeout_s: float, others: Iterable[Future[Any]] = ()) -> list[Report]:
+        """Return what the members have told, of this generation only; wait up to `timeout_s` for the first.
 
-        Raises:
-            TrainingError: a worker's process is gone.
+        Args:
+            timeout_s: to wait.
+            others: what also ends the waiting.
         """
-        done, _ = ray.wait(list(self._polls), num_returns=1, timeout=timeout_s)
-        for poll in done:
+        wait([*self._polls, *others], timeout_s, FIRST_COMPLETED)
+        now, found = time.monotonic(), []
+        for poll in [poll for poll in self._polls if poll.done()]:
             rank = self._polls.pop(poll)
             try:
-                reports = ray.get(poll)
-            except RayError as error:
-                raise TrainingError(f"the worker of rank {rank} died: {_reason(error)}") from error
-            self._polls[self.workers[rank].reports.remote(POLL_S)] = rank
-            yield from (report for report in reports if report.generation == self.generation)
+                pulse = poll.result()
+            except Gone as error:
+                self._lose(rank, str(error))
+                continue
+            found += [report for report in pulse.reports if report.generation == self.generation]
+            current = pulse.mark if pulse.mark and pulse.mark.generation == self.generation else None
+            self.watchdog.observe(rank, current, now)
+            for report in pulse.reports:
+                if isinstance(report, Ended) and report.generation == self.generation:
+                    self.ended[rank] = report
+                    self.watchdog.forget(rank)
+            if rank not in self.ended:
+                self._poll(rank)
+        return found
 
-    def pause(self) -> None:
-        """Ask the group to save and end at the next boundary; one rank's word is enough."""
-        self.workers[0].pause.remote()
+    def pause(self, save: bool) -> None:
+        """Ask the group to leave at the next boundary; one rank's word is enough, but it may die."""
+        for member in self.members:
+            member.handle.call("pause", self.generation, save)
+
+    def relink(self, links: list[KeeperLinks]) -> None:
+        """Tell the members of keepers that have been replaced."""
+        for rank, link in enumerate(links):
+            if self._links.get(rank) != link and rank not in self.gone:
+                self._links[rank] = link
+                self.members[rank].handle.call("relink", self.generation, link)
+
+    def kill(self, suspect: Suspect, evidence: bool) -> None:
+        """End a member that hangs; with `evidence`, keep what it was doing in `stacks`."""
+        told = self.pool.end(self.members[suspect.rank].number, evidence)
+        if told is not None and evidence:
+            with suppress(Exception):
+                text = told.result(timeout=EVIDENCE_S)
+            self.stacks[suspect.rank] = f"{suspect.reason}\n\n{text}"
+        self._lose(suspect.rank, suspect.reason)
+
+    def settle(self) -> list[Report]:
+        """Wait until every member is known to be out of the generation or dead; kill those that are neither.
+
+        Members that live get out by themselves when a peer's sockets close. Whoever does not is pinged: no answer
+        within a second means dead or cut off, and it is killed to free the others.
+        """
+        found: list[Report] = []
+        began = time.monotonic()
+        for rank in self._present():
+            self.members[rank].handle.call("abort", self.generation)
+        pings = {rank: self.members[rank].handle.call("ping") for rank in self._present()}
+        while not self.over:
+            found += self.reports(0.05)
+            waited = time.monotonic() - began
+            for rank in self._present():
+                if waited > SUSPECT_S and not _answered(pings[rank]):
+                    self.kill(Suspect(rank, "does not answer, after a peer was lost", waited), evidence=False)
+                elif waited > LEAVE_S:
+                    self.kill(Suspect(rank, "does not leave the generation, after a peer was lost", waited), True)
+        return found
+
+    def _present(self) -> list[int]:
+        return [rank for rank in range(self.world_size) if rank not in self.gone and rank not in self.ended]
+
+    def _poll(self, rank: int) -> None:
+        self._polls[self.members[rank].handle.call("poll", POLL_S, self.told)] = rank
+
+    def _lose(self, rank: int, reason: str) -> None:
+        self.gone.setdefault(rank, reason)
+        self.watchdog.forget(rank)
+        self.pool.lose(self.members[rank].number)
+        for poll in [poll for poll, of in self._polls.items() if of == rank]:
+            del self._polls[poll]
 
 
-def _reason(error: RayError) -> str:
-    """Return one line: Ray wraps what a worker raised into the worker's whole traceback."""
-    cause = getattr(error, "cause", None)
-    return f"{type(cause).__name__}: {cause}" if cause else str(error).strip().splitlines()[0]
+def _answered(ping: "Future[bool]") -> bool:
+    if not ping.done():
+        return False
+    with suppress(Exception):
+        ping.result()
+        return True
+    return False

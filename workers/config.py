@@ -126,6 +126,8 @@ class TrainConfig:
     """The text from which the trained model writes a sample at the end; empty for none."""
     sample_bytes: int = 200
     """Length of the sample."""
+    max_skipped_in_a_row: int = 10
+    """Steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
 
     def __post_init__(self) -> None:
         require(
@@ -139,6 +141,10 @@ class TrainConfig:
             ),
             (self.validate_every >= 0, f"validate_every must be 0 (ends only) or more, not {self.validate_every}"),
             (self.sample_bytes >= 0, f"sample_bytes must be 0 or more, not {self.sample_bytes}"),
+            (
+                self.max_skipped_in_a_row >= 0,
+                f"max_skipped_in_a_row must be 0 (none) or more, not {self.max_skipped_in_a_row}",
+            ),
         )
 
     @property
@@ -155,11 +161,18 @@ class CheckpointConfig:
     """Folder (fsspec URL, for instance s3://bucket/prefix) under which each run has its own."""
     every: int = 100
     """Steps between checkpoints; the last step always makes one. 0: the last only."""
+    snapshot_every: int = 0
+    """Steps between snapshots into the keepers' memory, from which a fault is recovered. 0: as often as
+    snapshot_share allows, every step where it can be."""
+    snapshot_share: float = 0.03
+    """The share of the time that snapshots may take where snapshot_every is 0."""
 
     def __post_init__(self) -> None:
         require(
             (bool(self.url.strip()), "url must name a folder; it is empty"),
             (self.every >= 0, f"every must be 0 (the last step only) or more, not {self.every}"),
+            (self.snapshot_every >= 0, f"snapshot_every must be 0 (automatic) or more, not {self.snapshot_every}"),
+            (0 < self.snapshot_share < 1, f"snapshot_share must be between 0 and 1, not {self.snapshot_share}"),
         )
 
 

@@ -4,6 +4,7 @@ A generation builds all of it anew: `deepspeed.initialize` on a module that had 
 one alive through its hooks.
 """
 
+import gc
 import importlib
 import logging
 import os
@@ -70,12 +71,25 @@ class Engine:
         """Bring the fp32 master weights into every rank's module, after they were loaded."""
         self.zero.update_lp_params()
 
+    def abort(self) -> None:
+        """Wake a thread that waits in a collective for a lost peer. Gloo's wakes by itself."""
+        if self.device.type == "cuda":
+            dist.distributed_c10d._abort_process_group()
+
     def destroy(self) -> None:
         """Take the engine and the process group down, so that this process can build the next generation's."""
         self.engine.destroy()
+        leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Take down whatever process group there is, whole or half built, and all that DeepSpeed remembers of it."""
+    if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
-        deepspeed.comm.comm.cdb = None
-        groups._WORLD_GROUP = None
+    deepspeed.comm.comm.cdb = None
+    groups._WORLD_GROUP = None
+    # The old groups' sockets close with their last reference, and the peers wait for that: cycles must not hold them.
+    gc.collect()
 
 
 def default_device() -> torch.device:
@@ -100,14 +114,20 @@ def join_process_group(rank: int, world_size: int, store: dist.Store, device: to
 
 
 def build_engine(
-    model_config: ModelConfig, optim_config: OptimConfig, train: TrainConfig, seed: int, device: torch.device
+    model_config: ModelConfig,
+    optim_config: OptimConfig,
+    train: TrainConfig,
+    seed: int | None,
+    device: torch.device,
 ) -> Engine:
     """Make a fresh model and wrap it; the process group must be there.
 
-    The initial weights depend on the seed alone: they are drawn on the CPU, on every rank alike.
+    The initial weights depend on the seed alone: they are drawn on the CPU, on every rank alike. Without a seed they
+    are left as they are, for a state that is loaded over them.
     """
-    torch.manual_seed(seed)
-    model = moonlight.build(model_config).to(device)
+    if seed is not None:
+        torch.manual_seed(seed)
+    model = moonlight.build(model_config, initialize=seed is not None).to(device)
     optimizer = Zero1Optimizer(model.named_parameters(), optim_config)
     engine, *_ = deepspeed.initialize(
         model=model,

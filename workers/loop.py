@@ -1,14 +1,16 @@
-"""The step loop of one rank, from its first step to the last, a pause or a fault.
+"""The step loop of one rank in one generation, from the state it was given to the last step, a pause or a fault.
 
-A step: this rank's micro-batch slots forward and backward; DeepSpeed reduces, clips and calls the optimizer; then one
-small all-reduce, the boundary. The boundary carries the loss sum, the token count, a non-finite flag, a pause flag and
-the experts' load. Every rank gets the same sums, so every rank takes the same decision: to pause, to fail, to save.
+A step: this rank's micro-batch slots forward and backward; DeepSpeed reduces, clips and calls the optimizer; the shard
+is copied into the keeper's memory; then one small all-reduce, the boundary. The boundary carries the loss sum, the
+token count, a non-finite flag, a pause flag, whether the snapshot was written, and the experts' load. Every rank gets
+the same sums, so every rank takes the same decision: to pause, to skip, to snapshot, to save.
 """
 
 import json
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optim.schedule import learning_rate
-from workers.checkpoint.shards import write_shard
+from workers.controls import Controls, Pause
 from workers.data.order import random_seed, samples_of_slot, slots_of_rank
 from workers.data.tokens import TokenSplit
 from workers.engine import Engine
 from workers.errors import TrainingError
 from workers.generate import generate
-from workers.reports import Report, Sampled, ShardWritten, StepDone, Validated
-from workers.state import Counters, local_state, shapes
-from workers.storage import Store
-from workers.task import Task
+from workers.reports import Sampled, SaveFailed, StepDone, Validated
+from workers.snapshots.writer import SnapshotWriter
+from workers.state import Counters, replicated_tensors, shapes, shard_map, shard_tensors
+from workers.task import Membership, Task
 
 FINISHED, PAUSED = "finished", "paused"
+SAVE_TRIES, SAVE_RETRY_S = 40, 0.5
+ROWS_KEPT = 2000
+"""Steps whose rows travel with a snapshot at most; the driver is never so far behind."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,48 @@ class Boundary:
 
     loss: float
     tokens: int
-    finite: bool
-    pause: bool
+    skipped: bool
+    """A gradient was not finite: DeepSpeed changed nothing, on any rank."""
+    pause: Pause
+    snapshot: bool
+    """Every rank has written its part of the snapshot."""
+    snapshot_seconds: float
+    """That the last snapshot held training up, mean over the ranks."""
+    step_seconds: float
+    """Of this step without its snapshot, mean over the ranks."""
     expert_load: Tensor
     """Tokens per expert over the global batch, `[MoE layers, experts]`."""
+
+
+@dataclass
+class SnapshotSchedule:
+    """When to take a snapshot: every `every` steps, or as often as costs no more than `share` of the time."""
+
+    every: int
+    share: float
+    last: int
+    chosen: int = field(init=False)
+    cost: float = 0.0
+    step: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.chosen = self.every or 1
+
+    def due(self, step: int) -> bool:
+        """Tell whether a snapshot of `step` is to be taken."""
+        return step >= self.last + self.chosen
+
+    def taken(self, step: int) -> None:
+        """Note a snapshot on which all agreed."""
+        self.last = step
+
+    def measure(self, step: int, cost: float, seconds: float) -> None:
+        """Take in how long `step` took and what the snapshot before it cost; the same numbers on every rank."""
+        self.step = _moving(self.step, seconds)
+        if self.last == step - 1 and cost:
+            self.cost = _moving(self.cost, cost)
+        if not self.every and self.step:
+            self.chosen = max(1, math.ceil(self.cost / (self.share * self.step)))
 
 
 class Trainer:
@@ -48,89 +91,108 @@ class Trainer:
 
     Args:
         task: what to train.
-        engine: built and, on a resumed run, loaded.
+        member: this rank's place, and what is on record already.
+        engine: built, and loaded where there was something to load.
         counters: where the run is; moved on with every step.
-        report: takes every report's class and fields; must not block.
-        pause: tells whether somebody asked this process to stop at the next boundary.
+        controls: how it talks to whoever runs it.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        engine: Engine,
-        counters: Counters,
-        report: Callable[..., None],
-        pause: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.task, self.engine, self.counters = task, engine, counters
-        self.report, self.pause = report, pause
+    def __init__(self, task: Task, member: Membership, engine: Engine, counters: Counters, controls: Controls) -> None:
+        self.task, self.member, self.engine, self.counters, self.controls = task, member, engine, counters, controls
         corpus = task.corpus
         self.train_split = TokenSplit(corpus, corpus.train, task.train.seq_len)
         self.validation_split = TokenSplit(corpus, corpus.validation, task.train.seq_len)
         self.slots = slots_of_rank(task.train.slots, engine.world_size, engine.rank)
-        self.ledger = _Ledger(task, engine.rank)
-        self.saved_step = counters.step if task.manifest else -1
+        self.ledger = _Ledger(task, member)
+        self.validated, self.saved = member.validated, member.committed
+        self.snapshot_step = -1
+        checkpoint = task.checkpoint
+        self.schedule = SnapshotSchedule(checkpoint.snapshot_every, checkpoint.snapshot_share, counters.step)
+        self.snapshots = SnapshotWriter(
+            controls.links,
+            {"generation": member.generation, "rank": member.rank, "world_size": member.world_size},
+            shard_map(engine, engine.world_size, engine.rank),
+            shapes(engine) if engine.rank == 0 else {},
+            controls.keeper_lost,
+        )
+        self.snapshot_seconds = 0.0
+        self.rows: deque[dict[str, Any]] = deque(maxlen=ROWS_KEPT)
 
     def run(self) -> str:
-        """Train until the last step (`finished`) or until somebody asks for a pause (`paused`); save either way.
+        """Train until the last step (`finished`) or until somebody asks for a pause (`paused`).
 
         Raises:
-            TrainingError: a loss or a gradient is not finite; that step changed no weight.
+            TrainingError: too many gradients in a row were not finite.
         """
-        train, counters = self.task.train, self.counters
-        if counters.step == 0:
-            self._validate()
-        outcome = FINISHED
-        while counters.step < train.steps:
-            started = time.perf_counter()
-            step = counters.step + 1
-            lr = learning_rate(self.task.optim, step, train.steps)
-            loss_sum = self._forward_backward(step)
-            for group in self.engine.optimizer.param_groups:
-                group["lr"] = lr
-            self.engine.engine.step()
-            boundary = self._boundary(loss_sum)
-            if not boundary.finite:
-                raise TrainingError(
-                    f"step {step}: the loss or the gradient is not finite (loss {boundary.loss}); "
-                    "the last checkpoint is good; lower optim.lr or look at the data of this step"
-                )
-            self.engine.model.balance_experts(boundary.expert_load, self.task.model.router_bias_rate)
-            counters.step = step
-            counters.tokens += boundary.tokens
-            counters.applied_steps = self.engine.optimizer.applied_steps
-            self._report_rank0(
-                StepDone,
-                step=step,
-                loss=boundary.loss,
-                lr=lr,
-                grad_norm=float(self.engine.zero._global_grad_norm),
-                tokens=counters.tokens,
-                seconds=time.perf_counter() - started,
-                expert_imbalance=_imbalance(boundary.expert_load),
-            )
-            if train.validate_every and step % train.validate_every == 0 and step < train.steps:
-                self._validate()
-            if self.task.checkpoint.every and step % self.task.checkpoint.every == 0 and step < train.steps:
-                self._save()
-            if boundary.pause and step < train.steps:
-                outcome = PAUSED
-                break
-        if outcome == FINISHED:
-            self._validate()
-        self._save()
-        if outcome == FINISHED and self.engine.rank == 0 and train.sample_prompt and train.sample_bytes:
+        steps = self.task.train.steps
+        self._duties()
+        while self.counters.step < steps:
+            pause = self._step()
+            self._duties(save=pause.save)
+            if pause.leave and self.counters.step < steps:
+                self._snapshot()
+                self.snapshots.close()
+                return PAUSED
+        self.snapshots.close()
+        train = self.task.train
+        if self.engine.rank == 0 and train.sample_prompt and train.sample_bytes:
             text = generate(self.engine.model, train.sample_prompt, train.sample_bytes, train.seq_len, self.task.seed)
-            self._report_rank0(Sampled, text=text)
-        return outcome
+            self.controls.report(Sampled, text=text)
+        return FINISHED
+
+    def _step(self) -> Pause:
+        """Train one step and return what is asked of everybody after it."""
+        train, counters, engine = self.task.train, self.counters, self.engine
+        step, started = counters.step + 1, time.time()
+        clock = time.perf_counter()
+        lr = learning_rate(self.task.optim, step, train.steps)
+        loss_sum = self._forward_backward(step)
+        held_up = time.perf_counter()
+        self.controls.mark("wait", step)
+        self.snapshots.wait()
+        self.snapshot_seconds += time.perf_counter() - held_up
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.controls.mark("reduce", step)
+        engine.engine.step()
+        cost, self.snapshot_seconds = self.snapshot_seconds, 0.0
+        written = (self.schedule.due(step) or self._save_is_due(step)) and self._write(step)
+        self.controls.mark("boundary", step)
+        boundary = self._boundary(loss_sum, written, cost, time.perf_counter() - clock - self.snapshot_seconds)
+        self._count(step, boundary)
+        row = {
+            "step": step,
+            "loss": boundary.loss,
+            "lr": lr,
+            "grad_norm": float(engine.zero._global_grad_norm),
+            "tokens": counters.tokens,
+            "seconds": time.perf_counter() - clock,
+            "expert_imbalance": _imbalance(boundary.expert_load),
+            "skipped": counters.skipped,
+            "snapshot_every": self.schedule.chosen,
+            "snapshot_seconds": boundary.snapshot_seconds,
+        }
+        # Every rank keeps the rows that the driver may not have: they go with the snapshot, so that none is lost with
+        # the one rank that tells them.
+        while self.rows and self.rows[0]["step"] <= self.controls.told():
+            self.rows.popleft()
+        self.rows.append({**row, "time": started + row["seconds"]})
+        self.schedule.measure(step, boundary.snapshot_seconds, boundary.step_seconds)
+        if written and boundary.snapshot:
+            self._agree(step)
+        if engine.rank == 0:
+            self.controls.report(StepDone, **row)
+        return boundary.pause
 
     def _forward_backward(self, step: int) -> Tensor:
         """Accumulate the gradient of this rank's slots and return their summed loss in nats, fp64 on the device."""
         train, engine = self.task.train, self.engine
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
         global_tokens = train.global_batch * train.seq_len
+        clock = time.perf_counter()
         # A rank without a slot runs one of weight zero: the reduction needs a gradient from everybody.
         for slot in self.slots or [0]:
+            self.controls.mark("compute", step)
             indices = samples_of_slot(
                 self.task.seed, step, slot, train.global_batch, train.micro_batch, self.train_split.num_samples
             )
@@ -143,6 +205,7 @@ class Trainer:
                 self.ledger.add(step, slot, indices)
         if not self.slots:
             engine.model.clear_expert_load()
+        self.controls.busy((time.perf_counter() - clock) / max(1, len(self.slots)))
         return total
 
     def _loss(self, model: Any, split: TokenSplit, indices: list[int]) -> Tensor:
@@ -151,16 +214,114 @@ class Trainer:
         logits = model(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
 
-    def _boundary(self, loss_sum: Tensor) -> Boundary:
-        model, train = self.engine.model, self.task.train
+    def _boundary(self, loss_sum: Tensor, written: bool, cost: float, seconds: float) -> Boundary:
+        model, train, ranks = self.engine.model, self.task.train, self.engine.world_size
         load = model.expert_load()
         tokens = len(self.slots) * train.micro_batch * train.seq_len
-        scalars = [loss_sum.item(), tokens, float(self.engine.zero.overflow), float(self.pause())]
-        sums = self.engine.all_reduce(torch.cat([torch.tensor(scalars, dtype=torch.float64), load.flatten().cpu()]))
+        pause = self.controls.pause()
+        scalars = [loss_sum.item(), tokens, self.engine.zero.overflow, pause.leave, pause.save, written, cost, seconds]
+        mine = torch.tensor([float(value) for value in scalars], dtype=torch.float64)
+        sums = self.engine.all_reduce(torch.cat([mine, load.flatten().cpu()]))
         model.clear_expert_load()
-        loss, tokens, overflow, pause = sums[:4].tolist()
-        mean = loss / tokens
-        return Boundary(mean, int(tokens), mean - mean == 0 and not overflow, pause > 0, sums[4:].view(load.shape))
+        loss, tokens, overflow, leave, save, written, cost, seconds = sums[: len(scalars)].tolist()
+        return Boundary(
+            loss=loss / tokens,
+            tokens=int(tokens),
+            skipped=overflow > 0,
+            pause=Pause(leave > 0, save > 0),
+            snapshot=written == ranks,
+            snapshot_seconds=cost / ranks,
+            step_seconds=seconds / ranks,
+            expert_load=sums[len(scalars) :].view(load.shape),
+        )
+
+    def _count(self, step: int, boundary: Boundary) -> None:
+        """Move the counters on; every rank comes to the same.
+
+        Raises:
+            TrainingError: this was one bad step too many, or one that nobody skipped.
+        """
+        counters, limit = self.counters, self.task.train.max_skipped_in_a_row
+        if boundary.skipped:
+            counters.skipped += 1
+            counters.skipped_in_a_row += 1
+            if counters.skipped_in_a_row > limit:
+                raise TrainingError(
+                    f"step {step}: the gradient is not finite (loss {boundary.loss}), for the "
+                    f"{counters.skipped_in_a_row}. time in a row; train.max_skipped_in_a_row={limit}. "
+                    "The last checkpoint is good; lower optim.lr or look at the data of these steps"
+                )
+        elif not math.isfinite(boundary.loss):
+            raise TrainingError(
+                f"step {step}: the loss is {boundary.loss} with a finite gradient; the last checkpoint is good"
+            )
+        else:
+            counters.skipped_in_a_row = 0
+            self.engine.model.balance_experts(boundary.expert_load, self.task.model.router_bias_rate)
+        counters.step = step
+        counters.tokens += boundary.tokens
+        counters.applied_steps = self.engine.optimizer.applied_steps
+
+    # -- snapshots, validation, checkpoints ----------------------------------------------------------------------------
+
+    def _write(self, step: int) -> bool:
+        """Copy this rank's shard into the keeper's memory; tell whether that worked."""
+        self.controls.mark("snapshot", step)
+        clock = time.perf_counter()
+        written = self.snapshots.write(step, shard_tensors(self.engine))
+        self.snapshot_seconds += time.perf_counter() - clock
+        return written
+
+    def _agree(self, step: int) -> None:
+        """Complete the snapshot: every rank has written."""
+        self.controls.mark("agree", step)
+        clock = time.perf_counter()
+        notes = {"counters": self.counters.as_dict(), "rows": list(self.rows)}
+        self.snapshots.agree(replicated_tensors(self.engine), notes)
+        self.snapshot_step = step
+        self.schedule.taken(step)
+        self.snapshot_seconds += time.perf_counter() - clock
+
+    def _snapshot(self) -> bool:
+        """Take a snapshot of where the run is, if there is none yet; all ranks come here together."""
+        step = self.counters.step
+        if self.snapshot_step != step:
+            self.snapshots.wait()
+            self._all(True)  # Nobody writes over the snapshot before the last until everybody's last has its copy.
+            if self._all(self._write(step)):
+                self._agree(step)
+        return self.snapshot_step == step
+
+    def _all(self, mine: bool) -> bool:
+        """Tell whether every rank says yes."""
+        yes = self.engine.all_reduce(torch.tensor([float(mine)], dtype=torch.float64))
+        return yes.item() == self.engine.world_size
+
+    def _save_is_due(self, step: int) -> bool:
+        every, steps = self.task.checkpoint.every, self.task.train.steps
+        return step == steps or bool(every and step % every == 0)
+
+    def _duties(self, save: bool = False) -> None:
+        """Do what belongs to this step and is not on record yet.
+
+        After a fault the same question is asked again, so that neither a validation nor a checkpoint gets lost.
+        """
+        step, train = self.counters.step, self.task.train
+        due = step in (0, train.steps) or (train.validate_every and step % train.validate_every == 0)
+        if due and step > self.validated:
+            self.controls.mark("validate", step)
+            self._validate()
+            self.validated = step
+        if self.member.keepers and (save or self._save_is_due(step)) and step > max(0, self.saved):
+            # The end of a run waits for a lost keeper to be replaced; a checkpoint on the way is left out.
+            for _ in range(SAVE_TRIES if save or step == train.steps else 1):
+                if self._snapshot():
+                    self.snapshots.save(self.task.run_url, f"{step:08d}-{self.task.attempt:04d}-{self.engine.rank:05d}")
+                    break
+                time.sleep(SAVE_RETRY_S)
+            else:
+                self.controls.report(SaveFailed, step=step, error="no snapshot to save: a keeper is missing")
+            self.saved = step
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -174,39 +335,30 @@ class Trainer:
         total = sum(self._loss(engine.model, split, chunk).item() for chunk in mine)
         engine.model.train()
         loss = engine.all_reduce(torch.tensor([total], dtype=torch.float64)).item() / (count * train.seq_len)
-        self._report_rank0(Validated, step=self.counters.step, loss=loss)
-
-    def _save(self) -> None:
-        """Write this rank's shard; the driver commits when every rank's has come."""
-        step = self.counters.step
-        if step == self.saved_step:
-            return
-        prefix = f"{step:08d}-{self.task.attempt:04d}-{self.engine.rank:05d}"
-        shard = write_shard(Store(self.task.run_url), prefix, local_state(self.engine))
-        self.report(ShardWritten, step=step, shard=shard, counters=self.counters.as_dict(), shapes=shapes(self.engine))
-        self.saved_step = step
-
-    def _report_rank0(self, kind: type[Report], **fields: Any) -> None:
-        if self.engine.rank == 0:
-            self.report(kind, **fields)
+        if engine.rank == 0:
+            self.controls.report(Validated, step=self.counters.step, loss=loss)
 
 
 def _imbalance(load: Tensor) -> float:
     return (load.amax(1) / load.mean(1).clamp(min=1)).max().item() if load.numel() else 0.0
 
 
+def _moving(mean: float, value: float) -> float:
+    return 0.8 * mean + 0.2 * value if mean else value
+
+
 class _Ledger:
     """Writes down which samples this process trained on, one line a slot, for whoever wants proof."""
 
-    def __init__(self, task: Task, rank: int) -> None:
+    def __init__(self, task: Task, member: Membership) -> None:
         self.file = None
-        self.attempt = task.attempt
+        self.place = {"attempt": task.attempt, "generation": member.generation}
         if task.data.ledger:
             folder = Path(task.data.ledger)
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = (folder / f"{task.attempt:04d}-{rank:05d}.jsonl").open("a", buffering=1)
+            name = f"{task.attempt:04d}-{member.generation:04d}-{member.rank:05d}.jsonl"
+            self.file = (folder / name).open("a", buffering=1)
 
     def add(self, step: int, slot: int, samples: list[int]) -> None:
         if self.file:
-            line = {"attempt": self.attempt, "step": step, "slot": slot, "samples": samples}
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(json.dumps({**self.place, "step": step, "slot": slot, "samples": samples}) + "\n")

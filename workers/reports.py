@@ -31,6 +31,12 @@ class StepDone(Report):
     """Of this step."""
     expert_imbalance: float
     """Largest expert's load over the mean, worst layer; 1 is balanced, 0 without experts."""
+    skipped: int
+    """Steps of the run whose gradient was not finite, so that they changed nothing."""
+    snapshot_every: int
+    """Steps between snapshots."""
+    snapshot_seconds: float
+    """That the last snapshot held training up, mean over the ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +49,38 @@ class Validated(Report):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardWritten(Report):
-    """One rank's part of a checkpoint is in storage; the driver commits when it has every rank's."""
+class Restored(Report):
+    """This rank has taken its state and begins to train."""
 
     step: int
+    storage_bytes: int
+    """Read from storage for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardWritten(Report):
+    """A keeper has put one rank's part of a checkpoint into storage; the driver commits when it has every rank's."""
+
+    step: int
+    world_size: int
     shard: ShardFile
     counters: dict[str, int]
     shapes: dict[str, list[int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveFailed(Report):
+    """A keeper could not write a shard: that checkpoint will not come."""
+
+    step: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeeperLost(Report):
+    """A worker cannot reach its keeper any more; training goes on without new snapshots."""
+
+    error: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +92,36 @@ class Sampled(Report):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended(Report):
-    """The training thread has ended: `outcome` is `finished`, `paused` or `failed` (then `error` says why)."""
+    """The training thread has left: `finished`, `paused`, `lost` a peer or `failed` (`error` says why)."""
 
     outcome: str
+    step: int = -1
+    """Finished last; known of those that finished or paused."""
     error: str = ""
     exit_code: int = 0
+    """Of an error that nobody can recover from by trying again; 0 for all others."""
+    broken: bool = False
+    """The process cannot be used again (a CUDA context with an error, for instance)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """Where a worker's training thread is."""
+
+    generation: int
+    step: int
+    phase: str
+    age_s: float
+    """Since it came there."""
+    busy_s: float
+    """Seconds per micro-batch that this rank computes, before it waits for anybody; 0 if not known yet."""
+    cpu: float
+    """Processors that the process uses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulse:
+    """The answer to a poll; that there is one is the heartbeat."""
+
+    reports: list[Report]
+    mark: Mark | None

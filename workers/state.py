@@ -6,16 +6,25 @@ scheduler, sampler or generator state to keep. On loading, every rank, old or ne
 checkpoint; live state is never trusted.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from optim.layout import Fragment
-from workers.checkpoint.manifest import BUFFER, Entry
-from workers.checkpoint.shards import CheckpointReader
+from workers.checkpoint.manifest import BUFFER
 from workers.engine import Engine
+from workers.snapshots.kept import ShardMap
+
+
+class Reader(Protocol):
+    """A checkpoint or a snapshot."""
+
+    def fill(self, kind: str, want: Iterable[Fragment], target: np.ndarray) -> None:
+        """Fill the wanted fragments of the flat fp32 `target`."""
 
 
 @dataclass(slots=True)
@@ -28,6 +37,10 @@ class Counters:
     """Tokens trained on."""
     applied_steps: int = 0
     """Steps in AdamW's bias correction."""
+    skipped: int = 0
+    """Steps whose gradient was not finite: their samples are used up, the weights are as before."""
+    skipped_in_a_row: int = 0
+    """Of these, the last ones without a good step in between."""
 
     def as_dict(self) -> dict[str, int]:
         """Return the manifest's form."""
@@ -40,29 +53,38 @@ def shapes(engine: Engine) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in named.items()}
 
 
-def local_state(engine: Engine) -> dict[Entry, np.ndarray]:
-    """Return what this rank contributes to a checkpoint: its shard, and on rank 0 all that is replicated.
+def shard_map(engine: Engine, world_size: int, rank: int) -> ShardMap:
+    """Return what lies where in the snapshot of any rank at any world size."""
+    found: list[tuple[str, Fragment]] = []
+    at = 0
+    for layout, kinds in engine.optimizer.layouts(world_size):
+        for kind in kinds:
+            found += [(kind, replace(f, offset=at + f.offset)) for f in layout.fragments(rank)]
+            at += layout.partition
+    shard = at
+    for name, buffer in _replicated(engine).items():
+        found.append((BUFFER, Fragment(name, 0, buffer.numel(), at)))
+        at += buffer.numel()
+    return ShardMap(shard, at - shard, tuple(found))
 
-    The arrays are flat fp32 views of live memory on a CPU: write them before the next step changes them.
-    """
-    state: dict[Entry, np.ndarray] = {}
+
+def shard_tensors(engine: Engine) -> Iterator[Tensor]:
+    """Yield this rank's flat tensors, in the order of its `shard_map`."""
     for group in engine.optimizer.flat_state(engine.rank):
-        for kind, tensor in group.tensors.items():
-            flat = tensor.detach().cpu().numpy()
-            for fragment in group.fragments:
-                entry = Entry(kind, fragment.name, fragment.start, fragment.length)
-                state[entry] = flat[fragment.offset : fragment.offset + fragment.length]
-    if engine.rank == 0:
-        for name, buffer in _replicated(engine).items():
-            state[Entry(BUFFER, name, 0, buffer.numel())] = buffer.detach().flatten().cpu().numpy()
-    return state
+        yield from group.tensors.values()
 
 
-def load_state(engine: Engine, reader: CheckpointReader) -> Counters:
-    """Fill the engine from a checkpoint of any world size.
+def replicated_tensors(engine: Engine) -> Iterable[Tensor]:
+    """Return what every rank holds alike, in the order of its `shard_map`."""
+    return _replicated(engine).values()
+
+
+@torch.no_grad()
+def load_state(engine: Engine, reader: Reader, counters: Counters) -> None:
+    """Fill the engine from a checkpoint or a snapshot of any world size.
 
     Raises:
-        StorageError: a shard is damaged or something is missing.
+        StorageError: something is damaged or missing.
     """
     for group in engine.optimizer.flat_state(engine.rank):
         for kind, tensor in group.tensors.items():
@@ -73,10 +95,8 @@ def load_state(engine: Engine, reader: CheckpointReader) -> Counters:
         flat = np.empty(buffer.numel(), dtype=np.float32)
         reader.fill(BUFFER, [Fragment(name, 0, flat.size, 0)], flat)
         buffer.copy_(torch.from_numpy(flat).view_as(buffer))
-    counters = Counters(**reader.manifest.counters)
     engine.optimizer.applied_steps = counters.applied_steps
     engine.publish_weights()
-    return counters
 
 
 def _replicated(engine: Engine) -> dict[str, Tensor]:

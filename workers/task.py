@@ -6,6 +6,8 @@ from optim.config import OptimConfig
 from workers.checkpoint.manifest import Manifest
 from workers.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
 from workers.data.corpus import Corpus
+from workers.snapshots.kept import Snapshot
+from workers.wire import Address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +26,20 @@ class Task:
     attempt: int
     """Which take-over of the run this is; 1 is the first."""
     manifest: Manifest | None
-    """Where to go on from; None starts anew."""
+    """The newest checkpoint: where to go on from if no snapshot is at hand; None starts anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeeperLinks:
+    """This node's keeper, and the one of another node that gets the copy; None where there is none."""
+
+    keeper: Address | None = None
+    buddy: Address | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Membership:
-    """This worker's place in a generation of the group."""
+    """This worker's place in a generation of the group, and what the group goes on from."""
 
     generation: int
     rank: int
@@ -37,3 +47,12 @@ class Membership:
     host: str
     """Where rank 0 holds the rendezvous store."""
     port: int
+    keepers: bool = True
+    """Whether the group has keepers at all; without any, nothing is saved."""
+    links: KeeperLinks = KeeperLinks()
+    snapshot: Snapshot | None = None
+    """Where to go on from; None: the task's checkpoint, or the start."""
+    validated: int = -1
+    """The last step whose validation is on record."""
+    committed: int = -1
+    """The step of the newest checkpoint."""

@@ -1,53 +1,98 @@
 """One generation in one process: join the group, build the engine, take the state, train."""
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from torch.distributed import Store as RendezvousStore
-from torch.distributed import TCPStore
+import torch.distributed as dist
+from torch.distributed import HashStore, TCPStore
 
 from workers.checkpoint.shards import CheckpointReader
+from workers.config import ModelConfig
+from workers.controls import Controls
 from workers.engine import Engine, build_engine, default_device, join_process_group
+from workers.errors import StorageError
 from workers.loop import Trainer
-from workers.state import Counters, load_state
+from workers.reports import Restored
+from workers.snapshots.reader import SnapshotReader
+from workers.state import Counters, load_state, shard_map
 from workers.storage import Store
 from workers.task import Membership, Task
 
 
-def join(member: Membership, task: Task, rendezvous: RendezvousStore | None) -> Engine:
-    """Become a member of a generation: join its process group and build an engine with fresh weights.
+def join(member: Membership, task: Task, rendezvous: dist.Store | None = None) -> Engine:
+    """Become a member of a generation: join its process group and build an engine.
 
     Args:
-        member: this process's rank and where the rendezvous is.
+        member: this process's rank, and where the rendezvous is.
         task: what will be trained.
-        rendezvous: the store, in the process that holds it.
+        rendezvous: the store, where it is not the one that `member` names.
     """
-    if rendezvous is None:
-        rendezvous = TCPStore(member.host, member.port, member.world_size, is_master=False)
+    store = rendezvous or TCPStore(member.host, member.port, member.world_size, is_master=False)
     device = default_device()
-    join_process_group(member.rank, member.world_size, rendezvous, device)
-    return build_engine(task.model, task.optim, task.train, task.seed, device)
+    join_process_group(member.rank, member.world_size, store, device)
+    fresh = member.snapshot is None and task.manifest is None
+    return build_engine(task.model, task.optim, task.train, task.seed if fresh else None, device)
 
 
-def train(engine: Engine, task: Task, report: Callable[..., None], pause: Callable[[], bool]) -> str:
-    """Take the state, train, and return the outcome.
-
-    Args:
-        engine: of `join`.
-        task: what to train.
-        report: takes reports.
-        pause: tells whether this process was asked to stop.
+def train(engine: Engine, task: Task, member: Membership, controls: Controls) -> tuple[str, int]:
+    """Take the state, train, and return the outcome and the last finished step.
 
     Raises:
-        TrainingError: a step was not finite.
-        StorageError: a checkpoint or the data could not be read or written.
+        TrainingError: too many steps were not finite.
+        StorageError: the checkpoint, a snapshot or the data could not be read.
     """
-    return Trainer(task, engine, take_state(engine, task), report, pause).run()
+    controls.mark("restore", -1)
+    counters, storage_bytes = take_state(engine, task, member)
+    controls.report(Restored, step=counters.step, storage_bytes=storage_bytes)
+    return Trainer(task, member, engine, counters, controls).run(), counters.step
 
 
-@torch.no_grad()
-def take_state(engine: Engine, task: Task) -> Counters:
-    """Load the task's checkpoint into the engine, or start at step 0."""
+def take_state(engine: Engine, task: Task, member: Membership) -> tuple[Counters, int]:
+    """Fill the engine from the snapshot, else from the checkpoint, else leave it as it is.
+
+    Returns:
+        Where the run is, and how many bytes were read from storage.
+    """
+    if (snapshot := member.snapshot) is not None:
+        reader = SnapshotReader(snapshot, lambda world, rank: shard_map(engine, world, rank), member.links.keeper)
+        counters = Counters(**snapshot.counters)
+        try:
+            load_state(engine, reader, counters)
+        except OSError as error:
+            raise StorageError(f"snapshot of step {snapshot.step}: a keeper is gone ({error})") from error
+        finally:
+            reader.close()
+        return counters, 0
     if task.manifest is None:
-        return Counters()
-    return load_state(engine, CheckpointReader(Store(task.run_url), task.manifest))
+        return Counters(), 0
+    checkpoint = CheckpointReader(Store(task.run_url), task.manifest)
+    counters = Counters(**task.manifest.counters)
+    load_state(engine, checkpoint, counters)
+    return counters, checkpoint.bytes_read
+
+
+def rehearse(task: Task) -> None:
+    """Train one throw-away step of a tiny model alone: a process's first engine costs seconds after all imports."""
+    tiny = ModelConfig(
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_token=2,
+        num_shared_experts=1,
+    )
+    device = default_device()
+    join_process_group(0, 1, HashStore(), device)
+    engine = build_engine(tiny, task.optim, replace(task.train, seq_len=16), 0, device)
+    try:
+        tokens = torch.zeros(1, 16, dtype=torch.int64, device=device)
+        engine.engine.backward(engine.engine(tokens).float().square().mean(), scale_wrt_gas=False)
+        engine.engine.step()
+    finally:
+        engine.destroy()

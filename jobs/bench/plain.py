@@ -12,6 +12,7 @@ from torch.distributed import rendezvous
 
 from jobs.load import load
 from orchestrator.config import absolute, task_of
+from workers.controls import Controls
 from workers.data.corpus import prepare
 from workers.reports import Report, StepDone
 from workers.task import Membership
@@ -22,7 +23,7 @@ def main(config_path: str, run_url: str) -> None:
     """Train as one rank of a torchrun group."""
     config = absolute(load(config_path, []))
     store, rank, world_size = next(rendezvous("env://"))
-    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0)
+    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
     task = task_of(config, prepare(config.data), run_url, attempt=1, manifest=None)
     times: list[float] = []
 
@@ -31,7 +32,7 @@ def main(config_path: str, run_url: str) -> None:
             times.append(time.time())
 
     engine = join(member, task, store)
-    train(engine, task, report, lambda: False)
+    train(engine, task, member, Controls(report=report))
     if rank == 0:
         print(json.dumps({"times": times}), flush=True)  # noqa: T201
     engine.destroy()

@@ -35,6 +35,7 @@ class CheckpointReader:
 
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store, self.manifest = store, manifest
+        self.bytes_read = 0
         self._read = lru_cache(maxsize=4)(self._read_shard)
         self._have: dict[str, list[tuple[int, Fragment]]] = {}
         self._entries: list[tuple[ShardFile, Entry]] = []
@@ -81,6 +82,7 @@ class CheckpointReader:
 
     def _read_shard(self, shard: ShardFile) -> dict[str, np.ndarray]:
         data = self.store.read(shard.path)
+        self.bytes_read += len(data)
         if len(data) != shard.size or hashlib.sha256(data).hexdigest() != shard.sha256:
             raise StorageError(f"{self.store.url}/{shard.path}: damaged (its size or SHA-256 is not the manifest's)")
         return safetensors.numpy.load(data)

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from workers.config import ModelConfig
 
 
-def build(config: ModelConfig) -> "Moonlight":
-    """Make the model with weights drawn from torch's current random state."""
+def build(config: ModelConfig, initialize: bool = True) -> "Moonlight":
+    """Make the model with weights drawn from torch's current random state, or, to be filled later, with zeros."""
+    if not initialize:
+        with torch.device("meta"):
+            model = Moonlight(config)
+        model.to_empty(device="cpu")
+        for tensor in (*model.parameters(), *model.buffers()):
+            nn.init.zeros_(tensor)
+        return model
     model = Moonlight(config)
     for parameter in model.parameters():
         if parameter.dim() >= 2:  # Norm gains start at one.
@@ -179,6 +186,8 @@ class Router(nn.Module):
         # A bias step of 1e-3 would be lost in bf16: the buffer follows the device but never the dtype.
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
+        if bias.is_meta:
+            return self
         self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
         return self
 

@@ -1,0 +1,501 @@
+"""One driver's attempt at a run: generation after generation, until the last step, a stop, or a fault too many.
+
+A generation is formed out of the workers that are ready, goes on from the newest snapshot in the keepers' memory (from
+storage only if no copy is left), and lasts until training ends, the group has to change, or it loses a member. Then the
+next one is formed. The controller decides; what it decides by is in `policy`, how processes are reached in `pool`.
+"""
+
+import time
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from orchestrator.commits import Commits
+from orchestrator.config import RunConfig
+from orchestrator.events import DriverStarted, Event, Fault, Membership, Reason, Recovery, SaveFailure, Source, Tally
+from orchestrator.handles import Gone
+from orchestrator.policy import (
+    FailurePolicy,
+    FaultKind,
+    GiveUp,
+    Suspect,
+    Watchdog,
+    buddies,
+    choose_members,
+    newest_snapshot,
+    should_grow,
+)
+from orchestrator.pool import Pool, PoolWorker
+from orchestrator.run_log import FencedError
+from orchestrator.stop import StopSignal
+from orchestrator.worker_group import WorkerGroup
+from workers.errors import ClusterError, ConfigError, Interrupted, StorageError, TrainingError
+from workers.reports import KeeperLost, Report, Restored, Sampled, SaveFailed, ShardWritten, StepDone, Validated
+from workers.snapshots.kept import KeptShard, Snapshot
+from workers.task import KeeperLinks, Task
+from workers.task import Membership as Place
+
+INVENTORY_S = 1.0
+"""How long a keeper may take to tell what it has; a dead node's never does."""
+COMMIT_S = 600.0
+"""How long to wait for the last checkpoint, as long as its keepers live."""
+SLOW_LOOK_S = 5.0
+
+
+class Recorder(Protocol):
+    """Whoever keeps the record of a run and shows it."""
+
+    def step(self, report: StepDone, world_size: int) -> None:
+        """A step is finished; told once for each, in order."""
+
+    def report(self, report: Report) -> None:
+        """Anything else that a worker told."""
+
+    def event(self, event: Event) -> None:
+        """Something happened."""
+
+    def stack(self, name: str, text: str) -> None:
+        """What a worker that hung was doing."""
+
+    def slow(self, ranks: dict[int, float]) -> None:
+        """Ranks that are slower than the others, and how many times."""
+
+    def committed(self, step: int) -> None:
+        """A checkpoint counts."""
+
+    def notice(self, text: str) -> None:
+        """Something is wrong that does not end the run."""
+
+
+@dataclass
+class _Change:
+    """Why the next generation is formed, and since when nothing has been trained."""
+
+    reason: Reason
+    cause: str = ""
+    began: float = field(default_factory=time.time)
+
+
+@dataclass
+class Progress:
+    """Where a run is, as its driver knows."""
+
+    step: int = 0
+    """Finished last."""
+    tokens: int = 0
+    validated: int = -1
+    committed: int = -1
+    world_size: int = 0
+
+
+class Controller:
+    """Leads a run.
+
+    Args:
+        config: of the run.
+        pool: the processes; they may still be starting.
+        commits: turns shards into checkpoints.
+        task: what to train; its manifest is where to go on from.
+        progress: what the record has already.
+        recorder: is told everything.
+        tally: what adds up.
+        kill_after: for demonstrations: SIGKILL one worker after this step.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        pool: Pool,
+        commits: Commits,
+        task: Task,
+        progress: Progress,
+        recorder: Recorder,
+        tally: Tally,
+        kill_after: int | None = None,
+    ) -> None:
+        self.config, self.pool, self.commits, self.task = config, pool, commits, task
+        self.progress, self.recorder, self.tally, self.kill_after = progress, recorder, tally, kill_after
+        self.policy = FailurePolicy(config.recovery)
+        self.watchdog = Watchdog(config.recovery.hang_s)
+        self.generation = 0
+        self.members: list[int] = []
+        self.change: _Change | None = _Change("start")
+        self.source: Source = "start"
+        self.restored = 0
+        self.redone = 0
+        self.storage_bytes = 0
+        self.outcome = ""
+        self.ended_at = progress.step
+        self._hung: tuple[str, float] | None = None
+        self._spare_since: float | None = None
+        self._looked_for_slow = 0.0
+        self._saved_error = (-1, "")
+
+    def run(self, stop: StopSignal) -> str:
+        """Train to the end and return `finished`, or `interrupted` after a stop with a checkpoint.
+
+        Raises:
+            RaymuonError: with the exit code of what went wrong.
+        """
+        self._event(DriverStarted(**self._now(), attempt=self.task.attempt))
+        while not self.outcome:
+            members = self._assemble(stop)
+            group = self._form(members)
+            self._lead(group, stop)
+        return self.outcome
+
+    # -- forming a generation ------------------------------------------------------------------------------------------
+
+    def _assemble(self, stop: StopSignal) -> list[PoolWorker]:
+        """Wait until enough workers are ready, and choose."""
+        deadline, noticed = time.monotonic() + self.config.scaling.wait_s, False
+        while True:
+            stop.check()
+            self.pool.refresh()
+            self._take_all(self.pool.take_reports())
+            chosen = choose_members(self.pool.candidates, self.members, self.config.scaling)
+            if chosen and (self.generation or not self._more_to_come(len(chosen))):
+                return [self.pool.workers[number] for number in chosen]
+            if stop.requests and self.generation:
+                raise Interrupted(self._kept("interrupted while too few workers were there"))
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    self._kept(
+                        f"scaling.min_workers={self.config.scaling.min_workers}: after "
+                        f"{self.config.scaling.wait_s:g} s {len(self.pool.candidates)} worker(s) are ready"
+                    )
+                )
+            if self.generation and not noticed:
+                noticed = True
+                self.recorder.notice(f"waiting for {self.config.scaling.min_workers} worker(s) to be ready")
+            time.sleep(0.02)
+
+    def _more_to_come(self, chosen: int) -> bool:
+        """Tell whether the first generation waits for workers that are about to be ready."""
+        return chosen < self.config.scaling.max_workers and self.pool.num_starting > 0
+
+    def _form(self, members: list[PoolWorker]) -> WorkerGroup:
+        """Give out a new generation and let it begin."""
+        change = self.change or _Change("start")
+        self.generation += 1
+        self.members = [member.number for member in members]
+        nodes = [member.node for member in members]
+        snapshot = self._snapshot()
+        manifest = self.task.manifest
+        if snapshot is not None and (manifest is None or snapshot.step >= manifest.step):
+            self.source, self.restored = "keepers", snapshot.step
+        elif manifest is not None:
+            snapshot, self.source, self.restored = None, "storage", manifest.step
+        else:
+            snapshot, self.source, self.restored = None, "start", 0
+        self.redone = max(0, self.progress.step - self.restored)
+        if snapshot is not None:
+            for keeper in self.pool.keepers.values():
+                keeper.handle.call("drop", snapshot.generation)
+        self.storage_bytes = 0
+        group = WorkerGroup(self.generation, members, self.pool, self.watchdog)
+        group.told = self.progress.step
+        self._event(
+            Membership(
+                **self._now(),
+                generation=self.generation,
+                world_size=len(members),
+                previous_world_size=self.progress.world_size,
+                reason=change.reason,
+                nodes=tuple(nodes),
+                source=self.source,
+                restored_step=self.restored,
+            )
+        )
+        self.progress.world_size = len(members)
+        place = Place(
+            generation=self.generation,
+            rank=0,
+            world_size=len(members),
+            host="",
+            port=0,
+            snapshot=snapshot,
+            validated=self.progress.validated,
+            committed=self.progress.committed,
+        )
+        group.start(self.task, place, self._links(group))
+        self.pool.training = True
+        return group
+
+    def _snapshot(self) -> Snapshot | None:
+        """Ask all keepers what they have; take in the rows that come with it."""
+        asked: list[Future[list[KeptShard]]] = [
+            keeper.handle.call("inventory", self.generation) for keeper in self.pool.keepers.values() if keeper.address
+        ]
+        done, _ = wait(asked, INVENTORY_S)
+        kept: list[KeptShard] = []
+        for answer in done:
+            with suppress(Gone):  # The pool finds out by itself.
+                kept += answer.result()
+        snapshot = newest_snapshot(kept)
+        if snapshot is None:
+            return None
+        rows = next(shard for shard in snapshot.shards if shard.agreed).notes["rows"]
+        for row in rows:
+            self._take(StepDone(generation=snapshot.generation, rank=0, **row))
+        # The notes have served; the workers need the counters alone.
+        return replace(snapshot, shards=tuple(replace(shard, notes={}) for shard in snapshot.shards))
+
+    def _links(self, group: WorkerGroup) -> list[KeeperLinks]:
+        nodes = [member.node for member in group.members]
+        buddy = buddies(node for node in nodes if self.pool.keeper_of(node))
+        return [
+            KeeperLinks(keeper=self.pool.keeper_of(node), buddy=self.pool.keeper_of(buddy.get(node))) for node in nodes
+        ]
+
+    # -- leading it ----------------------------------------------------------------------------------------------------
+
+    def _lead(self, group: WorkerGroup, stop: StopSignal) -> None:
+        """Listen to a generation until it is over, and find out what comes next."""
+        leaving: _Change | None = None
+        stopping = False
+        while not group.over and not group.broken:
+            stop.check()
+            self._take_all(group.reports(0.1, self._keeper_polls()))
+            group.told = self.progress.step
+            self.pool.refresh()
+            self._take_all(self.pool.take_reports())
+            group.relink(self._links(group))
+            for suspect in self.watchdog.suspects(time.monotonic()):
+                self._end_hung(group, suspect)
+            self._look_for_slow()
+            self._demonstrate(group)
+            if stop.requests and not stopping:
+                stopping = True
+                self.recorder.notice("stopping after this step, with a checkpoint; once more ends at once")
+                group.pause(save=True)
+            elif not stopping and leaving is None and (leaving := self._wants_change(group)) is not None:
+                group.pause(save=leaving.reason == "preemption" and self._too_few_without(self.pool.draining))
+        if group.broken:
+            self._recover(group, stop)
+            return
+        ended = next(iter(group.ended.values()))
+        outcome, self.ended_at = ended.outcome, ended.step
+        if outcome == "paused" and not stopping:
+            self._after_change(group, leaving or _Change("grow"))
+        elif self._await_commit(group, stop):
+            self.outcome = "finished" if outcome == "finished" else "interrupted"
+        else:
+            self._recover(group, stop)
+
+    def _wants_change(self, group: WorkerGroup) -> _Change | None:
+        """Return why the group should be formed anew at the next boundary, if it should."""
+        numbers = {member.number for member in group.members}
+        going = [member.node for member in group.members if member.node in self.pool.draining]
+        if going:
+            return _Change("preemption", f"node {going[0]} goes away in {self.pool.draining[going[0]]:.0f} s")
+        spare = [worker for worker in self.pool.candidates if worker.number not in numbers]
+        if not spare or not self._begun or self.progress.step + 2 >= self.config.train.steps:
+            self._spare_since = None
+            return None
+        self._spare_since = self._spare_since or time.monotonic()
+        waited = time.monotonic() - self._spare_since
+        if should_grow(len(numbers), len(spare), self.pool.num_starting, waited, self.config.scaling):
+            return _Change("grow", f"{len(spare)} more worker(s) are ready")
+        return None
+
+    @property
+    def _begun(self) -> bool:
+        """Tell whether the generation has finished a new step."""
+        return self.change is None
+
+    def _too_few_without(self, nodes: dict[str, float]) -> bool:
+        return sum(worker.node not in nodes for worker in self.pool.candidates) < self.config.scaling.min_workers
+
+    def _after_change(self, group: WorkerGroup, change: _Change) -> None:
+        """All have left at a boundary: the next generation goes on from there."""
+        self._spare_since = None
+        change.began = max(ended.time for ended in group.ended.values())
+        self.change = change
+        if change.reason == "preemption":
+            self._budget("preemption", change.cause, None)
+
+    def _await_commit(self, group: WorkerGroup, stop: StopSignal) -> bool:
+        """Wait for the checkpoint that ends the run; False if a keeper took it with it."""
+        step, deadline = self.ended_at, time.monotonic() + COMMIT_S
+        keepers = {member.node: self.pool.keepers.get(member.node) for member in group.members}
+        while self.progress.committed < step:
+            if stop.requests > 1:
+                stop.check()
+            self.pool.refresh()
+            self._take_all(self.pool.take_reports())
+            if self._saved_error[0] == step:
+                raise StorageError(self._saved_error[1])
+            if any(self.pool.keepers.get(node) is not keeper for node, keeper in keepers.items()):
+                return False
+            if time.monotonic() > deadline:
+                raise StorageError(f"the checkpoint of step {step} was not written within {COMMIT_S:g} s")
+            time.sleep(0.02)
+        return True
+
+    # -- faults --------------------------------------------------------------------------------------------------------
+
+    def _recover(self, group: WorkerGroup, stop: StopSignal) -> None:
+        """Find out who is left, and decide whether and when to go on.
+
+        Raises:
+            RaymuonError: this was one fault too many, or one that would come again.
+        """
+        found_at = time.time()
+        self._take_all(group.settle())
+        for rank, text in group.stacks.items():
+            self.recorder.stack(f"generation-{self.generation}-rank-{rank}", text)
+        failed = {rank: ended for rank, ended in group.ended.items() if ended.outcome == "failed"}
+        for rank, ended in group.ended.items():
+            if ended.broken:
+                self.pool.lose(group.members[rank].number)
+        kind: FaultKind = "failure"
+        if failed:
+            first = min(failed.values(), key=lambda ended: (ended.exit_code == 0, ended.time))
+            cause = f"rank {first.rank}: {first.error}"
+            if first.exit_code in (ConfigError.exit_code, TrainingError.exit_code):
+                raise {2: ConfigError, 4: TrainingError}[first.exit_code](cause)
+            if first.exit_code == StorageError.exit_code:
+                kind = "storage"
+            seen, ranks, began = "error", tuple(failed), first.time
+        elif group.gone:
+            rank, reason = next(iter(group.gone.items()))
+            cause = f"rank {rank} on node {group.members[rank].node}: {reason}"
+            seen, ranks, began = "killed", tuple(group.gone), found_at
+        else:
+            lost = min(group.ended.values(), key=lambda ended: ended.time, default=None)
+            cause = f"rank {lost.rank}: {lost.error}" if lost else "the last checkpoint went with its keeper"
+            seen, ranks, began = "lost", (lost.rank,) if lost else (), lost.time if lost else found_at
+        if self._hung is not None:
+            seen, cause, began = "hung", self._hung[0], self._hung[1]
+            self._hung = None
+        self._event(
+            Fault(
+                **self._now(),
+                kind=seen,  # type: ignore[arg-type]
+                cause=cause,
+                generation=self.generation,
+                during_recovery=not self._begun,
+                ranks=ranks,
+                began=began,
+            )
+        )
+        in_step = self.progress.step + 1 if self._begun else None
+        # A second fault while the first is being recovered from counts from the first.
+        since = self.change.began if self.change is not None and self.change.reason != "start" else began
+        self.change = _Change("fault", cause, since)
+        delay = self._budget(kind, cause, in_step)
+        until = time.monotonic() + delay
+        if delay:
+            self.recorder.notice(f"trying again in {delay:g} s: {cause}")
+        while time.monotonic() < until:
+            stop.check()
+            self.pool.refresh()
+            self._take_all(self.pool.take_reports())
+            time.sleep(0.05)
+
+    def _budget(self, kind: FaultKind, cause: str, step: int | None) -> float:
+        decision = self.policy.fault(kind, cause, time.monotonic(), step)
+        if isinstance(decision, GiveUp):
+            raise decision.error
+        return decision.delay_s
+
+    def _end_hung(self, group: WorkerGroup, suspect: Suspect) -> None:
+        member = group.members[suspect.rank]
+        cause = f"rank {suspect.rank} on node {member.node} {suspect.reason}"
+        self._hung = cause, time.time() - suspect.since_s
+        group.kill(suspect, evidence=True)
+
+    def _look_for_slow(self) -> None:
+        if time.monotonic() - self._looked_for_slow > SLOW_LOOK_S:
+            self._looked_for_slow = time.monotonic()
+            self.recorder.slow(self.watchdog.slow())
+
+    def _demonstrate(self, group: WorkerGroup) -> None:
+        if self.kill_after is not None and self.progress.step >= self.kill_after and group.world_size > 1:
+            self.kill_after = None
+            self.recorder.notice(f"--kill-worker: rank {group.world_size - 1} is killed now")
+            self.pool.end(group.members[-1].number, evidence=False)
+
+    # -- reports -------------------------------------------------------------------------------------------------------
+
+    def _keeper_polls(self) -> list[Future[Any]]:
+        return [keeper.polling for keeper in self.pool.keepers.values() if keeper.polling is not None]
+
+    def _take_all(self, reports: list[Report]) -> None:
+        for report in reports:
+            self._take(report)
+
+    def _take(self, report: Report) -> None:
+        match report:
+            case StepDone() if report.step > self.progress.step:
+                self._step(report)
+            case Validated() if report.step > self.progress.validated:
+                self.progress.validated = report.step
+                self.recorder.report(report)
+            case ShardWritten():
+                self._commit(report)
+            case SaveFailed():
+                self._save_failed(report.step, report.error)
+            case Restored():
+                self.storage_bytes += report.storage_bytes
+            case KeeperLost():
+                self.recorder.notice(f"rank {report.rank} has lost its keeper ({report.error}); training goes on")
+            case Sampled():
+                self.recorder.report(report)
+
+    def _step(self, report: StepDone) -> None:
+        """A step that was never finished before."""
+        self.policy.progressed()
+        self.tally.step(report.seconds)
+        self.progress.step, self.progress.tokens = report.step, report.tokens
+        if self.change is not None and report.generation == self.generation:
+            change, self.change = self.change, None
+            if change.reason != "start" or self.restored:
+                recovery = Recovery(
+                    **self._now(),
+                    reason=change.reason,
+                    cause=change.cause,
+                    generation=self.generation,
+                    world_size=self.progress.world_size,
+                    source=self.source,
+                    steps_redone=self.redone,
+                    storage_bytes=self.storage_bytes,
+                    seconds=max(0.0, report.time - report.seconds - change.began),
+                )
+                self.tally.recovered(recovery)
+                self._event(recovery)
+        self.recorder.step(report, self.progress.world_size)
+
+    def _commit(self, report: ShardWritten) -> None:
+        try:
+            manifest = self.commits.take(report)
+        except FencedError:
+            raise  # The run is another driver's now.
+        except StorageError as error:
+            self._save_failed(report.step, str(error))
+            return
+        if manifest is not None:
+            self.progress.committed = manifest.step
+            self.task = replace(self.task, manifest=manifest)
+            self.recorder.committed(manifest.step)
+
+    def _save_failed(self, step: int, error: str) -> None:
+        if step <= self.progress.committed or step in self.commits.given_up:
+            return
+        self.commits.given_up.add(step)
+        self._event(SaveFailure(**self._now(), cause=error))
+        self._saved_error = (step, error)
+        self._budget("storage", error, None)
+        self.recorder.notice(f"step {step}: the checkpoint could not be written ({error})")
+
+    def _event(self, event: Event) -> None:
+        self.recorder.event(event)
+
+    def _now(self) -> dict[str, Any]:
+        return {"time": time.time(), "step": self.progress.step}
+
+    def _kept(self, text: str) -> str:
+        kept = self.progress.committed
+        return f"{text}; " + (f"the checkpoint of step {kept} is kept" if kept > 0 else "there is no checkpoint yet")

@@ -1,0 +1,50 @@
+"""The journal: every event of a run and every row of its record, shipped to the run's folder with each commit.
+
+MLflow may be away for hours and the driver may die meanwhile: what a commit stands for is in the journal by then, and
+the next driver gives MLflow what it lacks. One file for each commit, never changed.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from workers.storage import Store
+
+FOLDER = "journal"
+
+
+class Journal:
+    """The lines that have not been shipped, and the way to those that have.
+
+    Args:
+        store: the run's folder.
+        attempt: of this driver.
+    """
+
+    def __init__(self, store: Store, attempt: int) -> None:
+        self.store, self.attempt = store, attempt
+        self._lines: list[str] = []
+        self._shipped = 0
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take a line in."""
+        self._lines.append(json.dumps(record))
+
+    def ship(self) -> None:
+        """Put the waiting lines into the run's folder.
+
+        Raises:
+            StorageError: they could not be written; they wait on.
+        """
+        if self._lines:
+            self._shipped += 1
+            name = f"{FOLDER}/{self.attempt:04d}-{self._shipped:06d}.jsonl"
+            self.store.create(name, "\n".join(self._lines).encode())
+            self._lines.clear()
+
+
+def read_journal(store: Store) -> Iterator[dict[str, Any]]:
+    """Yield all lines that earlier drivers have shipped, in order."""
+    for name in store.names(FOLDER):
+        for line in store.read(f"{FOLDER}/{name}").decode().splitlines():
+            yield json.loads(line)

@@ -1,0 +1,266 @@
+"""The decisions of the worker group, as pure functions and small state machines: no Ray, no clock of their own."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from orchestrator.config import RecoveryConfig, ScalingConfig
+from workers.errors import RaymuonError, StorageError, TrainingError
+from workers.reports import Mark
+from workers.snapshots.kept import KeptShard, Snapshot
+
+FaultKind = Literal["failure", "preemption", "storage"]
+NAMES: dict[FaultKind, str] = {"failure": "failures", "preemption": "preemptions", "storage": "storage failures"}
+
+
+# -- who trains --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker that is ready; `number` counts the workers of a run in the order of their start."""
+
+    number: int
+    node: str
+
+
+def choose_members(ready: Iterable[Candidate], members: Iterable[int], scaling: ScalingConfig) -> list[int] | None:
+    """Return who trains next, in rank order, or None if they are too few.
+
+    Present members stay, then the oldest come: up to `max_workers`; the others stand by. Ranks go node by node, so that
+    neighbours in the ring are on one node where they can be.
+    """
+    staying = set(members)
+    by_seniority = sorted(ready, key=lambda worker: (worker.number not in staying, worker.number))
+    chosen = by_seniority[: scaling.max_workers]
+    if len(chosen) < scaling.min_workers:
+        return None
+    return [worker.number for worker in sorted(chosen, key=lambda worker: (worker.node, worker.number))]
+
+
+def should_grow(num_members: int, num_spare: int, num_starting: int, waited_s: float, scaling: ScalingConfig) -> bool:
+    """Tell whether to stop at the next boundary and take spare workers in.
+
+    Those that are about to be ready are waited for, up to `settle_s`: one change for all of them.
+    """
+    if num_members >= scaling.max_workers or not num_spare:
+        return False
+    return num_starting == 0 or num_members + num_spare >= scaling.max_workers or waited_s >= scaling.settle_s
+
+
+def buddies(nodes: Iterable[str]) -> dict[str, str | None]:
+    """Return for each node the next one in the ring, which keeps a copy of its snapshots; None for a single node."""
+    ring = sorted(set(nodes))
+    return {node: ring[(i + 1) % len(ring)] if len(ring) > 1 else None for i, node in enumerate(ring)}
+
+
+# -- what to go on from ------------------------------------------------------------------------------------------------
+
+
+def newest_snapshot(kept: Iterable[KeptShard]) -> Snapshot | None:
+    """Return the newest snapshot of which every rank's part has a live copy.
+
+    A part that is only sealed counts if any rank has agreed on that step: then every rank had come through it. A later
+    generation comes first: an older one's state is of a past that was given up.
+    """
+    found: dict[tuple[int, int, int], list[KeptShard]] = {}
+    for shard in kept:
+        found.setdefault((shard.generation, shard.step, shard.world_size), []).append(shard)
+    for generation, step, world_size in sorted(found, reverse=True):
+        shards = found[generation, step, world_size]
+        agreed = next((shard for shard in shards if shard.agreed), None)
+        if agreed and {shard.rank for shard in shards} == set(range(world_size)):
+            return Snapshot(
+                generation=generation,
+                step=step,
+                world_size=world_size,
+                counters=agreed.notes["counters"],
+                shards=tuple(shards),
+            )
+    return None
+
+
+# -- whether to go on --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GoOn:
+    """Recover, after a pause."""
+
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """End the run."""
+
+    error: RaymuonError
+
+
+@dataclass
+class FailurePolicy:
+    """Budgets for faults, and back-off.
+
+    Each kind has a budget of its own within a sliding hour: nodes that come and go must not use up what is meant for
+    bugs. The first fault after progress is recovered from at once; each further one without progress waits longer. A
+    step that kills the group again and again is poison: the same data and state will do the same once more.
+    """
+
+    config: RecoveryConfig
+    faults: dict[FaultKind, list[float]] = field(default_factory=dict)
+    killers: Counter[int] = field(default_factory=Counter)
+    in_a_row: int = 0
+
+    def fault(self, kind: FaultKind, cause: str, now: float, step: int | None = None) -> GoOn | GiveUp:
+        """Decide what a fault leads to.
+
+        Args:
+            kind: whose budget it takes from.
+            cause: for people.
+            now: seconds, of any clock that does not jump.
+            step: the step in which the group was; None if it was not in one (a fault while it recovered).
+        """
+        recent = [at for at in self.faults.get(kind, []) if at > now - WINDOW_S] + [now]
+        self.faults[kind] = recent
+        if kind == "failure" and step is not None:
+            self.killers[step] += 1
+            if self.killers[step] >= self.config.poison_after:
+                return GiveUp(
+                    TrainingError(
+                        f"step {step} is poison: it has ended the group {self.killers[step]} times, the last time by "
+                        f"{cause}. The last checkpoint is good; look at the data of this step, or raise "
+                        f"recovery.poison_after ({self.config.poison_after})"
+                    )
+                )
+        budget = self.config.budget(kind)
+        if budget is not None and len(recent) > budget:
+            error = StorageError if kind == "storage" else TrainingError
+            return GiveUp(
+                error(
+                    f"{cause}; {len(recent)} {NAMES[kind]} within an hour are more than "
+                    f"recovery.max_{NAMES[kind].replace(' ', '_')}={budget}"
+                )
+            )
+        self.in_a_row += 1
+        if kind == "failure" and self.in_a_row > self.config.max_in_a_row:
+            return GiveUp(
+                TrainingError(
+                    f"{cause}; that is the {self.in_a_row}. failure without a new step in between, "
+                    f"recovery.max_in_a_row={self.config.max_in_a_row}"
+                )
+            )
+        if kind == "preemption" or self.in_a_row <= self.config.free_retries:
+            return GoOn(0.0)
+        exponent = self.in_a_row - self.config.free_retries - 1
+        return GoOn(min(self.config.max_backoff_s, self.config.backoff_s * 2**exponent))
+
+    def progressed(self) -> None:
+        """Note a new finished step."""
+        self.in_a_row = 0
+
+
+WINDOW_S = 3600.0
+
+
+# -- who hangs, who is slow --------------------------------------------------------------------------------------------
+
+PHASES = ("join", "restore", "validate", "compute", "wait", "reduce", "gather", "snapshot", "boundary", "agree")
+"""What a training thread does, in the order of a step."""
+PATIENT_PHASES = frozenset({"join", "restore", "validate"})
+PATIENCE = 10.0
+"""How much longer the phases outside the steps, and the first step, may take."""
+SLACK = 4.0
+"""How much longer than the slowest so far a phase may take."""
+SLOW = 1.5
+"""A rank is slow that takes this much longer than the median."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A rank that holds everybody up, why, and for how long it has done so."""
+
+    rank: int
+    reason: str
+    since_s: float
+
+
+@dataclass
+class Watchdog:
+    """Finds who is stopped (no answer) and who is stuck (answers, but does not get on) among the ranks of a generation.
+
+    All ranks stand still when one does: the guilty are those that have come the least far.
+    """
+
+    hang_s: float
+    heard: dict[int, float] = field(default_factory=dict)
+    marks: dict[int, tuple[Mark, float]] = field(default_factory=dict)
+    first_step: int | None = None
+    slowest_s: float = 0.0
+
+    def begin(self, ranks: Iterable[int], now: float) -> None:
+        """Start the clocks of a generation."""
+        self.heard = dict.fromkeys(ranks, now)
+        self.marks, self.first_step = {}, None
+
+    def observe(self, rank: int, mark: Mark | None, now: float) -> None:
+        """Take in the answer to a poll."""
+        self.heard[rank] = now
+        if mark is None or mark.phase not in PHASES:
+            self.marks.pop(rank, None)
+            return
+        self.marks[rank] = mark, now
+        if mark.step > 0:
+            self.first_step = mark.step if self.first_step is None else self.first_step
+            if mark.step > self.first_step and mark.phase not in PATIENT_PHASES:
+                self.slowest_s = max(self.slowest_s, mark.busy_s)
+
+    def forget(self, rank: int) -> None:
+        """Stop watching a rank that has left."""
+        self.heard.pop(rank, None)
+        self.marks.pop(rank, None)
+
+    def suspects(self, now: float) -> list[Suspect]:
+        """Return who has to go."""
+        silent = [
+            Suspect(rank, f"gave no sign of life for {now - at:.1f} s", now - at)
+            for rank, at in self.heard.items()
+            if now - at > self.hang_s
+        ]
+        if silent:
+            return silent
+        if not self.marks or self.marks.keys() != self.heard.keys():
+            return []
+        standing = {rank: mark.age_s + now - at for rank, (mark, at) in self.marks.items()}
+        behind = min(_position(mark) for mark, _ in self.marks.values())
+        guilty = [rank for rank, (mark, _) in self.marks.items() if _position(mark) == behind]
+        mark = self.marks[guilty[0]][0]
+        if min(standing[rank] for rank in guilty) <= self._limit(mark):
+            return []
+        if len(guilty) == len(self.marks) > 1:
+            # Everybody is in the same place, so most of them wait there, and who computes is the one.
+            guilty = [max(guilty, key=lambda rank: (self.marks[rank][0].cpu, rank))]
+        return [
+            Suspect(
+                rank, f"has been in phase {mark.phase} of step {mark.step} for {standing[rank]:.1f} s", standing[rank]
+            )
+            for rank in guilty
+        ]
+
+    def slow(self) -> dict[int, float]:
+        """Return the ranks that compute slower than the median, and how many times slower."""
+        busy = {rank: mark.busy_s for rank, (mark, _) in self.marks.items() if mark.busy_s}
+        if len(busy) < 2:
+            return {}
+        ordered = sorted(busy.values())
+        median = ordered[(len(ordered) - 1) // 2]
+        return {rank: seconds / median for rank, seconds in busy.items() if seconds > SLOW * median}
+
+    def _limit(self, mark: Mark) -> float:
+        limit = max(self.hang_s, SLACK * self.slowest_s)
+        early = self.first_step is None or mark.step <= self.first_step
+        return limit * PATIENCE if early or mark.phase in PATIENT_PHASES else limit
+
+
+def _position(mark: Mark) -> tuple[int, int]:
+    return mark.step, PHASES.index(mark.phase)

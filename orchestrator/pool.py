@@ -1,0 +1,245 @@
+"""The processes of a run: workers that are ready or about to be, and a keeper on every node that has any.
+
+The pool holds as many slots as the config allows, starts a worker in each that has a node, and replaces what dies. A
+worker of a node whose keeper does not answer is replaced only when the node is known to be alive: a dead node is taken
+for alive by the cluster for many seconds, and whatever is sent there dies.
+
+Nothing here blocks; `refresh` looks at everything once.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from orchestrator.config import ScalingConfig
+from orchestrator.handles import Cluster, Gone, Handle
+from orchestrator.policy import Candidate
+from workers.config import StorageConfig
+from workers.errors import ClusterError
+from workers.member import Ready
+from workers.reports import Report
+from workers.task import Task
+from workers.wire import Address
+
+POLL_S = 1.0
+"""How long a keeper holds a poll open when it has nothing to tell."""
+DRAIN_LOOK_S = 0.5
+STILLBORN = 3
+"""Workers of a slot that may die in a row before they are ready."""
+
+
+@dataclass(eq=False)
+class PoolWorker:
+    """A worker process, from its start on."""
+
+    number: int
+    slot: str
+    node: str
+    handle: Handle
+    preparing: Future[Ready]
+    ready: Ready | None = None
+
+
+@dataclass(eq=False)
+class PoolKeeper:
+    """A node's keeper, from its start on."""
+
+    node: str
+    handle: Handle
+    starting: Future[Address]
+    address: Address | None = None
+    polling: Future[list[Report]] | None = None
+    heard: float = field(default_factory=time.monotonic)
+
+
+class Pool:
+    """All worker and keeper processes of a run.
+
+    Args:
+        cluster: where they live.
+        scaling: how many.
+        storage: how they reach storage.
+        token: the keepers' secret.
+        hang_s: a keeper that does not answer for this long is replaced.
+        notice: takes a line about what is wrong.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        scaling: ScalingConfig,
+        storage: StorageConfig,
+        token: str,
+        hang_s: float,
+        notice: Callable[[str], None],
+    ) -> None:
+        self.cluster, self.scaling, self.storage, self.token = cluster, scaling, storage, token
+        self.hang_s, self.notice = hang_s, notice
+        self.slots: list[str] = []
+        self.workers: dict[int, PoolWorker] = {}
+        self.keepers: dict[str, PoolKeeper] = {}
+        self.rehearsal: Task | None = None
+        """What newcomers and standbys rehearse; the first members have no time to lose, and rehearse by training."""
+        self.training = False
+        """Whether a generation has been formed."""
+        self.draining: dict[str, float] = {}
+        self._looked_for_drains = 0.0
+        self._next_number = 0
+        self._stillborn: dict[str, int] = {}
+        self._reports: list[Report] = []
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all processes and give all slots back."""
+        for process in (*self.workers.values(), *self.keepers.values()):
+            process.handle.kill()
+        for slot in self.slots:
+            self.cluster.release(slot)
+
+    # -- what is there -------------------------------------------------------------------------------------------------
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The workers that could train now."""
+        return [Candidate(w.number, w.node) for w in self.workers.values() if w.ready and w.node not in self.draining]
+
+    @property
+    def num_starting(self) -> int:
+        """Workers that have a slot and are not ready yet."""
+        return sum(worker.ready is None for worker in self.workers.values())
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that the cluster has given."""
+        return sum(self.cluster.node_of(slot) is not None for slot in self.slots)
+
+    def keeper_of(self, node: str | None) -> Address | None:
+        """Return where a node's keeper listens, None while it has none."""
+        keeper = self.keepers.get(node or "")
+        return keeper.address if keeper else None
+
+    def take_reports(self) -> list[Report]:
+        """Return what the keepers have told since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    # -- housekeeping --------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Look at everything once: slots, newcomers, keepers, nodes that will go away.
+
+        Raises:
+            ClusterError: workers die before they are ready, again and again.
+        """
+        now = time.monotonic()
+        if now - self._looked_for_drains > DRAIN_LOOK_S:
+            self._looked_for_drains = now
+            self.draining = self.cluster.draining()
+        while len(self.slots) < self.scaling.max_workers + self.scaling.standby:
+            self.slots.append(self.cluster.reserve())
+        for keeper in list(self.keepers.values()):
+            self._look_at_keeper(keeper, now)
+        occupied = {worker.slot for worker in self.workers.values()}
+        for slot in [slot for slot in self.slots if slot not in occupied]:
+            self._fill(slot)
+        for worker in [worker for worker in self.workers.values() if worker.ready is None]:
+            self._look_at_newcomer(worker)
+
+    def _fill(self, slot: str) -> None:
+        node = self.cluster.node_of(slot)
+        if node is None or node in self.draining:
+            return
+        keeper = self.keepers.get(node)
+        if keeper is None:
+            handle = self.cluster.start_keeper(node, self.token, self.storage)
+            keeper = self.keepers[node] = PoolKeeper(node, handle, handle.call("address"))
+        elif keeper.address is None and self.training:
+            # Once training has begun, a keeper that answers is the proof that a node is alive.
+            if not self.cluster.alive(node):
+                self._give_up(node)
+            return
+        number, self._next_number = self._next_number, self._next_number + 1
+        handle = self.cluster.start_worker(slot)
+        late = self.training or number >= self.scaling.max_workers
+        preparing = handle.call("prepare", self.storage, self.rehearsal if late else None)
+        self.workers[number] = PoolWorker(number, slot, node, handle, preparing)
+
+    def _give_up(self, node: str) -> None:
+        """Forget a dead node, and ask for other slots in place of its own."""
+        if (keeper := self.keepers.pop(node, None)) is not None:
+            keeper.handle.kill()
+        for worker in [worker for worker in self.workers.values() if worker.node == node]:
+            self.lose(worker.number)
+        for slot in [slot for slot in self.slots if self.cluster.node_of(slot) == node]:
+            self.slots.remove(slot)
+            self.cluster.release(slot)
+
+    def _look_at_newcomer(self, worker: PoolWorker) -> None:
+        if not worker.preparing.done():
+            return
+        try:
+            worker.ready = worker.preparing.result()
+            self._stillborn.pop(worker.slot, None)
+        except Exception as error:
+            deaths = self._stillborn[worker.slot] = self._stillborn.get(worker.slot, 0) + 1
+            self.lose(worker.number)
+            if deaths >= STILLBORN and self.cluster.alive(worker.node):
+                raise ClusterError(f"workers on node {worker.node} end before they are ready: {error}") from error
+
+    def _look_at_keeper(self, keeper: PoolKeeper, now: float) -> None:
+        try:
+            if keeper.address is None:
+                if not keeper.starting.done():
+                    if not self.cluster.alive(keeper.node):
+                        self._give_up(keeper.node)
+                    return
+                keeper.address = keeper.starting.result()
+                keeper.heard = now
+            if keeper.polling is not None and keeper.polling.done():
+                self._reports += keeper.polling.result()
+                keeper.polling, keeper.heard = None, now
+            if keeper.polling is None:
+                keeper.polling = keeper.handle.call("poll", POLL_S)
+            if now - keeper.heard > self.hang_s:
+                keeper.handle.kill()
+                raise Gone(f"no answer for {now - keeper.heard:.1f} s")
+        except Gone as error:
+            self.lose_keeper(keeper, str(error))
+
+    # -- losses --------------------------------------------------------------------------------------------------------
+
+    def lose(self, number: int) -> None:
+        """Forget a worker that is dead or has to be; its slot gets another, if its node is alive."""
+        if (worker := self.workers.pop(number, None)) is not None:
+            worker.handle.kill()
+
+    def lose_keeper(self, keeper: PoolKeeper, reason: str) -> None:
+        """Start another keeper on the node, or give the node up if the cluster knows that it is dead."""
+        keeper.handle.kill()
+        if self.keepers.get(keeper.node) is not keeper:
+            return
+        if keeper.address is not None:
+            self.notice(f"the keeper of node {keeper.node} is gone ({reason})")
+        if not self.cluster.alive(keeper.node):
+            self._give_up(keeper.node)
+            return
+        handle = self.cluster.start_keeper(keeper.node, self.token, self.storage)
+        self.keepers[keeper.node] = PoolKeeper(keeper.node, handle, handle.call("address"))
+
+    def end(self, number: int, evidence: bool) -> "Future[str] | None":
+        """Kill a worker through its node's keeper, at once and even if it is stopped; return what it was doing."""
+        worker = self.workers.get(number)
+        if worker is None:
+            return None
+        keeper = self.keepers.get(worker.node)
+        told = keeper.handle.call("end", worker.ready.pid, evidence) if keeper and worker.ready else None
+        if told is None:
+            worker.handle.kill()
+        return told
+
+    def leave(self, node: str) -> None:
+        """Give a node that will go away back, with all that runs there."""
+        self._give_up(node)

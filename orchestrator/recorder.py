@@ -1,0 +1,184 @@
+"""What becomes of everything that happens in a run: MLflow, the journal, and the person who watches."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from orchestrator.config import RunConfig
+from orchestrator.events import DriverStarted, Event, Fault, Membership, Recovery, Tally
+from orchestrator.journal import Journal, read_journal
+from workers.errors import StorageError
+from workers.reports import Report, Sampled, StepDone, Validated
+
+
+class Watcher(Protocol):
+    """Whoever shows a run to a person; called from the driver's loop, so it must be quick."""
+
+    def phase(self, text: str) -> None:
+        """A part of the start has begun."""
+
+    def warn(self, text: str) -> None:
+        """Something is wrong that does not end the run."""
+
+    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
+        """Training begins after `first_step`."""
+
+    def report(self, report: Report) -> None:
+        """A worker told something."""
+
+    def event(self, event: Event) -> None:
+        """The group changed, or something went wrong."""
+
+    def committed(self, step: int, url: str) -> None:
+        """A checkpoint counts."""
+
+
+class RunRecorder:
+    """The record of one attempt at a run.
+
+    Args:
+        config: of the run.
+        record: its MLflow run (an `orchestrator.tracking.RunRecord`, whose import takes seconds).
+        journal: of this attempt.
+        watcher: shows what happens.
+        url: of the run's folder.
+        tally: what adds up.
+    """
+
+    def __init__(
+        self, config: RunConfig, record: Any, journal: Journal, watcher: Watcher, url: str, tally: Tally
+    ) -> None:
+        self.config, self.record, self.journal, self.watcher = config, record, journal, watcher
+        self.url, self.tally = url, tally
+        self.val_loss: float | None = None
+        self.sample = ""
+        self.checkpoint = ""
+        self.first_step_time: float | None = None
+        self._begun = False
+        self._warned: str | None = None
+        self._slow: set[int] = set()
+
+    def step(self, report: StepDone, world_size: int) -> None:
+        """Record a step, once."""
+        self.first_step_time = self.first_step_time or report.time
+        train = self.config.train
+        values = {
+            "loss": report.loss,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "tokens": report.tokens,
+            "tokens_per_second": train.global_batch * train.seq_len / report.seconds,
+            "step_seconds": report.seconds,
+            "world_size": world_size,
+            "expert_imbalance": report.expert_imbalance,
+            "skipped_steps": report.skipped,
+            "snapshot_every": report.snapshot_every,
+            "snapshot_seconds": report.snapshot_seconds,
+        }
+        self._row("train", report.step, report.time, values)
+        self.watcher.report(report)
+        if self.record.failure not in (None, self._warned):
+            self.watcher.warn(f"MLflow takes no metrics ({self.record.failure}); they wait, training goes on")
+        self._warned = self.record.failure
+
+    def report(self, report: Report) -> None:
+        """Record a validation or a sample."""
+        match report:
+            case Validated():
+                self.val_loss = report.loss
+                self._row("validation", report.step, report.time, {"val_loss": report.loss})
+            case Sampled():
+                self.sample = report.text
+        self.watcher.report(report)
+
+    def event(self, event: Event) -> None:
+        """Journal an event, and show it in MLflow on the loss's axis."""
+        self.journal.add(event.record())
+        match event:
+            case Membership() if not self._begun:
+                self._begun = True
+                steps = self.config.train.steps
+                self.watcher.begin(self.record.run_id, event.restored_step, steps, event.world_size)
+            case Membership() | Fault():
+                self.watcher.event(event)
+            case Recovery():
+                self.watcher.event(event)
+                values = {
+                    "recovery_seconds": event.seconds,
+                    "recovery_steps_redone": event.steps_redone,
+                    "recovery_storage_bytes": event.storage_bytes,
+                    "goodput": self.tally.goodput(event.time),
+                }
+                self.record.note(event.step, event.time, values)
+                self.record.tag_later("raymuon.recoveries", str(len(self.tally.faults)))
+                self.record.tag_later("raymuon.last_event", f"{event.reason} at step {event.step}: {event.cause}")
+
+    def stack(self, name: str, text: str) -> None:
+        """Keep what a worker that hung was doing beside the run."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.txt"
+            path.write_text(text)
+            self._try(lambda: self.record.artifact(path, "stacks"))
+
+    def slow(self, ranks: dict[int, float]) -> None:
+        """Name the ranks that are slower than the others, when they change."""
+        if ranks.keys() != self._slow:
+            self._slow = set(ranks)
+            told = ", ".join(f"rank {rank} ({factor:.1f}x)" for rank, factor in sorted(ranks.items()))
+            self.record.tag_later("raymuon.slow_ranks", told or "none")
+
+    def committed(self, step: int) -> None:
+        """Note the newest checkpoint."""
+        self.checkpoint = f"{self.url}@{step}"
+        self.watcher.committed(step, self.checkpoint)
+
+    def notice(self, text: str) -> None:
+        """Tell the person."""
+        self.watcher.warn(text)
+
+    def before_commit(self) -> None:
+        """Put down what the checkpoint stands for: what MLflow does not take now is in the journal."""
+        self.record.flush()
+        self.journal.ship()
+
+    def close(self, now: float) -> None:
+        """Put down the rest, and what it all adds up to."""
+        self._try(lambda: self.record.tag("raymuon.goodput", f"{self.tally.goodput(now):.4f}"))
+        if (mttr := self.tally.mean_time_to_recovery()) is not None:
+            self._try(lambda: self.record.tag("raymuon.mttr_seconds", f"{mttr:.2f}"))
+        self._try(self.journal.ship)
+
+    def _row(self, series: str, step: int, at: float, values: dict[str, float]) -> None:
+        self.record.log(series, step, at, values)
+        self.journal.add({"series": series, "step": step, "time": at, "values": values})
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except (StorageError, OSError) as error:
+            self.watcher.warn(str(error))
+
+
+def go_on_with(record: Any, journal: Journal, last_step: int, now: float) -> Tally:
+    """Give MLflow the rows that earlier drivers journalled and could not log, and add up what has happened so far.
+
+    Args:
+        record: the MLflow run.
+        journal: of this attempt; earlier ones are read.
+        last_step: rows after it are of steps that will be trained again.
+        now: seconds since the epoch.
+    """
+    tally = Tally(now)
+    seen: set[int] = set()
+    for line in read_journal(journal.store):
+        if line.get("event") == DriverStarted.__name__:
+            tally.began = min(tally.began, line["time"])
+        elif line.get("event") == Recovery.__name__:
+            tally.recoveries.append(line)
+        elif "series" in line and line["step"] <= last_step:
+            record.log(line["series"], line["step"], line["time"], line["values"])
+            if line["series"] == "train" and line["step"] not in seen:
+                seen.add(line["step"])
+                tally.step(line["values"]["step_seconds"])
+    return tally

@@ -1,0 +1,170 @@
+"""A run without Ray: the real controller, members, keepers and storage, over plain processes."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from optim.config import OptimConfig
+from orchestrator.commits import Commits
+from orchestrator.config import RecoveryConfig, RunConfig, ScalingConfig, task_of
+from orchestrator.controller import Controller, Progress
+from orchestrator.events import Event, Fault, Membership, Recovery, Tally
+from orchestrator.journal import Journal
+from orchestrator.keeper import new_token
+from orchestrator.pool import Pool
+from orchestrator.run_log import RunLog
+from orchestrator.stop import StopSignal
+from tests.processes import ProcessCluster
+from tests.workers.test_moonlight import TINY
+from workers.config import CheckpointConfig, DataConfig, TrainConfig
+from workers.data.corpus import prepare
+from workers.reports import Report, StepDone, Validated
+from workers.storage import Store
+
+
+def config_of(folder: Path, *, recovery: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
+    train = {"steps": 30, "global_batch": 12, "micro_batch": 2, "seq_len": 32, "validate_sequences": 4}
+    train |= {"validate_every": 0, "sample_prompt": ""}
+    config = RunConfig(
+        model=TINY,
+        optim=OptimConfig(lr=1e-2),
+        data=DataConfig(source=__file__, prepared_url=f"{folder}/data", held_out_fraction=0.2),
+        train=TrainConfig(**{**train, **changes.pop("train", {})}),
+        scaling=ScalingConfig(**{"wait_s": 60.0, "settle_s": 0.0, **changes.pop("scaling", {})}),
+        checkpoint=CheckpointConfig(**{"every": 0, "snapshot_every": 1, **changes.pop("checkpoint", {})}),
+        recovery=RecoveryConfig(**{"max_failures": -1, "free_retries": 1000, **(recovery or {})}),
+        seed=3,
+    )
+    return replace(config, **changes)
+
+
+@dataclass
+class Notes:
+    """A Recorder that keeps everything, and checks that each step comes once and in order."""
+
+    rows: list[StepDone] = field(default_factory=list)
+    worlds: list[int] = field(default_factory=list)
+    validations: list[Validated] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    stacks: dict[str, str] = field(default_factory=dict)
+    slow_ranks: list[dict[int, float]] = field(default_factory=list)
+    commits: list[int] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    on_step: Callable[[int], None] = lambda step: None
+    on_event: Callable[[Event], None] = lambda event: None
+
+    def step(self, report: StepDone, world_size: int) -> None:
+        assert not self.rows or report.step == self.rows[-1].step + 1, "each step once, in order"
+        self.rows.append(report)
+        self.worlds.append(world_size)
+        self.on_step(report.step)
+
+    def report(self, report: Report) -> None:
+        if isinstance(report, Validated):
+            self.validations.append(report)
+
+    def event(self, event: Event) -> None:
+        self.events.append(event)
+        self.on_event(event)
+
+    def stack(self, name: str, text: str) -> None:
+        self.stacks[name] = text
+
+    def slow(self, ranks: dict[int, float]) -> None:
+        self.slow_ranks.append(ranks)
+
+    def committed(self, step: int) -> None:
+        self.commits.append(step)
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+
+    def of(self, kind: type) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    @property
+    def faults(self) -> list[Fault]:
+        return self.of(Fault)
+
+    @property
+    def recoveries(self) -> list[Recovery]:
+        return self.of(Recovery)
+
+    @property
+    def memberships(self) -> list[Membership]:
+        return self.of(Membership)
+
+    @property
+    def losses(self) -> list[float]:
+        return [row.loss for row in self.rows]
+
+
+class Lead:
+    """One driver's attempt, in a thread of its own, so that a test can break things meanwhile."""
+
+    def __init__(self, config: RunConfig, cluster: ProcessCluster, folder: Path, notes: Notes | None = None) -> None:
+        self.config, self.cluster, self.notes = config, cluster, notes or Notes()
+        self.corpus = prepare(config.data)
+        self.log = RunLog(Store(str(folder / "run")))
+        attempt, manifest = self.log.take_over({}), self.log.manifest()
+        task = task_of(config, self.corpus, self.log.store.url, attempt, manifest)
+        self.journal = Journal(self.log.store, attempt)
+        commits = Commits(self.log, attempt, {}, self.journal.ship)
+        self.pool = Pool(
+            cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, self.notes.notices.append
+        )
+        self.pool.rehearsal = task
+        restored = manifest.step if manifest else 0
+        progress = Progress(step=restored, committed=restored if manifest else -1)
+        self.controller = Controller(config, self.pool, commits, task, progress, self.notes, Tally(time.time()))
+        self.stop = StopSignal()
+        self.error: BaseException | None = None
+        self.outcome = ""
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Lead":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.requests = 2
+        self._thread.join(60)
+
+    def wait(self, timeout_s: float = 240) -> Notes:
+        """Wait for the end, and raise what the controller raised."""
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), (self.notes.notices, self.notes.events[-3:], self.notes.rows[-1:])
+        if self.error:
+            raise self.error
+        return self.notes
+
+    def _run(self) -> None:
+        try:
+            with self.pool:
+                while self.pool.num_slots < self.config.scaling.min_workers or self.pool.num_starting:
+                    self.pool.refresh()
+                    time.sleep(0.01)
+                with self.stop.during_training():
+                    self.outcome = self.controller.run(self.stop)
+        except BaseException as error:
+            self.error = error
+
+
+def ledger(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    """Return what counts of the ledger: for each step and slot the line of the last generation that ran it."""
+    counted: dict[tuple[int, int], dict[str, Any]] = {}
+    for file in sorted((folder / "ledger").glob("*.jsonl")):
+        for text in file.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # The last line of a killed process may be cut.
+            key, place = (line["step"], line["slot"]), (line["attempt"], line["generation"])
+            old = counted.get(key)
+            if old is None or (old["attempt"], old["generation"]) < place:
+                counted[key] = line
+    return counted

@@ -1,0 +1,288 @@
+"""What happens at each kind of fault, over real processes: who goes on, from where, and that nothing is lost."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests.faults import FaultyMember
+from tests.leading import Lead, Notes, config_of, ledger
+from tests.processes import ProcessCluster
+from tests.ranks import run_ranks
+from workers.checkpoint.shards import CheckpointReader
+from workers.data.order import samples_of_slot
+from workers.errors import TrainingError
+from workers.storage import Store
+
+THREE = {"min_workers": 3, "max_workers": 3}
+STEPS = 24
+
+
+def final_state(folder) -> dict:
+    from orchestrator.run_log import RunLog
+
+    manifest = RunLog(Store(str(folder / "run"))).manifest()
+    reader = CheckpointReader(Store(str(folder / "run")), manifest)
+    return {(kind, name): reader.tensor(kind, name) for kind in reader.kinds for name in reader.names(kind)}
+
+
+def assert_equal_states(a, b) -> None:
+    first, second = final_state(a), final_state(b)
+    assert first.keys() == second.keys()
+    assert [key for key, tensor in first.items() if not np.array_equal(tensor, second[key])] == []
+
+
+def assert_every_sample_once(folder, config, corpus) -> None:
+    train = config.train
+    num_samples = (sum(shard.tokens for shard in corpus.train) - 1) // train.seq_len
+    expected = {
+        (step, slot): samples_of_slot(config.seed, step, slot, train.global_batch, train.micro_batch, num_samples)
+        for step in range(1, train.steps + 1)
+        for slot in range(train.slots)
+    }
+    assert {key: line["samples"] for key, line in ledger(folder).items()} == expected
+
+
+def config_with_ledger(folder, **changes):
+    from dataclasses import replace
+
+    config = config_of(folder, **changes)
+    return replace(config, data=replace(config.data, ledger=f"{folder}/ledger"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = config_with_ledger(folder, scaling=THREE, train={"steps": STEPS})
+    with Lead(config, ProcessCluster({"a": 3}), folder) as lead:
+        notes = lead.wait()
+    assert notes.faults == [] and notes.commits == [STEPS] and [row.step for row in notes.rows] == [*range(1, 25)]
+    return folder, notes
+
+
+def broken_run(folder, nodes, break_it, scaling=THREE, recovery=None, **changes) -> tuple[Lead, Notes]:
+    """Run to the end, and call `break_it(lead)` once, when step 8 is finished."""
+    config = config_with_ledger(folder, scaling=scaling, train={"steps": STEPS}, recovery=recovery, **changes)
+    lead = Lead(config, ProcessCluster(nodes, FaultyMember), folder)
+    lead.notes.on_step = lambda step: break_it(lead) if step == 8 else None
+    with lead:
+        notes = lead.wait()
+    assert lead.outcome == "finished"
+    assert [row.step for row in notes.rows] == [*range(1, STEPS + 1)]
+    assert_every_sample_once(folder, config, lead.corpus)
+    return lead, notes
+
+
+def inject(lead: Lead, rank: int, *plan) -> None:
+    lead.pool.workers[lead.controller.members[rank]].handle.call("inject", *plan)
+
+
+@pytest.mark.parametrize(
+    ("phase", "action", "times"),
+    [
+        ("compute", "kill", 1),
+        ("compute", "terminate", 1),
+        ("reduce", "raise", 1),
+        ("gather", "exit", 2),  # After the last group's optimizer step: torn between it and the all-gather.
+        ("gather", "exit soon", 2),
+        ("snapshot", "kill", 1),
+        ("boundary", "exit", 1),
+        ("agree", "kill", 1),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_worker_that_dies_anywhere_leaves_no_trace(uninterrupted, tmp_path, phase, action, times, rank):
+    folder, expected = uninterrupted
+    _, notes = broken_run(tmp_path, {"a": 4}, lambda lead: inject(lead, rank, phase, 11, action, times))
+    (fault,) = notes.faults
+    assert fault.kind == ("error" if action == "raise" else "killed") and rank in fault.ranks
+    (recovery,) = notes.recoveries
+    assert (recovery.reason, recovery.source, recovery.steps_redone) == ("fault", "keepers", 0)
+    assert recovery.storage_bytes == 0 and recovery.world_size == 3
+    assert [row.loss for row in notes.rows] == [row.loss for row in expected.rows]
+    assert_equal_states(folder, tmp_path)
+
+
+@pytest.mark.parametrize("action", ["stop", "spin"])
+def test_a_worker_that_hangs_is_found_and_its_stack_is_kept(uninterrupted, tmp_path, action):
+    folder, _ = uninterrupted
+    lead, notes = broken_run(
+        tmp_path, {"a": 4}, lambda lead: inject(lead, 1, "compute", 11, action), recovery={"hang_s": 3.0}
+    )
+    (fault,) = notes.faults
+    assert fault.kind == "hung" and fault.ranks[0] == 1
+    assert ("no sign of life" in fault.cause) if action == "stop" else ("phase compute of step 11" in fault.cause)
+    (text,) = notes.stacks.values()
+    assert "_forward_backward" in text, "the stack names the place"
+    assert_equal_states(folder, tmp_path)
+
+
+def test_a_lost_node_is_recovered_from_its_buddy(uninterrupted, tmp_path):
+    folder, _ = uninterrupted
+    scaling = {"min_workers": 3, "max_workers": 3, "standby": 1}
+    _, notes = broken_run(
+        tmp_path, {"a": 2, "b": 2}, lambda lead: lead.cluster.kill_node("b"), scaling={**scaling, "min_workers": 2}
+    )
+    recovery = notes.recoveries[0]
+    assert (recovery.reason, recovery.source, recovery.steps_redone, recovery.storage_bytes) == (
+        "fault",
+        "keepers",
+        0,
+        0,
+    )
+    assert recovery.world_size == 2
+
+
+def test_a_standby_takes_the_place_at_once(uninterrupted, tmp_path):
+    folder, _ = uninterrupted
+    seen = {}
+
+    def kill(lead):
+        while len(lead.pool.candidates) < 4:
+            lead.pool.refresh()
+        seen["standby"] = ({c.number for c in lead.pool.candidates} - set(lead.controller.members)).pop()
+        inject(lead, 1, "compute", 9, "kill")
+
+    lead, notes = broken_run(tmp_path, {"a": 4}, kill, scaling={**THREE, "standby": 1})
+    assert len(notes.faults) == 1 and seen["standby"] in lead.controller.members
+    assert_equal_states(folder, tmp_path)
+
+
+def test_a_keeper_that_dies_does_not_stop_the_run(uninterrupted, tmp_path):
+    folder, _ = uninterrupted
+
+    def kill_keeper(lead):
+        lead.pool.keepers["a"].handle.kill()
+
+    lead, notes = broken_run(tmp_path, {"a": 2, "b": 1}, kill_keeper)
+    assert notes.faults == [] and any("keeper" in notice for notice in notes.notices)
+    assert notes.commits == [STEPS]
+    assert_equal_states(folder, tmp_path)
+
+
+def test_a_second_fault_during_recovery(uninterrupted, tmp_path):
+    folder, _ = uninterrupted
+    config = config_with_ledger(tmp_path, scaling=THREE, train={"steps": STEPS})
+    lead = Lead(config, ProcessCluster({"a": 5}, FaultyMember), tmp_path)
+    lead.notes.on_step = lambda step: inject(lead, 1, "compute", 11, "kill") if step == 8 else None
+    for worker in ("restore", "join"):
+        del worker
+
+    def again(event):
+        if event in lead.notes.faults and len(lead.notes.faults) == 1:
+            for candidate in lead.pool.candidates[:1]:
+                lead.pool.workers[candidate.number].handle.call("inject", "restore", -1, "kill")
+
+    lead.notes.on_event = again
+    with lead:
+        notes = lead.wait()
+    assert [fault.during_recovery for fault in notes.faults] == [False, True]
+    assert len(notes.recoveries) == 1 and notes.recoveries[0].steps_redone == 0
+    assert_equal_states(folder, tmp_path)
+
+
+def test_announced_changes_of_the_world_size_touch_no_storage(tmp_path):
+    """4 -> 3 -> 5 -> 1 -> 2; each first loss as at the old world size from the same state, within 1e-5."""
+    config = config_of(tmp_path, scaling={"max_workers": 4}, train={"steps": 40}, checkpoint={"every": 1})
+    cluster = ProcessCluster({"n1": 1, "n2": 1, "n3": 1, "n4": 1})
+    lead = Lead(config, cluster, tmp_path)
+
+    def change(step: int) -> None:
+        match step:
+            case 6:
+                cluster.going = {"n4": 30.0}
+            case 14:
+                del cluster.nodes["n4"]
+                cluster.going = {}
+                lead.pool.leave("n4")
+                cluster.nodes |= {"n5": 1, "n6": 1}
+                object.__setattr__(lead.pool.scaling, "max_workers", 5)
+            case 24:
+                cluster.going = {"n2": 30.0, "n3": 30.0, "n5": 30.0, "n6": 30.0}
+            case 30:
+                cluster.going = {"n3": 30.0, "n5": 30.0, "n6": 30.0}
+
+    lead.notes.on_step = change
+    with lead:
+        deadline = time.monotonic() + 60
+        while not lead.notes.rows and time.monotonic() < deadline:
+            time.sleep(0.05)
+        notes = lead.wait()
+    changes = [(m.previous_world_size, m.world_size) for m in notes.memberships[1:]]
+    assert changes == [(4, 3), (3, 5), (5, 1), (1, 2)], notes.memberships
+    assert notes.faults == [] and all(r.storage_bytes == 0 and r.steps_redone == 0 for r in notes.recoveries)
+    losses = {row.step: row.loss for row in notes.rows}
+    for change_ in notes.memberships[1:]:
+        step = change_.restored_step
+        (again,) = {
+            round(loss, 12)
+            for loss in run_ranks(change_.previous_world_size, next_loss, str(tmp_path), step, lead.controller.task)
+        }
+        assert losses[step + 1] == pytest.approx(again, rel=1e-5)
+
+
+def next_loss(rank: int, world_size: int, folder: str, step: int, task) -> float:
+    """Train one step from the checkpoint of `step` at another world size."""
+    from dataclasses import replace
+
+    from orchestrator.run_log import RunLog
+    from workers.controls import Controls
+    from workers.engine import build_engine, default_device
+    from workers.loop import Trainer
+    from workers.reports import StepDone
+    from workers.task import Membership
+    from workers.training import take_state
+
+    manifest = RunLog(Store(f"{folder}/run")).manifest(step)
+    task = replace(task, manifest=manifest)
+    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
+    engine = build_engine(task.model, task.optim, task.train, None, default_device())
+    counters, _ = take_state(engine, task, member)
+    losses = []
+    controls = Controls(report=lambda kind, **fields: losses.append(fields["loss"]) if kind is StepDone else None)
+    Trainer(task, member, engine, counters, controls)._step()
+    total = engine.all_reduce(__import__("torch").tensor([sum(losses)], dtype=__import__("torch").float64))
+    return total.item()
+
+
+def test_the_sudden_death_of_four_of_five_finds_storage(tmp_path):
+    config = config_with_ledger(tmp_path, scaling={"max_workers": 5}, train={"steps": STEPS}, checkpoint={"every": 5})
+    cluster = ProcessCluster({"n1": 1, "n2": 1, "n3": 1, "n4": 1, "n5": 1})
+    lead = Lead(config, cluster, tmp_path)
+
+    def kill(step: int) -> None:
+        if step == 13:
+            for node in ("n2", "n3", "n4", "n5"):
+                cluster.kill_node(node)
+
+    lead.notes.on_step = kill
+    with lead:
+        notes = lead.wait()
+    recovery = notes.recoveries[0]
+    assert recovery.source == "storage" and recovery.storage_bytes > 0 and recovery.steps_redone in (3, 4)
+    assert notes.worlds[-1] == 1 and [row.step for row in notes.rows] == [*range(1, STEPS + 1)]
+    assert_every_sample_once(tmp_path, config, lead.corpus)
+
+
+def test_a_worker_that_dies_while_its_keeper_uploads(uninterrupted, tmp_path):
+    """The upload ends, and the checkpoint counts."""
+    _, notes = broken_run(
+        tmp_path, {"a": 4}, lambda lead: inject(lead, 1, "compute", 11, "kill"), checkpoint={"every": 10}
+    )
+    assert len(notes.faults) == 1 and notes.commits == [10, 20, STEPS]
+
+
+def test_a_poisoned_step_ends_the_run_with_its_cause(tmp_path):
+    config = config_of(tmp_path, scaling=THREE, train={"steps": STEPS})
+    lead = Lead(config, ProcessCluster({"a": 3}, FaultyMember), tmp_path)
+
+    def poison(*_) -> None:
+        for worker in lead.pool.workers.values():
+            worker.handle.call("inject", "reduce", 11, "raise")
+
+    lead.notes.on_step = lambda step: poison() if step == 8 else None
+    lead.notes.on_event = lambda event: threading.Timer(0.0, poison).start()
+    with lead, pytest.raises(TrainingError, match="step 11 is poison: it has ended the group 3 times.*a test broke"):
+        lead.wait()
+    assert lead.notes.rows[-1].step == 10

@@ -1,0 +1,153 @@
+"""A cluster of plain local processes, for the chaos tests: the real members and keepers, without Ray.
+
+Processes are forked from a server that has torch and deepspeed loaded, so that a worker starts in a fraction of a second.
+A node is a name; killing it kills all that runs there.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from orchestrator.handles import Gone
+from orchestrator.keeper import Keeper
+from workers.config import StorageConfig
+from workers.member import Member
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["torch", "deepspeed", "workers.training", "orchestrator.keeper", "tests.ranks", "tests.processes"]
+)
+
+
+class ProcessHandle:
+    """A process that runs one object and answers calls through a pipe."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self._pipe, theirs = _context.Pipe()
+        self.process = _context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        self._lock = threading.Lock()
+        self._waiting: dict[int, Future[Any]] = {}
+        self._dead = False
+        self._next = 0
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._dead:
+                future.set_exception(Gone("its process died"))
+                return future
+            number, self._next = self._next, self._next + 1
+            self._waiting[number] = future
+            try:
+                self._pipe.send((number, method, arguments))
+            except OSError:
+                del self._waiting[number]
+                future.set_exception(Gone("its process died"))
+        return future
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def _listen(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                number, result, error = self._pipe.recv()
+                with self._lock:
+                    future = self._waiting.pop(number)
+                if error is None:
+                    future.set_result(result)
+                else:
+                    future.set_exception(error)
+        with self._lock:
+            self._dead = True
+            waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
+            future.set_exception(Gone("its process died"))
+        self.process.join()
+
+
+def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    target, lock = make(*arguments), threading.Lock()
+
+    def answer(number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            result, error = getattr(target, method)(*arguments), None
+        except Exception as raised:
+            result, error = None, raised
+        with lock, suppress(OSError):
+            pipe.send((number, result, error))
+
+    pool = ThreadPoolExecutor(8)
+    try:
+        while True:
+            pool.submit(answer, *pipe.recv())
+    except (EOFError, OSError):
+        os._exit(0)  # Whoever started us is gone.
+
+
+class ProcessCluster:
+    """Nodes with a number of slots each.
+
+    Args:
+        nodes: slots by node.
+        member: makes a worker; fault injection passes its own.
+    """
+
+    def __init__(self, nodes: dict[str, int], member: Callable[..., Any] = Member) -> None:
+        self.nodes = dict(nodes)
+        self.member = member
+        self.going: dict[str, float] = {}
+        self.processes: dict[str, list[ProcessHandle]] = {}
+        self._slots: dict[str, str | None] = {}
+        self._next = 0
+
+    def reserve(self) -> str:
+        slot, self._next = f"slot-{self._next}", self._next + 1
+        self._slots[slot] = None
+        return slot
+
+    def node_of(self, slot: str) -> str | None:
+        if self._slots.get(slot) is None and slot in self._slots:
+            taken = list(self._slots.values())
+            self._slots[slot] = next((n for n, size in self.nodes.items() if taken.count(n) < size), None)
+        return self._slots.get(slot)
+
+    def release(self, slot: str) -> None:
+        self._slots.pop(slot, None)
+
+    def start_worker(self, slot: str) -> ProcessHandle:
+        return self._start(self._slots[slot], self.member)
+
+    def start_keeper(self, node: str, token: str, storage: StorageConfig) -> ProcessHandle:
+        return self._start(node, Keeper, "127.0.0.1", token, storage)
+
+    def alive(self, node: str) -> bool:
+        return node in self.nodes
+
+    def draining(self) -> dict[str, float]:
+        return dict(self.going)
+
+    def kill_node(self, node: str) -> None:
+        del self.nodes[node]
+        for handle in self.processes.get(node, []):
+            with suppress(ProcessLookupError, AttributeError):
+                os.kill(handle.process.pid, signal.SIGKILL)
+
+    def _start(self, node: str | None, *make: Any) -> ProcessHandle:
+        handle = ProcessHandle(*make)
+        if node not in self.nodes:
+            handle.kill()
+        self.processes.setdefault(str(node), []).append(handle)
+        return handle

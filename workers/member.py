@@ -1,0 +1,218 @@
+"""One worker process: it joins one generation after another, and outlives the peers that it loses.
+
+The step loop runs in a thread of its own; the methods stay responsive meanwhile. The driver polls: a poll returns what
+has happened and where the training thread is. That there is an answer is the heartbeat; a dead process fails its
+pending poll at once.
+
+torch and deepspeed are imported when the worker prepares, not with this module: the driver imports it too.
+"""
+
+import faulthandler
+import gc
+import os
+import queue
+import signal
+import threading
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from workers.config import StorageConfig
+from workers.controls import Controls, Pause
+from workers.errors import RaymuonError
+from workers.reports import Ended, KeeperLost, Mark, Pulse, Report, StepDone
+from workers.storage import configure_s3
+from workers.task import KeeperLinks, Membership, Task
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+    from workers.engine import Engine
+
+LINGER_S = 0.5
+"""How long a finished step may wait to be told together with the next ones."""
+STACK_FILE = "raymuon-stack"
+"""Name of the anonymous file into which this process writes its stacks on SIGUSR1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A worker that can become a member."""
+
+    host: str
+    pid: int
+
+
+class Member:
+    """A worker of the group.
+
+    Args:
+        host: the address of its node, at which its peers reach it.
+    """
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        # oneDNN's AMX kernels end the process on CPUs that announce AMX and do not grant it.
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+        self._host = host
+        self._outbox: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._engine: Engine | None = None
+        self._store: TCPStore | None = None
+        self._generation = 0
+        self._pause = Pause()
+        self._told = -1
+        self._links = KeeperLinks()
+        self._mark: tuple[int, int, str, float] = (0, -1, "idle", time.monotonic())
+        self._busy_s = 0.0
+        self._cpu = time.process_time(), time.monotonic()
+        # In C, so that it works while the interpreter hangs; see Keeper.end.
+        self._stacks = os.fdopen(os.memfd_create(STACK_FILE), "w")
+        faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
+
+    def prepare(self, storage: StorageConfig, task: Task | None) -> Ready:
+        """Import everything that training needs; with a task, also rehearse one step, for whoever comes later."""
+        from workers.training import rehearse  # The slow imports.
+
+        configure_s3(storage.s3_endpoint)
+        if task is not None:
+            rehearse(task)
+        gc.collect()
+        gc.freeze()  # A million objects of the imports, which every later collection would walk through.
+        return Ready(host=self._host, pid=os.getpid())
+
+    def ping(self) -> bool:
+        """Tell whether the training thread is out of its generation."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def open_rendezvous(self, generation: int, world_size: int) -> int:
+        """Hold a generation's store in this process, which will be its rank 0, and return the port."""
+        from torch.distributed import TCPStore
+
+        self._store = TCPStore(self._host, 0, world_size, is_master=True, wait_for_workers=False)
+        return self._store.port
+
+    def start(self, member: Membership, task: Task) -> None:
+        """Become a member of a generation, in a thread of its own; reports tell of the rest."""
+        previous, self._generation = self._thread, member.generation
+        self._pause, self._told, self._links = Pause(), -1, member.links
+        self._thread = threading.Thread(target=self._train, args=(member, task, previous), name="train", daemon=True)
+        self._thread.start()
+
+    def poll(self, timeout_s: float, told: int) -> Pulse:
+        """Return what has happened since the last call and where training is; wait up to `timeout_s` for a report.
+
+        Steps alone can wait a moment for more of them: fast steps must not become as many calls.
+
+        Args:
+            timeout_s: to wait.
+            told: the last step whose row the driver has.
+        """
+        self._told = max(self._told, told)
+        found: list[Report] = []
+        with suppress(queue.Empty):
+            found.append(self._outbox.get(timeout=timeout_s))
+            deadline = time.monotonic() + LINGER_S
+            while isinstance(found[-1], StepDone):
+                found.append(self._outbox.get(timeout=max(0.0, deadline - time.monotonic())))
+        generation, step, phase, since = self._mark
+        now = time.monotonic()
+        (used, at), self._cpu = self._cpu, (time.process_time(), now)
+        cpu = (self._cpu[0] - used) / max(now - at, 1e-3)
+        mark = Mark(generation=generation, step=step, phase=phase, age_s=now - since, busy_s=self._busy_s, cpu=cpu)
+        return Pulse(reports=found, mark=mark)
+
+    def pause(self, generation: int, save: bool) -> None:
+        """Ask all ranks of a generation, through the next boundary, to leave; with `save`, after a checkpoint."""
+        if generation == self._generation:
+            self._pause = Pause(leave=True, save=save)
+
+    def relink(self, generation: int, links: KeeperLinks) -> None:
+        """Name another keeper, or another buddy of it."""
+        if generation == self._generation:
+            self._links = links
+
+    def abort(self, generation: int) -> None:
+        """Make whoever still waits for a lost peer of this generation give up.
+
+        With gloo the peers' sockets do that, but for the rendezvous: whoever waits there wakes when the store is gone.
+        """
+        if generation == self._generation:
+            self._store = None
+            if (engine := self._engine) is not None:
+                engine.abort()
+
+    def on_mark(self, phase: str, step: int) -> None:
+        """Note where the training thread is; fault injection overrides this."""
+        self._mark = (self._generation, step, phase, time.monotonic())
+
+    def _train(self, member: Membership, task: Task, previous: threading.Thread | None) -> None:
+        if previous is not None:
+            previous.join()
+        from workers.training import join, train
+
+        def report(kind: type[Report], **fields: Any) -> None:
+            self._outbox.put(kind(generation=member.generation, rank=member.rank, time=time.time(), **fields))
+
+        def mark(phase: str, step: int) -> None:
+            self.on_mark(phase, step)
+
+        def busy(seconds: float) -> None:
+            self._busy_s = 0.8 * self._busy_s + 0.2 * seconds if self._busy_s else seconds
+
+        controls = Controls(
+            report=report,
+            mark=mark,
+            busy=busy,
+            pause=lambda: self._pause,
+            told=lambda: self._told,
+            links=lambda: self._links,
+            keeper_lost=lambda error: report(KeeperLost, error=error),
+        )
+        # The end is reported before the engine is destroyed: that closes connections, at which the peers fail, too.
+        try:
+            mark("join", -1)
+            self._engine = join(member, task)
+            self._engine.optimizer.register_step_post_hook(lambda *_: mark("gather", self._mark[1]))
+            outcome, step = train(self._engine, task, member, controls)
+            report(Ended, outcome=outcome, step=step)
+        except RaymuonError as error:
+            report(Ended, outcome="failed", error=str(error), exit_code=error.exit_code)
+        except Exception as error:
+            lost = _is_loss_of_a_peer(error)
+            if not lost:
+                traceback.print_exc()
+            text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            report(Ended, outcome="lost" if lost else "failed", error=text, broken=_is_broken(error))
+        finally:
+            self._leave()
+            self._mark = (member.generation, -1, "idle", time.monotonic())
+
+    def _leave(self) -> None:
+        """Drop the engine and the process group, so that this process can build the next generation's."""
+        from workers.engine import leave_process_group
+
+        engine, self._engine = self._engine, None
+        try:
+            if engine is not None:
+                engine.destroy()
+            else:
+                leave_process_group()
+        except Exception:
+            traceback.print_exc()  # What is left of a torn group must not keep this process from the next one.
+
+
+def _is_loss_of_a_peer(error: Exception) -> bool:
+    """Tell whether this is what a collective or the rendezvous raises when another process is gone."""
+    import torch.distributed as dist
+
+    text = str(error)
+    return isinstance(error, (dist.DistError, ConnectionError)) or any(
+        word in text for word in ("gloo", "Gloo", "Connection", "recvValue", "sendBytes", "NCCL", "ProcessGroup")
+    )
+
+
+def _is_broken(error: Exception) -> bool:
+    """Tell whether the process cannot compute any more: an error sticks to its CUDA context."""
+    return "CUDA error" in str(error)

@@ -1,0 +1,76 @@
+"""Reading intervals of tensors out of a snapshot, whatever world size it was taken at."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from optim.layout import Fragment, copies
+from workers.checkpoint.manifest import BUFFER
+from workers.errors import StorageError
+from workers.snapshots.kept import KeptShard, ShardMap, Snapshot
+from workers.snapshots.region import Region
+from workers.wire import Address, Connection
+
+
+class SnapshotReader:
+    """Reads from this node's keeper where it can, from another's where it must.
+
+    Args:
+        snapshot: what to read.
+        shard_map: `(world size, rank) -> ShardMap`, of the model that is being trained.
+        here: this node's keeper.
+    """
+
+    def __init__(self, snapshot: Snapshot, shard_map: Callable[[int, int], ShardMap], here: Address | None) -> None:
+        self.snapshot, self.here = snapshot, here
+        self._regions: dict[str, Region] = {}
+        self._connections: dict[Address, Connection] = {}
+        self._sources: list[KeptShard] = []
+        self._have: dict[str, list[tuple[int, Fragment]]] = {}
+        best: dict[int, KeptShard] = {}
+        for shard in sorted(snapshot.shards, key=lambda shard: shard.keeper == here):
+            best[shard.rank] = shard
+        agreed = next(shard for shard in reversed(list(best.values()) + list(snapshot.shards)) if shard.agreed)
+        for shard in (*best.values(), agreed):
+            source = len(self._sources)
+            self._sources.append(shard)
+            for kind, fragment in shard_map(snapshot.world_size, shard.rank).fragments:
+                if (kind == BUFFER) == (source == len(best)):  # What is replicated is read from an agreed copy alone.
+                    self._have.setdefault(kind, []).append((source, fragment))
+
+    def fill(self, kind: str, want: Iterable[Fragment], target: np.ndarray) -> None:
+        """Fill the wanted fragments of the flat fp32 `target`.
+
+        Raises:
+            StorageError: an interval is in no copy, or its keeper is gone.
+        """
+        try:
+            for copy in copies(self._have.get(kind, []), want):
+                place = target[copy.target_offset : copy.target_offset + copy.length]
+                self._read(self._sources[copy.source], copy.source_offset, place)
+        except KeyError as error:
+            raise StorageError(f"snapshot of step {self.snapshot.step}: {error.args[0]}") from error
+
+    def close(self) -> None:
+        """Let go of all keepers."""
+        for connection in self._connections.values():
+            connection.close()
+        self._regions.clear()
+
+    def _read(self, shard: KeptShard, offset: int, place: np.ndarray) -> None:
+        if shard.keeper == self.here:
+            if shard.path not in self._regions:
+                self._regions[shard.path] = Region.attach(shard.path, shard.size)
+            place[:] = self._regions[shard.path].floats(shard.slot)[offset : offset + place.size]
+            return
+        if shard.keeper not in self._connections:
+            self._connections[shard.keeper] = Connection.open(shard.keeper)
+        connection = self._connections[shard.keeper]
+        wanted = {"path": shard.path, "slot": shard.slot, "step": shard.step, "offset": offset, "count": place.size}
+        connection.send({"op": "read", **wanted})
+        answer, size = connection.receive()
+        if size != place.nbytes:
+            raise StorageError(
+                f"keeper at {shard.keeper.host}: {answer.get('error', 'sent other bytes than asked for')}"
+            )
+        connection.receive_into(place.view(np.uint8).data)
