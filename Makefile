@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	touch $@
 
 demo: $(INSTALLED) ## train a small Moonlight on real text, from end to end; ARGS="optim.name=adamw" changes it
-	$(BIN)/raymuon train demo $(ARGS)
+	$(BIN)/raymuon train demo --kill-worker 150 $(ARGS)
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/pytest $(ARGS)

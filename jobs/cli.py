@@ -49,11 +49,14 @@ def train(
         str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")
     ] = None,
     as_json: AsJson = False,
+    kill_worker: Annotated[
+        int | None, typer.Option(help="For demonstrations: SIGKILL one worker after this step.")
+    ] = None,
 ) -> None:
     """Train a run from its start, or go on with one."""
     from jobs.train import train
 
-    train(config, overrides or [], resume, address, as_json)
+    train(config, overrides or [], resume, address, as_json, kill_worker)
 
 
 @app.command(name="config")

@@ -23,7 +23,14 @@ from workers.errors import Interrupted
 from workers.storage import storage_errors
 
 
-def train(config: str, overrides: list[str], resume: str, address: str | None, as_json: bool) -> None:
+def train(
+    config: str,
+    overrides: list[str],
+    resume: str,
+    address: str | None,
+    as_json: bool,
+    kill_worker: int | None = None,
+) -> None:
     """Train, then say what came out of it; with `as_json` as one JSON object on the last line of stdout.
 
     Raises:
@@ -39,7 +46,7 @@ def train(config: str, overrides: list[str], resume: str, address: str | None, a
         plots.append(_write_artifacts(run_config, result, record))
 
     with TerminalWatcher(run_config.train.global_batch * run_config.train.seq_len) as watcher:
-        result = run(run_config, resume, address, watcher, stop, artifacts)
+        result = run(run_config, resume, address, watcher, stop, artifacts, kill_worker)
     summary = _summary(run_config, result, plots[0] if plots else None)
     _print(summary, Console(stderr=as_json, highlight=False))
     if as_json:
@@ -89,6 +96,11 @@ def _bits(nats: float | None) -> float | None:
 
 def _print(summary: dict[str, Any], console: Console) -> None:
     console.print(f"\n[bold]{summary['status']}[/bold] at step {summary['steps']} after {summary['tokens']:,} tokens")
+    if summary["recoveries"]:
+        console.print(
+            f"faults survived: {summary['recoveries']}, {summary['mttr_s']:.2f} s on average from a fault to the next "
+            f"new step; goodput {summary['goodput']:.1%}"
+        )
     last = "end" if summary["status"] == "finished" else "last time"
     for when, suffix in (("start", "_start"), (last, "")):
         if (loss := summary[f"val_loss{suffix}"]) is not None:

@@ -6,6 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from orchestrator.events import Event, Fault, Membership, Recovery
 from workers.reports import Report, StepDone, Validated
 
 LOG_S = 10.0
@@ -70,6 +71,23 @@ class TerminalWatcher:
                     self.console.print(f"step {report.step}/{self.last_step}  {numbers}  {left:.0f} s left")
             case Validated():
                 self.console.print(f"step {report.step}: validation loss {report.loss:.4f} nats per byte")
+
+    def event(self, event: Event) -> None:
+        """Say what happened to the group, and that it goes on."""
+        match event:
+            case Fault():
+                self.console.print(f"[yellow]step {event.step}: {event.cause}[/yellow]")
+            case Membership():
+                source = {"keepers": "the keepers' memory", "storage": "storage", "start": "the start"}[event.source]
+                self.console.print(
+                    f"step {event.restored_step}: {event.previous_world_size} -> {event.world_size} worker(s), "
+                    f"going on from {source}"
+                )
+            case Recovery():
+                redone = f"{event.steps_redone} step(s) redone" if event.steps_redone else "no step redone"
+                self.console.print(
+                    f"[green]step {event.step}: training again after {event.seconds:.2f} s, {redone}[/green]"
+                )
 
     def committed(self, step: int, url: str) -> None:
         """Say that a checkpoint counts."""

@@ -125,6 +125,7 @@ class Controller:
         self.restored = 0
         self.redone = 0
         self.storage_bytes = 0
+        self._restored: set[int] = set()
         self.outcome = ""
         self.ended_at = progress.step
         self._hung: tuple[str, float] | None = None
@@ -194,6 +195,7 @@ class Controller:
             for keeper in self.pool.keepers.values():
                 keeper.handle.call("drop", snapshot.generation)
         self.storage_bytes = 0
+        self._restored.clear()
         group = WorkerGroup(self.generation, members, self.pool, self.watchdog)
         group.told = self.progress.step
         self._event(
@@ -289,7 +291,7 @@ class Controller:
         numbers = {member.number for member in group.members}
         going = [member.node for member in group.members if member.node in self.pool.draining]
         if going:
-            return _Change("preemption", f"node {going[0]} goes away in {self.pool.draining[going[0]]:.0f} s")
+            return _Change("preemption", f"node {going[0][:8]} goes away in {self.pool.draining[going[0]]:.0f} s")
         spare = [worker for worker in self.pool.candidates if worker.number not in numbers]
         if not spare or not self._begun or self.progress.step + 2 >= self.config.train.steps:
             self._spare_since = None
@@ -361,7 +363,7 @@ class Controller:
             seen, ranks, began = "error", tuple(failed), first.time
         elif group.gone:
             rank, reason = next(iter(group.gone.items()))
-            cause = f"rank {rank} on node {group.members[rank].node}: {reason}"
+            cause = f"rank {rank} on node {group.members[rank].node[:8]}: {reason}"
             seen, ranks, began = "killed", tuple(group.gone), found_at
         else:
             lost = min(group.ended.values(), key=lambda ended: ended.time, default=None)
@@ -370,22 +372,23 @@ class Controller:
         if self._hung is not None:
             seen, cause, began = "hung", self._hung[0], self._hung[1]
             self._hung = None
+        # Once every rank has its state, the group is in a step, if only in its first.
+        in_step = len(self._restored) == group.world_size
         self._event(
             Fault(
                 **self._now(),
                 kind=seen,  # type: ignore[arg-type]
                 cause=cause,
                 generation=self.generation,
-                during_recovery=not self._begun,
+                during_recovery=not in_step,
                 ranks=ranks,
                 began=began,
             )
         )
-        in_step = self.progress.step + 1 if self._begun else None
         # A second fault while the first is being recovered from counts from the first.
         since = self.change.began if self.change is not None and self.change.reason != "start" else began
         self.change = _Change("fault", cause, since)
-        delay = self._budget(kind, cause, in_step)
+        delay = self._budget(kind, cause, self.progress.step + 1 if in_step else None)
         until = time.monotonic() + delay
         if delay:
             self.recorder.notice(f"trying again in {delay:g} s: {cause}")
@@ -403,7 +406,7 @@ class Controller:
 
     def _end_hung(self, group: WorkerGroup, suspect: Suspect) -> None:
         member = group.members[suspect.rank]
-        cause = f"rank {suspect.rank} on node {member.node} {suspect.reason}"
+        cause = f"rank {suspect.rank} on node {member.node[:8]} {suspect.reason}"
         self._hung = cause, time.time() - suspect.since_s
         group.kill(suspect, evidence=True)
 
@@ -439,6 +442,7 @@ class Controller:
             case SaveFailed():
                 self._save_failed(report.step, report.error)
             case Restored():
+                self._restored.add(report.rank)
                 self.storage_bytes += report.storage_bytes
             case KeeperLost():
                 self.recorder.notice(f"rank {report.rank} has lost its keeper ({report.error}); training goes on")

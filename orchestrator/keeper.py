@@ -7,7 +7,6 @@ restores, and does what only a process of that node can do: look at a worker's s
 What it holds is found by looking into the regions themselves, so a worker's death at any moment needs no message.
 """
 
-import os
 import queue
 import secrets
 import signal

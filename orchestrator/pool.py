@@ -187,7 +187,7 @@ class Pool:
             deaths = self._stillborn[worker.slot] = self._stillborn.get(worker.slot, 0) + 1
             self.lose(worker.number)
             if deaths >= STILLBORN and self.cluster.alive(worker.node):
-                raise ClusterError(f"workers on node {worker.node} end before they are ready: {error}") from error
+                raise ClusterError(f"workers on node {worker.node[:8]} end before they are ready: {error}") from error
 
     def _look_at_keeper(self, keeper: PoolKeeper, now: float) -> None:
         try:
@@ -222,7 +222,7 @@ class Pool:
         if self.keepers.get(keeper.node) is not keeper:
             return
         if keeper.address is not None:
-            self.notice(f"the keeper of node {keeper.node} is gone ({reason})")
+            self.notice(f"the keeper of node {keeper.node[:8]} is gone ({reason})")
         if not self.cluster.alive(keeper.node):
             self._give_up(keeper.node)
             return

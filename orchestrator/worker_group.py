@@ -126,6 +126,7 @@ class WorkerGroup:
         """End a member that hangs; with `evidence`, keep what it was doing in `stacks`."""
         told = self.pool.end(self.members[suspect.rank].number, evidence)
         if told is not None and evidence:
+            text = "its keeper could not tell what it was doing"
             with suppress(Exception):
                 text = told.result(timeout=EVIDENCE_S)
             self.stacks[suspect.rank] = f"{suspect.reason}\n\n{text}"

@@ -1,6 +1,6 @@
 """A cluster of plain local processes, for the chaos tests: the real members and keepers, without Ray.
 
-Processes are forked from a server that has torch and deepspeed loaded, so that a worker starts in a fraction of a second.
+Processes are forked from a server that has torch and deepspeed loaded, so a worker starts in a fraction of a second.
 A node is a name; killing it kills all that runs there.
 """
 

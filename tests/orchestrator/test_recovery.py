@@ -1,10 +1,11 @@
 """What happens at each kind of fault, over real processes: who goes on, from where, and that nothing is lost."""
 
 import threading
-import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from tests.faults import FaultyMember
 from tests.leading import Lead, Notes, config_of, ledger
@@ -45,8 +46,6 @@ def assert_every_sample_once(folder, config, corpus) -> None:
 
 
 def config_with_ledger(folder, **changes):
-    from dataclasses import replace
-
     config = config_of(folder, **changes)
     return replace(config, data=replace(config.data, ledger=f"{folder}/ledger"))
 
@@ -107,19 +106,18 @@ def test_a_worker_that_dies_anywhere_leaves_no_trace(uninterrupted, tmp_path, ph
 @pytest.mark.parametrize("action", ["stop", "spin"])
 def test_a_worker_that_hangs_is_found_and_its_stack_is_kept(uninterrupted, tmp_path, action):
     folder, _ = uninterrupted
-    lead, notes = broken_run(
+    _, notes = broken_run(
         tmp_path, {"a": 4}, lambda lead: inject(lead, 1, "compute", 11, action), recovery={"hang_s": 3.0}
     )
     (fault,) = notes.faults
     assert fault.kind == "hung" and fault.ranks[0] == 1
-    assert ("no sign of life" in fault.cause) if action == "stop" else ("phase compute of step 11" in fault.cause)
+    assert ("no sign of life" if action == "stop" else "phase compute of step") in fault.cause
     (text,) = notes.stacks.values()
     assert "_forward_backward" in text, "the stack names the place"
     assert_equal_states(folder, tmp_path)
 
 
-def test_a_lost_node_is_recovered_from_its_buddy(uninterrupted, tmp_path):
-    folder, _ = uninterrupted
+def test_a_lost_node_is_recovered_from_its_buddy(tmp_path):
     scaling = {"min_workers": 3, "max_workers": 3, "standby": 1}
     _, notes = broken_run(
         tmp_path, {"a": 2, "b": 2}, lambda lead: lead.cluster.kill_node("b"), scaling={**scaling, "min_workers": 2}
@@ -155,7 +153,7 @@ def test_a_keeper_that_dies_does_not_stop_the_run(uninterrupted, tmp_path):
     def kill_keeper(lead):
         lead.pool.keepers["a"].handle.kill()
 
-    lead, notes = broken_run(tmp_path, {"a": 2, "b": 1}, kill_keeper)
+    _, notes = broken_run(tmp_path, {"a": 2, "b": 1}, kill_keeper)
     assert notes.faults == [] and any("keeper" in notice for notice in notes.notices)
     assert notes.commits == [STEPS]
     assert_equal_states(folder, tmp_path)
@@ -166,8 +164,6 @@ def test_a_second_fault_during_recovery(uninterrupted, tmp_path):
     config = config_with_ledger(tmp_path, scaling=THREE, train={"steps": STEPS})
     lead = Lead(config, ProcessCluster({"a": 5}, FaultyMember), tmp_path)
     lead.notes.on_step = lambda step: inject(lead, 1, "compute", 11, "kill") if step == 8 else None
-    for worker in ("restore", "join"):
-        del worker
 
     def again(event):
         if event in lead.notes.faults and len(lead.notes.faults) == 1:
@@ -184,48 +180,51 @@ def test_a_second_fault_during_recovery(uninterrupted, tmp_path):
 
 def test_announced_changes_of_the_world_size_touch_no_storage(tmp_path):
     """4 -> 3 -> 5 -> 1 -> 2; each first loss as at the old world size from the same state, within 1e-5."""
-    config = config_of(tmp_path, scaling={"max_workers": 4}, train={"steps": 40}, checkpoint={"every": 1})
+    config = config_of(
+        tmp_path, scaling={"max_workers": 4, "settle_s": 5.0}, train={"steps": 2000}, checkpoint={"every": 1}
+    )
     cluster = ProcessCluster({"n1": 1, "n2": 1, "n3": 1, "n4": 1})
     lead = Lead(config, cluster, tmp_path)
+    done = []
 
     def change(step: int) -> None:
-        match step:
-            case 6:
+        since, world_size = lead.notes.memberships[-1].restored_step, lead.notes.worlds[-1]
+        if step < since + 4:
+            return
+        match world_size, len(done):
+            case 4, 0:
                 cluster.going = {"n4": 30.0}
-            case 14:
-                del cluster.nodes["n4"]
+            case 3, 1:
                 cluster.going = {}
+                del cluster.nodes["n4"]
                 lead.pool.leave("n4")
                 cluster.nodes |= {"n5": 1, "n6": 1}
                 object.__setattr__(lead.pool.scaling, "max_workers", 5)
-            case 24:
-                cluster.going = {"n2": 30.0, "n3": 30.0, "n5": 30.0, "n6": 30.0}
-            case 30:
-                cluster.going = {"n3": 30.0, "n5": 30.0, "n6": 30.0}
+            case 5, 2:
+                cluster.going = dict.fromkeys(("n2", "n3", "n5", "n6"), 30.0)
+            case 1, 3:
+                cluster.going = dict.fromkeys(("n3", "n5", "n6"), 30.0)
+            case 2, 4:
+                lead.stop.request()
+            case _:
+                return
+        done.append(step)
 
     lead.notes.on_step = change
     with lead:
-        deadline = time.monotonic() + 60
-        while not lead.notes.rows and time.monotonic() < deadline:
-            time.sleep(0.05)
         notes = lead.wait()
     changes = [(m.previous_world_size, m.world_size) for m in notes.memberships[1:]]
     assert changes == [(4, 3), (3, 5), (5, 1), (1, 2)], notes.memberships
     assert notes.faults == [] and all(r.storage_bytes == 0 and r.steps_redone == 0 for r in notes.recoveries)
     losses = {row.step: row.loss for row in notes.rows}
-    for change_ in notes.memberships[1:]:
-        step = change_.restored_step
-        (again,) = {
-            round(loss, 12)
-            for loss in run_ranks(change_.previous_world_size, next_loss, str(tmp_path), step, lead.controller.task)
-        }
-        assert losses[step + 1] == pytest.approx(again, rel=1e-5)
+    for member in notes.memberships[1:]:
+        arguments = str(tmp_path), member.restored_step, lead.controller.task
+        again = run_ranks(member.previous_world_size, next_loss, *arguments)[0]
+        assert losses[member.restored_step + 1] == pytest.approx(again, rel=1e-5)
 
 
 def next_loss(rank: int, world_size: int, folder: str, step: int, task) -> float:
     """Train one step from the checkpoint of `step` at another world size."""
-    from dataclasses import replace
-
     from orchestrator.run_log import RunLog
     from workers.controls import Controls
     from workers.engine import build_engine, default_device
@@ -242,7 +241,7 @@ def next_loss(rank: int, world_size: int, folder: str, step: int, task) -> float
     losses = []
     controls = Controls(report=lambda kind, **fields: losses.append(fields["loss"]) if kind is StepDone else None)
     Trainer(task, member, engine, counters, controls)._step()
-    total = engine.all_reduce(__import__("torch").tensor([sum(losses)], dtype=__import__("torch").float64))
+    total = engine.all_reduce(torch.tensor([sum(losses)], dtype=torch.float64))
     return total.item()
 
 

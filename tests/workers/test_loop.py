@@ -32,22 +32,25 @@ def task_of(folder, **train) -> Task:
 
 
 def trained(rank: int, world_size: int, task: Task, pause_at: int = 0, poison: bool = False) -> dict:
+    from orchestrator.keeper import Keeper
+    from workers.controls import Controls, Pause
     from workers.engine import build_engine, default_device
     from workers.loop import Trainer
     from workers.state import Counters
 
     reports: list = []
     engine = build_engine(task.model, task.optim, task.train, task.seed, default_device())
+    links = KeeperLinks(keeper=Keeper("127.0.0.1", "secret", StorageConfig()).address())
     counters = Counters()
     if poison:
         engine.model.lm_head.weight.data[0, 0] = math.nan
-    trainer = Trainer(
-        task,
-        engine,
-        counters,
-        lambda kind, **fields: reports.append((kind, fields)),
-        pause=lambda: rank == world_size - 1 and counters.step + 1 == pause_at,
+    controls = Controls(
+        report=lambda kind, **fields: reports.append((kind, fields)),
+        pause=lambda: Pause(*[rank == world_size - 1 and counters.step + 1 == pause_at] * 2),
+        links=lambda: links,
     )
+    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, links=links)
+    trainer = Trainer(task, member, engine, counters, controls)
     try:
         outcome = trainer.run()
     except TrainingError as error:
