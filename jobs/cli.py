@@ -147,6 +147,19 @@ def bench_overhead(
     _print_result(overhead(overrides or [], repeats, _say), as_json)
 
 
+@bench_app.command("recovery")
+def bench_recovery(
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each fault with raymuon.")] = 5,
+    rival_repeats: Annotated[int, typer.Option(min=1, help="Of each fault with Ray Train, tuned.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Seconds from a fault to the next new step, against Ray Train V2 with the same engine, model and data."""
+    from jobs.bench.recovery import recovery
+
+    _print_result(recovery(overrides or [], repeats, rival_repeats, _say), as_json)
+
+
 @bench_app.command("curves")
 def bench_curves(
     overrides: Overrides = None,

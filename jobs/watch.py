@@ -77,13 +77,13 @@ class TerminalWatcher:
         match event:
             case Fault():
                 self.console.print(f"[yellow]step {event.step}: {event.cause}[/yellow]")
-            case Membership():
+            case Membership() if event.reason != "start":
                 source = {"keepers": "the keepers' memory", "storage": "storage", "start": "the start"}[event.source]
                 self.console.print(
                     f"step {event.restored_step}: {event.previous_world_size} -> {event.world_size} worker(s), "
                     f"going on from {source}"
                 )
-            case Recovery():
+            case Recovery() if event.reason != "start":
                 redone = f"{event.steps_redone} step(s) redone" if event.steps_redone else "no step redone"
                 self.console.print(
                     f"[green]step {event.step}: training again after {event.seconds:.2f} s, {redone}[/green]"

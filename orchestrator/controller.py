@@ -206,6 +206,7 @@ class Controller:
                 previous_world_size=self.progress.world_size,
                 reason=change.reason,
                 nodes=tuple(nodes),
+                pids=tuple(member.ready.pid for member in members if member.ready),
                 source=self.source,
                 restored_step=self.restored,
             )
@@ -466,6 +467,7 @@ class Controller:
                     source=self.source,
                     steps_redone=self.redone,
                     storage_bytes=self.storage_bytes,
+                    resumed=report.time - report.seconds,
                     seconds=max(0.0, report.time - report.seconds - change.began),
                 )
                 self.tally.recovered(recovery)

@@ -45,6 +45,8 @@ class Membership(Event):
     previous_world_size: int
     reason: Reason
     nodes: tuple[str, ...]
+    pids: tuple[int, ...]
+    """Where each rank is."""
     source: Source
     restored_step: int
 
@@ -60,6 +62,8 @@ class Recovery(Event):
     source: Source
     steps_redone: int
     storage_bytes: int
+    resumed: float
+    """When that step began, in seconds since the epoch."""
     seconds: float
     """From the fault, or from the last step before an announced change, to the start of the next new step."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.config import RunConfig
-from orchestrator.events import DriverStarted, Event, Fault, Membership, Recovery, Tally
+from orchestrator.events import DriverStarted, Event, Membership, Recovery, Tally
 from orchestrator.journal import Journal, read_journal
 from workers.errors import StorageError
 from workers.reports import Report, Sampled, StepDone, Validated
@@ -95,15 +95,13 @@ class RunRecorder:
     def event(self, event: Event) -> None:
         """Journal an event, and show it in MLflow on the loss's axis."""
         self.journal.add(event.record())
+        self.watcher.event(event)
         match event:
             case Membership() if not self._begun:
                 self._begun = True
                 steps = self.config.train.steps
                 self.watcher.begin(self.record.run_id, event.restored_step, steps, event.world_size)
-            case Membership() | Fault():
-                self.watcher.event(event)
             case Recovery():
-                self.watcher.event(event)
                 values = {
                     "recovery_seconds": event.seconds,
                     "recovery_steps_redone": event.steps_redone,

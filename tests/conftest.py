@@ -8,3 +8,9 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp(prefix="matplotlib-"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--chaos-faults", type=int, default=20, help="random faults without Ray")
+    parser.addoption("--chaos-ray-faults", type=int, default=3, help="random faults through Ray")
+    parser.addoption("--chaos-seed", type=int, default=None, help="repeat what was printed")

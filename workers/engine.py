@@ -110,6 +110,11 @@ def join_process_group(rank: int, world_size: int, store: dist.Store, device: to
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+    adopt_process_group()
+
+
+def adopt_process_group() -> None:
+    """Let DeepSpeed use the process group that is there."""
     deepspeed.init_distributed(dist_init_required=False)
 
 

@@ -34,10 +34,12 @@ def test_experts_in_bf16_agree_with_fp32():
 
 
 def train_bf16(rank: int, world_size: int, folder: str) -> dict:
+    from workers.controls import Controls
     from workers.engine import build_engine, default_device
     from workers.loop import Trainer
     from workers.reports import StepDone
     from workers.state import Counters
+    from workers.task import Membership
 
     train = TrainConfig(steps=30, global_batch=8, micro_batch=4, seq_len=128, precision="bf16", sample_prompt="")
     data = DataConfig(prepared_url=f"{folder}/data")
@@ -56,7 +58,8 @@ def train_bf16(rank: int, world_size: int, folder: str) -> dict:
     losses: list[float] = []
     engine = build_engine(task.model, task.optim, train, 0, default_device())
     report = lambda kind, **fields: losses.append(fields["loss"]) if kind is StepDone else None  # noqa: E731
-    outcome = Trainer(task, engine, Counters(), report).run()
+    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
+    outcome = Trainer(task, member, engine, Counters(), Controls(report=report)).run()
     kinds = {p.dtype for p in engine.model.parameters()}
     biases = {b.dtype for n, b in engine.model.named_buffers() if n.endswith("correction_bias")}
     return {"outcome": outcome, "losses": losses, "weights": str(kinds), "biases": str(biases)}

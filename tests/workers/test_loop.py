@@ -5,13 +5,14 @@ import math
 import pytest
 
 from optim.config import OptimConfig
+from orchestrator.keeper import Keeper
 from tests.ranks import run_ranks
 from tests.workers.test_moonlight import TINY
-from workers.config import CheckpointConfig, DataConfig, TrainConfig
+from workers.config import CheckpointConfig, DataConfig, StorageConfig, TrainConfig
 from workers.data.corpus import prepare
 from workers.errors import TrainingError
 from workers.reports import ShardWritten, StepDone, Validated
-from workers.task import Task
+from workers.task import KeeperLinks, Membership, Task
 
 
 def task_of(folder, **train) -> Task:
@@ -31,8 +32,7 @@ def task_of(folder, **train) -> Task:
     )
 
 
-def trained(rank: int, world_size: int, task: Task, pause_at: int = 0, poison: bool = False) -> dict:
-    from orchestrator.keeper import Keeper
+def trained(rank: int, world_size: int, task: Task, pause_at: int = 0, poison: tuple[int, ...] = ()) -> dict:
     from workers.controls import Controls, Pause
     from workers.engine import build_engine, default_device
     from workers.loop import Trainer
@@ -40,10 +40,9 @@ def trained(rank: int, world_size: int, task: Task, pause_at: int = 0, poison: b
 
     reports: list = []
     engine = build_engine(task.model, task.optim, task.train, task.seed, default_device())
-    links = KeeperLinks(keeper=Keeper("127.0.0.1", "secret", StorageConfig()).address())
+    keeper = Keeper("127.0.0.1", "secret", StorageConfig())
+    links = KeeperLinks(keeper=keeper.address())
     counters = Counters()
-    if poison:
-        engine.model.lm_head.weight.data[0, 0] = math.nan
     controls = Controls(
         report=lambda kind, **fields: reports.append((kind, fields)),
         pause=lambda: Pause(*[rank == world_size - 1 and counters.step + 1 == pause_at] * 2),
@@ -51,6 +50,13 @@ def trained(rank: int, world_size: int, task: Task, pause_at: int = 0, poison: b
     )
     member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, links=links)
     trainer = Trainer(task, member, engine, counters, controls)
+    loss = trainer._loss
+
+    def poisoned(model, split, indices):
+        bad = model is engine.engine and rank == 0 and counters.step + 1 in poison
+        return loss(model, split, indices) * (math.nan if bad else 1.0)
+
+    trainer._loss = poisoned
     try:
         outcome = trainer.run()
     except TrainingError as error:
@@ -60,11 +66,18 @@ def trained(rank: int, world_size: int, task: Task, pause_at: int = 0, poison: b
         "step": counters.step,
         "losses": [fields["loss"] for kind, fields in reports if kind is StepDone],
         "validation": [(fields["step"], fields["loss"]) for kind, fields in reports if kind is Validated],
-        "saved": [fields["step"] for kind, fields in reports if kind is ShardWritten],
+        "saved": saved_steps(keeper),
+        "skipped": counters.skipped,
         "tokens": counters.tokens,
         "weights": {name: p.detach().clone() for name, p in engine.model.named_parameters()},
         "biases": {name: b.clone() for name, b in engine.model.named_buffers() if "bias" in name},
     }
+
+
+def saved_steps(keeper: Keeper) -> list[int]:
+    """Wait for the keeper's uploads."""
+    keeper._uploads.shutdown()
+    return sorted(report.step for report in keeper.poll(0) if isinstance(report, ShardWritten))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -93,8 +106,18 @@ def test_one_ranks_pause_stops_all_at_the_same_boundary(tmp_path):
     assert all(result["saved"] == [2, 3] for result in results)
 
 
-def test_a_step_that_is_not_finite_ends_the_run_unsaved(tmp_path):
-    results = run_ranks(2, trained, task_of(tmp_path), 0, True)
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    results = run_ranks(2, trained, task_of(tmp_path, steps=6), 0, (3,))
     for result in results:
-        assert "step 1: the loss or the gradient is not finite" in result["outcome"]
-        assert result["saved"] == [] and result["step"] == 0
+        assert result["outcome"] == "finished" and result["skipped"] == 1 and result["step"] == 6
+        assert all(weight.isfinite().all() for weight in result["weights"].values())
+    losses = results[0]["losses"]
+    assert [math.isfinite(loss) for loss in losses] == [True, True, False, True, True, True]
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
+    bad = (1, 3, 4, 5)
+    results = run_ranks(2, trained, task_of(tmp_path, steps=6, max_skipped_in_a_row=2), 0, bad)
+    for result in results:
+        assert "step 5: the gradient is not finite" in result["outcome"] and "3. time in a row" in result["outcome"]
+        assert result["saved"] == [2, 4] and result["step"] == 4
