@@ -126,6 +126,8 @@ class Controller:
         self.redone = 0
         self.storage_bytes = 0
         self._restored: set[int] = set()
+        self._early: list[ShardWritten] = []
+        """Shards of steps whose rows have not come yet: what a checkpoint stands for is on record before it counts."""
         self.outcome = ""
         self.ended_at = progress.step
         self._hung: tuple[str, float] | None = None
@@ -438,6 +440,8 @@ class Controller:
             case Validated() if report.step > self.progress.validated:
                 self.progress.validated = report.step
                 self.recorder.report(report)
+            case ShardWritten() if report.step > self.progress.step:
+                self._early.append(report)
             case ShardWritten():
                 self._commit(report)
             case SaveFailed():
@@ -473,6 +477,8 @@ class Controller:
                 self.tally.recovered(recovery)
                 self._event(recovery)
         self.recorder.step(report, self.progress.world_size)
+        early, self._early = self._early, []
+        self._take_all(early)  # type: ignore[arg-type]
 
     def _commit(self, report: ShardWritten) -> None:
         try:

@@ -143,9 +143,15 @@ class WorkerGroup:
         for rank in self._present():
             self.members[rank].handle.call("abort", self.generation)
         pings = {rank: self.members[rank].handle.call("ping") for rank in self._present()}
+        freed = False
         while not self.over:
             found += self.reports(0.05)
             waited = time.monotonic() - began
+            if waited > SUSPECT_S and not freed:
+                freed = True
+                for rank in [rank for rank, ended in self.ended.items() if ended.outcome == "failed"]:
+                    # It has left, but something still holds its sockets open, and the others wait for it.
+                    self.kill(Suspect(rank, "keeps its peers waiting after an error", waited), evidence=False)
             for rank in self._present():
                 if waited > SUSPECT_S and not _answered(pings[rank]):
                     self.kill(Suspect(rank, "does not answer, after a peer was lost", waited), evidence=False)

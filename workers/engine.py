@@ -77,18 +77,23 @@ class Engine:
             dist.distributed_c10d._abort_process_group()
 
     def destroy(self) -> None:
-        """Take the engine and the process group down, so that this process can build the next generation's."""
+        """Take the engine down. Then drop every reference to it and call `leave_process_group`."""
         self.engine.destroy()
-        leave_process_group()
 
 
 def leave_process_group() -> None:
-    """Take down whatever process group there is, whole or half built, and all that DeepSpeed remembers of it."""
+    """Take down whatever process group there is, whole or half built, and all that DeepSpeed remembers of it.
+
+    Gloo's sockets close with the last reference to their groups, and peers that wait for us go on only then. An engine
+    that is still referenced keeps its groups: let go of it first.
+    """
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
+    # Torch counts groups to name them and starts anew only when it destroys one. After a failed start the names would
+    # differ from the peers', and everybody would wait for the others for ever.
+    dist.distributed_c10d._world.group_count = 0
     deepspeed.comm.comm.cdb = None
     groups._WORLD_GROUP = None
-    # The old groups' sockets close with their last reference, and the peers wait for that: cycles must not hold them.
     gc.collect()
 
 

@@ -197,10 +197,13 @@ class Member:
         try:
             if engine is not None:
                 engine.destroy()
-            else:
-                leave_process_group()
         except Exception:
-            traceback.print_exc()  # What is left of a torn group must not keep this process from the next one.
+            traceback.print_exc()  # What is left of a torn engine must not keep this process from the next one.
+        del engine
+        try:
+            leave_process_group()
+        except Exception:
+            traceback.print_exc()
 
 
 def _is_loss_of_a_peer(error: Exception) -> bool:

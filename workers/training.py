@@ -9,7 +9,7 @@ from torch.distributed import HashStore, TCPStore
 from workers.checkpoint.shards import CheckpointReader
 from workers.config import ModelConfig
 from workers.controls import Controls
-from workers.engine import Engine, build_engine, default_device, join_process_group
+from workers.engine import Engine, build_engine, default_device, join_process_group, leave_process_group
 from workers.errors import StorageError
 from workers.loop import Trainer
 from workers.reports import Restored
@@ -94,5 +94,7 @@ def rehearse(task: Task) -> None:
         tokens = torch.zeros(1, 16, dtype=torch.int64, device=device)
         engine.engine.backward(engine.engine(tokens).float().square().mean(), scale_wrt_gas=False)
         engine.engine.step()
-    finally:
         engine.destroy()
+    finally:
+        del engine
+        leave_process_group()

@@ -1,8 +1,8 @@
 """Recovery: seconds from a fault to the start of the next new step, raymuon against Ray Train V2, in one run.
 
-Both sides train the demo's model, data and engine on the same kind of Ray cluster, several nodes in this machine. A *new
-step* is one that was not finished before the fault, so steps that are done again count as time lost. Every fault is a
-signal from outside: SIGKILL or SIGSTOP to a process, SIGKILL to all processes of a node, `ray drain-node`.
+Both sides train the demo's model, data and engine on the same kind of Ray cluster, several nodes in this machine. A
+*new step* is one that was not finished before the fault, so steps that are done again count as time lost. Every fault
+comes from outside: SIGKILL or SIGSTOP to a process, SIGKILL to all processes of a node, `ray drain-node`.
 """
 
 import os
@@ -321,8 +321,8 @@ class _Pace:
 def _snapshot_cost(folder: str, overrides: list[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Measure what snapshots cost on two nodes (so with copies at the buddy): never, every step, as often as it likes.
 
-    `snapshot_cost_*` is the time that they hold training up over the time of the steps. `snapshot_step_ratio_*` compares
-    whole step times with those of runs without snapshots, in turns; its noise is larger than what it measures.
+    `snapshot_cost_*` is the time that they hold training up over the time of the steps. `snapshot_step_ratio_*`
+    compares whole step times with those of runs without snapshots, in turns; its noise is larger than what it measures.
     """
     arms = {"never": 10**6, "k1": 1, "auto": 0}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}

@@ -67,7 +67,8 @@ def test_checkpoints_are_committed_in_order(finished):
     log = RunLog(Store(result["checkpoint"].rpartition("@")[0]))
     assert [entry.step for entry in log.commits] == [10, 20, 30] and log.attempt == 1
     shown = place.checkpoints("show", result["checkpoint"])
-    assert shown["counters"] == {"step": 30, "tokens": result["tokens"], "applied_steps": 30}
+    counters = {"step": 30, "tokens": result["tokens"], "applied_steps": 30, "skipped": 0, "skipped_in_a_row": 0}
+    assert shown["counters"] == counters
     kinds = {tensor["kind"] for tensor in shown["tensors"]}
     assert kinds == {"weight", "momentum_buffer", "exp_avg", "exp_avg_sq", "buffer"}
     difference = place.checkpoints("diff", f"{log.store.url}@20", f"{log.store.url}@30")

@@ -40,9 +40,11 @@ class Chaos:
             if kind == "keeper" and self.spare_keepers:
                 kind = "member"
             getattr(self, kind)(step)
+            print(self.done[-1], flush=True)
 
     def on_event(self, event: Event) -> None:
         """A second fault, while the group recovers from the first."""
+        print(event, flush=True)
         if isinstance(event, Fault) and self.again:
             self.again = False
             threading.Timer(self.random.random() * 0.3, self.kill_somebody).start()
@@ -89,7 +91,8 @@ def chaotic_run(folder, nodes, scaling, seed, faults, **changes) -> Chaos:
     chaos = Chaos(lead, seed, faults, steps, spare_keepers=len(nodes) == 1)
     with lead:
         notes = lead.wait(600)
-    print(*chaos.done, sep="\n")
+    for name, text in notes.stacks.items():
+        print(name, text)
     print(f"{len(notes.faults)} faults seen, {len(notes.recoveries)} recoveries")
     assert lead.outcome == "finished" and len(chaos.done) == faults
     assert [row.step for row in notes.rows] == [*range(1, steps + 1)]
