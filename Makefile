@@ -5,10 +5,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test test-gpu lint format curves bench lock clean
+.PHONY: help install demo test chaos test-gpu lint format curves bench bench-recovery lock clean
 
 help: ## list the verbs
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## put raymuon and all that it needs into .venv/
 
@@ -17,11 +17,14 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN)/pip install --constraint requirements.lock --editable '.[dev]'
 	touch $@
 
-demo: $(INSTALLED) ## train a small Moonlight on real text, from end to end; ARGS="optim.name=adamw" changes it
+demo: $(INSTALLED) ## train a small Moonlight on real text, and lose a worker on the way; ARGS="optim.name=adamw" changes it
 	$(BIN)/raymuon train demo --kill-worker 150 $(ARGS)
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/pytest $(ARGS)
+
+chaos: $(INSTALLED) ## 200 random faults without Ray and 20 through Ray (half an hour)
+	$(BIN)/pytest -s tests/orchestrator/test_chaos.py tests/e2e/test_chaos.py --chaos-faults 200 --chaos-ray-faults 20 $(ARGS)
 
 test-gpu: $(INSTALLED) ## run what needs a GPU
 	$(BIN)/pytest -m gpu tests/gpu $(ARGS)
@@ -41,6 +44,9 @@ curves: $(INSTALLED) ## Muon and AdamW, each at the best of three learning rates
 
 bench: $(INSTALLED) ## raymuon against plain torchrun (10 minutes)
 	$(BIN)/raymuon bench overhead --json $(ARGS)
+
+bench-recovery: $(INSTALLED) ## seconds from a fault to the next new step, against Ray Train V2 (half an hour)
+	$(BIN)/raymuon bench recovery --json $(ARGS)
 
 lock: ## write requirements.lock anew from what is in .venv/
 	$(BIN)/pip freeze --exclude-editable --exclude pip | sed -E 's/^(torch==[0-9.]+).*/\1/' > requirements.lock

@@ -5,6 +5,8 @@ import signal
 import threading
 import time
 
+import psutil
+
 from workers.member import Member
 
 ACTIONS = ("kill", "terminate", "stop", "raise", "exit", "exit soon", "spin")
@@ -22,6 +24,11 @@ class FaultyMember(Member):
     def inject(self, phase: str, step: int, action: str, times: int = 1) -> None:
         """Do `action` when the thread comes to `phase` of `step` or later for the `times`-th time."""
         self.plan = phase, step, action, times
+
+    def measure(self) -> dict[str, int]:
+        """Return what a leak would show in."""
+        process = psutil.Process()
+        return {"rss": process.memory_info().rss, "descriptors": process.num_fds(), "threads": process.num_threads()}
 
     def on_mark(self, phase: str, step: int) -> None:
         super().on_mark(phase, step)

@@ -131,6 +131,7 @@ class Script:
     group: Membership | None = None
     broken: tuple[str, float, int] | None = None
     """What was broken, when, and in which generation."""
+    victim: str = ""
     calm: int = 0
     acting: bool = False
 
@@ -190,9 +191,7 @@ class Script:
                 at = self.cluster.drain_node(node)
             case _:
                 raise ValueError(name)
-        self.broken = name, at, group.generation
-        self.victim = node
-        self.acting = False
+        self.broken, self.victim, self.acting = (name, at, group.generation), node, False
 
     def _note(self, event: Recovery) -> None:
         assert self.broken is not None
@@ -208,13 +207,10 @@ class Script:
         elif name in ("worker_kill", "rank0_kill", "hang", "double_fault"):
             self.broken = None  # The group grows back by itself.
         elif name in ("node_kill", "drain"):
-            threading.Thread(target=self._replace, args=(name,), daemon=True).start()
-
-    def _replace(self, name: str) -> None:
-        if name == "drain":
-            time.sleep(2)
-            self.cluster.remove_node(self.victim)
-        self.cluster.add_node()
+            if name == "drain":
+                self.cluster.remove_node(self.victim)
+            # Ray starts nodes in the main thread alone, which is the driver's: training goes on meanwhile.
+            self.cluster.add_node()
 
 
 def _signal(pid: int, number: int) -> float:

@@ -50,13 +50,13 @@ def workers_of(place: Place) -> list[psutil.Process]:
 
 
 def assert_every_sample_once(place: Place, num_samples: int) -> None:
-    """The last attempt that ran a step is the one that counts; together they are the run's whole order."""
-    counted: dict[tuple[int, int], tuple[int, list[int]]] = {}
+    """The last generation that ran a step is the one that counts; together they are the run's whole order."""
+    counted: dict[tuple[int, int], tuple[tuple[int, int], list[int]]] = {}
     for line in place.ledger():
-        key = line["step"], line["slot"]
-        assert key not in counted or counted[key][0] != line["attempt"], "a slot twice in one attempt"
-        if key not in counted or counted[key][0] < line["attempt"]:
-            counted[key] = line["attempt"], line["samples"]
+        key, turn = (line["step"], line["slot"]), (line["attempt"], line["generation"])
+        assert key not in counted or counted[key][0] != turn, "a slot twice in one generation"
+        if key not in counted or counted[key][0] < turn:
+            counted[key] = turn, line["samples"]
     expected = {
         (step, slot): samples_of_slot(0, step, slot, 12, 4, num_samples)
         for step in range(1, STEPS + 1)

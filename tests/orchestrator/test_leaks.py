@@ -1,0 +1,49 @@
+"""Fifty recoveries in one process: an old engine that stays alive would show in memory, descriptors and threads."""
+
+import pytest
+
+from orchestrator.events import Recovery
+from tests.faults import FaultyMember
+from tests.leading import Lead, config_of
+from tests.processes import ProcessCluster
+
+RECOVERIES = 50
+
+
+def test_fifty_recoveries_leave_nothing_behind(tmp_path):
+    steps = 3 * RECOVERIES + 20
+    recovery = {"max_in_a_row": 1000}
+    config = config_of(
+        tmp_path, scaling={"min_workers": 2, "max_workers": 2}, train={"steps": steps}, recovery=recovery
+    )
+    lead = Lead(config, ProcessCluster({"a": 2}, FaultyMember), tmp_path)
+    measured: list[list[dict[str, int]]] = []
+
+    def break_again(event) -> None:
+        if isinstance(event, Recovery):
+            members = [lead.pool.workers[number].handle for number in lead.controller.members]
+            measured.append([member.call("measure").result(30) for member in members])
+        if len(lead.notes.recoveries) < RECOVERIES:
+            rank = len(lead.notes.recoveries) % 2
+            phase = ("compute", "reduce", "boundary")[len(lead.notes.recoveries) % 3]
+            if lead.controller.members:
+                handle = lead.pool.workers[lead.controller.members[rank]].handle
+                handle.call("inject", phase, lead.controller.progress.step + 1, "raise")
+
+    lead.notes.on_event = break_again
+    lead.notes.on_step = lambda step: break_again(None) if step == 2 else None
+    with lead:
+        notes = lead.wait()
+    assert len(notes.recoveries) == RECOVERIES and {fault.kind for fault in notes.faults} == {"error"}
+    assert len({member.pids for member in notes.memberships}) == 1, "the same two processes all along"
+    assert all(recovery.steps_redone == 0 for recovery in notes.recoveries)
+    for third, last in zip(measured[2], measured[-1], strict=True):
+        print(third, last)
+        for key, value in third.items():
+            assert last[key] <= 1.05 * value, f"{key} grew from {value} to {last[key]}"
+
+
+@pytest.fixture(autouse=True)
+def _no_address_space_randomness(monkeypatch):
+    # One arena: freed memory of one thread would otherwise lie unused while the next thread asks for more.
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")

@@ -1,0 +1,197 @@
+"""The decisions of the worker group, without any process."""
+
+import pytest
+
+from orchestrator.config import RecoveryConfig, ScalingConfig
+from orchestrator.policy import (
+    Candidate,
+    FailurePolicy,
+    GiveUp,
+    GoOn,
+    Watchdog,
+    buddies,
+    choose_members,
+    newest_snapshot,
+    should_grow,
+)
+from workers.errors import StorageError, TrainingError
+from workers.reports import Mark
+from workers.snapshots.kept import KeptShard
+from workers.snapshots.region import RegionSize
+from workers.wire import Address
+
+
+def candidates(text: str) -> list[Candidate]:
+    """`a1 b2`: worker 1 on node a, worker 2 on node b."""
+    return [Candidate(int(word[1:]), word[0]) for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("ready", "members", "expected"),
+    [
+        ("a1 b2 a3", [], [1, 3, 2]),  # Node by node.
+        ("a1 b2 a3 b4", [], [1, 3, 2]),  # The newest stands by.
+        ("a1 a3 b4", [1, 2, 3], [1, 3, 4]),  # The standby takes the dead one's place.
+        ("b4 b5 a1", [5, 1], [1, 4, 5]),
+        ("a1 a2 b3 b4", [2, 3, 4], [2, 3, 4]),  # Members stay, though an older worker is there.
+        ("a1", [1, 2, 3], None),
+    ],
+)
+def test_members_stay_and_the_oldest_come(ready, members, expected):
+    scaling = ScalingConfig(min_workers=2, max_workers=3, standby=1)
+    assert choose_members(candidates(ready), members, scaling) == expected
+
+
+def test_growth_waits_for_newcomers_that_are_about_to_be_ready():
+    scaling = ScalingConfig(min_workers=1, max_workers=4, settle_s=5)
+    assert not should_grow(2, 0, 1, 0.0, scaling), "nobody to take in"
+    assert not should_grow(4, 1, 0, 9.0, scaling), "full"
+    assert should_grow(2, 1, 0, 0.0, scaling), "nobody else is coming"
+    assert not should_grow(2, 1, 1, 4.9, scaling) and should_grow(2, 1, 1, 5.0, scaling)
+    assert should_grow(2, 2, 1, 0.0, scaling), "enough for all places"
+
+
+def test_buddies_form_a_ring():
+    assert buddies(["b", "a", "a", "c"]) == {"a": "b", "b": "c", "c": "a"}
+    assert buddies(["a", "a"]) == {"a": None} and buddies([]) == {}
+
+
+def kept(generation: int, step: int, rank: int, world_size: int, agreed: bool = True) -> KeptShard:
+    return KeptShard(
+        generation=generation,
+        rank=rank,
+        world_size=world_size,
+        step=step,
+        agreed=agreed,
+        keeper=Address("host", 1, "secret"),
+        path="",
+        slot=0,
+        size=RegionSize(4, 4),
+        notes={"counters": {"step": step}, "rows": []} if agreed else {},
+    )
+
+
+def test_a_step_counts_when_every_rank_sealed_it_and_any_saw_the_boundary():
+    old = [kept(1, 7, 0, 2), kept(1, 7, 1, 2)]
+    assert newest_snapshot([]) is None
+    assert newest_snapshot([*old, kept(1, 8, 0, 2)]).step == 7, "rank 1's part of step 8 is missing"
+    assert newest_snapshot([*old, kept(1, 8, 0, 2), kept(1, 8, 1, 2, agreed=False)]).step == 8
+    torn = [kept(1, 8, 0, 2, agreed=False), kept(1, 8, 1, 2, agreed=False)]
+    assert newest_snapshot([*old, *torn]).step == 7, "nobody knows whether step 8 was finished"
+
+
+def test_an_older_generation_is_a_past_that_was_given_up():
+    given_up = [kept(1, 9, 0, 2), kept(1, 9, 1, 2)]
+    assert newest_snapshot([*given_up, kept(2, 8, 0, 1)]).generation == 2
+    found = newest_snapshot([*given_up, kept(2, 8, 0, 2)])
+    assert (found.generation, found.step) == (1, 9), "the new generation has nothing whole yet"
+
+
+def test_copies_of_one_rank_do_not_make_up_for_another():
+    assert newest_snapshot([kept(1, 7, 0, 2), kept(1, 7, 0, 2)]) is None
+
+
+def test_faults_come_out_of_budgets_of_their_own():
+    policy = FailurePolicy(RecoveryConfig(max_failures=2, max_preemptions=1, max_storage_failures=1, free_retries=9))
+    assert isinstance(policy.fault("failure", "a worker died", 0.0), GoOn)
+    assert isinstance(policy.fault("preemption", "spot", 1.0), GoOn)
+    assert isinstance(policy.fault("storage", "disk full", 2.0), GoOn)
+    assert isinstance(policy.fault("failure", "a worker died", 3.0), GoOn)
+    over = policy.fault("failure", "rank 1 died", 4.0)
+    assert isinstance(over, GiveUp) and isinstance(over.error, TrainingError)
+    assert str(over.error) == "rank 1 died; 3 failures within an hour are more than recovery.max_failures=2"
+    storage = policy.fault("storage", "disk full", 5.0)
+    assert isinstance(storage, GiveUp) and isinstance(storage.error, StorageError)
+    assert "recovery.max_storage_failures=1" in str(storage.error)
+
+
+def test_an_hour_later_the_budget_is_whole_again():
+    policy = FailurePolicy(RecoveryConfig(max_failures=1, free_retries=9))
+    assert isinstance(policy.fault("failure", "x", 0.0), GoOn)
+    assert isinstance(policy.fault("failure", "x", 3599.0), GiveUp)
+    policy = FailurePolicy(RecoveryConfig(max_failures=1, free_retries=9))
+    policy.fault("failure", "x", 0.0)
+    assert isinstance(policy.fault("failure", "x", 3601.0), GoOn)
+
+
+def test_without_progress_each_wait_is_twice_the_last():
+    config = RecoveryConfig(max_failures=-1, free_retries=1, backoff_s=1, max_backoff_s=5, max_in_a_row=7)
+    policy = FailurePolicy(config)
+    delays = [policy.fault("failure", "x", float(i)).delay_s for i in range(6)]
+    assert delays == [0, 1, 2, 4, 5, 5]
+    policy.progressed()
+    assert policy.fault("failure", "x", 7.0).delay_s == 0
+    for i in range(6):
+        policy.fault("failure", "x", 8.0 + i)
+    assert isinstance(policy.fault("failure", "x", 20.0), GiveUp)
+
+
+def test_a_step_that_kills_three_times_is_poison():
+    policy = FailurePolicy(RecoveryConfig(max_failures=-1, free_retries=99))
+    for at in range(2):
+        assert isinstance(policy.fault("failure", "rank 0: boom", float(at), step=12), GoOn)
+        assert isinstance(policy.fault("failure", "rank 0: boom", float(at)), GoOn), "while recovering: no step's fault"
+        assert isinstance(policy.fault("preemption", "spot", float(at), step=12), GoOn)
+    verdict = policy.fault("failure", "rank 0: boom", 3.0, step=12)
+    assert isinstance(verdict, GiveUp) and verdict.error.exit_code == 4
+    assert "step 12 is poison: it has ended the group 3 times, the last time by rank 0: boom" in str(verdict.error)
+
+
+def mark(phase: str, step: int, age_s: float = 0.0, busy_s: float = 0.1, cpu: float = 0.0) -> Mark:
+    return Mark(generation=1, step=step, phase=phase, age_s=age_s, busy_s=busy_s, cpu=cpu)
+
+
+def watchdog(*ranks: tuple[str, int], at: float = 10.0) -> Watchdog:
+    """Ranks that have been seen training for a while, and at `at` stand at the given phases."""
+    dog = Watchdog(hang_s=8.0)
+    dog.begin(range(len(ranks)), 0.0)
+    for rank, (phase, step) in enumerate(ranks):
+        dog.observe(rank, mark("compute", 1), 1.0)
+        dog.observe(rank, mark("compute", 2), 2.0)
+        dog.observe(rank, mark(phase, step), at)
+    return dog
+
+
+def test_silence_is_found():
+    dog = watchdog(("reduce", 5), ("reduce", 5))
+    dog.observe(0, mark("reduce", 5, 8.1), 18.1)
+    (suspect,) = dog.suspects(18.1)
+    assert suspect.rank == 1 and suspect.reason == "gave no sign of life for 8.1 s"
+
+
+def test_of_those_that_stand_still_the_one_that_came_the_least_far_is_guilty():
+    dog = watchdog(("reduce", 5), ("compute", 5), ("reduce", 5))
+    assert dog.suspects(17.9) == []
+    for rank, phase in enumerate(("reduce", "compute", "reduce")):
+        dog.observe(rank, mark(phase, 5, 8.5), 18.5)
+    (suspect,) = dog.suspects(18.5)
+    assert suspect.rank == 1 and suspect.reason == "has been in phase compute of step 5 for 8.5 s"
+
+
+def test_where_all_are_in_the_same_phase_the_one_that_computes_is_guilty():
+    dog = watchdog(("reduce", 5), ("reduce", 5), ("reduce", 5))
+    for rank in range(3):
+        dog.observe(rank, mark("reduce", 5, 8.5, cpu=0.9 if rank == 1 else 0.01), 18.5)
+    assert [suspect.rank for suspect in dog.suspects(18.5)] == [1]
+
+
+def test_slow_steps_and_first_steps_get_more_time():
+    dog = watchdog(("compute", 5))
+    dog.observe(0, mark("compute", 5, 20.0, busy_s=6.0), 30.0)
+    assert dog.suspects(30.0) == [], "a micro-batch takes 6 s: 24 s are no hang"
+    young = Watchdog(hang_s=8.0)
+    young.begin([0], 0.0)
+    young.observe(0, mark("restore", -1, 30.0), 30.0)
+    assert young.suspects(30.0) == []
+    young.observe(0, mark("compute", 1, 79.0), 109.0)
+    assert young.suspects(109.0) == [], "the first step compiles and warms up"
+    young.observe(0, mark("compute", 1, 81.0), 111.0)
+    assert len(young.suspects(111.0)) == 1
+
+
+def test_slow_ranks_are_named():
+    dog = Watchdog(hang_s=8.0)
+    dog.begin(range(4), 0.0)
+    for rank, busy in enumerate((1.0, 1.1, 0.9, 1.7)):
+        dog.observe(rank, mark("compute", 3, busy_s=busy), 1.0)
+    assert dog.slow() == {3: pytest.approx(1.7)}
