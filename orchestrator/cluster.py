@@ -9,6 +9,10 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Any
 
+# Ray prints paragraphs on stdout about each worker and node that dies; the driver tells of them in a line. Ray reads
+# this when it is imported.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|has been marked dead")
+
 import ray
 from ray._private.state import state as global_state
 from ray.exceptions import RayError, RayTaskError

@@ -164,7 +164,8 @@ class Script:
         whole = self.group.world_size == self.world_size and report.generation == self.group.generation
         if whole and self.calm > CALM_STEPS and self.broken is None and not self.acting:
             if not self.plan:
-                self.stop.request()
+                if not self.stop.requests:  # A second request would be an abort.
+                    self.stop.request()
                 return
             self.acting = True
             threading.Timer(random.random() * report.seconds, self._act, (self.plan.pop(0),)).start()

@@ -11,27 +11,30 @@ RECOVERIES = 50
 
 
 def test_fifty_recoveries_leave_nothing_behind(tmp_path):
-    steps = 3 * RECOVERIES + 20
     recovery = {"max_in_a_row": 1000}
     config = config_of(
-        tmp_path, scaling={"min_workers": 2, "max_workers": 2}, train={"steps": steps}, recovery=recovery
+        tmp_path, scaling={"min_workers": 2, "max_workers": 2}, train={"steps": 10_000}, recovery=recovery
     )
     lead = Lead(config, ProcessCluster({"a": 2}, FaultyMember), tmp_path)
     measured: list[list[dict[str, int]]] = []
 
-    def break_again(event) -> None:
+    def break_again() -> None:
+        number = len(lead.notes.recoveries)
+        if number == RECOVERIES:
+            lead.stop.request()
+        else:
+            member = lead.pool.workers[lead.controller.members[number % 2]].handle
+            phase = ("compute", "reduce", "boundary")[number % 3]
+            member.call("inject", phase, lead.controller.progress.step + 1, "raise")
+
+    def recovered(event) -> None:
         if isinstance(event, Recovery):
             members = [lead.pool.workers[number].handle for number in lead.controller.members]
             measured.append([member.call("measure").result(30) for member in members])
-        if len(lead.notes.recoveries) < RECOVERIES:
-            rank = len(lead.notes.recoveries) % 2
-            phase = ("compute", "reduce", "boundary")[len(lead.notes.recoveries) % 3]
-            if lead.controller.members:
-                handle = lead.pool.workers[lead.controller.members[rank]].handle
-                handle.call("inject", phase, lead.controller.progress.step + 1, "raise")
+            break_again()
 
-    lead.notes.on_event = break_again
-    lead.notes.on_step = lambda step: break_again(None) if step == 2 else None
+    lead.notes.on_event = recovered
+    lead.notes.on_step = lambda step: break_again() if step == 2 else None
     with lead:
         notes = lead.wait()
     assert len(notes.recoveries) == RECOVERIES and {fault.kind for fault in notes.faults} == {"error"}
@@ -44,6 +47,6 @@ def test_fifty_recoveries_leave_nothing_behind(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _no_address_space_randomness(monkeypatch):
+def _few_arenas(monkeypatch):
     # One arena: freed memory of one thread would otherwise lie unused while the next thread asks for more.
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
