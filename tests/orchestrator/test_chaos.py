@@ -151,3 +151,22 @@ def test_where_the_world_size_changes_the_curve_stays(tmp_path, seed, rounds):
             assert row.loss == pytest.approx(calm.loss, rel=1e-3), row.step
         sizes = [event.world_size for event in notes.events if isinstance(event, Membership)]
         print("world sizes:", *sizes)
+
+
+def test_a_mixture_of_experts_ends_as_well(tmp_path, seed, rounds):
+    """Expert choices flip at a rounding: close for 50 steps after the first change, and as good at the end."""
+    if rounds < 2:
+        pytest.skip("not run: behind make chaos")
+    scaling = {"min_workers": 1, "max_workers": 4}
+    steps = {"steps": 4 + STEPS_BETWEEN * (FAULTS_PER_RUN + 1) + 60, "validate_sequences": 32}
+    calm = []
+    for other in range(3):
+        config = replace(config_of(tmp_path, scaling=scaling, train=steps), seed=3 + other)
+        with Lead(config, ProcessCluster({"a": 4}), tmp_path / f"calm-{other}") as lead:
+            calm.append(lead.wait())
+    finals = [notes.validations[-1].loss for notes in calm]
+    notes = chaotic_run(tmp_path / "chaos", {"a": 2, "b": 3}, scaling, seed, FAULTS_PER_RUN, train=steps).lead.notes
+    changed = next(m.restored_step for m in notes.memberships[1:] if m.world_size != m.previous_world_size)
+    for row, undisturbed_row in zip(notes.rows[: changed + 50], calm[0].rows, strict=False):
+        assert row.loss == pytest.approx(undisturbed_row.loss, rel=1e-3), (row.step, changed)
+    assert abs(notes.validations[-1].loss - finals[0]) <= max(finals) - min(finals), (notes.validations[-1], finals)
