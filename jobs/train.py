@@ -96,11 +96,9 @@ def _bits(nats: float | None) -> float | None:
 
 def _print(summary: dict[str, Any], console: Console) -> None:
     console.print(f"\n[bold]{summary['status']}[/bold] at step {summary['steps']} after {summary['tokens']:,} tokens")
-    if summary["recoveries"]:
-        console.print(
-            f"faults survived: {summary['recoveries']}, {summary['mttr_s']:.2f} s on average from a fault to the next "
-            f"new step; goodput {summary['goodput']:.1%}"
-        )
+    survived = f"; {summary['recoveries']} fault(s) survived" if summary["recoveries"] else ""
+    mean = f", {summary['mttr_s']:.2f} s on average from a fault to the next new step" if survived else ""
+    console.print(f"goodput {summary['goodput']:.1%}{survived}{mean}")
     last = "end" if summary["status"] == "finished" else "last time"
     for when, suffix in (("start", "_start"), (last, "")):
         if (loss := summary[f"val_loss{suffix}"]) is not None:

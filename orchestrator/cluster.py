@@ -34,6 +34,8 @@ from workers.errors import ClusterError, Interrupted
 
 LOOK_S = 0.5
 """How old the list of living nodes may be."""
+PLACED_S = 0.1
+"""How old the list of slots with a node may be."""
 
 
 @contextmanager
@@ -113,6 +115,7 @@ class RayCluster:
         self.bundle = {"CPU": scaling.cpus_per_worker, **({"GPU": 1.0} if self.gpu else {})}
         self._groups: dict[str, PlacementGroup] = {}
         self._nodes: dict[str, str] = {}
+        self._placed = 0.0
         self._looked, self._alive = 0.0, {}
         self._look()
         if local and (room := self.room()) < scaling.min_workers:
@@ -131,10 +134,12 @@ class RayCluster:
 
     def node_of(self, slot: str) -> str | None:
         """Return the node of a slot, None while it is pending."""
-        if slot not in self._nodes and self._groups[slot].wait(0):
-            nodes = placement_group_table(self._groups[slot])["bundles_to_node_id"]
-            if node := nodes.get(0):
-                self._nodes[slot] = node
+        if slot not in self._nodes and time.monotonic() - self._placed > PLACED_S:
+            # All groups in one request: there may be hundreds of them pending.
+            for name, group in placement_group_table().items():
+                if name in self._groups and group["state"] == "CREATED":
+                    self._nodes[name] = group["bundles_to_node_id"][0]
+            self._placed = time.monotonic()
         return self._nodes.get(slot)
 
     def release(self, slot: str) -> None:

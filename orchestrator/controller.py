@@ -262,16 +262,18 @@ class Controller:
         stopping = False
         while not group.over and not group.broken:
             stop.check()
-            self._take_all(group.reports(0.1, self._keeper_polls()))
+            reports = group.reports(0.1, self._keeper_polls())
+            # Before anything else: what follows may wait for MLflow or storage, and silence meanwhile is our own.
+            for suspect in self.watchdog.suspects(time.monotonic()):
+                self._end_hung(group, suspect)
+            self._take_all(reports)
             group.told = self.progress.step
             self.pool.refresh()
             self._take_all(self.pool.take_reports())
             group.relink(self._links(group))
-            for suspect in self.watchdog.suspects(time.monotonic()):
-                self._end_hung(group, suspect)
             self._look_for_slow()
             self._demonstrate(group)
-            if stop.requests and not stopping:
+            if stop.requests and not stopping and leaving is None:  # Otherwise the next generation stops, and saves.
                 stopping = True
                 self.recorder.notice("stopping after this step, with a checkpoint; once more ends at once")
                 group.pause(save=True)

@@ -138,7 +138,8 @@ class Pool:
         if now - self._looked_for_drains > DRAIN_LOOK_S:
             self._looked_for_drains = now
             self.draining = self.cluster.draining()
-        while len(self.slots) < self.scaling.max_workers + self.scaling.standby:
+        staying = [slot for slot in self.slots if self.cluster.node_of(slot) not in self.draining]
+        for _ in range(self.scaling.max_workers + self.scaling.standby - len(staying)):
             self.slots.append(self.cluster.reserve())
         for keeper in list(self.keepers.values()):
             self._look_at_keeper(keeper, now)

@@ -1,12 +1,13 @@
 """What becomes of everything that happens in a run: MLflow, the journal, and the person who watches."""
 
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.config import RunConfig
-from orchestrator.events import DriverStarted, Event, Membership, Recovery, Tally
+from orchestrator.events import DriverStarted, Event, Fault, Membership, Recovery, Tally
 from orchestrator.journal import Journal, read_journal
 from workers.errors import StorageError
 from workers.reports import Report, Sampled, StepDone, Validated
@@ -55,7 +56,9 @@ class RunRecorder:
         self.sample = ""
         self.checkpoint = ""
         self.first_step_time: float | None = None
+        self._artifacts: list[threading.Thread] = []
         self._begun = False
+        self._faults = len(tally.faults)
         self._warned: str | None = None
         self._slow: set[int] = set()
 
@@ -101,6 +104,9 @@ class RunRecorder:
                 self._begun = True
                 steps = self.config.train.steps
                 self.watcher.begin(self.record.run_id, event.restored_step, steps, event.world_size)
+            case Fault():
+                self._faults += 1
+                self.record.note(event.step, event.time, {"faults": self._faults})
             case Recovery():
                 values = {
                     "recovery_seconds": event.seconds,
@@ -110,14 +116,22 @@ class RunRecorder:
                 }
                 self.record.note(event.step, event.time, values)
                 self.record.tag_later("raymuon.recoveries", str(len(self.tally.faults)))
-                self.record.tag_later("raymuon.last_event", f"{event.reason} at step {event.step}: {event.cause}")
+                self.record.tag_later(
+                    "raymuon.last_event", f"{event.reason} at step {event.step}, from {event.source}: {event.cause}"
+                )
 
     def stack(self, name: str, text: str) -> None:
         """Keep what a worker that hung was doing beside the run."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"{name}.txt"
-            path.write_text(text)
-            self._try(lambda: self.record.artifact(path, "stacks"))
+
+        def put() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"{name}.txt"
+                path.write_text(text)
+                self._try(lambda: self.record.artifact(path, "stacks"))
+
+        # Recovery does not wait for MLflow.
+        self._artifacts.append(threading.Thread(target=put, name="stack"))
+        self._artifacts[-1].start()
 
     def slow(self, ranks: dict[int, float]) -> None:
         """Name the ranks that are slower than the others, when they change."""
@@ -142,6 +156,8 @@ class RunRecorder:
 
     def close(self, now: float) -> None:
         """Put down the rest, and what it all adds up to."""
+        for thread in self._artifacts:
+            thread.join()
         self._try(lambda: self.record.tag("raymuon.goodput", f"{self.tally.goodput(now):.4f}"))
         if (mttr := self.tally.mean_time_to_recovery()) is not None:
             self._try(lambda: self.record.tag("raymuon.mttr_seconds", f"{mttr:.2f}"))

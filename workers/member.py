@@ -61,9 +61,10 @@ class Member:
         self._engine: Engine | None = None
         self._store: TCPStore | None = None
         self._generation = 0
-        self._pause = Pause()
+        # With the generation that they are for: calls may overtake the one that starts it.
+        self._pause = (0, Pause())
+        self._links = (0, KeeperLinks())
         self._told = -1
-        self._links = KeeperLinks()
         self._mark: tuple[int, int, str, float] = (0, -1, "idle", time.monotonic())
         self._busy_s = 0.0
         self._cpu = time.process_time(), time.monotonic()
@@ -96,7 +97,7 @@ class Member:
     def start(self, member: Membership, task: Task) -> None:
         """Become a member of a generation, in a thread of its own; reports tell of the rest."""
         previous, self._generation = self._thread, member.generation
-        self._pause, self._told, self._links = Pause(), -1, member.links
+        self._told = -1
         self._thread = threading.Thread(target=self._train, args=(member, task, previous), name="train", daemon=True)
         self._thread.start()
 
@@ -125,13 +126,11 @@ class Member:
 
     def pause(self, generation: int, save: bool) -> None:
         """Ask all ranks of a generation, through the next boundary, to leave; with `save`, after a checkpoint."""
-        if generation == self._generation:
-            self._pause = Pause(leave=True, save=save)
+        self._pause = (generation, Pause(leave=True, save=save))
 
     def relink(self, generation: int, links: KeeperLinks) -> None:
         """Name another keeper, or another buddy of it."""
-        if generation == self._generation:
-            self._links = links
+        self._links = (generation, links)
 
     def abort(self, generation: int) -> None:
         """Make whoever still waits for a lost peer of this generation give up.
@@ -165,9 +164,9 @@ class Member:
             report=report,
             mark=mark,
             busy=busy,
-            pause=lambda: self._pause,
+            pause=lambda: self._pause[1] if self._pause[0] == member.generation else Pause(),
             told=lambda: self._told,
-            links=lambda: self._links,
+            links=lambda: self._links[1] if self._links[0] == member.generation else member.links,
             keeper_lost=lambda error: report(KeeperLost, error=error),
         )
         # The end is reported before the engine is destroyed: that closes connections, at which the peers fail, too.
