@@ -25,6 +25,8 @@ from workers.wire import Address
 POLL_S = 1.0
 """How long a keeper holds a poll open when it has nothing to tell."""
 DRAIN_LOOK_S = 0.5
+REVIVE_S = 1.0
+"""Between two tries to start a keeper on a node."""
 STILLBORN = 3
 """Workers of a slot that may die in a row before they are ready."""
 
@@ -84,6 +86,9 @@ class Pool:
         self.training = False
         """Whether a generation has been formed."""
         self.draining: dict[str, float] = {}
+        self._orphans: dict[str, float] = {}
+        """Nodes that have lost their keeper, and when to start another."""
+        self._revived: dict[str, float] = {}
         self._looked_for_drains = 0.0
         self._next_number = 0
         self._stillborn: dict[str, int] = {}
@@ -143,6 +148,8 @@ class Pool:
             self.slots.append(self.cluster.reserve())
         for keeper in list(self.keepers.values()):
             self._look_at_keeper(keeper, now)
+        for node in list(self._orphans):
+            self._revive(node, now)
         occupied = {worker.slot for worker in self.workers.values()}
         for slot in [slot for slot in self.slots if slot not in occupied]:
             self._fill(slot)
@@ -153,23 +160,33 @@ class Pool:
         node = self.cluster.node_of(slot)
         if node is None or node in self.draining:
             return
-        keeper = self.keepers.get(node)
-        if keeper is None:
-            handle = self.cluster.start_keeper(node, self.token, self.storage)
-            keeper = self.keepers[node] = PoolKeeper(node, handle, handle.call("address"))
-        elif keeper.address is None and self.training:
-            # Once training has begun, a keeper that answers is the proof that a node is alive.
-            if not self.cluster.alive(node):
-                self._give_up(node)
+        if node in self._orphans:
             return
+        if node not in self.keepers:
+            self._start_keeper(node)
+        elif self.keepers[node].address is None and self.training:
+            return  # Once training has begun, a keeper that answers is the proof that a node is alive.
         number, self._next_number = self._next_number, self._next_number + 1
         handle = self.cluster.start_worker(slot)
         late = self.training or number >= self.scaling.max_workers
         preparing = handle.call("prepare", self.storage, self.rehearsal if late else None)
         self.workers[number] = PoolWorker(number, slot, node, handle, preparing)
 
+    def _start_keeper(self, node: str) -> None:
+        handle = self.cluster.start_keeper(node, self.token, self.storage)
+        self.keepers[node] = PoolKeeper(node, handle, handle.call("address"))
+
+    def _revive(self, node: str, now: float) -> None:
+        if not self.cluster.alive(node):
+            self._give_up(node)
+        elif now >= self._orphans[node]:
+            del self._orphans[node]
+            self._revived[node] = now
+            self._start_keeper(node)
+
     def _give_up(self, node: str) -> None:
         """Forget a dead node, and ask for other slots in place of its own."""
+        self._orphans.pop(node, None)
         if (keeper := self.keepers.pop(node, None)) is not None:
             keeper.handle.kill()
         for worker in [worker for worker in self.workers.values() if worker.node == node]:
@@ -218,17 +235,16 @@ class Pool:
             worker.handle.kill()
 
     def lose_keeper(self, keeper: PoolKeeper, reason: str) -> None:
-        """Start another keeper on the node, or give the node up if the cluster knows that it is dead."""
+        """Have another keeper started on the node, unless the cluster knows that it is dead."""
         keeper.handle.kill()
         if self.keepers.get(keeper.node) is not keeper:
             return
         if keeper.address is not None:
             self.notice(f"the keeper of node {keeper.node[:8]} is gone ({reason})")
-        if not self.cluster.alive(keeper.node):
-            self._give_up(keeper.node)
-            return
-        handle = self.cluster.start_keeper(keeper.node, self.token, self.storage)
-        self.keepers[keeper.node] = PoolKeeper(keeper.node, handle, handle.call("address"))
+        # A keeper that died alone comes back at once; on a dead node that the cluster still takes for alive, whatever
+        # is started fails, and is tried again now and then.
+        self._orphans[keeper.node] = self._revived.get(keeper.node, 0.0) + REVIVE_S
+        del self.keepers[keeper.node]
 
     def end(self, number: int, evidence: bool) -> "Future[str] | None":
         """Kill a worker through its node's keeper, at once and even if it is stopped; return what it was doing."""
