@@ -226,7 +226,8 @@ def recovery(overrides: list[str], repeats: int, rival_repeats: int, say: Callab
     Args:
         overrides: of the demo's config.
         repeats: of each fault on our side.
-        rival_repeats: of each fault with Ray Train and tuned time-outs; with its defaults each is tried once.
+        rival_repeats: of each fault with Ray Train and tuned time-outs; with its defaults each is tried once. 0 leaves
+            Ray Train out.
         say: takes a line about each measurement.
     """
     names = ["worker_kill", "rank0_kill", "hang", "double_fault", "node_kill", "drain"]
@@ -243,7 +244,7 @@ def recovery(overrides: list[str], repeats: int, rival_repeats: int, say: Callab
         results |= script.results
         report: dict[str, Any] = {name: _medians(measured) for name, measured in results.items()}
         report |= _snapshot_cost(folder, overrides, say)
-        for tuned, times in (("ray_train_tuned", rival_repeats), ("ray_train_default", 1)):
+        for tuned, times in (("ray_train_tuned", rival_repeats), ("ray_train_default", min(1, rival_repeats))):
             found = {
                 name: rival(config, name, tuned == "ray_train_tuned", times, bench_cluster, say)
                 for name in RIVAL_FAULTS
