@@ -158,9 +158,7 @@ class Pool:
 
     def _fill(self, slot: str) -> None:
         node = self.cluster.node_of(slot)
-        if node is None or node in self.draining:
-            return
-        if node in self._orphans:
+        if node is None or node in self.draining or node in self._orphans:
             return
         if node not in self.keepers:
             self._start_keeper(node)

@@ -43,6 +43,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+CONNECT_TIMEOUT = timedelta(seconds=3)
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,20 @@ def join_process_group(rank: int, world_size: int, store: dist.Store, device: to
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
+    # All meet in the store first, whose end wakes everybody. Only then gloo connects each to each, which takes a moment
+    # and must not take longer: whoever waits there for a peer that has died is woken by nothing.
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{peer}" for peer in range(world_size)], COLLECTIVE_TIMEOUT)
+    gloo = device.type != "cuda"
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "gloo" if gloo else "nccl",
         store=store,
         rank=rank,
         world_size=world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=CONNECT_TIMEOUT if gloo else COLLECTIVE_TIMEOUT,
     )
+    if gloo:
+        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, dist.group.WORLD)
     adopt_process_group()
 
 

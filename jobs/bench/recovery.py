@@ -33,6 +33,8 @@ from workers.reports import Report, StepDone
 
 CALM_STEPS = 6
 """Steps between a recovery and the next fault."""
+STANDBY_STEPS = 40
+"""The same where a new standby has to be ready by then."""
 WORKERS = 3
 
 
@@ -126,6 +128,7 @@ class Script:
     plan: list[str]
     world_size: int
     say: Callable[[str], None]
+    calm_steps: int = CALM_STEPS
     stop: StopSignal = field(default_factory=StopSignal)
     results: dict[str, list[Measured]] = field(default_factory=dict)
     group: Membership | None = None
@@ -162,7 +165,7 @@ class Script:
             return
         self.calm += 1
         whole = self.group.world_size == self.world_size and report.generation == self.group.generation
-        if whole and self.calm > CALM_STEPS and self.broken is None and not self.acting:
+        if whole and self.calm > self.calm_steps and self.broken is None and not self.acting:
             if not self.plan:
                 if not self.stop.requests:  # A second request would be an abort.
                     self.stop.request()
@@ -239,7 +242,7 @@ def recovery(overrides: list[str], repeats: int, rival_repeats: int, say: Callab
         results = script.results
         fixed = _config(folder, [*overrides, "scaling.standby=1"], WORKERS, WORKERS)
         with bench_cluster(WORKERS + 1) as cluster:
-            script = Script(cluster, ["worker_kill_fixed"] * repeats, WORKERS, say)
+            script = Script(cluster, ["worker_kill_fixed"] * repeats, WORKERS, say, STANDBY_STEPS)
             _lead(fixed, script)
         results |= script.results
         report: dict[str, Any] = {name: _medians(measured) for name, measured in results.items()}
