@@ -110,7 +110,7 @@ class RayCluster:
     """Slots as placement groups of their own, so that one can be given back, or replaced, alone."""
 
     def __init__(self, scaling: ScalingConfig, local: bool) -> None:
-        self.scaling, self.local = scaling, local
+        self.scaling = scaling
         self.gpu = uses_gpu(scaling)
         self.bundle = {"CPU": scaling.cpus_per_worker, **({"GPU": 1.0} if self.gpu else {})}
         self._groups: dict[str, PlacementGroup] = {}

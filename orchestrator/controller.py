@@ -155,8 +155,7 @@ class Controller:
         deadline, noticed = time.monotonic() + self.config.scaling.wait_s, False
         while True:
             stop.check()
-            self.pool.refresh()
-            self._take_all(self.pool.take_reports())
+            self._look_after_pool()
             chosen = choose_members(self.pool.candidates, self.members, self.config.scaling)
             if chosen and (self.generation or not self._more_to_come(len(chosen))):
                 return [self.pool.workers[number] for number in chosen]
@@ -268,8 +267,7 @@ class Controller:
                 self._end_hung(group, suspect)
             self._take_all(reports)
             group.told = self.progress.step
-            self.pool.refresh()
-            self._take_all(self.pool.take_reports())
+            self._look_after_pool()
             group.relink(self._links(group))
             self._look_for_slow()
             self._demonstrate(group)
@@ -330,8 +328,7 @@ class Controller:
         while self.progress.committed < step:
             if stop.requests > 1:
                 stop.check()
-            self.pool.refresh()
-            self._take_all(self.pool.take_reports())
+            self._look_after_pool()
             if self._saved_error[0] == step:
                 raise StorageError(self._saved_error[1])
             if any(self.pool.keepers.get(node) is not keeper for node, keeper in keepers.items()):
@@ -399,8 +396,7 @@ class Controller:
             self.recorder.notice(f"trying again in {delay:g} s: {cause}")
         while time.monotonic() < until:
             stop.check()
-            self.pool.refresh()
-            self._take_all(self.pool.take_reports())
+            self._look_after_pool()
             time.sleep(0.05)
 
     def _budget(self, kind: FaultKind, cause: str, step: int | None) -> float:
@@ -430,6 +426,10 @@ class Controller:
 
     def _keeper_polls(self) -> list[Future[Any]]:
         return [keeper.polling for keeper in self.pool.keepers.values() if keeper.polling is not None]
+
+    def _look_after_pool(self) -> None:
+        self.pool.refresh()
+        self._take_all(self.pool.take_reports())
 
     def _take_all(self, reports: list[Report]) -> None:
         for report in reports:

@@ -148,7 +148,7 @@ class Keeper:
                 return
             while True:
                 message, size = peer.receive()
-                match message["op"]:
+                match message.pop("op"):
                     case "open":
                         held = self._open(peer, message) or held
                         buddy = _close(buddy)
@@ -156,13 +156,13 @@ class Keeper:
                         buddy = self._push(held, message["slot"], buddy)
                         peer.send({"pushed": buddy is not None})
                     case "save" if held:
-                        self._save(held, **{key: value for key, value in message.items() if key != "op"})
+                        self._save(held, **message)
                         peer.send({})
                     case "store":
                         self._store(peer, message, size)
                         peer.send({})
                     case "read":
-                        self._read(peer, **{key: value for key, value in message.items() if key != "op"})
+                        self._read(peer, **message)
         except OSError:
             pass  # The other end is gone; what it had finished is in its region.
         finally:
@@ -204,7 +204,6 @@ class Keeper:
 
     def _push(self, held: _Held, slot: int, buddy: Connection | None) -> Connection | None:
         """Send a snapshot to the buddy and wait until it is there; return the connection, None without a buddy."""
-        held.agreed += 1
         if held.buddy is not None:
             try:
                 buddy = buddy or Connection.open(held.buddy)
@@ -214,9 +213,7 @@ class Keeper:
                 buddy.request({"op": "store", **place, **about}, held.region.content(slot))
             except OSError:  # The driver learns of a dead keeper by itself, and names another buddy.
                 buddy = _close(buddy)
-        if held.agreed >= 2:
-            # Every rank came through the step after the first snapshot, so that one has all its copies.
-            self.drop(held.generation)
+        self._count(held)
         return buddy
 
     def _store(self, peer: Connection, message: dict[str, Any], size: int) -> None:
@@ -230,8 +227,13 @@ class Keeper:
         held.region.clear(slot)
         peer.receive_into(held.region.target(slot, size))
         held.region.settle(slot, message["step"], size)
+        self._count(held)
+
+    def _count(self, held: _Held) -> None:
+        """Note one more snapshot on which all ranks agreed; with the second, older generations have served."""
         held.agreed += 1
         if held.agreed >= 2:
+            # Every rank came through the step after the first snapshot, so that one has all its copies.
             self.drop(held.generation)
 
     def _held(self, message: dict[str, Any], size: RegionSize) -> _Held:

@@ -1,7 +1,10 @@
 """Settings for all tests."""
 
 import os
+import random
 import tempfile
+
+import pytest
 
 # oneDNN's AMX kernels end the process on CPUs that announce AMX and do not grant it; before torch is imported.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
@@ -14,3 +17,11 @@ def pytest_addoption(parser):
     parser.addoption("--chaos-faults", type=int, default=20, help="random faults without Ray")
     parser.addoption("--chaos-ray-faults", type=int, default=3, help="random faults through Ray")
     parser.addoption("--chaos-seed", type=int, default=None, help="repeat what was printed")
+
+
+@pytest.fixture
+def seed(request) -> int:
+    seed = request.config.getoption("--chaos-seed")
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    print(f"--chaos-seed {seed}")
+    return seed

@@ -115,6 +115,7 @@ class Trainer:
             shapes(engine) if engine.rank == 0 else {},
             controls.keeper_lost,
         )
+        self.replicated = list(replicated_tensors(engine))  # Changed in place; looking them up walks the whole model.
         self.snapshot_seconds = 0.0
         self.rows: deque[dict[str, Any]] = deque(maxlen=ROWS_KEPT)
 
@@ -277,7 +278,7 @@ class Trainer:
         self.controls.mark("agree", step)
         clock = time.perf_counter()
         notes = {"counters": self.counters.as_dict(), "rows": list(self.rows)}
-        self.snapshots.agree(replicated_tensors(self.engine), notes)
+        self.snapshots.agree(self.replicated, notes)
         self.snapshot_step = step
         self.schedule.taken(step)
         self.snapshot_seconds += time.perf_counter() - clock

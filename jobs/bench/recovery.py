@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from jobs.bench.rival import RIVAL_FAULTS, rival
+from jobs.bench.rival import CALM_STEPS, RIVAL_FAULTS, rival
 from jobs.load import load
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import RunResult, run
@@ -31,8 +31,6 @@ from orchestrator.stop import StopSignal
 from workers.errors import TrainingError
 from workers.reports import Report, StepDone
 
-CALM_STEPS = 6
-"""Steps between a recovery and the next fault."""
 STANDBY_STEPS = 40
 """The same where a new standby has to be ready by then."""
 WORKERS = 3
@@ -62,7 +60,7 @@ class BenchCluster:
         at = time.time()
         for process in victims:
             process.kill()
-        self._forget(node)
+        self.cluster.worker_nodes.remove(node)
         return at
 
     def drain_node(self, node_id: str) -> float:
@@ -74,24 +72,12 @@ class BenchCluster:
         subprocess.run([*command, "--deadline-remaining-seconds", "30"], check=True, capture_output=True)
         return at
 
-    def remove_node(self, node_id: str) -> None:
-        """Take a drained node away."""
-        node = self._node(node_id)
-        for (raylet,) in [node.all_processes["raylet"]]:
-            for process in psutil.Process(raylet.process.pid).children(recursive=True):
-                process.kill()
-            psutil.Process(raylet.process.pid).kill()
-        self._forget(node)
-
     def shutdown(self) -> None:
         """End all nodes."""
         self.cluster.shutdown()
 
     def _node(self, node_id: str) -> Any:
         return next(node for node in self.cluster.worker_nodes if node.node_id == node_id)
-
-    def _forget(self, node: Any) -> None:
-        self.cluster.worker_nodes.remove(node)
 
 
 @contextmanager
@@ -206,13 +192,11 @@ class Script:
         seconds = event.seconds if event.reason in ("grow", "preemption") else event.resumed - at
         self.results.setdefault(name, []).append(Measured(seconds, event.steps_redone, event.storage_bytes))
         self.say(f"raymuon, {name}: {seconds:.2f} s, {event.steps_redone} step(s) redone")
-        if event.reason == "grow" or name in ("worker_kill_fixed",):
-            self.broken = None
-        elif name in ("worker_kill", "rank0_kill", "hang", "double_fault"):
-            self.broken = None  # The group grows back by itself.
-        elif name in ("node_kill", "drain"):
+        if name not in ("node_kill", "drain"):
+            self.broken = None  # The group is whole, or grows back by itself.
+        else:
             if name == "drain":
-                self.cluster.remove_node(self.victim)
+                self.cluster.kill_node(self.victim)
             # Ray starts nodes in the main thread alone, which is the driver's: training goes on meanwhile.
             self.cluster.add_node()
 

@@ -27,6 +27,7 @@ from workers.errors import TrainingError
 RIVAL_FAULTS = ("worker_kill", "node_kill", "node_add")
 CHECKPOINT_EVERY = 20
 CALM_STEPS = 6
+"""Steps between a recovery and the next fault, on both sides."""
 TUNED = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
 """The time-outs that we found to help; with them the group is also looked at for growth every 2 s, not every 60."""
 PATIENCE_S = 300.0

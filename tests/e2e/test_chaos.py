@@ -5,7 +5,6 @@ import random
 import signal
 
 import psutil
-import pytest
 
 from tests.e2e.test_resume import assert_every_sample_once, num_samples, wait_for_step, workers_of
 
@@ -23,14 +22,6 @@ def keepers() -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
-
-
-@pytest.fixture
-def seed(request) -> int:
-    seed = request.config.getoption("--chaos-seed")
-    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
-    print(f"--chaos-seed {seed}")
-    return seed
 
 
 def test_a_run_survives_random_faults(make_place, request, seed):

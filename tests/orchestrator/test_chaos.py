@@ -101,14 +101,6 @@ def chaotic_run(folder, nodes, scaling, seed, faults, **changes) -> Chaos:
 
 
 @pytest.fixture
-def seed(request) -> int:
-    seed = request.config.getoption("--chaos-seed")
-    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
-    print(f"--chaos-seed {seed}")
-    return seed
-
-
-@pytest.fixture
 def rounds(request) -> int:
     return max(1, request.config.getoption("--chaos-faults") // (2 * FAULTS_PER_RUN))
 

@@ -50,11 +50,6 @@ class SnapshotWriter:
         self._slot = 0
         self._unanswered = 0
 
-    @property
-    def wanted(self) -> bool:
-        """Tell whether there is a keeper to write to."""
-        return self._links().keeper is not None
-
     def wait(self) -> None:
         """Wait until the keeper has done all that it was told: the buddy has its copy."""
         while self._unanswered and self._connection is not None:
