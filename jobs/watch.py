@@ -78,7 +78,7 @@ class TerminalWatcher:
             case Fault():
                 self.console.print(f"[yellow]step {event.step}: {event.cause}[/yellow]")
             case Membership() if event.reason != "start":
-                source = {"keepers": "the keepers' memory", "storage": "storage", "start": "the start"}[event.source]
+                source = event.source.replace("keepers", "the keepers' memory").replace("start", "the start")
                 self.console.print(
                     f"step {event.restored_step}: {event.previous_world_size} -> {event.world_size} worker(s), "
                     f"going on from {source}"

@@ -29,6 +29,9 @@ class Fragment:
         """One past the fragment's last element in the parameter."""
         return self.start + self.length
 
+    def __str__(self) -> str:
+        return f"{self.name}[{self.start}:{self.stop}]"
+
 
 @dataclass(frozen=True, slots=True)
 class Copy:
@@ -95,7 +98,7 @@ class GroupLayout:
         return pieces
 
 
-def copies(have: Iterable[tuple[int, Fragment]], want: Iterable[Fragment]) -> list[Copy]:
+def copies(have: Iterable[tuple[int, Fragment]], want: Iterable[Fragment]) -> tuple[list[Copy], list[Fragment]]:
     """Plan how to fill the wanted fragments from those at hand.
 
     Args:
@@ -103,10 +106,7 @@ def copies(have: Iterable[tuple[int, Fragment]], want: Iterable[Fragment]) -> li
         want: fragments to fill; their offsets count in the target buffer.
 
     Returns:
-        One copy for each overlap, in the order of `want`.
-
-    Raises:
-        KeyError: an interval that no buffer has, named.
+        One copy for each overlap, and what no buffer has, both in the order of `want`.
     """
     by_name: dict[str, list[tuple[int, Fragment]]] = {}
     for source, fragment in have:
@@ -114,16 +114,17 @@ def copies(have: Iterable[tuple[int, Fragment]], want: Iterable[Fragment]) -> li
     for held in by_name.values():
         held.sort(key=lambda pair: pair[1].start)
 
-    plan = []
+    plan, missing = [], []
     for target in want:
-        at = target.start
+        at, shift = target.start, target.offset - target.start
         for source, fragment in by_name.get(target.name, []):
-            if fragment.start <= at < fragment.stop and at < target.stop:
+            if at < fragment.stop and fragment.start < target.stop:
+                if at < fragment.start:
+                    missing.append(Fragment(target.name, at, fragment.start - at, at + shift))
+                    at = fragment.start
                 length = min(fragment.stop, target.stop) - at
-                plan.append(
-                    Copy(source, fragment.offset + at - fragment.start, target.offset + at - target.start, length)
-                )
+                plan.append(Copy(source, fragment.offset + at - fragment.start, at + shift, length))
                 at += length
         if at < target.stop:
-            raise KeyError(f"no copy of {target.name}[{at}:{target.stop}]")
-    return plan
+            missing.append(Fragment(target.name, at, target.stop - at, at + shift))
+    return plan, missing

@@ -23,7 +23,8 @@ class Commits:
     def __init__(self, log: RunLog, attempt: int, identity: dict[str, Any], before: Callable[[], object]) -> None:
         self.log, self.attempt, self.identity, self.before = log, attempt, identity, before
         self.waiting: dict[tuple[int, int], dict[int, ShardWritten]] = {}
-        self.newest = log.commits[-1].step if log.commits else -1
+        self.newest = 0, log.commits[-1].step if log.commits else -1
+        """Generation and step of the newest checkpoint; generation 0 stands for all of earlier attempts."""
         self.given_up: set[int] = set()
         """Steps of which a shard could not be written."""
 
@@ -33,7 +34,7 @@ class Commits:
         Raises:
             StorageError: the checkpoint is incomplete, storage refuses, or another driver has taken over.
         """
-        if report.step <= self.newest:  # Another generation has saved the same step once more.
+        if report.step <= self.newest[1]:  # Another generation has saved the same step once more.
             return None
         shards = self.waiting.setdefault((report.generation, report.step), {})
         shards[report.rank] = report
@@ -51,6 +52,6 @@ class Commits:
         )
         self.before()
         self.log.commit(manifest)
-        self.newest = report.step
+        self.newest = report.generation, report.step
         self.waiting = {key: shards for key, shards in self.waiting.items() if key[1] > report.step}
         return manifest

@@ -186,7 +186,7 @@ class Controller:
         snapshot = self._snapshot()
         manifest = self.task.manifest
         if snapshot is not None and (manifest is None or snapshot.step >= manifest.step):
-            self.source, self.restored = "keepers", snapshot.step
+            self.source, self.restored = "keepers and storage" if snapshot.saved else "keepers", snapshot.step
         elif manifest is not None:
             snapshot, self.source, self.restored = None, "storage", manifest.step
         else:
@@ -237,7 +237,7 @@ class Controller:
         for answer in done:
             with suppress(Gone):  # The pool finds out by itself.
                 kept += answer.result()
-        snapshot = newest_snapshot(kept)
+        snapshot = newest_snapshot(kept, self.commits.newest)
         if snapshot is None:
             return None
         rows = next(shard for shard in snapshot.shards if shard.agreed).notes["rows"]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 Reason = Literal["start", "fault", "grow", "preemption"]
 """Why a generation is formed."""
-Source = Literal["start", "keepers", "storage"]
+Source = Literal["start", "keepers", "keepers and storage", "storage"]
 """What it goes on from."""
 
 

@@ -58,11 +58,15 @@ def buddies(nodes: Iterable[str]) -> dict[str, str | None]:
 # -- what to go on from ------------------------------------------------------------------------------------------------
 
 
-def newest_snapshot(kept: Iterable[KeptShard]) -> Snapshot | None:
-    """Return the newest snapshot of which every rank's part has a live copy.
+def newest_snapshot(kept: Iterable[KeptShard], saved: tuple[int, int]) -> Snapshot | None:
+    """Return the newest snapshot of which every rank's part has a live copy, or is in storage.
 
     A part that is only sealed counts if any rank has agreed on that step: then every rank had come through it. A later
     generation comes first: an older one's state is of a past that was given up.
+
+    Args:
+        kept: what the keepers have.
+        saved: generation and step of the snapshot that has become the newest checkpoint.
     """
     found: dict[tuple[int, int, int], list[KeptShard]] = {}
     for shard in kept:
@@ -70,13 +74,15 @@ def newest_snapshot(kept: Iterable[KeptShard]) -> Snapshot | None:
     for generation, step, world_size in sorted(found, reverse=True):
         shards = found[generation, step, world_size]
         agreed = next((shard for shard in shards if shard.agreed), None)
-        if agreed and {shard.rank for shard in shards} == set(range(world_size)):
+        whole = {shard.rank for shard in shards} == set(range(world_size))
+        if agreed and (whole or (generation, step) == saved):
             return Snapshot(
                 generation=generation,
                 step=step,
                 world_size=world_size,
                 counters=agreed.notes["counters"],
                 shards=tuple(shards),
+                saved=not whole,
             )
     return None
 

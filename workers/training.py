@@ -53,8 +53,10 @@ def take_state(engine: Engine, task: Task, member: Membership) -> tuple[Counters
     Returns:
         Where the run is, and how many bytes were read from storage.
     """
+    checkpoint = CheckpointReader(Store(task.run_url), task.manifest) if task.manifest else None
     if (snapshot := member.snapshot) is not None:
-        reader = SnapshotReader(snapshot, lambda world, rank: shard_map(engine, world, rank), member.links.keeper)
+        rest = checkpoint if snapshot.saved else None
+        reader = SnapshotReader(snapshot, lambda world, rank: shard_map(engine, world, rank), member.links.keeper, rest)
         counters = Counters(**snapshot.counters)
         try:
             load_state(engine, reader, counters)
@@ -62,11 +64,10 @@ def take_state(engine: Engine, task: Task, member: Membership) -> tuple[Counters
             raise StorageError(f"snapshot of step {snapshot.step}: a keeper is gone ({error})") from error
         finally:
             reader.close()
-        return counters, 0
-    if task.manifest is None:
+        return counters, rest.bytes_read if rest else 0
+    if checkpoint is None:
         return Counters(), 0
-    checkpoint = CheckpointReader(Store(task.run_url), task.manifest)
-    counters = Counters(**task.manifest.counters)
+    counters = Counters(**checkpoint.manifest.counters)
     load_state(engine, checkpoint, counters)
     return counters, checkpoint.bytes_read
 

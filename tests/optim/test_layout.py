@@ -46,20 +46,34 @@ def test_any_world_size_can_be_filled_from_any_other(sizes, before, after):
     for rank in range(after):
         want = new.fragments(rank)
         target = [None] * new.partition
-        for copy in copies(have, want):
+        plan, missing = copies(have, want)
+        assert missing == []
+        for copy in plan:
             piece = buffers[copy.source][copy.source_offset : copy.source_offset + copy.length]
             target[copy.target_offset : copy.target_offset + copy.length] = piece
         for f in want:
             assert target[f.offset : f.offset + f.length] == content[f.name][f.start : f.stop]
 
 
+@given(numels, worlds, worlds, st.sets(st.integers(0, 8)))
+def test_what_lost_ranks_had_is_missing_and_nothing_else(sizes, before, after, lost):
+    old, new = layout_of(sizes, before), layout_of(sizes, after)
+    have = [(rank, f) for rank in set(range(before)) - lost for f in old.fragments(rank)]
+    gone = {(f.name, i) for rank in lost & set(range(before)) for f in old.fragments(rank) for i in range(f.start, f.stop)}
+    for rank in range(after):
+        want = new.fragments(rank)
+        place = {f.offset + i: (f.name, f.start + i) for f in want for i in range(f.length)}
+        plan, missing = copies(have, want)
+        copied = [at for copy in plan for at in range(copy.target_offset, copy.target_offset + copy.length)]
+        lacking = {f.offset + i: (f.name, f.start + i) for f in missing for i in range(f.length)}
+        assert sorted([*copied, *lacking]) == sorted(place)
+        assert lacking == {at: element for at, element in place.items() if element in gone}
+
+
 def test_a_hole_is_named():
-    try:
-        copies([(0, Fragment("w", 0, 4, 0))], [Fragment("w", 0, 6, 0)])
-    except KeyError as error:
-        assert "w[4:6]" in str(error)
-    else:
-        raise AssertionError("a hole went unseen")
+    _, missing = copies([(0, Fragment("w", 0, 4, 0)), (1, Fragment("w", 5, 1, 0))], [Fragment("w", 0, 7, 10)])
+    assert missing == [Fragment("w", 4, 1, 14), Fragment("w", 6, 1, 16)]
+    assert str(missing[0]) == "w[4:5]"
 
 
 shapes = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8)

@@ -71,24 +71,37 @@ def kept(generation: int, step: int, rank: int, world_size: int, agreed: bool = 
     )
 
 
+NEVER = (0, -1)
+
+
 def test_a_step_counts_when_every_rank_sealed_it_and_any_saw_the_boundary():
     old = [kept(1, 7, 0, 2), kept(1, 7, 1, 2)]
-    assert newest_snapshot([]) is None
-    assert newest_snapshot([*old, kept(1, 8, 0, 2)]).step == 7, "rank 1's part of step 8 is missing"
-    assert newest_snapshot([*old, kept(1, 8, 0, 2), kept(1, 8, 1, 2, agreed=False)]).step == 8
+    assert newest_snapshot([], NEVER) is None
+    assert newest_snapshot([*old, kept(1, 8, 0, 2)], NEVER).step == 7, "rank 1's part of step 8 is missing"
+    assert newest_snapshot([*old, kept(1, 8, 0, 2), kept(1, 8, 1, 2, agreed=False)], NEVER).step == 8
     torn = [kept(1, 8, 0, 2, agreed=False), kept(1, 8, 1, 2, agreed=False)]
-    assert newest_snapshot([*old, *torn]).step == 7, "nobody knows whether step 8 was finished"
+    assert newest_snapshot([*old, *torn], NEVER).step == 7, "nobody knows whether step 8 was finished"
 
 
 def test_an_older_generation_is_a_past_that_was_given_up():
     given_up = [kept(1, 9, 0, 2), kept(1, 9, 1, 2)]
-    assert newest_snapshot([*given_up, kept(2, 8, 0, 1)]).generation == 2
-    found = newest_snapshot([*given_up, kept(2, 8, 0, 2)])
+    assert newest_snapshot([*given_up, kept(2, 8, 0, 1)], NEVER).generation == 2
+    found = newest_snapshot([*given_up, kept(2, 8, 0, 2)], NEVER)
     assert (found.generation, found.step) == (1, 9), "the new generation has nothing whole yet"
 
 
 def test_copies_of_one_rank_do_not_make_up_for_another():
-    assert newest_snapshot([kept(1, 7, 0, 2), kept(1, 7, 0, 2)]) is None
+    assert newest_snapshot([kept(1, 7, 0, 2), kept(1, 7, 0, 2)], NEVER) is None
+
+
+def test_what_no_keeper_has_is_in_storage_if_this_very_snapshot_was_saved():
+    left = [kept(2, 7, 0, 2), kept(2, 8, 0, 2)]
+    found = newest_snapshot(left, (2, 7))
+    assert (found.step, found.saved) == (7, True)
+    assert newest_snapshot(left, (1, 7)) is None, "that checkpoint is of a past that was given up"
+    assert newest_snapshot(left, (2, 6)) is None
+    assert newest_snapshot([kept(2, 7, 0, 2, agreed=False)], (2, 7)) is None, "the rows are in agreed copies alone"
+    assert not newest_snapshot([kept(2, 7, 0, 2), kept(2, 7, 1, 2)], (2, 7)).saved, "all in memory"
 
 
 def test_faults_come_out_of_budgets_of_their_own():

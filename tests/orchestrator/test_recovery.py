@@ -266,6 +266,35 @@ def test_the_sudden_death_of_four_of_five_finds_storage(tmp_path):
     assert_every_sample_once(tmp_path, config, lead.corpus)
 
 
+def test_storage_gives_only_what_no_keeper_has(uninterrupted, tmp_path):
+    """Two of three nodes die at once; the third keeps two of three parts of the snapshot that was saved last."""
+    folder, _ = uninterrupted
+    config = config_with_ledger(
+        tmp_path, scaling=THREE, train={"steps": STEPS}, checkpoint={"every": 10, "snapshot_every": 10}
+    )
+    cluster = ProcessCluster({"n1": 1, "n2": 1, "n3": 1})
+    lead = Lead(config, cluster, tmp_path)
+
+    def kill(step: int) -> None:
+        if cluster.nodes.keys() >= {"n2", "n3"} and lead.notes.commits == [10]:
+            for node in ("n2", "n3"):
+                cluster.kill_node(node)
+            cluster.nodes |= {"n4": 1, "n5": 1}
+
+    lead.notes.on_step = kill
+    with lead:
+        notes = lead.wait()
+    (recovery,) = notes.recoveries
+    assert (recovery.source, notes.memberships[1].restored_step) == ("keepers and storage", 10)
+    manifest = lead.log.manifest(10)
+    assert manifest is not None
+    # Rank 1's part, once for each of the three that need some of it; never the parts that a keeper has.
+    whole = sum(shard.size for shard in manifest.shards)
+    assert 0 < recovery.storage_bytes <= 3 * manifest.shards[1].size < 3 * whole
+    assert_every_sample_once(tmp_path, config, lead.corpus)
+    assert_equal_states(folder, tmp_path)
+
+
 def test_a_worker_that_dies_while_its_keeper_uploads(uninterrupted, tmp_path):
     """The upload ends, and the checkpoint counts."""
     _, notes = broken_run(

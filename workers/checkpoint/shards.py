@@ -62,10 +62,9 @@ class CheckpointReader:
         Raises:
             StorageError: a shard is damaged, or an interval is in none.
         """
-        try:
-            plan = copies(self._have.get(kind, []), want)
-        except KeyError as error:
-            raise StorageError(f"{self.store.url}: checkpoint of step {self.manifest.step}: {error.args[0]}") from error
+        plan, missing = copies(self._have.get(kind, []), want)
+        if missing:
+            raise StorageError(f"{self.store.url}: checkpoint of step {self.manifest.step}: no {kind} of {missing[0]}")
         for copy in plan:
             shard, entry = self._entries[copy.source]
             source = self._read(shard)[entry.key]

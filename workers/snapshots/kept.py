@@ -47,10 +47,12 @@ class KeptShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A step to go on from, out of keepers' memory: at least one copy of every rank's part."""
+    """A step to go on from, out of keepers' memory: at least one copy of every rank's part, unless it is `saved`."""
 
     generation: int
     step: int
     world_size: int
     counters: dict[str, int]
     shards: tuple[KeptShard, ...]
+    saved: bool = False
+    """Some ranks' parts are in no keeper any more, but this very snapshot is the newest checkpoint."""

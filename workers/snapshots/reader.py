@@ -6,6 +6,7 @@ import numpy as np
 
 from optim.layout import Fragment, copies
 from workers.checkpoint.manifest import BUFFER
+from workers.checkpoint.shards import CheckpointReader
 from workers.errors import StorageError
 from workers.snapshots.kept import KeptShard, ShardMap, Snapshot
 from workers.snapshots.region import Region
@@ -19,10 +20,17 @@ class SnapshotReader:
         snapshot: what to read.
         shard_map: `(world size, rank) -> ShardMap`, of the model that is being trained.
         here: this node's keeper.
+        checkpoint: of the same step, for what is in no keeper any more.
     """
 
-    def __init__(self, snapshot: Snapshot, shard_map: Callable[[int, int], ShardMap], here: Address | None) -> None:
-        self.snapshot, self.here = snapshot, here
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        shard_map: Callable[[int, int], ShardMap],
+        here: Address | None,
+        checkpoint: CheckpointReader | None = None,
+    ) -> None:
+        self.snapshot, self.here, self.checkpoint = snapshot, here, checkpoint
         self._regions: dict[str, Region] = {}
         self._connections: dict[Address, Connection] = {}
         self._sources: list[KeptShard] = []
@@ -44,12 +52,14 @@ class SnapshotReader:
         Raises:
             StorageError: an interval is in no copy, or its keeper is gone.
         """
-        try:
-            for copy in copies(self._have.get(kind, []), want):
-                place = target[copy.target_offset : copy.target_offset + copy.length]
-                self._read(self._sources[copy.source], copy.source_offset, place)
-        except KeyError as error:
-            raise StorageError(f"snapshot of step {self.snapshot.step}: {error.args[0]}") from error
+        plan, missing = copies(self._have.get(kind, []), want)
+        for copy in plan:
+            place = target[copy.target_offset : copy.target_offset + copy.length]
+            self._read(self._sources[copy.source], copy.source_offset, place)
+        if missing and self.checkpoint is None:
+            raise StorageError(f"snapshot of step {self.snapshot.step}: no {kind} of {missing[0]}")
+        if missing:
+            self.checkpoint.fill(kind, missing, target)
 
     def close(self) -> None:
         """Let go of all keepers."""
