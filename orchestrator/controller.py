@@ -23,6 +23,7 @@ from orchestrator.policy import (
     Watchdog,
     buddies,
     choose_members,
+    diagnose,
     newest_snapshot,
     should_grow,
 )
@@ -30,7 +31,7 @@ from orchestrator.pool import Pool, PoolWorker
 from orchestrator.run_log import FencedError
 from orchestrator.stop import StopSignal
 from orchestrator.worker_group import WorkerGroup
-from workers.errors import ClusterError, ConfigError, Interrupted, StorageError, TrainingError
+from workers.errors import ClusterError, Interrupted, StorageError
 from workers.reports import KeeperLost, Report, Restored, Sampled, SaveFailed, ShardWritten, StepDone, Validated
 from workers.snapshots.kept import KeptShard, Snapshot
 from workers.task import KeeperLinks, Task
@@ -350,50 +351,35 @@ class Controller:
         self._take_all(group.settle())
         for rank, text in group.stacks.items():
             self.recorder.stack(f"generation-{self.generation}-rank-{rank}", text)
-        failed = {rank: ended for rank, ended in group.ended.items() if ended.outcome == "failed"}
         for rank, ended in group.ended.items():
             if ended.broken:
                 self.pool.lose(group.members[rank].number)
-        kind: FaultKind = "failure"
-        if failed:
-            first = min(failed.values(), key=lambda ended: (ended.exit_code == 0, ended.time))
-            cause = f"rank {first.rank}: {first.error}"
-            if first.exit_code in (ConfigError.exit_code, TrainingError.exit_code):
-                raise {2: ConfigError, 4: TrainingError}[first.exit_code](cause)
-            if first.exit_code == StorageError.exit_code:
-                kind = "storage"
-            seen, ranks, began = "error", tuple(failed), first.time
-        elif group.gone:
-            rank, reason = next(iter(group.gone.items()))
-            cause = f"rank {rank} on node {group.members[rank].node[:8]}: {reason}"
-            seen, ranks, began = "killed", tuple(group.gone), found_at
-        else:
-            lost = min(group.ended.values(), key=lambda ended: ended.time, default=None)
-            cause = f"rank {lost.rank}: {lost.error}" if lost else "the last checkpoint went with its keeper"
-            seen, ranks, began = "lost", (lost.rank,) if lost else (), lost.time if lost else found_at
+        found = diagnose(group.ended, group.gone, [member.node for member in group.members], found_at)
+        if found.error is not None:
+            raise found.error
         if self._hung is not None:
-            seen, cause, began = "hung", self._hung[0], self._hung[1]
+            found = replace(found, seen="hung", cause=self._hung[0], began=self._hung[1])
             self._hung = None
         # Once every rank has its state, the group is in a step, if only in its first.
         in_step = len(self._restored) == group.world_size
         self._event(
             Fault(
                 **self._now(),
-                kind=seen,  # type: ignore[arg-type]
-                cause=cause,
+                kind=found.seen,
+                cause=found.cause,
                 generation=self.generation,
                 during_recovery=not in_step,
-                ranks=ranks,
-                began=began,
+                ranks=found.ranks,
+                began=found.began,
             )
         )
         # A second fault while the first is being recovered from counts from the first.
-        since = self.change.began if self.change is not None and self.change.reason != "start" else began
-        self.change = _Change("fault", cause, since)
-        delay = self._budget(kind, cause, self.progress.step + 1 if in_step else None)
+        since = self.change.began if self.change is not None and self.change.reason != "start" else found.began
+        self.change = _Change("fault", found.cause, since)
+        delay = self._budget(found.kind, found.cause, self.progress.step + 1 if in_step else None)
         until = time.monotonic() + delay
         if delay:
-            self.recorder.notice(f"trying again in {delay:g} s: {cause}")
+            self.recorder.notice(f"trying again in {delay:g} s: {found.cause}")
         while time.monotonic() < until:
             stop.check()
             self._look_after_pool()

@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 Reason = Literal["start", "fault", "grow", "preemption"]
 """Why a generation is formed."""
+FaultSeen = Literal["killed", "hung", "error", "lost"]
+"""A process is gone; it hung; it raised; nobody knows more than that a peer was lost."""
 Source = Literal["start", "keepers", "keepers and storage", "storage"]
 """What it goes on from."""
 
@@ -25,8 +27,7 @@ class Event:
 class Fault(Event):
     """Something ended a generation, or kept the next one from forming."""
 
-    kind: Literal["killed", "hung", "error", "lost"]
-    """A process is gone; it hung; it raised; nobody knows more than that a peer was lost."""
+    kind: FaultSeen
     cause: str
     generation: int
     during_recovery: bool

@@ -1,13 +1,14 @@
 """The decisions of the worker group, as pure functions and small state machines: no Ray, no clock of their own."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from orchestrator.config import RecoveryConfig, ScalingConfig
-from workers.errors import RaymuonError, StorageError, TrainingError
-from workers.reports import Mark
+from orchestrator.events import FaultSeen
+from workers.errors import ConfigError, RaymuonError, StorageError, TrainingError
+from workers.reports import Ended, Mark
 from workers.snapshots.kept import KeptShard, Snapshot
 
 FaultKind = Literal["failure", "preemption", "storage"]
@@ -85,6 +86,49 @@ def newest_snapshot(kept: Iterable[KeptShard], saved: tuple[int, int]) -> Snapsh
                 saved=not whole,
             )
     return None
+
+
+# -- what has happened -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Why a generation has ended before its time."""
+
+    seen: FaultSeen
+    cause: str
+    """For people."""
+    ranks: tuple[int, ...]
+    began: float
+    """Seconds since the epoch; when it was found where nobody knows better."""
+    kind: FaultKind = "failure"
+    error: RaymuonError | None = None
+    """Trying again would not help: the run ends with this."""
+
+
+def diagnose(ended: dict[int, Ended], gone: dict[int, str], nodes: Sequence[str], found_at: float) -> Diagnosis:
+    """Tell a cause from what it led to: an error of a rank's own comes before deaths, those before lost peers.
+
+    Args:
+        ended: how ranks have left.
+        gone: why ranks had to be given up.
+        nodes: by rank.
+        found_at: when the generation was found to be over, in seconds since the epoch.
+    """
+    failed = {rank: end for rank, end in ended.items() if end.outcome == "failed"}
+    if failed:
+        first = min(failed.values(), key=lambda end: (end.exit_code == 0, end.time))
+        cause = f"rank {first.rank}: {first.error}"
+        fatal = {error.exit_code: error for error in (ConfigError, TrainingError)}.get(first.exit_code)
+        kind: FaultKind = "storage" if first.exit_code == StorageError.exit_code else "failure"
+        return Diagnosis("error", cause, tuple(failed), first.time, kind, fatal and fatal(cause))
+    if gone:
+        rank, reason = next(iter(gone.items()))
+        return Diagnosis("killed", f"rank {rank} on node {nodes[rank][:8]}: {reason}", tuple(gone), found_at)
+    if ended:
+        lost = min(ended.values(), key=lambda end: end.time)
+        return Diagnosis("lost", f"rank {lost.rank}: {lost.error}", (lost.rank,), lost.time)
+    return Diagnosis("lost", "the last checkpoint went with its keeper", (), found_at)
 
 
 # -- whether to go on --------------------------------------------------------------------------------------------------

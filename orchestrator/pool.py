@@ -254,7 +254,3 @@ class Pool:
         if told is None:
             worker.handle.kill()
         return told
-
-    def leave(self, node: str) -> None:
-        """Give a node that will go away back, with all that runs there."""
-        self._give_up(node)

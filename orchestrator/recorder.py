@@ -14,7 +14,7 @@ from workers.reports import Report, Sampled, StepDone, Validated
 
 
 class Watcher(Protocol):
-    """Whoever shows a run to a person; called from the driver's loop, so it must be quick."""
+    """Whoever shows a run to a person; called from the driver's loop, so it must be quick. This one shows nothing."""
 
     def phase(self, text: str) -> None:
         """A part of the start has begun."""

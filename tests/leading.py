@@ -1,6 +1,5 @@
 """A run without Ray: the real controller, members, keepers and storage, over plain processes."""
 
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -152,19 +151,3 @@ class Lead:
                     self.outcome = self.controller.run(self.stop)
         except BaseException as error:
             self.error = error
-
-
-def ledger(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """Return what counts of the ledger: for each step and slot the line of the last generation that ran it."""
-    counted: dict[tuple[int, int], dict[str, Any]] = {}
-    for file in sorted((folder / "ledger").glob("*.jsonl")):
-        for text in file.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # The last line of a killed process may be cut.
-            key, place = (line["step"], line["slot"]), (line["attempt"], line["generation"])
-            old = counted.get(key)
-            if old is None or (old["attempt"], old["generation"]) < place:
-                counted[key] = line
-    return counted

@@ -9,24 +9,20 @@ import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import psutil
-
+from jobs.bench.cluster import BenchCluster, bench_cluster
 from jobs.bench.rival import CALM_STEPS, RIVAL_FAULTS, rival
 from jobs.load import load
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import RunResult, run
 from orchestrator.events import Event, Membership, Recovery
+from orchestrator.recorder import Watcher
 from orchestrator.stop import StopSignal
 from workers.errors import TrainingError
 from workers.reports import Report, StepDone
@@ -34,60 +30,6 @@ from workers.reports import Report, StepDone
 STANDBY_STEPS = 40
 """The same where a new standby has to be ready by then."""
 WORKERS = 3
-
-
-class BenchCluster:
-    """A Ray cluster of several nodes in this machine, each with room for one worker; the head has none."""
-
-    def __init__(self, nodes: int) -> None:
-        from ray.cluster_utils import Cluster
-
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        self.address = self.cluster.address
-        for _ in range(nodes):
-            self.add_node()
-
-    def add_node(self) -> None:
-        """Add a node with room for one worker."""
-        self.cluster.add_node(num_cpus=1)
-
-    def kill_node(self, node_id: str) -> float:
-        """SIGKILL everything on a node at once, and return when that was."""
-        node = self._node(node_id)
-        (raylet,) = node.all_processes["raylet"]
-        victims = [psutil.Process(raylet.process.pid)]
-        victims += victims[0].children(recursive=True)
-        at = time.time()
-        for process in victims:
-            process.kill()
-        self.cluster.worker_nodes.remove(node)
-        return at
-
-    def drain_node(self, node_id: str) -> float:
-        """Announce that a node will go away in 30 s, and return when that was."""
-        at = time.time()
-        ray = Path(sys.executable).with_name("ray")
-        command = [str(ray), "drain-node", "--address", self.address, "--node-id", node_id]
-        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "bench"]
-        subprocess.run([*command, "--deadline-remaining-seconds", "30"], check=True, capture_output=True)
-        return at
-
-    def shutdown(self) -> None:
-        """End all nodes."""
-        self.cluster.shutdown()
-
-    def _node(self, node_id: str) -> Any:
-        return next(node for node in self.cluster.worker_nodes if node.node_id == node_id)
-
-
-@contextmanager
-def bench_cluster(nodes: int) -> Iterator[BenchCluster]:
-    """Run a cluster for as long as the block lasts."""
-    cluster = BenchCluster(nodes)
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
 
 
 @dataclass
@@ -100,7 +42,7 @@ class Measured:
 
 
 @dataclass
-class Script:
+class Script(Watcher):
     """Watches our run from inside the driver, breaks things one after the other, and measures.
 
     Args:
@@ -123,18 +65,6 @@ class Script:
     victim: str = ""
     calm: int = 0
     acting: bool = False
-
-    def phase(self, text: str) -> None:
-        """Part of a Watcher."""
-
-    def warn(self, text: str) -> None:
-        """Part of a Watcher."""
-
-    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
-        """Part of a Watcher."""
-
-    def committed(self, step: int, url: str) -> None:
-        """Part of a Watcher."""
 
     def event(self, event: Event) -> None:
         """Learn who is in the group, and what a recovery came to."""
@@ -233,9 +163,7 @@ def recovery(overrides: list[str], repeats: int, rival_repeats: int, say: Callab
         report |= _snapshot_cost(folder, overrides, say)
         for tuned, times in (("ray_train_tuned", rival_repeats), ("ray_train_default", min(1, rival_repeats))):
             found = {
-                name: rival(config, name, tuned == "ray_train_tuned", times, bench_cluster, say)
-                for name in RIVAL_FAULTS
-                if times
+                name: rival(config, name, tuned == "ray_train_tuned", times, say) for name in RIVAL_FAULTS if times
             }
             report[tuned] = {name: _medians([Measured(*one) for one in measured]) for name, measured in found.items()}
     report["speedup_over_tuned"] = {
@@ -279,8 +207,8 @@ def _medians(measured: list[Measured]) -> dict[str, Any]:
     }
 
 
-class _Pace:
-    """A Watcher that keeps the steps' seconds and stops the run after enough of them."""
+class _Pace(Watcher):
+    """Keeps the steps' seconds and stops the run after enough of them."""
 
     def __init__(self, steps: int) -> None:
         self.stop, self.steps = StopSignal(), steps
@@ -295,12 +223,6 @@ class _Pace:
             self.every = report.snapshot_every
             if len(self.seconds) == self.steps:
                 self.stop.request()
-
-    def phase(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
-    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None: ...
-    def event(self, event: Event) -> None: ...
-    def committed(self, step: int, url: str) -> None: ...
 
 
 def _snapshot_cost(folder: str, overrides: list[str], say: Callable[[str], None]) -> dict[str, Any]:

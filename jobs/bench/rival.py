@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs.bench.cluster import BenchCluster, bench_cluster
 from jobs.load import load, plain_yaml
 from orchestrator.config import RunConfig, absolute, task_of
 from workers.errors import TrainingError
@@ -38,7 +39,6 @@ def rival(
     fault: str,
     tuned: bool,
     times: int,
-    bench_cluster: Callable[[int], Any],
     say: Callable[[str], None],
 ) -> list[tuple[float, int, int]]:
     """Try a fault `times` times, each in a run of its own; return seconds, steps redone, bytes read from storage."""
@@ -63,7 +63,9 @@ def rival(
     return found
 
 
-def _measure(fault: str, log: Path, world_size: int, cluster: Any, process: subprocess.Popen) -> tuple[float, int, int]:
+def _measure(
+    fault: str, log: Path, world_size: int, cluster: BenchCluster, process: subprocess.Popen
+) -> tuple[float, int, int]:
     """Wait until the run is calm, break it, and wait for the next new step."""
 
     def lines() -> list[dict[str, Any]]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.ledger import assert_every_sample_once
 from tests.servers import ray_cluster, s3_environment, seaweedfs
+from workers.config import TrainConfig
 
 RAYMUON = str(Path(sys.executable).with_name("raymuon"))
 TINY = """
@@ -74,10 +76,11 @@ class Place:
         client = mlflow.MlflowClient(f"sqlite:///{self.folder}/runs/mlflow.db")
         return sorted((m.step, m.value) for m in client.get_metric_history(run_id, metric))
 
-    def ledger(self) -> list[dict]:
-        files = sorted((self.folder / "ledger").glob("*.jsonl"))
-        lines = [line for file in files for line in file.read_text().splitlines()]
-        return [json.loads(line) for line in lines if line.endswith("}")]  # A killed process may cut its last line.
+    def assert_every_sample_once(self) -> None:
+        (index,) = (self.folder / "runs" / "data").glob("*/index.json")
+        num_tokens = sum(shard["tokens"] for shard in json.loads(index.read_text())["train"])
+        train = TrainConfig(steps=120, global_batch=12, micro_batch=4, seq_len=64)
+        assert_every_sample_once(self.folder / "ledger", train, 0, num_tokens)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Place
-from workers.data.order import samples_of_slot
+from tests.ledger import ledger
 
 STEPS, EVERY = 120, 20
 
@@ -49,27 +49,6 @@ def workers_of(place: Place) -> list[psutil.Process]:
     return found
 
 
-def assert_every_sample_once(place: Place, num_samples: int) -> None:
-    """The last generation that ran a step is the one that counts; together they are the run's whole order."""
-    counted: dict[tuple[int, int], tuple[tuple[int, int], list[int]]] = {}
-    for line in place.ledger():
-        key, turn = (line["step"], line["slot"]), (line["attempt"], line["generation"])
-        assert key not in counted or counted[key][0] != turn, "a slot twice in one generation"
-        if key not in counted or counted[key][0] < turn:
-            counted[key] = turn, line["samples"]
-    expected = {
-        (step, slot): samples_of_slot(0, step, slot, 12, 4, num_samples)
-        for step in range(1, STEPS + 1)
-        for slot in range(3)
-    }
-    assert {key: samples for key, (_, samples) in counted.items()} == expected
-
-
-def num_samples(place: Place) -> int:
-    (index,) = (place.folder / "runs" / "data").glob("*/index.json")
-    return (sum(shard["tokens"] for shard in json.loads(index.read_text())["train"]) - 1) // 64
-
-
 @pytest.mark.parametrize("store", ["folder", "s3"])
 def test_killed_and_started_again_is_bitwise_the_same(store, uninterrupted, place, request):
     reference, expected = uninterrupted
@@ -98,9 +77,9 @@ def test_killed_and_started_again_is_bitwise_the_same(store, uninterrupted, plac
 
     result = place.train("--resume", "auto", *options)
     assert result["status"] == "finished" and result["steps"] == STEPS and result["tokens"] == STEPS * 12 * 64
-    second = [line["step"] for line in place.ledger() if line["attempt"] == 2]
+    second = [line["step"] for line in ledger(place.folder / "ledger") if line["attempt"] == 2]
     assert (min(second) - 1) % EVERY == 0 and min(second) > EVERY, "went on from a checkpoint"
-    assert_every_sample_once(place, num_samples(place))
+    place.assert_every_sample_once()
 
     difference = place.checkpoints("diff", expected["checkpoint"], result["checkpoint"], *endpoint)
     assert difference["bitwise_equal"], difference["max_abs"]
@@ -147,8 +126,8 @@ def test_the_first_interrupt_saves_and_the_run_can_go_on(uninterrupted, place):
     assert f"--resume {saved['run_id']}" in err
     result = place.train("--resume", "auto", "data.ledger=ledger")
     assert result["run_id"] == saved["run_id"] and result["status"] == "finished"
-    assert_every_sample_once(place, num_samples(place))
-    second = [line["step"] for line in place.ledger() if line["attempt"] == 2]
+    place.assert_every_sample_once()
+    second = [line["step"] for line in ledger(place.folder / "ledger") if line["attempt"] == 2]
     assert min(second) == saved["step"] + 1, "no step is trained twice"
     assert place.checkpoints("diff", expected["checkpoint"], result["checkpoint"])["bitwise_equal"]
 

@@ -59,7 +59,8 @@ def test_any_world_size_can_be_filled_from_any_other(sizes, before, after):
 def test_what_lost_ranks_had_is_missing_and_nothing_else(sizes, before, after, lost):
     old, new = layout_of(sizes, before), layout_of(sizes, after)
     have = [(rank, f) for rank in set(range(before)) - lost for f in old.fragments(rank)]
-    gone = {(f.name, i) for rank in lost & set(range(before)) for f in old.fragments(rank) for i in range(f.start, f.stop)}
+    lost &= set(range(before))
+    gone = {(f.name, i) for rank in lost for f in old.fragments(rank) for i in range(f.start, f.stop)}
     for rank in range(after):
         want = new.fragments(rank)
         place = {f.offset + i: (f.name, f.start + i) for f in want for i in range(f.length)}

@@ -11,8 +11,8 @@ import pytest
 
 from orchestrator.events import Event, Fault, Membership
 from tests.faults import ACTIONS, FaultyMember
-from tests.leading import Lead, config_of
-from tests.orchestrator.test_recovery import assert_equal_states, assert_every_sample_once, config_with_ledger
+from tests.leading import Lead, Notes, config_of
+from tests.orchestrator.test_recovery import assert_equal_states, assert_every_sample_of, config_with_ledger
 from tests.processes import ProcessCluster
 
 PHASES = ("compute", "wait", "reduce", "gather", "snapshot", "boundary", "agree")
@@ -96,7 +96,7 @@ def chaotic_run(folder, nodes, scaling, seed, faults, **changes) -> Chaos:
     print(f"{len(notes.faults)} faults seen, {len(notes.recoveries)} recoveries")
     assert lead.outcome == "finished" and len(chaos.done) == faults
     assert [row.step for row in notes.rows] == [*range(1, steps + 1)]
-    assert_every_sample_once(folder, config, lead.corpus)
+    assert_every_sample_of(lead, folder)
     return chaos
 
 
@@ -141,8 +141,17 @@ def test_where_the_world_size_changes_the_curve_stays(tmp_path, seed, rounds):
         notes = chaos.lead.notes
         for row, calm in zip(notes.rows, expected.rows, strict=True):
             assert row.loss == pytest.approx(calm.loss, rel=1e-3), row.step
+        assert_first_change_is_smooth(notes, expected)
         sizes = [event.world_size for event in notes.events if isinstance(event, Membership)]
         print("world sizes:", *sizes)
+
+
+def assert_first_change_is_smooth(notes: Notes, calm: Notes) -> int:
+    """Up to the first change of the world size both runs have the same state: its first loss is within 1e-5."""
+    changed = next(m.restored_step for m in notes.memberships[1:] if m.world_size != m.previous_world_size)
+    assert notes.losses[:changed] == calm.losses[:changed]
+    assert notes.losses[changed] == pytest.approx(calm.losses[changed], rel=1e-5)
+    return changed
 
 
 def test_a_mixture_of_experts_ends_as_well(tmp_path, seed, rounds):
@@ -158,7 +167,7 @@ def test_a_mixture_of_experts_ends_as_well(tmp_path, seed, rounds):
             calm.append(lead.wait())
     finals = [notes.validations[-1].loss for notes in calm]
     notes = chaotic_run(tmp_path / "chaos", {"a": 2, "b": 3}, scaling, seed, FAULTS_PER_RUN, train=steps).lead.notes
-    changed = next(m.restored_step for m in notes.memberships[1:] if m.world_size != m.previous_world_size)
+    changed = assert_first_change_is_smooth(notes, calm[0])
     for row, undisturbed_row in zip(notes.rows[: changed + 50], calm[0].rows, strict=False):
         assert row.loss == pytest.approx(undisturbed_row.loss, rel=1e-3), (row.step, changed)
     assert abs(notes.validations[-1].loss - finals[0]) <= max(finals) - min(finals), (notes.validations[-1], finals)

@@ -11,11 +11,12 @@ from orchestrator.policy import (
     Watchdog,
     buddies,
     choose_members,
+    diagnose,
     newest_snapshot,
     should_grow,
 )
 from workers.errors import StorageError, TrainingError
-from workers.reports import Mark
+from workers.reports import Ended, Mark
 from workers.snapshots.kept import KeptShard
 from workers.snapshots.region import RegionSize
 from workers.wire import Address
@@ -102,6 +103,28 @@ def test_what_no_keeper_has_is_in_storage_if_this_very_snapshot_was_saved():
     assert newest_snapshot(left, (2, 6)) is None
     assert newest_snapshot([kept(2, 7, 0, 2, agreed=False)], (2, 7)) is None, "the rows are in agreed copies alone"
     assert not newest_snapshot([kept(2, 7, 0, 2), kept(2, 7, 1, 2)], (2, 7)).saved, "all in memory"
+
+
+def ended(rank: int, time: float, outcome: str = "lost", error: str = "a peer is gone", code: int = 0) -> Ended:
+    return Ended(generation=1, rank=rank, time=time, outcome=outcome, error=error, exit_code=code)
+
+
+def test_the_cause_is_told_from_what_it_led_to():
+    nodes = ["node-a", "node-b", "node-c"]
+    ends = {1: ended(1, 5.0), 2: ended(2, 4.0)}
+    alone = diagnose(ends, {}, nodes, 9.0)
+    assert (alone.seen, alone.ranks, alone.began, alone.error) == ("lost", (2,), 4.0, None)
+    killed = diagnose(ends, {0: "its process died"}, nodes, 9.0)
+    assert (killed.seen, killed.ranks, killed.began) == ("killed", (0,), 9.0)
+    assert killed.cause == "rank 0 on node node-a: its process died"
+    raised = diagnose({**ends, 0: ended(0, 3.0, "failed", "KeyError: 'x'")}, {1: "it was killed"}, nodes, 9.0)
+    assert (raised.seen, raised.cause, raised.kind, raised.error) == ("error", "rank 0: KeyError: 'x'", "failure", None)
+    data = diagnose({0: ended(0, 3.0, "failed", "no such bucket", StorageError.exit_code)}, {}, nodes, 9.0)
+    assert data.kind == "storage" and data.error is None, "storage comes back"
+    nan = diagnose({0: ended(0, 3.0, "failed", "x"), 1: ended(1, 4.0, "failed", "nan", 4)}, {}, nodes, 9.0)
+    assert isinstance(nan.error, TrainingError) and str(nan.error) == "rank 1: nan", "what cannot be mended comes first"
+    keeper = diagnose({}, {}, nodes, 9.0)
+    assert (keeper.seen, keeper.ranks, keeper.began) == ("lost", (), 9.0)
 
 
 def test_faults_come_out_of_budgets_of_their_own():

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.faults import FaultyMember
-from tests.leading import Lead, Notes, config_of, ledger
+from tests.leading import Lead, Notes, config_of
+from tests.ledger import assert_every_sample_once
 from tests.processes import ProcessCluster
 from tests.ranks import run_ranks
 from workers.checkpoint.shards import CheckpointReader
-from workers.data.order import samples_of_slot
 from workers.errors import TrainingError
 from workers.storage import Store
 
@@ -34,15 +34,9 @@ def assert_equal_states(a, b) -> None:
     assert [key for key, tensor in first.items() if not np.array_equal(tensor, second[key])] == []
 
 
-def assert_every_sample_once(folder, config, corpus) -> None:
-    train = config.train
-    num_samples = (sum(shard.tokens for shard in corpus.train) - 1) // train.seq_len
-    expected = {
-        (step, slot): samples_of_slot(config.seed, step, slot, train.global_batch, train.micro_batch, num_samples)
-        for step in range(1, train.steps + 1)
-        for slot in range(train.slots)
-    }
-    assert {key: line["samples"] for key, line in ledger(folder).items()} == expected
+def assert_every_sample_of(lead: Lead, folder) -> None:
+    num_tokens = sum(shard.tokens for shard in lead.corpus.train)
+    assert_every_sample_once(folder / "ledger", lead.config.train, lead.config.seed, num_tokens)
 
 
 def config_with_ledger(folder, **changes):
@@ -69,7 +63,7 @@ def broken_run(folder, nodes, break_it, scaling=THREE, recovery=None, **changes)
         notes = lead.wait()
     assert lead.outcome == "finished"
     assert [row.step for row in notes.rows] == [*range(1, STEPS + 1)]
-    assert_every_sample_once(folder, config, lead.corpus)
+    assert_every_sample_of(lead, folder)
     return lead, notes
 
 
@@ -196,8 +190,7 @@ def test_announced_changes_of_the_world_size_touch_no_storage(tmp_path):
                 cluster.going = {"n4": 30.0}
             case 3, 1:
                 cluster.going = {}
-                del cluster.nodes["n4"]
-                lead.pool.leave("n4")
+                cluster.kill_node("n4")
                 cluster.nodes |= {"n5": 1, "n6": 1}
                 object.__setattr__(lead.pool.scaling, "max_workers", 5)
             case 5, 2:
@@ -263,7 +256,7 @@ def test_the_sudden_death_of_four_of_five_finds_storage(tmp_path):
     assert recovery.source == "storage" and recovery.storage_bytes > 0
     assert restored in (5, 10, 15) and 0 <= recovery.steps_redone < STEPS - restored, "from the newest checkpoint"
     assert notes.worlds[-1] == 1 and [row.step for row in notes.rows] == [*range(1, STEPS + 1)]
-    assert_every_sample_once(tmp_path, config, lead.corpus)
+    assert_every_sample_of(lead, tmp_path)
 
 
 def test_storage_gives_only_what_no_keeper_has(uninterrupted, tmp_path):
@@ -291,7 +284,7 @@ def test_storage_gives_only_what_no_keeper_has(uninterrupted, tmp_path):
     # Rank 1's part, once for each of the three that need some of it; never the parts that a keeper has.
     whole = sum(shard.size for shard in manifest.shards)
     assert 0 < recovery.storage_bytes <= 3 * manifest.shards[1].size < 3 * whole
-    assert_every_sample_once(tmp_path, config, lead.corpus)
+    assert_every_sample_of(lead, tmp_path)
     assert_equal_states(folder, tmp_path)
 
 

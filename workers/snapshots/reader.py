@@ -56,10 +56,10 @@ class SnapshotReader:
         for copy in plan:
             place = target[copy.target_offset : copy.target_offset + copy.length]
             self._read(self._sources[copy.source], copy.source_offset, place)
-        if missing and self.checkpoint is None:
-            raise StorageError(f"snapshot of step {self.snapshot.step}: no {kind} of {missing[0]}")
-        if missing:
+        if self.checkpoint is not None:
             self.checkpoint.fill(kind, missing, target)
+        elif missing:
+            raise StorageError(f"snapshot of step {self.snapshot.step}: no {kind} of {missing[0]}")
 
     def close(self) -> None:
         """Let go of all keepers."""
