@@ -95,7 +95,7 @@ def chaotic_run(folder, nodes, scaling, seed, faults, **changes) -> Chaos:
         print(name, text)
     print(f"{len(notes.faults)} faults seen, {len(notes.recoveries)} recoveries")
     assert lead.outcome == "finished" and len(chaos.done) == faults
-    assert [row.step for row in notes.rows] == [*range(1, steps + 1)]
+    assert [row.step for row in notes.rows] == [*range(1, config.train.steps + 1)]
     assert_every_sample_of(lead, folder)
     return chaos
 
