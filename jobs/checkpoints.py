@@ -1,14 +1,15 @@
-"""`raymuon checkpoints`: list what a run has committed, show one, compare two tensor by tensor."""
+"""`raymuon checkpoints`: list what a run has committed; show, compare, verify, delete and pin checkpoints."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from orchestrator.run_log import RunLog
+from orchestrator.retention import delete
+from orchestrator.run_log import Entry, RunLog
 from workers.checkpoint.manifest import Manifest
 from workers.checkpoint.shards import CheckpointReader
-from workers.errors import ConfigError, StorageError
+from workers.errors import ConfigError, DamagedError, StorageError
 from workers.storage import Store, absolute_url
 
 
@@ -28,23 +29,43 @@ def list_checkpoints(url: str) -> list[dict[str, Any]]:
     if not store.exists():
         raise StorageError(f"{url}: no such folder or bucket")
     runs = [store] if store.names("log") else [store.child(name) for name in store.names("")]
+    return [row for run in runs for row in _rows(RunLog(run))]
+
+
+def _rows(log: RunLog) -> list[dict[str, Any]]:
     rows = []
-    for run in runs:
-        for commit in RunLog(run).commits:
-            manifest = Manifest.read(run, commit.manifest, commit.sha256)
-            rows.append(
-                {
-                    "run_id": manifest.run_id,
-                    "step": commit.step,
-                    "attempt": commit.attempt,
-                    "time": commit.time,
-                    "world_size": manifest.world_size,
-                    "tokens": manifest.counters["tokens"],
-                    "bytes": sum(shard.size for shard in manifest.shards),
-                    "url": f"{run.url}@{commit.step}",
-                }
-            )
+    for commit in log.commits:
+        manifest, damaged = None, ""
+        try:
+            manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
+        except DamagedError as error:
+            damaged = str(error)
+        rows.append(
+            {
+                "run_id": log.store.url.rsplit("/", 1)[-1],
+                "step": commit.step,
+                "attempt": commit.attempt,
+                "time": commit.time,
+                "world_size": manifest and manifest.world_size,
+                "tokens": manifest and manifest.counters["tokens"],
+                "bytes": manifest and manifest.size,
+                "metrics": commit.metrics,
+                "pinned": commit.manifest in log.pins,
+                "damaged": damaged,
+                "url": f"{log.store.url}@{commit.step}",
+            }
+        )
     return rows
+
+
+def _find(url: str) -> tuple[RunLog, Entry]:
+    base, step = split_step(url)
+    log = RunLog(Store(absolute_url(base)))
+    commit = log.find(step)
+    if commit is None:
+        which = "no committed checkpoint" if step is None else f"no committed checkpoint of step {step}"
+        raise ConfigError(f"{url}: {which}; see: raymuon checkpoints ls {base}")
+    return log, commit
 
 
 def open_checkpoint(url: str) -> CheckpointReader:
@@ -52,14 +73,63 @@ def open_checkpoint(url: str) -> CheckpointReader:
 
     Raises:
         ConfigError: there is none.
+        DamagedError: it is not what was committed.
     """
-    base, step = split_step(url)
-    store = Store(absolute_url(base))
-    manifest = RunLog(store).manifest(step)
-    if manifest is None:
-        which = "no committed checkpoint" if step is None else f"no committed checkpoint of step {step}"
-        raise ConfigError(f"{url}: {which}; see: raymuon checkpoints ls {base}")
-    return CheckpointReader(store, manifest)
+    log, commit = _find(url)
+    return CheckpointReader(log.store, Manifest.read(log.store, commit.manifest, commit.sha256))
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What reading a whole checkpoint has shown."""
+
+    step: int
+    files: int
+    bytes: int
+    damaged: list[str]
+    """A sentence about each file that is."""
+
+
+def verify(url: str) -> Verified:
+    """Read every byte of the checkpoint at `URL[@STEP]`, and hold it against the hashes.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    log, commit = _find(url)
+    try:
+        manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
+    except DamagedError as error:
+        return Verified(commit.step, 1, 0, [*log.damaged, str(error)])
+    damaged = [*log.damaged, *CheckpointReader(log.store, manifest).verify()]
+    return Verified(commit.step, 1 + len(manifest.shards), manifest.size, damaged)
+
+
+def remove(url: str, force: bool) -> str:
+    """Delete the checkpoint at `URL@STEP`.
+
+    Raises:
+        ConfigError: there is none, it is pinned, or it is the newest.
+    """
+    log, commit = _find(url)
+    if split_step(url)[1] is None:
+        raise ConfigError(f"{url}: say which one: {url}@{commit.step}")
+    if commit == log.find() and not force:
+        raise ConfigError(f"{url} is the newest checkpoint, with which the run would go on; --force deletes it")
+    if not delete(log, commit, "raymuon checkpoints rm"):
+        raise ConfigError(f"{url} is pinned; let it go first: raymuon checkpoints pin --undo {url}")
+    return f"{log.store.url}@{commit.step}"
+
+
+def pin(url: str, reason: str, undo: bool) -> str:
+    """Keep the checkpoint at `URL[@STEP]` whatever the retention says, or let it go again.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    log, commit = _find(url)
+    log.mark("unpin" if undo else "pin", commit, reason)
+    return f"{log.store.url}@{commit.step}"
 
 
 def show(url: str) -> dict[str, Any]:
@@ -73,7 +143,7 @@ def show(url: str) -> dict[str, Any]:
         "world_size": manifest.world_size,
         "identity": manifest.identity,
         "counters": manifest.counters,
-        "shards": [{"path": s.path, "size": s.size, "sha256": s.sha256} for s in manifest.shards],
+        "shards": [{"path": shard.path, "size": shard.size} for shard in manifest.shards],
         "tensors": [
             {"kind": kind, "name": name, "shape": manifest.shapes[name]}
             for kind in reader.kinds

@@ -17,7 +17,7 @@ from rich.table import Table
 from workers.errors import RaymuonError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-checkpoints_app = typer.Typer(no_args_is_help=True, help="List, show and compare checkpoints.")
+checkpoints_app = typer.Typer(no_args_is_help=True, help="List, show, compare, verify, delete and pin checkpoints.")
 app.add_typer(checkpoints_app, name="checkpoints")
 bench_app = typer.Typer(no_args_is_help=True, help="Measurements against rivals, as ratios.")
 app.add_typer(bench_app, name="bench")
@@ -48,6 +48,9 @@ def train(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")
     ] = None,
+    takeover: Annotated[
+        bool, typer.Option("--takeover", help="With --resume: take the run from a driver that leads it.")
+    ] = False,
     as_json: AsJson = False,
     kill_worker: Annotated[
         int | None, typer.Option(help="For demonstrations: SIGKILL one worker after this step.")
@@ -56,7 +59,7 @@ def train(
     """Train a run from its start, or go on with one."""
     from jobs.train import train
 
-    train(config, overrides or [], resume, address, as_json, kill_worker)
+    train(config, overrides or [], resume, address, as_json, kill_worker, takeover)
 
 
 @app.command(name="config")
@@ -80,11 +83,12 @@ def checkpoints_ls(
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    table = Table("run", "step", "attempt", "saved", "world size", "tokens", "MB")
+    table = Table("run", "step", "attempt", "saved", "world size", "tokens", "MB", "")
     for row in rows:
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
         cells = (row["run_id"], row["step"], row["attempt"], saved, row["world_size"], f"{row['tokens']:,}")
-        table.add_row(*map(str, cells), f"{row['bytes'] / 1e6:.1f}")
+        note = row["damaged"] or ("pinned" if row["pinned"] else "")
+        table.add_row(*map(str, cells), f"{row['bytes'] / 1e6:.1f}", note)
     Console().print(table)
 
 
@@ -133,6 +137,51 @@ def checkpoints_diff(
     console = Console()
     console.print(table)
     console.print("bitwise equal" if equal else f"different; largest difference {largest}")
+
+
+@checkpoints_app.command("verify")
+def checkpoints_verify(url: CheckpointUrl, as_json: AsJson = False, s3_endpoint: S3Endpoint = "") -> None:
+    """Read every byte of a checkpoint and check it against its hashes; exit code 5 where one is wrong."""
+    from jobs.checkpoints import verify
+
+    found = verify(url)
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+    else:
+        for text in found.damaged:
+            typer.echo(text, err=True)
+        typer.echo(
+            f"step {found.step}: {found.files} file(s), {found.bytes / 1e6:.1f} MB, {len(found.damaged)} damaged"
+        )
+    if found.damaged:
+        raise typer.Exit(5)
+
+
+@checkpoints_app.command("rm")
+def checkpoints_rm(
+    url: CheckpointUrl,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also the newest one, with which the run would go on.")
+    ] = False,
+    s3_endpoint: S3Endpoint = "",
+) -> None:
+    """Delete the checkpoint at FOLDER@STEP."""
+    from jobs.checkpoints import remove
+
+    typer.echo(f"deleted: {remove(url, force)}")
+
+
+@checkpoints_app.command("pin")
+def checkpoints_pin(
+    url: CheckpointUrl,
+    undo: Annotated[bool, typer.Option("--undo", help="Let it go again.")] = False,
+    reason: Annotated[str, typer.Option(help="For people.")] = "",
+    s3_endpoint: S3Endpoint = "",
+) -> None:
+    """Keep a checkpoint, whatever the run's retention says."""
+    from jobs.checkpoints import pin
+
+    typer.echo(f"{'not pinned any more' if undo else 'pinned'}: {pin(url, reason, undo)}")
 
 
 @bench_app.command("overhead")

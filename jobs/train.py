@@ -30,6 +30,7 @@ def train(
     address: str | None,
     as_json: bool,
     kill_worker: int | None = None,
+    take_over: bool = False,
 ) -> None:
     """Train, then say what came out of it; with `as_json` as one JSON object on the last line of stdout.
 
@@ -46,7 +47,7 @@ def train(
         plots.append(_write_artifacts(run_config, result, record))
 
     with TerminalWatcher(run_config.train.global_batch * run_config.train.seq_len) as watcher:
-        result = run(run_config, resume, address, watcher, stop, artifacts, kill_worker)
+        result = run(run_config, resume, address, watcher, stop, artifacts, kill_worker, take_over)
     summary = _summary(run_config, result, plots[0] if plots else None)
     _print(summary, Console(stderr=as_json, highlight=False))
     if as_json:

@@ -17,14 +17,27 @@ class Commits:
         log: the run's log.
         attempt: which the shards are of.
         identity: what a resumed run must share.
-        before: called before each commit.
+        restored: where the attempt goes on from.
+        before: called before each commit; returns what is known of the run at that step.
+        after: called after each commit.
     """
 
-    def __init__(self, log: RunLog, attempt: int, identity: dict[str, Any], before: Callable[[], object]) -> None:
-        self.log, self.attempt, self.identity, self.before = log, attempt, identity, before
+    def __init__(
+        self,
+        log: RunLog,
+        attempt: int,
+        identity: dict[str, Any],
+        restored: Manifest | None,
+        before: Callable[[int], dict[str, float]],
+        after: Callable[[], object],
+    ) -> None:
+        self.log, self.attempt, self.identity = log, attempt, identity
+        self.before, self.after = before, after
         self.waiting: dict[tuple[int, int], dict[int, ShardWritten]] = {}
-        self.newest = 0, log.commits[-1].step if log.commits else -1
+        self.newest = 0, restored.step if restored else -1
         """Generation and step of the newest checkpoint; generation 0 stands for all of earlier attempts."""
+        self.bad: set[str] = set()
+        """Manifests of checkpoints that have turned out to be damaged."""
         self.given_up: set[int] = set()
         """Steps of which a shard could not be written."""
 
@@ -43,6 +56,7 @@ class Commits:
         manifest = Manifest(
             run_id=self.log.store.url.rsplit("/", 1)[-1],
             attempt=self.attempt,
+            generation=report.generation,
             step=report.step,
             world_size=report.world_size,
             identity=self.identity,
@@ -50,8 +64,20 @@ class Commits:
             shapes=shards[0].shapes,
             shards=tuple(shards[rank].shard for rank in sorted(shards)),
         )
-        self.before()
-        self.log.commit(manifest)
+        self.log.commit(manifest, self.before(report.step))
         self.newest = report.generation, report.step
         self.waiting = {key: shards for key, shards in self.waiting.items() if key[1] > report.step}
+        self.after()
         return manifest
+
+    def fall_back(self, damaged: Manifest) -> Manifest | None:
+        """Give a damaged checkpoint up and return the newest one before it that can be read.
+
+        Raises:
+            DamagedError: there is none.
+        """
+        self.bad.add(damaged.path)
+        good = self.log.newest_good(self.bad)
+        if good is not None:
+            self.newest = good.generation if good.attempt == self.attempt else 0, good.step
+        return good

@@ -68,7 +68,9 @@ class RecoveryConfig:
     max_preemptions: int = -1
     """Within an hour: nodes that were taken away with notice. -1: any number."""
     max_storage_failures: int = 5
-    """Within an hour: checkpoints that could not be written. -1: any number."""
+    """Within an hour: times that a checkpoint or the data could not be read. -1: any number."""
+    max_failed_saves: int = 3
+    """Checkpoints in a row that could not be written; one more ends the run."""
     poison_after: int = 3
     """A step that has ended the group this often ends the run."""
     max_in_a_row: int = 10
@@ -89,6 +91,7 @@ class RecoveryConfig:
                 for key in ("max_failures", "max_preemptions", "max_storage_failures")
             ),
             (self.poison_after >= 1, f"poison_after must be 1 or more, not {self.poison_after}"),
+            (self.max_failed_saves >= 0, f"max_failed_saves must be 0 or more, not {self.max_failed_saves}"),
             (self.max_in_a_row >= 1, f"max_in_a_row must be 1 or more, not {self.max_in_a_row}"),
             (self.free_retries >= 0, f"free_retries must be 0 or more, not {self.free_retries}"),
             (self.backoff_s >= 0, f"backoff_s must be 0 or more, not {self.backoff_s}"),

@@ -13,8 +13,20 @@ from typing import Any, Protocol
 
 from orchestrator.commits import Commits
 from orchestrator.config import RunConfig
-from orchestrator.events import DriverStarted, Event, Fault, Membership, Reason, Recovery, SaveFailure, Source, Tally
+from orchestrator.events import (
+    DriverStarted,
+    Event,
+    Fallback,
+    Fault,
+    Membership,
+    Reason,
+    Recovery,
+    SaveFailure,
+    Source,
+    Tally,
+)
 from orchestrator.handles import Gone
+from orchestrator.lease import Lease
 from orchestrator.policy import (
     FailurePolicy,
     FaultKind,
@@ -31,8 +43,20 @@ from orchestrator.pool import Pool, PoolWorker
 from orchestrator.run_log import FencedError
 from orchestrator.stop import StopSignal
 from orchestrator.worker_group import WorkerGroup
-from workers.errors import ClusterError, Interrupted, StorageError
-from workers.reports import KeeperLost, Report, Restored, Sampled, SaveFailed, ShardWritten, StepDone, Validated
+from workers.errors import ClusterError, DamagedError, Interrupted, StorageError
+from workers.reports import (
+    CheckpointDamaged,
+    KeeperLost,
+    Report,
+    Restored,
+    Sampled,
+    SaveFailed,
+    SaveRetried,
+    SaveSkipped,
+    ShardWritten,
+    StepDone,
+    Validated,
+)
 from workers.snapshots.kept import KeptShard, Snapshot
 from workers.task import KeeperLinks, Task
 from workers.task import Membership as Place
@@ -101,6 +125,7 @@ class Controller:
         progress: what the record has already.
         recorder: is told everything.
         tally: what adds up.
+        lease: the right to lead it.
         kill_after: for demonstrations: SIGKILL one worker after this step.
     """
 
@@ -113,9 +138,10 @@ class Controller:
         progress: Progress,
         recorder: Recorder,
         tally: Tally,
+        lease: Lease,
         kill_after: int | None = None,
     ) -> None:
-        self.config, self.pool, self.commits, self.task = config, pool, commits, task
+        self.config, self.pool, self.commits, self.task, self.lease = config, pool, commits, task, lease
         self.progress, self.recorder, self.tally, self.kill_after = progress, recorder, tally, kill_after
         self.policy = FailurePolicy(config.recovery)
         self.watchdog = Watchdog(config.recovery.hang_s)
@@ -128,7 +154,7 @@ class Controller:
         self.storage_bytes = 0
         self._restored: set[int] = set()
         self._early: list[ShardWritten] = []
-        """Shards of steps whose rows have not come yet: what a checkpoint stands for is on record before it counts."""
+        """Shards of steps whose rows have not come yet."""
         self.outcome = ""
         self.ended_at = progress.step
         self._hung: tuple[str, float] | None = None
@@ -414,6 +440,7 @@ class Controller:
         return [keeper.polling for keeper in self.pool.keepers.values() if keeper.polling is not None]
 
     def _look_after_pool(self) -> None:
+        self.lease.check()
         self.pool.refresh()
         self._take_all(self.pool.take_reports())
 
@@ -428,12 +455,19 @@ class Controller:
             case Validated() if report.step > self.progress.validated:
                 self.progress.validated = report.step
                 self.recorder.report(report)
-            case ShardWritten() if report.step > self.progress.step:
+                self._take_early()
+            case ShardWritten() if not self._on_record(report.step):
                 self._early.append(report)
             case ShardWritten():
                 self._commit(report)
             case SaveFailed():
                 self._save_failed(report.step, report.error)
+            case SaveRetried():
+                self.recorder.notice(f"step {report.step}: rank {report.rank} writes its shard again: {report.error}")
+            case SaveSkipped():
+                self.recorder.notice(f"step {report.step}: no checkpoint; the one before is still being written")
+            case CheckpointDamaged():
+                self._fall_back(report)
             case Restored():
                 self._restored.add(report.rank)
                 self.storage_bytes += report.storage_bytes
@@ -465,8 +499,17 @@ class Controller:
                 self.tally.recovered(recovery)
                 self._event(recovery)
         self.recorder.step(report, self.progress.world_size)
+        self._take_early()
+
+    def _on_record(self, step: int) -> bool:
+        """Tell whether all that belongs to a step has come: that goes on record before its checkpoint counts."""
+        validated = self.progress.validated >= step or not self.config.train.validates(step)
+        return self.progress.step >= step and validated
+
+    def _take_early(self) -> None:
         early, self._early = self._early, []
-        self._take_all(early)  # type: ignore[arg-type]
+        for shard in early:
+            self._take(shard)
 
     def _commit(self, report: ShardWritten) -> None:
         try:
@@ -477,9 +520,24 @@ class Controller:
             self._save_failed(report.step, str(error))
             return
         if manifest is not None:
+            self.policy.saved()
             self.progress.committed = manifest.step
             self.task = replace(self.task, manifest=manifest)
             self.recorder.committed(manifest.step)
+
+    def _fall_back(self, report: CheckpointDamaged) -> None:
+        """Go on from the last checkpoint that is whole."""
+        damaged = self.task.manifest
+        if damaged is None or damaged.step != report.step:
+            return  # Another rank has said so already.
+        try:
+            manifest = self.commits.fall_back(damaged)
+        except DamagedError as error:
+            raise DamagedError(f"{report.error}; {error}") from error
+        self.task = replace(self.task, manifest=manifest)
+        self.progress.committed = manifest.step if manifest else -1
+        self._event(Fallback(**self._now(), cause=report.error, damaged=damaged.step, good=self.progress.committed))
+        self.recorder.notice(f"{report.error}; going back to the checkpoint of step {self.progress.committed}")
 
     def _save_failed(self, step: int, error: str) -> None:
         if step <= self.progress.committed or step in self.commits.given_up:
@@ -487,7 +545,8 @@ class Controller:
         self.commits.given_up.add(step)
         self._event(SaveFailure(**self._now(), cause=error))
         self._saved_error = (step, error)
-        self._budget("storage", error, None)
+        if (over := self.policy.save_failed(error)) is not None:
+            raise over.error
         self.recorder.notice(f"step {step}: the checkpoint could not be written ({error})")
 
     def _event(self, event: Event) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.cluster import RayCluster, connected
 from orchestrator.commits import Commits
@@ -17,14 +17,28 @@ from orchestrator.config import RunConfig, flatten, task_of
 from orchestrator.controller import Controller, Progress
 from orchestrator.journal import Journal
 from orchestrator.keeper import new_token
+from orchestrator.lease import Lease
 from orchestrator.pool import Pool
-from orchestrator.preflight import Found, check_identity, check_inputs, find_run, identity, in_background, run_store
+from orchestrator.preflight import (
+    Found,
+    Inputs,
+    await_free_run,
+    check_identity,
+    check_inputs,
+    find_run,
+    identity,
+    in_background,
+    run_store,
+)
 from orchestrator.recorder import RunRecorder, Watcher, go_on_with
+from orchestrator.retention import Janitor
 from orchestrator.run_log import FencedError, RunLog
 from orchestrator.stop import StopSignal
-from workers.data.corpus import Corpus
 from workers.errors import ClusterError, Interrupted, StorageError
 from workers.storage import configure_s3
+
+if TYPE_CHECKING:
+    from orchestrator.tracking import RunRecord
 
 T = TypeVar("T")
 GRACE_S = 5.0
@@ -67,6 +81,7 @@ def run(
     stop: StopSignal,
     artifacts: Callable[[RunResult, Any], None] = lambda result, record: None,
     kill_after: int | None = None,
+    take_over: bool = False,
 ) -> RunResult:
     """Train a run from its start, or from where it is, to its end.
 
@@ -78,6 +93,7 @@ def run(
         stop: tells when a person wants it to end.
         artifacts: called with the result and the MLflow record before the record is closed.
         kill_after: for demonstrations: SIGKILL one worker after this step.
+        take_over: take the run from a driver that leads it.
 
     Returns:
         The result; `status` is `finished` or `interrupted`.
@@ -89,14 +105,16 @@ def run(
     inputs = _await(in_background(lambda: check_inputs(config), may_be_torn=True), stop)
     if not inputs.store_fences:
         watcher.warn(
-            f"{config.checkpoint.url} does not honour conditional creates: see to it that one driver alone leads a run"
+            f"{config.checkpoint.url} does not honour conditional creates: only the lease keeps two drivers apart"
         )
     found = in_background(lambda: find_run(config, inputs.corpus, resume), may_be_torn=False)
+    free = in_background(lambda: take_over or await_free_run(config, found.result()), may_be_torn=True)
 
     def check() -> None:
         stop.check()
-        if found.done():
-            found.result()  # A refusal does not wait for slots or workers.
+        for answer in (found, free):
+            if answer.done():
+                answer.result()  # A refusal does not wait for slots or workers.
 
     watcher.phase("starting Ray")
     with connected(address) as local:
@@ -111,7 +129,8 @@ def run(
                 check()
                 pool.refresh()
                 time.sleep(0.02)
-            return _lead(config, inputs.corpus, _await(found, stop), pool, watcher, stop, artifacts, kill_after)
+            _await(free, stop)
+            return _lead(config, inputs, _await(found, stop), pool, watcher, stop, artifacts, kill_after)
 
 
 def _await(future: Future[T], stop: StopSignal) -> T:
@@ -154,7 +173,7 @@ def _await_slots(pool: Pool, cluster: RayCluster, watcher: Watcher, check: Calla
 
 def _lead(
     config: RunConfig,
-    corpus: Corpus,
+    inputs: Inputs,
     found: Found,
     pool: Pool,
     watcher: Watcher,
@@ -168,55 +187,8 @@ def _lead(
     run_id = found.run_id or found.tracking.create(config.run.name, flatten(asdict(config)))
     record = RunRecord(found.tracking, run_id)
     try:
-        # The log is read anew: since the preflight another driver may have come and gone.
-        log = RunLog(run_store(config, run_id))
-        run_identity = identity(config, corpus)
-        if log.identity is not None:
-            check_identity(log, run_identity)
-        attempt, manifest = log.take_over(run_identity), log.manifest()
-        url = log.store.url
-        record.tag("raymuon.checkpoint_url", url)
-        journal = Journal(log.store, attempt)
-        restored = manifest.step if manifest else 0
-        tally = go_on_with(record, journal, restored, time.time())
-        recorder = RunRecorder(config, record, journal, watcher, url, tally)
-        progress = Progress(
-            step=max(restored, record.marks["train"]),
-            tokens=manifest.counters["tokens"] if manifest else 0,
-            validated=record.marks["validation"],
-            committed=restored if manifest else -1,
-        )
-        if manifest:
-            recorder.checkpoint = f"{url}@{restored}"
-        commits = Commits(log, attempt, run_identity, recorder.before_commit)
-        task = task_of(config, corpus, url, attempt, manifest)
-        controller = Controller(config, pool, commits, task, progress, recorder, tally, kill_after)
-        try:
-            with stop.during_training():
-                status = controller.run(stop)
-        finally:
-            recorder.close(time.time())
-        record.flush()
-        result = RunResult(
-            run_id,
-            status=status,
-            steps=controller.ended_at,
-            tokens=progress.tokens,
-            world_size=progress.world_size,
-            val_loss=recorder.val_loss,
-            checkpoint=recorder.checkpoint,
-            first_step_time=recorder.first_step_time,
-            sample=recorder.sample,
-            recoveries=len(tally.faults),
-            changes=[change for change in tally.recoveries if change["reason"] != "start"],
-            goodput=tally.goodput(time.time()),
-            mttr_s=tally.mean_time_to_recovery(),
-            losses=(record.history("loss"), record.history("val_loss")),
-        )
-        if result.losses[1]:
-            result.val_loss = result.losses[1][-1][1]
-            if result.losses[1][0][0] == 0:
-                result.val_loss_start = result.losses[1][0][1]
+        with Lease(run_store(config, run_id), strict=not inputs.store_fences) as lease:
+            result = _attempt(config, inputs, record, lease, pool, watcher, stop, kill_after)
         try:
             artifacts(result, record)
         except StorageError as error:  # The training is done and saved: a missing picture does not undo it.
@@ -229,4 +201,75 @@ def _lead(
             record.close("KILLED" if isinstance(error, Interrupted) else "FAILED")
         raise
     record.close("FINISHED" if result.status == "finished" else "KILLED")
+    return result
+
+
+def _attempt(
+    config: RunConfig,
+    inputs: Inputs,
+    record: "RunRecord",
+    lease: Lease,
+    pool: Pool,
+    watcher: Watcher,
+    stop: StopSignal,
+    kill_after: int | None,
+) -> RunResult:
+    """Take the run over, lead it to its end, and say what it came to."""
+    # The log is read anew: since the preflight another driver may have come and gone.
+    log = RunLog(lease.store, lease.check)
+    url, run_identity = log.store.url, identity(config, inputs.corpus)
+    if log.identity is not None:
+        check_identity(log, run_identity)
+    manifest = log.newest_good()
+    for text in log.damaged:
+        watcher.warn(f"{text}; it does not count")
+    attempt = log.take_over(run_identity)
+    record.tag("raymuon.checkpoint_url", url)
+    record.tag("raymuon.store_fences", str(inputs.store_fences).lower())
+    journal = Journal(log.store, attempt)
+    restored = manifest.step if manifest else 0
+    tally = go_on_with(record, journal, restored, time.time())
+    recorder = RunRecorder(config, record, journal, watcher, url, tally)
+    progress = Progress(
+        step=max(restored, record.marks["train"]),
+        tokens=manifest.counters["tokens"] if manifest else 0,
+        validated=record.marks["validation"],
+        committed=restored if manifest else -1,
+    )
+    if manifest:
+        recorder.checkpoint = f"{url}@{restored}"
+
+    def in_use() -> set[str]:
+        return {*commits.bad, *(task.path for task in (controller.task.manifest,) if task)}
+
+    with Janitor(log, config.checkpoint, in_use, watcher.warn) as janitor:
+        commits = Commits(log, attempt, run_identity, manifest, recorder.before_commit, janitor.wake)
+        task = task_of(config, inputs.corpus, url, attempt, manifest)
+        controller = Controller(config, pool, commits, task, progress, recorder, tally, lease, kill_after)
+        try:
+            with stop.during_training():
+                status = controller.run(stop)
+        finally:
+            recorder.close(time.time())
+    record.flush()
+    result = RunResult(
+        record.run_id,
+        status=status,
+        steps=controller.ended_at,
+        tokens=progress.tokens,
+        world_size=progress.world_size,
+        val_loss=recorder.val_loss,
+        checkpoint=recorder.checkpoint,
+        first_step_time=recorder.first_step_time,
+        sample=recorder.sample,
+        recoveries=len(tally.faults),
+        changes=[change for change in tally.recoveries if change["reason"] != "start"],
+        goodput=tally.goodput(time.time()),
+        mttr_s=tally.mean_time_to_recovery(),
+        losses=(record.history("loss"), record.history("val_loss")),
+    )
+    if result.losses[1]:
+        result.val_loss = result.losses[1][-1][1]
+        if result.losses[1][0][0] == 0:
+            result.val_loss_start = result.losses[1][0][1]
     return result

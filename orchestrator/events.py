@@ -77,6 +77,15 @@ class SaveFailure(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fallback(Event):
+    """The checkpoint of step `damaged` is not whole; the run goes on from that of step `good`."""
+
+    cause: str
+    damaged: int
+    good: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DriverStarted(Event):
     """A driver took the run over, as its attempt `attempt`."""
 

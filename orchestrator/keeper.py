@@ -21,18 +21,22 @@ from typing import Any
 
 import psutil
 
-from workers.checkpoint.manifest import BUFFER, Entry
+from workers.checkpoint.manifest import BUFFER, Entry, place_of
 from workers.checkpoint.shards import write_shard
 from workers.config import StorageConfig
 from workers.member import STACK_FILE
-from workers.reports import Report, SaveFailed, ShardWritten
+from workers.reports import Report, SaveFailed, SaveRetried, ShardWritten
 from workers.snapshots.kept import KeptShard
 from workers.snapshots.region import NONE, SLOTS, Region, RegionSize
 from workers.storage import Store, configure_s3
+from workers.uploads import Bandwidth
 from workers.wire import Address, Connection
 
-UPLOADS = 4
-"""Shards that are written to storage at the same time."""
+UPLOADS = 2
+"""Shards that are written to storage at the same time, each in several parts."""
+UPLOAD_TRIES = 4
+UPLOAD_BACKOFF_S = 1.0
+"""Before the second try; it doubles."""
 STACK_S = 0.3
 """How long a worker that is made to show its stack may take."""
 
@@ -49,6 +53,8 @@ class _Held:
     entries: list[tuple[Entry, int]] = field(default_factory=list)
     shapes: dict[str, list[int]] = field(default_factory=dict)
     buddy: Address | None = None
+    saving: int = 0
+    """Snapshots of this region that are on their way to storage."""
     agreed: int = 0
     """Snapshots so far that all ranks have agreed on."""
 
@@ -71,6 +77,7 @@ class Keeper:
         self._copies: dict[tuple[int, int], _Held] = {}
         self._fence = 0
         self._outbox: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._bandwidth = Bandwidth(storage.max_upload_mb_per_s * 1e6 if storage.max_upload_mb_per_s else None)
         self._uploads = ThreadPoolExecutor(UPLOADS, thread_name_prefix="upload")
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
 
@@ -155,6 +162,8 @@ class Keeper:
                     case "push" if held:
                         buddy = self._push(held, message["slot"], buddy)
                         peer.send({"pushed": buddy is not None})
+                    case "idle" if held:
+                        peer.send({"idle": not held.saving})
                     case "save" if held:
                         self._save(held, **message)
                         peer.send({})
@@ -249,23 +258,42 @@ class Keeper:
         else:
             peer.send({}, region.floats(slot)[offset : offset + count].data.cast("B"))
 
-    def _save(self, held: _Held, slot: int, run_url: str, prefix: str) -> None:
+    def _save(self, held: _Held, slot: int, run_url: str, attempt: int) -> None:
         """Copy the snapshot, so that its slot is free again, and write the copy to storage in a thread of its own."""
         values = held.region.floats(slot).copy()
         tensors = {entry: values[offset : offset + entry.length] for entry, offset in held.entries}
         step, counters = held.region.agreed(slot), held.region.notes(slot)["counters"]
 
+        about = {"generation": held.generation, "rank": held.rank, "step": step}
+        place = place_of(step, attempt, held.generation)
+
+        def write() -> Report:
+            for tries in range(1, UPLOAD_TRIES + 1):
+                try:
+                    shard = write_shard(Store(run_url), place, held.rank, tensors, self._bandwidth)
+                    return ShardWritten(
+                        **about,
+                        time=time.time(),
+                        world_size=held.world_size,
+                        shard=shard,
+                        counters=counters,
+                        shapes=held.shapes,
+                    )
+                except Exception as error:  # Whatever it is, the driver has to know that this shard will not come.
+                    if tries == UPLOAD_TRIES:
+                        return SaveFailed(**about, time=time.time(), error=str(error))
+                    self._outbox.put(SaveRetried(**about, time=time.time(), error=str(error)))
+                    time.sleep(UPLOAD_BACKOFF_S * 2 ** (tries - 1))
+            raise AssertionError
+
         def upload() -> None:
-            about = {"generation": held.generation, "rank": held.rank, "time": time.time(), "step": step}
-            try:
-                shard = write_shard(Store(run_url), prefix, tensors)
-                report: Report = ShardWritten(
-                    **about, world_size=held.world_size, shard=shard, counters=counters, shapes=held.shapes
-                )
-            except Exception as error:  # Whatever it is, the driver has to know that this shard will not come.
-                report = SaveFailed(**about, error=str(error))
+            report = write()
+            with self._lock:
+                held.saving -= 1
             self._outbox.put(report)
 
+        with self._lock:
+            held.saving += 1
         self._uploads.submit(upload)
 
 

@@ -161,6 +161,7 @@ class FailurePolicy:
     faults: dict[FaultKind, list[float]] = field(default_factory=dict)
     killers: Counter[int] = field(default_factory=Counter)
     in_a_row: int = 0
+    failed_saves: int = 0
 
     def fault(self, kind: FaultKind, cause: str, now: float, step: int | None = None) -> GoOn | GiveUp:
         """Decide what a fault leads to.
@@ -208,6 +209,22 @@ class FailurePolicy:
     def progressed(self) -> None:
         """Note a new finished step."""
         self.in_a_row = 0
+
+    def save_failed(self, cause: str) -> GiveUp | None:
+        """Note that a checkpoint could not be written; return the end of the run if it was one too many in a row."""
+        self.failed_saves += 1
+        if self.failed_saves <= self.config.max_failed_saves:
+            return None
+        return GiveUp(
+            StorageError(
+                f"{cause}; that is the {self.failed_saves}. checkpoint in a row that could not be written, "
+                f"recovery.max_failed_saves={self.config.max_failed_saves}"
+            )
+        )
+
+    def saved(self) -> None:
+        """Note that a checkpoint counts."""
+        self.failed_saves = 0
 
 
 WINDOW_S = 3600.0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlparse
 
 from orchestrator.config import RunConfig, flatten
+from orchestrator.lease import await_free
 from orchestrator.reach import reach
 from orchestrator.run_log import RunLog
 from workers.data.corpus import Corpus, check_corpus, prepare
@@ -78,6 +79,16 @@ def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
         raise ConfigError(f"--resume {resume}: nothing of run {run_id} is under checkpoint.url={config.checkpoint.url}")
     check_identity(log, identity(config, corpus))
     return Found(tracking, run_id)
+
+
+def await_free_run(config: RunConfig, found: Found) -> None:
+    """Wait until no other driver leads the run that was found.
+
+    Raises:
+        ClusterError: one does.
+    """
+    if found.run_id is not None:
+        await_free(run_store(config, found.run_id))
 
 
 def run_store(config: RunConfig, run_id: str) -> Store:

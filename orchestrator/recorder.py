@@ -61,6 +61,8 @@ class RunRecorder:
         self._faults = len(tally.faults)
         self._warned: str | None = None
         self._slow: set[int] = set()
+        self._losses: dict[str, tuple[int, float]] = {}
+        """Name, and the last step and its value."""
 
     def step(self, report: StepDone, world_size: int) -> None:
         """Record a step, once."""
@@ -79,6 +81,7 @@ class RunRecorder:
             "snapshot_every": report.snapshot_every,
             "snapshot_seconds": report.snapshot_seconds,
         }
+        self._losses["loss"] = report.step, report.loss
         self._row("train", report.step, report.time, values)
         self.watcher.report(report)
         if self.record.failure not in (None, self._warned):
@@ -90,6 +93,7 @@ class RunRecorder:
         match report:
             case Validated():
                 self.val_loss = report.loss
+                self._losses["val_loss"] = report.step, report.loss
                 self._row("validation", report.step, report.time, {"val_loss": report.loss})
             case Sampled():
                 self.sample = report.text
@@ -149,10 +153,15 @@ class RunRecorder:
         """Tell the person."""
         self.watcher.warn(text)
 
-    def before_commit(self) -> None:
-        """Put down what the checkpoint stands for: what MLflow does not take now is in the journal."""
+    def before_commit(self, step: int) -> dict[str, float]:
+        """Put down what the checkpoint stands for: what MLflow does not take now is in the journal.
+
+        Returns:
+            The losses of that step.
+        """
         self.record.flush()
         self.journal.ship()
+        return {name: loss for name, (at, loss) in self._losses.items() if at == step}
 
     def close(self, now: float) -> None:
         """Put down the rest, and what it all adds up to."""

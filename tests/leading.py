@@ -14,6 +14,7 @@ from orchestrator.controller import Controller, Progress
 from orchestrator.events import Event, Fault, Membership, Recovery, Tally
 from orchestrator.journal import Journal
 from orchestrator.keeper import new_token
+from orchestrator.lease import Lease
 from orchestrator.pool import Pool
 from orchestrator.run_log import RunLog
 from orchestrator.stop import StopSignal
@@ -109,17 +110,20 @@ class Lead:
         self.config, self.cluster, self.notes = config, cluster, notes or Notes()
         self.corpus = prepare(config.data)
         self.log = RunLog(Store(str(folder / "run")))
-        attempt, manifest = self.log.take_over({}), self.log.manifest()
+        attempt, manifest = self.log.take_over({}), self.log.newest_good()
         task = task_of(config, self.corpus, self.log.store.url, attempt, manifest)
         self.journal = Journal(self.log.store, attempt)
-        commits = Commits(self.log, attempt, {}, self.journal.ship)
+        commits = Commits(self.log, attempt, {}, manifest, self._before_commit, lambda: None)
         self.pool = Pool(
             cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, self.notes.notices.append
         )
         self.pool.rehearsal = task
         restored = manifest.step if manifest else 0
         progress = Progress(step=restored, committed=restored if manifest else -1)
-        self.controller = Controller(config, self.pool, commits, task, progress, self.notes, Tally(time.time()))
+        self.lease = Lease(self.log.store, strict=False)
+        self.controller = Controller(
+            config, self.pool, commits, task, progress, self.notes, Tally(time.time()), self.lease
+        )
         self.stop = StopSignal()
         self.error: BaseException | None = None
         self.outcome = ""
@@ -141,9 +145,13 @@ class Lead:
             raise self.error
         return self.notes
 
+    def _before_commit(self, step: int) -> dict[str, float]:
+        self.journal.ship()
+        return {}
+
     def _run(self) -> None:
         try:
-            with self.pool:
+            with self.lease, self.pool:
                 while self.pool.num_slots < self.config.scaling.min_workers or self.pool.num_starting:
                     self.pool.refresh()
                     time.sleep(0.01)

@@ -152,6 +152,10 @@ class TrainConfig:
         """Micro-batch slots of a global batch."""
         return self.global_batch // self.micro_batch
 
+    def validates(self, step: int) -> bool:
+        """Tell whether a validation belongs to a step."""
+        return step in (0, self.steps) or bool(self.validate_every and step % self.validate_every == 0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
@@ -166,6 +170,16 @@ class CheckpointConfig:
     snapshot_share allows, every step where it can be."""
     snapshot_share: float = 0.03
     """The share of the time that snapshots may take where snapshot_every is 0."""
+    keep_last: int = 5
+    """Newest checkpoints that are kept. 0: all of them."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept, too. 0: none for that."""
+    keep_best: int = 0
+    """Best checkpoints that are kept, too, by keep_best_by."""
+    keep_best_by: Literal["val_loss", "loss"] = "val_loss"
+    """What makes a checkpoint better, where it is lower; val_loss where a validation was made at its step."""
+    grace_s: float = 3600.0
+    """Files of dead attempts are left alone for this long."""
 
     def __post_init__(self) -> None:
         require(
@@ -173,6 +187,10 @@ class CheckpointConfig:
             (self.every >= 0, f"every must be 0 (the last step only) or more, not {self.every}"),
             (self.snapshot_every >= 0, f"snapshot_every must be 0 (automatic) or more, not {self.snapshot_every}"),
             (0 < self.snapshot_share < 1, f"snapshot_share must be between 0 and 1, not {self.snapshot_share}"),
+            *(
+                (getattr(self, key) >= 0, f"{key} must be 0 or more, not {getattr(self, key)}")
+                for key in ("keep_last", "keep_every", "keep_best", "grace_s")
+            ),
         )
 
 
@@ -182,9 +200,15 @@ class StorageConfig:
 
     s3_endpoint: str = ""
     """Endpoint URL of an S3 store that is not AWS; empty for AWS, or for what the environment says."""
+    max_upload_mb_per_s: float = 0.0
+    """Megabytes per second that a node writes to storage at most; 0: no limit."""
 
     def __post_init__(self) -> None:
         require(
+            (
+                self.max_upload_mb_per_s >= 0,
+                f"max_upload_mb_per_s must be 0 (no limit) or more, not {self.max_upload_mb_per_s}",
+            ),
             (
                 not self.s3_endpoint or self.s3_endpoint.startswith(("http://", "https://")),
                 f"s3_endpoint must start with http:// or https://, not {self.s3_endpoint!r}",

@@ -31,6 +31,14 @@ class StorageError(RaymuonError):
     exit_code = 5
 
 
+class NotFoundError(StorageError):
+    """A file is not there."""
+
+
+class DamagedError(StorageError):
+    """A file of a checkpoint is missing, or is not what was written."""
+
+
 class Interrupted(RaymuonError):
     """A person or the cluster asked the run to stop."""
 

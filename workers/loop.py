@@ -25,7 +25,7 @@ from workers.data.tokens import TokenSplit
 from workers.engine import Engine
 from workers.errors import TrainingError
 from workers.generate import generate
-from workers.reports import Sampled, SaveFailed, StepDone, Validated
+from workers.reports import Sampled, SaveFailed, SaveSkipped, StepDone, Validated
 from workers.snapshots.writer import SnapshotWriter
 from workers.state import Counters, replicated_tensors, shapes, shard_map, shard_tensors
 from workers.task import Membership, Task
@@ -308,21 +308,29 @@ class Trainer:
         After a fault the same question is asked again, so that neither a validation nor a checkpoint gets lost.
         """
         step, train = self.counters.step, self.task.train
-        due = step in (0, train.steps) or (train.validate_every and step % train.validate_every == 0)
-        if due and step > self.validated:
+        if train.validates(step) and step > self.validated:
             self.controls.mark("validate", step)
             self._validate()
             self.validated = step
         if self.member.keepers and (save or self._save_is_due(step)) and step > max(0, self.saved):
-            # The end of a run waits for a lost keeper to be replaced; a checkpoint on the way is left out.
-            for _ in range(SAVE_TRIES if save or step == train.steps else 1):
-                if self._snapshot():
-                    self.snapshots.save(self.task.run_url, f"{step:08d}-{self.task.attempt:04d}-{self.engine.rank:05d}")
-                    break
-                time.sleep(SAVE_RETRY_S)
-            else:
-                self.controls.report(SaveFailed, step=step, error="no snapshot to save: a keeper is missing")
+            self._save(step, last=save or step == train.steps)
             self.saved = step
+
+    def _save(self, step: int, last: bool) -> None:
+        """Have this step's snapshot written to storage, unless storage is slower than checkpoints come.
+
+        The last one always goes, and waits for a lost keeper to be replaced; one on the way is left out.
+        """
+        if not last and not self._all(self.snapshots.idle()):
+            if self.engine.rank == 0:
+                self.controls.report(SaveSkipped, step=step)
+            return
+        for _ in range(SAVE_TRIES if last else 1):
+            if self._snapshot():
+                self.snapshots.save(self.task.run_url, self.task.attempt)
+                return
+            time.sleep(SAVE_RETRY_S)
+        self.controls.report(SaveFailed, step=step, error="no snapshot to save: a keeper is missing")
 
     @torch.no_grad()
     def _validate(self) -> None:

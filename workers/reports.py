@@ -77,6 +77,29 @@ class SaveFailed(Report):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRetried(Report):
+    """A keeper could not write a shard, and tries again."""
+
+    step: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveSkipped(Report):
+    """A checkpoint was left out: the one before is still being written."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointDamaged(Report):
+    """A worker could not load the checkpoint of `step`: a file of it is missing or is not what was written."""
+
+    step: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KeeperLost(Report):
     """A worker cannot reach its keeper any more; training goes on without new snapshots."""
 

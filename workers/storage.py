@@ -9,14 +9,16 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import fsspec.config
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from workers.errors import StorageError
+from workers.errors import NotFoundError, StorageError
 
 
 def configure_s3(endpoint: str = "") -> None:
@@ -30,6 +32,14 @@ def configure_s3(endpoint: str = "") -> None:
     options["use_listings_cache"] = False  # Another process's new file has to be seen.
     if endpoint:
         options["endpoint_url"] = endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file's size in bytes, and when it was changed, in seconds since the epoch."""
+
+    size: int
+    modified: float
 
 
 @dataclass(frozen=True)
@@ -70,13 +80,35 @@ class Store:
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
-    def size(self, path: str) -> int | None:
-        """Return a file's size in bytes, None where it is missing."""
-        with storage_errors(f"{self.url}/{path}"):
+    def files(self, folder: str) -> dict[str, File]:
+        """Return all files below a folder by their paths from here; none if the folder is missing."""
+        with storage_errors(f"{self.url}/{folder}"):
             try:
-                return self.fs.info(self.path(path))["size"]
+                found = self.fs.find(self.path(folder), detail=True)
             except FileNotFoundError:
-                return None
+                return {}
+        root = len(self.path()) + 1
+        return {path[root:]: File(info["size"], _modified(info)) for path, info in found.items()}  # type: ignore[union-attr]
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Return the bytes from `start` up to `stop`; fewer where the file is shorter."""
+        with storage_errors(f"{self.url}/{path}"):
+            return bytes(self.fs.cat_file(self.path(path), start=start, end=stop))  # type: ignore[arg-type]
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a small file, over what is there."""
+        with storage_errors(f"{self.url}/{path}"):
+            target = self.path(path)
+            if isinstance(self.fs, LocalFileSystem):
+                with _temporary(Path(target), data) as temporary:
+                    temporary.replace(target)
+            else:
+                self.fs.pipe_file(target, data)
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        with storage_errors(f"{self.url}/{path}"), suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(path))
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a file that must not be there yet; of several writers exactly one gets True.
@@ -88,6 +120,8 @@ class Store:
             target = self.path(path)
             if isinstance(self.fs, LocalFileSystem):
                 return _create_local(Path(target), data)
+            if self.fs.exists(target):  # Not every store honours the condition; there this narrows the race.
+                return bytes(self.fs.cat_file(target)) == data  # type: ignore[arg-type]
             try:
                 self.fs.pipe_file(target, data, mode="create")
             except Exception:
@@ -126,32 +160,52 @@ def storage_errors(url: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         hint = "create the bucket, or check its name" if url.startswith("s3") else "check the path"
-        raise StorageError(f"{url}: not found ({error}); {hint}") from error
+        raise NotFoundError(f"{url}: not found ({error}); {hint}") from error
     except PermissionError as error:
         raise StorageError(f"{url}: access denied ({error}); check the keys and the rights that they have") from error
     except Exception as error:  # botocore and aiohttp have exceptions of their own, with no common base.
         raise StorageError(f"{url}: {type(error).__name__}: {error}") from error
 
 
-def _create_local(target: Path, data: bytes) -> bool:
+@contextmanager
+def temporary_beside(target: Path) -> Iterator[Path]:
+    """Name a temporary file beside the target; it is gone afterwards, and the target's name survives a power cut."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(target.parent)
+
+
+@contextmanager
+def _temporary(target: Path, data: bytes) -> Iterator[Path]:
+    """The same, with `data` in it."""
+    with temporary_beside(target) as temporary:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, target)
+        yield temporary
+
+
+def _create_local(target: Path, data: bytes) -> bool:
+    try:
+        with _temporary(target, data) as temporary:
+            os.link(temporary, target)
     except FileExistsError:
         return False
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-    _sync_folder(target.parent)
     return True
 
 
-def _sync_folder(folder: Path) -> None:
+def _modified(info: dict[str, Any]) -> float:
+    """Return when a file was changed, in seconds since the epoch; 0 where nobody knows."""
+    found = info.get("mtime") or info.get("LastModified") or info.get("modified") or info.get("created") or 0.0
+    return found.timestamp() if isinstance(found, datetime) else float(found)
+
+
+def sync_folder(folder: Path) -> None:
     """Make the new name survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

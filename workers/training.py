@@ -10,9 +10,9 @@ from workers.checkpoint.shards import CheckpointReader
 from workers.config import ModelConfig
 from workers.controls import Controls
 from workers.engine import Engine, build_engine, default_device, join_process_group, leave_process_group
-from workers.errors import StorageError
+from workers.errors import DamagedError, StorageError
 from workers.loop import Trainer
-from workers.reports import Restored
+from workers.reports import CheckpointDamaged, Restored
 from workers.snapshots.reader import SnapshotReader
 from workers.state import Counters, load_state, shard_map
 from workers.storage import Store
@@ -39,10 +39,16 @@ def train(engine: Engine, task: Task, member: Membership, controls: Controls) ->
 
     Raises:
         TrainingError: too many steps were not finite.
+        DamagedError: the checkpoint is not what was written; it is reported, too.
         StorageError: the checkpoint, a snapshot or the data could not be read.
     """
     controls.mark("restore", -1)
-    counters, storage_bytes = take_state(engine, task, member)
+    try:
+        counters, storage_bytes = take_state(engine, task, member)
+    except DamagedError as error:
+        assert task.manifest is not None
+        controls.report(CheckpointDamaged, step=task.manifest.step, error=str(error))
+        raise
     controls.report(Restored, step=counters.step, storage_bytes=storage_bytes)
     return Trainer(task, member, engine, counters, controls).run(), counters.step
 

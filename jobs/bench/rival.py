@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ def train_loop(settings: dict[str, str]) -> None:
     from workers.engine import adopt_process_group, build_engine, default_device
     from workers.loop import Trainer
     from workers.reports import StepDone
-    from workers.state import Counters, load_state, replicated_tensors, shapes, shard_map, shard_tensors
+    from workers.state import Counters, load_state, replicated_tensors, shard_map, shard_tensors
     from workers.storage import Store
     from workers.task import Membership
 
@@ -156,12 +155,9 @@ def train_loop(settings: dict[str, str]) -> None:
     counters = Counters()
     if checkpoint:
         parts = [json.loads(path.read_text()) for path in sorted(Path(checkpoint.path).glob("*.json"))]
-        shards = [
-            ShardFile(**{**part["shard"], "entries": tuple(ManifestEntry(*entry) for entry in part["entries"])})
-            for part in parts
-        ]
+        shards = tuple(ShardFile.decode(part["shard"]) for part in parts)
         counters = Counters(**parts[0]["counters"])
-        known = Manifest("", 1, counters.step, len(parts), {}, parts[0]["counters"], {}, tuple(shards))
+        known = Manifest("", 1, 1, counters.step, len(parts), {}, parts[0]["counters"], {}, shards)
         reader = CheckpointReader(Store(checkpoint.path), known)
         load_state(engine, reader, counters)
         tell(bytes=reader.bytes_read, restored=counters.step)
@@ -185,9 +181,8 @@ def train_loop(settings: dict[str, str]) -> None:
                 for kind, f in placed.fragments
                 if kind != "buffer" or rank == 0
             }
-            shard = write_shard(Store(folder), f"{counters.step}-{rank}", tensors)
-            part = {"shard": {**asdict(shard), "entries": []}, "counters": counters.as_dict(), "shapes": shapes(engine)}
-            part["entries"] = [[e.kind, e.name, e.start, e.length] for e in shard.entries]
+            shard = write_shard(Store(folder), f"{counters.step}", rank, tensors)
+            part = {"shard": shard.encode(), "counters": counters.as_dict()}
             (Path(folder) / f"{rank}.json").write_text(json.dumps(part))
             ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 

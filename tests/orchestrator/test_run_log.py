@@ -1,10 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 
-from orchestrator.run_log import RunLog
+from orchestrator.run_log import FencedError, RunLog
 from tests.workers.test_checkpoint import save
-from workers.errors import StorageError
+from workers.errors import DamagedError, StorageError
 from workers.storage import Store
 
 
@@ -47,10 +48,54 @@ def test_foreign_entries_are_refused(tmp_path):
     store.create("log/00000001.json", json.dumps({"format": "raymuon-log-9"}).encode())
     with pytest.raises(StorageError, match="raymuon-log-9"):
         RunLog(store)
-    other = Store(str(tmp_path / "other"))
-    other.create("log/00000001.json", b"not json")
-    with pytest.raises(StorageError, match="not an entry"):
-        RunLog(other)
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "not json"])
+def test_a_damaged_entry_does_not_count_and_is_named(tmp_path, harm):
+    store = Store(str(tmp_path))
+    log = RunLog(store)
+    log.take_over({})
+    log.commit(save(store, 2))
+    path = tmp_path / "log" / "00000002.json"
+    data = path.read_bytes()
+    flipped = data.replace(b'"step": 7', b'"step": 3')
+    path.write_bytes({"cut": data[:-10], "flip": flipped, "not json": b"not json"}[harm])
+    again = RunLog(store)
+    assert again.manifest() is None and "log/00000002.json" in again.damaged[0]
+    assert again.take_over({}) == 3, "it may have been a take-over"
+    assert [entry.number for entry in again.entries] == [1, 3]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    store = Store(str(tmp_path))
+    log = RunLog(store)
+    log.take_over({})
+    first = save(store, 2)
+    log.commit(first)
+    second = replace(first, step=8)
+    log.commit(second)
+    assert log.newest_good() == second and log.newest_good({second.path}) == first
+    (tmp_path / second.path).write_bytes(b"x")
+    assert RunLog(store).newest_good() == first
+    with pytest.raises(DamagedError, match="none of the 2 checkpoints is whole"):
+        RunLog(store).newest_good({first.path})
+
+
+def test_a_persons_pin_moves_the_driver_on_and_does_not_fence_it(tmp_path):
+    store = Store(str(tmp_path))
+    driver = RunLog(store)
+    driver.take_over({})
+    driver.commit(save(store, 2))
+    person = RunLog(store)
+    person.mark("pin", person.commits[0], "good one")
+    driver.commit(replace(save(store, 2), step=9))
+    assert [(e.number, e.kind) for e in RunLog(store).entries][2:] == [(3, "pin"), (4, "commit")]
+    assert driver.pins == {driver.commits[0].manifest}
+    person.mark("unpin", person.commits[0], "")
+    assert RunLog(store).pins == set()
+    RunLog(store).take_over({})
+    with pytest.raises(FencedError):
+        driver.mark("delete", driver.commits[0], "retention")
 
 
 def test_a_shard_that_only_its_writer_can_see_is_not_committed(tmp_path):

@@ -3,15 +3,15 @@
 import hashlib
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from optim.layout import GroupLayout
-from workers.checkpoint.manifest import BUFFER, Entry, Manifest
+from optim.layout import Fragment, GroupLayout
+from workers.checkpoint.manifest import BUFFER, CHUNK, Entry, Manifest, place_of
 from workers.checkpoint.shards import CheckpointReader, write_shard
-from workers.errors import StorageError
+from workers.errors import DamagedError, StorageError
 from workers.storage import Store
 
 SHAPES = {"a": [4, 6], "b": [3, 5, 7], "c": [2], "router.bias": [5]}
@@ -25,7 +25,7 @@ def layout(world_size: int) -> GroupLayout:
     return GroupLayout.of(list("abc"), [prod(SHAPES[name]) for name in "abc"], world_size)
 
 
-def save(store: Store, world_size: int) -> Manifest:
+def save(store: Store, world_size: int, step: int = 7) -> Manifest:
     shards = []
     for rank in range(world_size):
         tensors = {
@@ -35,9 +35,9 @@ def save(store: Store, world_size: int) -> Manifest:
         }
         if rank == 0:
             tensors[Entry(BUFFER, "router.bias", 0, 5)] = TRUTH[BUFFER, "router.bias"]
-        shards.append(write_shard(store, f"00000007-{rank}", tensors))
-    counters = {"step": 7, "tokens": 70, "applied_steps": 7}
-    return Manifest("run", 1, 7, world_size, {"seed": 0}, counters, SHAPES, tuple(shards))
+        shards.append(write_shard(store, place_of(step, 1, 1), rank, tensors))
+    counters = {"step": step, "tokens": 70, "applied_steps": step}
+    return Manifest("run", 1, 1, step, world_size, {"seed": 0}, counters, SHAPES, tuple(shards))
 
 
 @pytest.mark.parametrize("before", [1, 2, 3, 4])
@@ -74,7 +74,7 @@ def test_a_manifest_reads_back_and_its_hash_guards_it(tmp_path):
 
 def test_an_unknown_format_is_refused(tmp_path):
     store = Store(str(tmp_path))
-    data = save(store, 1).encode().replace(b"raymuon-checkpoint-1", b"raymuon-checkpoint-9")
+    data = save(store, 1).encode().replace(b"raymuon-checkpoint-2", b"raymuon-checkpoint-9")
     store.create("manifests/x.json", data)
     with pytest.raises(StorageError, match="raymuon-checkpoint-9"):
         Manifest.read(store, "manifests/x.json", hashlib.sha256(data).hexdigest())
@@ -87,14 +87,16 @@ def test_a_damaged_shard_is_named(tmp_path, harm):
     path = tmp_path / manifest.shards[1].path
     data = bytearray(path.read_bytes())
     if harm == "flip":
-        data[len(data) // 2] ^= 1
+        data[-300] ^= 1
         path.write_bytes(data)
     elif harm == "cut":
         path.write_bytes(data[:-1])
     else:
         path.unlink()
-    with pytest.raises(StorageError, match=Path(path).name):
+    with pytest.raises(DamagedError, match=path.name):
         CheckpointReader(store, manifest).tensor("weight", "b")
+    (told,) = CheckpointReader(store, manifest).verify()
+    assert path.name in told
 
 
 def test_an_incomplete_inventory_is_never_committed(tmp_path):
@@ -112,8 +114,51 @@ def test_an_incomplete_inventory_is_never_committed(tmp_path):
         replace(manifest, shards=tuple(stateless)).check_inventory()
 
 
-def test_the_files_hold_no_pickle(tmp_path):
-    save(Store(str(tmp_path)), 2)
-    for file in tmp_path.rglob("*.safetensors"):
-        header = int.from_bytes(file.read_bytes()[:8], "little")
-        assert file.read_bytes()[8 : 8 + header].strip().startswith(b"{")
+def test_the_files_are_what_safetensors_reads(tmp_path):
+    manifest = save(Store(str(tmp_path)), 2)
+    for shard in manifest.shards:
+        data = (tmp_path / shard.path).read_bytes()
+        tensors = safetensors.numpy.load(data)
+        assert len(data) == shard.size and tensors.keys() == {entry.key for entry in shard.entries}
+        for entry, offset in zip(shard.entries, shard.offsets, strict=True):
+            assert tensors[entry.key].tobytes() == data[offset : offset + 4 * entry.length]
+
+
+def large(store: Store, values: np.ndarray) -> CheckpointReader:
+    """One tensor of several chunks over two shards."""
+    half = values.size // 2 - 12345
+    pieces = [(0, values[:half]), (half, values[half:])]
+    shards = [
+        write_shard(store, place_of(1, 1, 1), rank, {Entry("weight", "w", start, part.size): part})
+        for rank, (start, part) in enumerate(pieces)
+    ]
+    shapes = {"w": [values.size]}
+    return CheckpointReader(store, Manifest("run", 1, 1, 1, 2, {}, {}, shapes, tuple(shards)))
+
+
+@pytest.mark.parametrize("url", ["{}", "memory://{}"])
+def test_only_the_chunks_of_an_interval_are_read(tmp_path, url):
+    values = random.standard_normal(10_000_000, np.float32)
+    store = Store(url.format(tmp_path))
+    reader = large(store, values)
+    assert reader.tensor("weight", "w").tobytes() == values.tobytes()
+    reader = CheckpointReader(store, reader.manifest)
+    for start, length in ((4_900_000, 200_000), (0, 1), (9_999_999, 1), (3_000_000, 1_000_000)):
+        before, target = reader.bytes_read, np.zeros(length + 2, np.float32)
+        reader.fill("weight", [Fragment("w", start, length, 1)], target)
+        assert target.tobytes() == b"\0" * 4 + values[start : start + length].tobytes() + b"\0" * 4
+        assert reader.bytes_read - before <= 4 * length + 4 * CHUNK
+    before = reader.bytes_read
+    reader.fill("weight", [Fragment("w", 3_000_001, 5, 0)], np.zeros(5, np.float32))
+    assert reader.bytes_read == before, "the chunk that was read last is at hand"
+
+
+def test_damage_outside_the_interval_does_not_matter_and_inside_it_does(tmp_path):
+    reader = large(Store(str(tmp_path)), random.standard_normal(10_000_000, np.float32))
+    path = tmp_path / reader.manifest.shards[0].path
+    data = bytearray(path.read_bytes())
+    data[5 * CHUNK + 17] ^= 4
+    path.write_bytes(data)
+    reader.fill("weight", [Fragment("w", 0, CHUNK, 0)], np.zeros(CHUNK, np.float32))
+    with pytest.raises(DamagedError, match=f"{path.name}: damaged .the SHA-256 of its MiB 5 "):
+        reader.fill("weight", [Fragment("w", CHUNK, CHUNK, 0)], np.zeros(CHUNK, np.float32))

@@ -6,14 +6,20 @@ and a shard only if the manifest gave it the shard's.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass
 from math import prod
 from typing import Any
 
-from workers.errors import StorageError
+from workers.errors import DamagedError, NotFoundError, StorageError
 from workers.storage import Store
 
-FORMAT = "raymuon-checkpoint-1"
+FORMAT = "raymuon-checkpoint-2"
+CHUNK = 1 << 20
+"""Bytes under one hash: a range of a shard is verified without the rest of it."""
+SHARDS, MANIFESTS = "shards", "manifests"
+"""Folders of a run."""
 WEIGHT, BUFFER = "weight", "buffer"
 """The kinds of master weights and of replicated tensors; the others are the optimizer's state keys."""
 
@@ -35,12 +41,35 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """One safetensors file: where it is in the run's folder, its size in bytes, its hash, and its entries."""
+    """One safetensors file of a checkpoint.
+
+    `path` in the run's folder; `size` in bytes; `header`: the bytes before the first tensor; `chunks`: the SHA-256 of
+    every `CHUNK` bytes, the last of what is left; `entries` in the order in which they lie, without gaps.
+    """
 
     path: str
     size: int
-    sha256: str
+    header: int
+    chunks: tuple[str, ...]
     entries: tuple[Entry, ...]
+
+    def encode(self) -> dict[str, Any]:
+        """Return the manifest's form; entries are lists, of which there are thousands."""
+        return {**asdict(self), "entries": [list(astuple(entry)) for entry in self.entries]}
+
+    @staticmethod
+    def decode(fields: dict[str, Any]) -> "ShardFile":
+        """Read the manifest's form."""
+        entries = tuple(Entry(*entry) for entry in fields["entries"])
+        return ShardFile(**{**fields, "chunks": tuple(fields["chunks"]), "entries": entries})
+
+    @property
+    def offsets(self) -> Iterator[int]:
+        """Yield where each entry's bytes begin in the file."""
+        at = self.header
+        for entry in self.entries:
+            yield at
+            at += 4 * entry.length
 
 
 @dataclass(frozen=True)
@@ -53,6 +82,7 @@ class Manifest:
 
     run_id: str
     attempt: int
+    generation: int
     step: int
     world_size: int
     identity: dict[str, Any]
@@ -62,12 +92,18 @@ class Manifest:
 
     @property
     def path(self) -> str:
-        """Where the manifest goes; an attempt writes each step's at most once."""
-        return f"manifests/{self.step:08d}-{self.attempt:04d}.json"
+        """Where the manifest goes; a generation of an attempt writes each step's at most once."""
+        return f"{MANIFESTS}/{place_of(self.step, self.attempt, self.generation)}.json"
+
+    @property
+    def size(self) -> int:
+        """Bytes in all shards."""
+        return sum(shard.size for shard in self.shards)
 
     def encode(self) -> bytes:
         """Return the file's content."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode()
+        fields = {**asdict(self), "shards": [shard.encode() for shard in self.shards]}
+        return json.dumps({"format": FORMAT, **fields}).encode()
 
     @staticmethod
     def read(store: Store, path: str, sha256: str) -> "Manifest":
@@ -76,17 +112,16 @@ class Manifest:
         Raises:
             StorageError: it is missing, damaged, or of a format that this version does not know.
         """
-        data = store.read(path)
+        try:
+            data = store.read(path)
+        except NotFoundError as error:
+            raise DamagedError(f"{store.url}/{path}: missing") from error
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise StorageError(f"{store.url}/{path}: damaged (its SHA-256 is not the run log's)")
+            raise DamagedError(f"{store.url}/{path}: damaged (its SHA-256 is not the run log's)")
         fields = json.loads(data)
         if (found := fields.pop("format")) != FORMAT:
             raise StorageError(f"{store.url}/{path}: checkpoint format {found!r}, this version reads {FORMAT!r}")
-        shards = tuple(
-            ShardFile(**{**shard, "entries": tuple(Entry(**entry) for entry in shard["entries"])})
-            for shard in fields.pop("shards")
-        )
-        return Manifest(**fields, shards=shards)
+        return Manifest(**{**fields, "shards": tuple(ShardFile.decode(shard) for shard in fields["shards"])})
 
     def check_inventory(self) -> None:
         """Check that the shards hold every element of every tensor exactly once, before anything is committed.
@@ -111,3 +146,14 @@ class Manifest:
         with_state = {name for kind, name in held if kind not in (WEIGHT, BUFFER)}
         if bare := {name for kind, name in held if kind == WEIGHT} - with_state:
             raise StorageError(f"step {self.step}: no optimizer state in the shards of {', '.join(sorted(bare))}")
+
+
+def place_of(step: int, attempt: int, generation: int) -> str:
+    """Return what the names of a checkpoint's files begin with."""
+    return f"{step:08d}-{attempt:04d}-{generation:04d}"
+
+
+def parse_place(path: str) -> tuple[int, int, int] | None:
+    """Return step, attempt and generation of a file in SHARDS or MANIFESTS; None for a foreign one."""
+    found = re.match(rf"(?:{SHARDS}|{MANIFESTS})/(\d{{8,}})-(\d{{4,}})-(\d{{4,}})\b", path)
+    return (int(found[1]), int(found[2]), int(found[3])) if found else None

@@ -77,9 +77,20 @@ class SnapshotWriter:
             self._region.agree(self._slot, notes)
             self._tell({"op": "push", "slot": self._slot})
 
-    def save(self, run_url: str, prefix: str) -> None:
+    def idle(self) -> bool:
+        """Tell whether the keeper has written everything that it was told to save; True where there is no keeper."""
+        self.wait()
+        if self._connection is None:
+            return True
+        try:
+            return self._connection.request({"op": "idle"})["idle"]
+        except OSError as error:
+            self._drop(error)
+            return True
+
+    def save(self, run_url: str, attempt: int) -> None:
         """Have the keeper write the last agreed snapshot to storage; it reports to the driver itself."""
-        self._tell({"op": "save", "slot": self._slot, "run_url": run_url, "prefix": prefix})
+        self._tell({"op": "save", "slot": self._slot, "run_url": run_url, "attempt": attempt})
 
     def close(self) -> None:
         """Wait for what the keeper still has to copy, and let go of it."""

@@ -1,0 +1,117 @@
+"""Checkpoints of a real group over processes: damage, storage that fails or is slow, and what training makes of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.events import Fallback
+from orchestrator.retention import Janitor
+from orchestrator.run_log import RunLog
+from tests.leading import Lead, config_of
+from tests.orchestrator.test_recovery import assert_equal_states
+from tests.processes import ProcessCluster
+from workers.config import CheckpointConfig, StorageConfig
+from workers.errors import DamagedError, StorageError
+from workers.storage import Store
+
+TWO = {"min_workers": 2, "max_workers": 2}
+
+
+def lead(folder, steps: int = 16, **changes) -> Lead:
+    settings = {"scaling": TWO, "train": {"steps": steps}, "checkpoint": {"every": 8}, **changes}
+    return Lead(config_of(folder, **settings), ProcessCluster({"a": 2}), folder)
+
+
+def harm(folder, step: int, what: str) -> str:
+    """Flip a byte in a checkpoint's manifest or in a shard; return the file's name."""
+    log = RunLog(Store(str(folder / "run")))
+    path = log.find(step).manifest if what == "manifest" else log.manifest(step).shards[1].path
+    file = folder / "run" / path
+    data = bytearray(file.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    file.write_bytes(data)
+    return file.name
+
+
+@pytest.mark.parametrize("what", ["manifest", "shard"])
+def test_a_damaged_checkpoint_is_named_and_fallen_back_from(tmp_path, what):
+    whole, harmed = tmp_path / "whole", tmp_path / "harmed"
+    for folder in (whole, harmed):
+        with lead(folder) as first:
+            assert first.wait().commits == [8, 16]
+    name = harm(harmed, 16, what)
+    for folder in (whole, harmed):
+        second = lead(folder, steps=24)
+        with second:
+            notes = second.wait()
+        # The steps that are trained again are on record already.
+        assert [row.step for row in notes.rows] == list(range(17 if folder == whole or what == "shard" else 9, 25))
+        assert notes.commits[-1] == 24
+    told = [*second.log.damaged, *notes.notices]
+    assert any(name in text and "damaged" in text for text in told)
+    assert [(event.damaged, event.good) for event in notes.of(Fallback)] == ([(16, 8)] if what == "shard" else [])
+    assert_equal_states(whole, harmed)
+
+
+def test_without_any_whole_checkpoint_nothing_is_begun_anew(tmp_path):
+    with lead(tmp_path, steps=8) as first:
+        first.wait()
+    name = harm(tmp_path, 8, "shard")
+    second = lead(tmp_path, steps=12)
+    with second, pytest.raises(DamagedError, match=f"{name}: damaged.*none of the 1 checkpoints is whole"):
+        second.wait()
+    assert second.notes.rows == []
+
+
+def test_an_upload_that_fails_is_tried_again(tmp_path):
+    blocked = tmp_path / "run" / "shards"
+    blocked.parent.mkdir()
+    blocked.write_text("in the way")
+    one = lead(tmp_path, steps=60)
+
+    def clear(*_) -> None:
+        if any("writes its shard again" in notice for notice in one.notes.notices):
+            blocked.unlink(missing_ok=True)
+
+    one.notes.on_step = clear
+    with one:
+        notes = one.wait()
+    assert notes.commits[-1] == 60 and notes.faults == [] and len(notes.rows) == 60
+
+
+def test_training_goes_on_until_too_many_checkpoints_in_a_row_have_failed(tmp_path):
+    blocked = tmp_path / "run" / "shards"
+    blocked.parent.mkdir()
+    blocked.write_text("in the way")
+    one = lead(tmp_path, steps=100_000, recovery={"max_failed_saves": 1}, checkpoint={"every": 1})
+    with one, pytest.raises(StorageError, match="2. checkpoint in a row that could not be written") as error:
+        one.wait()
+    assert "recovery.max_failed_saves=1" in str(error.value)
+    assert len(one.notes.rows) > 2 and one.notes.commits == [] and one.notes.faults == []
+
+
+def test_where_storage_is_slower_than_checkpoints_come_some_are_left_out(tmp_path):
+    fast = tmp_path / "fast"
+    with lead(fast, steps=2, checkpoint={"every": 2}) as one:
+        one.wait()
+    size = one.log.manifest().size / 2
+    slow = StorageConfig(max_upload_mb_per_s=size / 1e6)  # A shard takes a second.
+    one = lead(tmp_path / "slow", steps=60, checkpoint={"every": 2}, storage=slow)
+    with one:
+        notes = one.wait()
+    left_out = [notice for notice in notes.notices if "the one before is still being written" in notice]
+    assert left_out and len(left_out) + len(notes.commits) == 30
+    assert notes.commits[-1] == 60 and len(notes.rows) == 60 and notes.faults == []
+
+
+def test_retention_beside_training(tmp_path):
+    one = lead(tmp_path, steps=40, checkpoint={"every": 4})
+    keep = CheckpointConfig(keep_last=2, keep_every=20, grace_s=0)
+    with Janitor(one.log, keep, lambda: {one.controller.task.manifest.path}, one.notes.notices.append) as janitor:
+        one.controller.commits.after = janitor.wake
+        with one:
+            one.wait()
+    log = RunLog(Store(str(tmp_path / "run")))
+    assert [entry.step for entry in log.commits] == [20, 36, 40]
+    assert len(log.store.files("shards")) == 6 and len(log.store.files("manifests")) == 3
+    assert replace(log.manifest(20)).step == 20
