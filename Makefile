@@ -45,7 +45,7 @@ curves: $(INSTALLED) ## Muon and AdamW, each at the best of three learning rates
 bench: $(INSTALLED) ## raymuon against plain torchrun (10 minutes)
 	$(BIN)/raymuon bench overhead --json $(ARGS)
 
-bench-recovery: $(INSTALLED) ## seconds from a fault to the next new step, against Ray Train V2 (half an hour)
+bench-recovery: $(INSTALLED) ## seconds from a fault to the next new step, against Ray Train V2 (50 minutes)
 	$(BIN)/raymuon bench recovery --json $(ARGS)
 
 lock: ## write requirements.lock anew from what is in .venv/

@@ -236,7 +236,7 @@ PHASES = ("join", "restore", "validate", "compute", "wait", "reduce", "gather", 
 """What a training thread does, in the order of a step."""
 PATIENT_PHASES = frozenset({"join", "restore", "validate"})
 PATIENCE = 10.0
-"""How much longer the phases outside the steps, and the first step, may take."""
+"""How much longer the phases outside the steps may take, and the first step that a driver ever sees."""
 SLACK = 4.0
 """How much longer than the slowest so far a phase may take."""
 SLOW = 1.5
@@ -263,6 +263,8 @@ class Watchdog:
     heard: dict[int, float] = field(default_factory=dict)
     marks: dict[int, tuple[Mark, float]] = field(default_factory=dict)
     first_step: int | None = None
+    warm: bool = False
+    """Whether a second step was ever seen: from then on members have trained, or rehearsed, before their first."""
     slowest_s: float = 0.0
 
     def begin(self, ranks: Iterable[int], now: float) -> None:
@@ -280,6 +282,7 @@ class Watchdog:
         if mark.step > 0:
             self.first_step = mark.step if self.first_step is None else self.first_step
             if mark.step > self.first_step and mark.phase not in PATIENT_PHASES:
+                self.warm = True
                 self.slowest_s = max(self.slowest_s, mark.busy_s)
 
     def forget(self, rank: int) -> None:
@@ -325,8 +328,7 @@ class Watchdog:
 
     def _limit(self, mark: Mark) -> float:
         limit = max(self.hang_s, SLACK * self.slowest_s)
-        early = self.first_step is None or mark.step <= self.first_step
-        return limit * PATIENCE if early or mark.phase in PATIENT_PHASES else limit
+        return limit * PATIENCE if not self.warm or mark.phase in PATIENT_PHASES else limit
 
 
 def _position(mark: Mark) -> tuple[int, int]:

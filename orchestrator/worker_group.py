@@ -42,6 +42,8 @@ class WorkerGroup:
         """What members that had to be killed were doing."""
         self.told = -1
         """The last step whose row has come."""
+        self._started: set[int] = set()
+        """Ranks that were told to train: whoever was not has nothing to leave."""
         self._polls: dict[Future[Pulse], int] = {}
         self._links: dict[int, KeeperLinks] = {}
 
@@ -58,7 +60,7 @@ class WorkerGroup:
     @property
     def over(self) -> bool:
         """Tell whether nobody trains any more."""
-        return len(self.ended.keys() | self.gone.keys()) == self.world_size
+        return not self._present()
 
     def start(self, task: Task, membership: Membership, links: list[KeeperLinks]) -> None:
         """Form the group and let it train.
@@ -81,6 +83,7 @@ class WorkerGroup:
         for rank, member in enumerate(self.members):
             place = replace(membership, rank=rank, host=first.ready.host, port=port, links=links[rank])
             member.handle.call("start", place, task)  # A member that is gone fails its poll, too.
+            self._started.add(rank)
             self._poll(rank)
 
     def reports(self, timeout_s: float, others: Iterable[Future[Any]] = ()) -> list[Report]:
@@ -160,7 +163,7 @@ class WorkerGroup:
         return found
 
     def _present(self) -> list[int]:
-        return [rank for rank in range(self.world_size) if rank not in self.gone and rank not in self.ended]
+        return sorted(self._started - self.gone.keys() - self.ended.keys())
 
     def _poll(self, rank: int) -> None:
         self._polls[self.members[rank].handle.call("poll", POLL_S, self.told)] = rank

@@ -225,6 +225,15 @@ def test_slow_steps_and_first_steps_get_more_time():
     assert len(young.suspects(111.0)) == 1
 
 
+def test_after_a_recovery_a_hang_in_the_first_step_is_found_as_fast_as_any():
+    dog = watchdog(("compute", 5))
+    dog.begin([0], 100.0)
+    dog.observe(0, mark("restore", -1, 30.0), 130.0)
+    assert dog.suspects(130.0) == [], "the state of a large model takes its time"
+    dog.observe(0, mark("gather", 6, 8.5), 140.0)
+    assert len(dog.suspects(140.0)) == 1
+
+
 def test_slow_ranks_are_named():
     dog = Watchdog(hang_s=8.0)
     dog.begin(range(4), 0.0)

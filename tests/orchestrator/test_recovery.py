@@ -172,6 +172,28 @@ def test_a_second_fault_during_recovery(uninterrupted, tmp_path):
     assert_equal_states(folder, tmp_path)
 
 
+def test_a_fault_before_the_rendezvous_costs_no_survivor(tmp_path):
+    """Whoever would be rank 0 dies before the group is told to train: the others have nothing to leave."""
+    config = config_with_ledger(tmp_path, scaling={"max_workers": 4}, train={"steps": STEPS})
+    lead = Lead(config, ProcessCluster({"a": 4}, FaultyMember), tmp_path)
+    lead.notes.on_step = lambda step: inject(lead, 3, "compute", 11, "kill") if step == 8 else None
+    victims = []
+
+    def again(event):
+        if event in lead.notes.faults and not victims:
+            victims.append(min(c.number for c in lead.pool.candidates))
+            lead.pool.workers[victims[0]].handle.kill()
+
+    lead.notes.on_event = again
+    with lead:
+        notes = lead.wait()
+    before, after = notes.memberships[0], next(m for m in notes.memberships if m.generation == 3)
+    assert set(before.pids[1:3]) <= set(after.pids), "both survivors train on in their processes"
+    assert [fault.during_recovery for fault in notes.faults] == [False, True]
+    assert notes.stacks == {} and notes.recoveries[0].steps_redone == 0
+    assert_every_sample_of(lead, tmp_path)
+
+
 def test_announced_changes_of_the_world_size_touch_no_storage(tmp_path):
     """4 -> 3 -> 5 -> 1 -> 2; each first loss as at the old world size from the same state, within 1e-5."""
     config = config_of(
