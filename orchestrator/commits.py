@@ -19,7 +19,6 @@ class Commits:
         identity: what a resumed run must share.
         restored: where the attempt goes on from.
         before: called before each commit; returns what is known of the run at that step.
-        after: called after each commit.
     """
 
     def __init__(
@@ -29,10 +28,10 @@ class Commits:
         identity: dict[str, Any],
         restored: Manifest | None,
         before: Callable[[int], dict[str, float]],
-        after: Callable[[], object],
     ) -> None:
-        self.log, self.attempt, self.identity = log, attempt, identity
-        self.before, self.after = before, after
+        self.log, self.attempt, self.identity, self.before = log, attempt, identity, before
+        self.after: Callable[[], object] = lambda: None
+        """Called after each commit."""
         self.waiting: dict[tuple[int, int], dict[int, ShardWritten]] = {}
         self.newest = 0, restored.step if restored else -1
         """Generation and step of the newest checkpoint; generation 0 stands for all of earlier attempts."""

@@ -239,11 +239,9 @@ def _attempt(
     if manifest:
         recorder.checkpoint = f"{url}@{restored}"
 
-    def in_use() -> set[str]:
-        return {*commits.bad, *(task.path for task in (controller.task.manifest,) if task)}
-
-    with Janitor(log, config.checkpoint, in_use, watcher.warn) as janitor:
-        commits = Commits(log, attempt, run_identity, manifest, recorder.before_commit, janitor.wake)
+    commits = Commits(log, attempt, run_identity, manifest, recorder.before_commit)
+    with Janitor(log, config.checkpoint, commits.bad, watcher.warn) as janitor:
+        commits.after = janitor.wake
         task = task_of(config, inputs.corpus, url, attempt, manifest)
         controller = Controller(config, pool, commits, task, progress, recorder, tally, lease, kill_after)
         try:

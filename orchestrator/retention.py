@@ -73,13 +73,13 @@ def delete(log: RunLog, commit: Entry, reason: str) -> bool:
     return True
 
 
-def tidy(log: RunLog, config: CheckpointConfig, in_use: set[str], now: float) -> None:
+def tidy(log: RunLog, config: CheckpointConfig, bad: set[str], now: float) -> None:
     """Delete what is expendable, and collect what is left over.
 
     Args:
         log: of a run that this process leads.
         config: what is kept.
-        in_use: manifests that are being loaded or are known to be damaged: they are left alone, and do not count.
+        bad: manifests that are known to be damaged: they do not count, and are left alone.
         now: seconds since the epoch.
 
     Raises:
@@ -87,7 +87,7 @@ def tidy(log: RunLog, config: CheckpointConfig, in_use: set[str], now: float) ->
         StorageError: something could not be removed; it is tried again next time.
     """
     log.check_lead()
-    commits = [entry for entry in log.commits if entry.manifest not in in_use]
+    commits = [entry for entry in log.commits if entry.manifest not in bad]
     for entry in expendable(commits, log.pins, config):
         delete(log, entry, "retention")
     collect_leftovers(log, now - config.grace_s)
@@ -99,14 +99,12 @@ class Janitor:
     Args:
         log: of the run that this process leads.
         config: what is kept.
-        in_use: returns the manifests that are being loaded or are known to be damaged: they are left alone.
+        bad: manifests that are known to be damaged; they may become more. They do not count, and are left alone.
         notice: takes a line about what could not be removed.
     """
 
-    def __init__(
-        self, log: RunLog, config: CheckpointConfig, in_use: Callable[[], set[str]], notice: Callable[[str], object]
-    ) -> None:
-        self.log, self.config, self.in_use, self.notice = log, config, in_use, notice
+    def __init__(self, log: RunLog, config: CheckpointConfig, bad: set[str], notice: Callable[[str], object]) -> None:
+        self.log, self.config, self.bad, self.notice = log, config, bad, notice
         self._wake, self._ended = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="janitor")
 
@@ -129,7 +127,7 @@ class Janitor:
             self._wake.wait()
             self._wake.clear()
             try:
-                tidy(self.log, self.config, self.in_use(), time.time())
+                tidy(self.log, self.config, self.bad, time.time())
             except FencedError:
                 return  # The run is another driver's.
             except StorageError as error:

@@ -113,7 +113,7 @@ class Lead:
         attempt, manifest = self.log.take_over({}), self.log.newest_good()
         task = task_of(config, self.corpus, self.log.store.url, attempt, manifest)
         self.journal = Journal(self.log.store, attempt)
-        commits = Commits(self.log, attempt, {}, manifest, self._before_commit, lambda: None)
+        commits = Commits(self.log, attempt, {}, manifest, self._before_commit)
         self.pool = Pool(
             cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, self.notes.notices.append
         )

@@ -34,7 +34,7 @@ class Driver:
         self.log = RunLog(self.store)
         manifest = self.log.newest_good()
         self.attempt = self.log.take_over({})
-        self.commits = Commits(self.log, self.attempt, {}, manifest, lambda step: {"loss": float(step)}, lambda: None)
+        self.commits = Commits(self.log, self.attempt, {}, manifest, lambda step: {"loss": float(step)})
         self.step = manifest.step if manifest else 0
 
     def save(self) -> bool:
