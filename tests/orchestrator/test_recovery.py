@@ -275,7 +275,8 @@ def test_the_sudden_death_of_four_of_five_finds_storage(tmp_path):
         notes = lead.wait()
     recovery = notes.recoveries[0]
     restored = notes.memberships[1].restored_step
-    assert recovery.source == "storage" and recovery.storage_bytes > 0
+    # The last node may still hold two parts of the very snapshot that was saved last; three are in storage alone.
+    assert recovery.source.endswith("storage") and recovery.storage_bytes > 0
     assert restored in (5, 10, 15) and 0 <= recovery.steps_redone < STEPS - restored, "from the newest checkpoint"
     assert notes.worlds[-1] == 1 and [row.step for row in notes.rows] == [*range(1, STEPS + 1)]
     assert_every_sample_of(lead, tmp_path)
