@@ -104,12 +104,15 @@ class Notes:
 
 
 class Lead:
-    """One driver's attempt, in a thread of its own, so that a test can break things meanwhile."""
+    """One driver's attempt, in a thread of its own, so that a test can break things meanwhile.
 
-    def __init__(self, config: RunConfig, cluster: ProcessCluster, folder: Path, notes: Notes | None = None) -> None:
-        self.config, self.cluster, self.notes = config, cluster, notes or Notes()
+    The run's folder is `folder/run`, or a folder `run` at `url`.
+    """
+
+    def __init__(self, config: RunConfig, cluster: ProcessCluster, folder: Path, url: str = "") -> None:
+        self.config, self.cluster, self.notes = config, cluster, Notes()
         self.corpus = prepare(config.data)
-        self.log = RunLog(Store(str(folder / "run")))
+        self.log = RunLog(Store(f"{url or folder}/run"))
         attempt, manifest = self.log.take_over({}), self.log.newest_good()
         task = task_of(config, self.corpus, self.log.store.url, attempt, manifest)
         self.journal = Journal(self.log.store, attempt)

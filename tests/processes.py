@@ -16,9 +16,11 @@ from typing import Any
 
 from orchestrator.handles import Gone
 from orchestrator.keeper import Keeper
+from tests.servers import s3_environment
 from workers.config import StorageConfig
 from workers.member import Member
 
+os.environ.update(s3_environment())  # Before the server starts, from which all processes inherit.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch", "deepspeed", "workers.training", "orchestrator.keeper", "tests.ranks", "tests.processes"]

@@ -1,13 +1,17 @@
 """Real servers for tests: a Ray cluster and an S3 store, each in a process of its own."""
 
+import http.client
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import s3fs
@@ -61,6 +65,92 @@ def seaweedfs(folder: Path) -> Iterator[str]:
     finally:
         server.kill()  # A clean stop takes it twenty seconds, and the folder goes with the test.
         server.wait(20)
+
+
+@contextmanager
+def rclone(folder: Path) -> Iterator[str]:
+    """Run rclone's S3 server, which ignores conditions, and yield its endpoint."""
+    port = free_port()
+    (folder / "raymuon-test").mkdir()
+    command = [str(Path(sys.executable).with_name("rclone")), "serve", "s3", str(folder)]
+    command += ["--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}"]
+    with (folder.parent / "rclone.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    endpoint = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                assert s3(endpoint).exists("raymuon-test")
+                break
+            except Exception:
+                assert server.poll() is None, (folder.parent / "rclone.log").read_text()[-3000:]
+                time.sleep(0.1)
+        yield endpoint
+    finally:
+        server.kill()
+        server.wait(20)
+
+
+@contextmanager
+def unreliable(endpoint: str, share: float, seed: int) -> Iterator[str]:
+    """Run a proxy before an S3 server that harms a share of the requests; yield its endpoint.
+
+    A harmed request gets 500 or 503, is late, loses its connection before the server has it, or loses the reply.
+    """
+    host, port = endpoint.removeprefix("http://").split(":")
+    dice, lock = random.Random(seed), threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            with lock:
+                harm = dice.choice((500, 503, "late", "lost", "no reply")) if dice.random() < share else None
+            if harm == "lost":
+                self.close_connection = True
+                return
+            if harm in (500, 503):
+                code = "SlowDown" if harm == 503 else "InternalError"
+                self.reply(harm, {}, f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode())
+                return
+            if harm == "late":
+                time.sleep(1.0)
+            upstream = http.client.HTTPConnection(host, int(port), timeout=60)
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                upstream.putheader(name, value)
+            upstream.endheaders(body)
+            answer = upstream.getresponse()
+            data = answer.read()
+            upstream.close()
+            if harm == "no reply":
+                self.close_connection = True
+            else:
+                self.reply(answer.status, dict(answer.getheaders()), data)
+
+        def reply(self, status: int, headers: dict[str, str], data: bytes) -> None:
+            self.send_response_only(status)
+            length = headers.get("Content-Length", str(len(data))) if self.command == "HEAD" else str(len(data))
+            for name, value in {**headers, "Content-Length": length}.items():
+                if name.lower() not in ("transfer-encoding", "connection"):
+                    self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def s3(endpoint: str) -> s3fs.S3FileSystem:

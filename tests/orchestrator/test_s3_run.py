@@ -1,0 +1,102 @@
+"""A real group with its checkpoints on real S3 servers, which are killed during a save or answer as they like."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from jobs.checkpoints import list_checkpoints, verify
+from optim.config import OptimConfig
+from orchestrator.retention import Janitor
+from orchestrator.run_log import RunLog
+from tests.leading import Lead, config_of
+from tests.processes import ProcessCluster
+from tests.servers import rclone, seaweedfs, unreliable
+from workers.checkpoint.shards import CheckpointReader
+from workers.config import CheckpointConfig, StorageConfig
+from workers.errors import Interrupted
+from workers.storage import Store, configure_s3
+
+SERVERS = {"seaweedfs": seaweedfs, "rclone": rclone}
+URL = "s3://raymuon-test"
+
+
+@contextmanager
+def served(name: str, folder):
+    folder.mkdir()
+    with SERVERS[name](folder) as endpoint:
+        configure_s3(endpoint)
+        try:
+            yield endpoint
+        finally:
+            configure_s3("")
+
+
+def lead(folder, url: str, steps: int, **changes) -> Lead:
+    optim = OptimConfig(lr=1e-2, schedule="wsd", decay_fraction=0)
+    scaling = {"min_workers": 2, "max_workers": 2}
+    config = config_of(folder, scaling=scaling, optim=optim, train={"steps": steps}, **changes)
+    return Lead(config, ProcessCluster({"a": 2}), folder, url)
+
+
+def tensors(url: str) -> dict:
+    log = RunLog(Store(f"{url}/run"))
+    reader = CheckpointReader(log.store, log.manifest())
+    return {(kind, name): reader.tensor(kind, name) for kind in reader.kinds for name in reader.names(kind)}
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_killed_during_a_save_and_gone_on_with(tmp_path, server):
+    with lead(tmp_path, str(tmp_path), 30) as calm:
+        calm.wait()
+    expected = tensors(str(tmp_path))
+    with served(server, tmp_path / "served") as endpoint:
+        # A shard takes a third of a second, so most of the time one is on its way.
+        slow = StorageConfig(s3_endpoint=endpoint, max_upload_mb_per_s=calm.log.manifest().size / 2 * 3 / 1e6)
+        first = lead(tmp_path, URL, 30, checkpoint={"every": 5}, storage=slow)
+
+        def kill(step: int) -> None:
+            if len(first.notes.commits) == 2 and first.cluster.nodes:
+                first.cluster.kill_node("a")
+                first.stop.requests = 2
+
+        first.notes.on_step = kill
+        with first, pytest.raises(Interrupted):
+            first.wait()
+        newest = RunLog(Store(f"{URL}/run")).manifest()
+        assert newest.step == first.notes.commits[-1] < 30
+
+        quick = StorageConfig(s3_endpoint=endpoint)
+        second = lead(tmp_path, URL, 30, checkpoint={"every": 5}, storage=quick)
+        keep = CheckpointConfig(keep_last=2, grace_s=0)
+        with Janitor(second.log, keep, set(), second.notes.notices.append) as janitor:
+            second.controller.commits.after = janitor.wake
+            with second:
+                notes = second.wait()
+        assert [row.step for row in notes.rows] == [*range(newest.step + 1, 31)] and notes.commits[-1] == 30
+        listed = list_checkpoints(f"{URL}/run")
+        assert [row["step"] for row in listed] == [25, 30] and not any(row["damaged"] for row in listed)
+        for row in listed:
+            assert verify(row["url"]).damaged == []
+        held = [*second.log.store.files("shards"), *second.log.store.files("manifests")]
+        assert len(held) == 2 * (2 + 1), "nothing is left of the dead attempt"
+        found = tensors(URL)
+        assert [key for key in expected if not np.array_equal(expected[key], found[key])] == []
+
+
+def test_storage_that_fails_now_and_then_costs_nothing(tmp_path, seed):
+    with (
+        served("seaweedfs", tmp_path / "served") as endpoint,
+        unreliable(endpoint, 0.2, seed) as bad,
+    ):
+        config = StorageConfig(s3_endpoint=bad)
+        one = lead(tmp_path, URL, 40, checkpoint={"every": 4}, storage=config, recovery={"max_failed_saves": 9})
+        with one:
+            notes = one.wait(400)
+        print(*notes.notices, sep="\n")
+        assert notes.faults == [] and [row.step for row in notes.rows] == [*range(1, 41)]
+        assert notes.commits[-1] == 40 and notes.commits == sorted(set(notes.commits))
+        listed = list_checkpoints(f"{URL}/run")
+        assert [row["step"] for row in listed] == notes.commits
+        for row in listed:
+            assert verify(row["url"]).damaged == []

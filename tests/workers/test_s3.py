@@ -1,0 +1,128 @@
+"""Storage over two real S3 servers: SeaweedFS, which honours conditions, and rclone's, which ignores them."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests.servers import rclone, s3_environment, seaweedfs
+from workers.errors import StorageError
+from workers.storage import Store, configure_s3
+from workers.uploads import PART_BYTES, Bandwidth, abort_old_uploads, upload
+
+SERVERS = {"seaweedfs": seaweedfs, "rclone": rclone}
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request, tmp_path_factory):
+    os.environ.update(s3_environment())
+    folder = tmp_path_factory.mktemp("s3") / "served"
+    folder.mkdir()
+    with SERVERS[request.param](folder) as endpoint:
+        yield request.param, endpoint
+
+
+@pytest.fixture
+def store(server, request):
+    configure_s3(server[1])
+    yield Store(f"s3://raymuon-test/{request.node.name.translate({ord(c): '-' for c in '[]'})}")
+    configure_s3("")
+
+
+class Bytes:
+    """Content of pseudo-random bytes; `fails_at` raises there."""
+
+    def __init__(self, size: int, fails_at: int | None = None) -> None:
+        self.data, self.size, self.fails_at = os.urandom(1 << 20) * (size >> 20), size, fails_at
+
+    def read(self, start: int, stop: int) -> bytes:
+        if self.fails_at is not None and start >= self.fails_at:
+            raise OSError("the memory is gone")
+        return self.data[start:stop]
+
+
+def pending(store: Store) -> list:
+    bucket, prefix, _ = store.fs.split_path(store.path())
+    found = store.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix).get("Uploads", [])
+    return [one for one in found if one["Key"].startswith(prefix)]
+
+
+def test_the_probe_tells_which_server_keeps_two_drivers_apart(server, store):
+    assert store.probe() == (server[0] == "seaweedfs")
+    assert store.names("") == []
+
+
+def test_create_has_one_winner_where_the_server_honours_the_condition(server, store):
+    winners, barrier = [], threading.Barrier(8)
+
+    def race(number: int) -> None:
+        barrier.wait()
+        if store.create("log/1.json", f"{number}".encode()):
+            winners.append(number)
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.read("log/1.json") in {f"{winner}".encode() for winner in winners}
+    assert len(winners) == 1 or server[0] == "rclone"
+    assert not store.create("log/1.json", b"late"), "who looks first does not overwrite, on any server"
+
+
+@pytest.mark.parametrize("size", [3 << 20, 40 << 20])
+def test_a_file_in_parts_and_ranges_of_it(store, size):
+    content = Bytes(size)
+    upload(store, "a/big", content, Bandwidth(None))
+    assert store.files("a") == {"a/big": store.files("")["a/big"]} and store.files("a")["a/big"].size == size
+    assert abs(store.files("a")["a/big"].modified - time.time()) < 120
+    assert store.read("a/big") == content.data
+    for start, stop in ((0, 10), (size // 2 - 5, size // 2 + 5), (size - 7, size)):
+        assert store.read_range("a/big", start, stop) == content.data[start:stop]
+    store.put("a/small", b"one")
+    store.put("a/small", b"two")
+    assert store.read("a/small") == b"two"
+    store.remove("a/big")
+    store.remove("a/big")
+    assert list(store.files("a")) == ["a/small"]
+
+
+def test_an_upload_that_fails_leaves_nothing(store):
+    with pytest.raises(StorageError, match="the memory is gone"):
+        upload(store, "x", Bytes(64 << 20, fails_at=48 << 20), Bandwidth(None))
+    assert store.names("") == [] and pending(store) == []
+
+
+def test_an_upload_that_is_killed_is_invisible_and_collected_later(store, server):
+    code = (
+        "from tests.workers.test_s3 import *\n"
+        f"configure_s3({server[1]!r})\n"
+        f"upload(Store({store.url!r}), 'x', Bytes(64 << 20), Bandwidth(8e6))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    while not pending(store):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(2)
+    process.kill()
+    process.wait()
+    assert store.names("") == [] and len(pending(store)) == 1
+    assert abort_old_uploads(store, time.time() - 3600) == 0, "it may be on its way"
+    assert abort_old_uploads(store, time.time() + 3600) == 1
+    assert pending(store) == []
+
+
+def test_the_bandwidth_is_shared_and_kept(store):
+    bandwidth, began = Bandwidth(64e6), time.monotonic()
+    uploads = [
+        threading.Thread(target=upload, args=(store, f"{i}", Bytes(48 << 20), bandwidth), daemon=True) for i in range(2)
+    ]
+    for thread in uploads:
+        thread.start()
+    for thread in uploads:
+        thread.join()
+    # The first part goes at once, the others one after the other: 5 parts of 16 MiB at 64 MB/s.
+    assert time.monotonic() - began > 5 * PART_BYTES / 64e6 * 0.95
