@@ -95,7 +95,7 @@ def test_a_persons_pin_moves_the_driver_on_and_does_not_fence_it(tmp_path):
     assert RunLog(store).pins == set()
     RunLog(store).take_over({})
     with pytest.raises(FencedError):
-        driver.mark("delete", driver.commits[0], "retention")
+        driver.mark("delete", driver.commits[1], "retention")
 
 
 def test_a_shard_that_only_its_writer_can_see_is_not_committed(tmp_path):
