@@ -6,7 +6,7 @@ All problems of a config are gathered and told at once.
 import ast
 import difflib
 import inspect
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -55,7 +55,7 @@ def documented_yaml(config: RunConfig) -> str:
 
 def plain_yaml(config: RunConfig) -> str:
     """Return the resolved config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
 def _read(config: str, overrides: list[str]) -> dict[str, Any]:
@@ -88,11 +88,14 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
         name = f"{prefix}{key}"
         if key not in hints:
             problems.append(_unknown(name))
-        elif is_dataclass(section := hints[key]):
-            if isinstance(value, dict):
-                arguments[key] = _build(section, value, f"{name}.", problems)  # type: ignore[arg-type]
-            else:
+        elif kinds := _sections(hints[key]):
+            if not isinstance(value, dict):
                 problems.append(f"{name}: is a section with keys of its own, not {value!r}")
+            elif section := _chosen(kinds, value):
+                arguments[key] = _build(section, value, f"{name}.", problems)
+            else:
+                known = ", ".join(_default_name(kind) for kind in kinds)
+                problems.append(f"{name}.name: must be one of {known}, not {value['name']!r}")
         else:
             try:
                 arguments[key] = getattr(OmegaConf.merge(OmegaConf.structured(cls), {key: value}), key)
@@ -111,6 +114,21 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
     return made if len(problems) == before else None
 
 
+def _sections(hint: Any) -> list[type]:
+    """Return the dataclasses that a hint stands for, the default first; where there are several, `name` chooses."""
+    return [kind for kind in (get_args(hint) or (hint,)) if is_dataclass(kind)]  # type: ignore[misc]
+
+
+def _chosen(kinds: list[type], values: dict[str, Any]) -> type | None:
+    if len(kinds) == 1 or "name" not in values:
+        return kinds[0]
+    return next((kind for kind in kinds if _default_name(kind) == values["name"]), None)
+
+
+def _default_name(kind: type) -> str:
+    return next(field.default for field in fields(kind) if field.name == "name")  # type: ignore[arg-type]
+
+
 def _unknown(name: str) -> str:
     """Say that there is no such key, and which one may have been meant."""
     known = _all_keys(RunConfig, "")
@@ -122,8 +140,10 @@ def _unknown(name: str) -> str:
 def _all_keys(cls: type, prefix: str) -> list[str]:
     keys = []
     for key, hint in get_type_hints(cls).items():
-        keys += _all_keys(hint, f"{prefix}{key}.") if is_dataclass(hint) else [f"{prefix}{key}"]  # type: ignore[arg-type]
-    return keys
+        kinds = _sections(hint)
+        keys += [leaf for kind in kinds for leaf in _all_keys(kind, f"{prefix}{key}.")]
+        keys += [] if kinds else [f"{prefix}{key}"]
+    return list(dict.fromkeys(keys))
 
 
 def _type_name(hint: Any) -> str:

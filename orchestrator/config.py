@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from optim.config import OptimConfig, require
 from workers.checkpoint.manifest import Manifest
-from workers.config import CheckpointConfig, DataConfig, ModelConfig, StorageConfig, TrainConfig
+from workers.config import CheckpointConfig, DataConfig, ModelConfig, MoonlightConfig, StorageConfig, TrainConfig
 from workers.data.corpus import Corpus
 from workers.storage import absolute_url
 from workers.task import Task
@@ -138,7 +138,7 @@ class RunConfig:
 
     run: RunInfo = field(default_factory=RunInfo)
     """The run's name."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=MoonlightConfig)
     """Architecture and sizes."""
     data: DataConfig = field(default_factory=DataConfig)
     """Corpus."""

@@ -7,7 +7,7 @@ from optim.config import require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
+class MoonlightConfig:
     """A Moonlight: DeepSeek-V3's architecture (multi-head latent attention, mixture of experts).
 
     The defaults are Moonlight-16B-A3B's own, except for the vocabulary, which is bytes.
@@ -77,6 +77,54 @@ class ModelConfig:
             (self.router_bias_rate >= 0, f"router_bias_rate must be 0 or more, not {self.router_bias_rate}"),
             (self.init_std > 0, f"init_std must be greater than 0, not {self.init_std}"),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlamaConfig:
+    """A Llama: a dense transformer with grouped-query attention.
+
+    The defaults are Llama-3.2-1B's sizes, except for the vocabulary, which is bytes, and an output layer of its own.
+    """
+
+    name: Literal["llama"] = "llama"
+    """Architecture."""
+    vocab_size: int = 256
+    """Tokens; 256 is the byte-level vocabulary."""
+    hidden_size: int = 2048
+    """Width of the residual stream."""
+    num_layers: int = 16
+    """Transformer layers."""
+    num_heads: int = 32
+    """Query heads."""
+    num_kv_heads: int = 8
+    """Key and value heads; divides num_heads."""
+    head_dim: int = 64
+    """Width per head; even."""
+    rope_theta: float = 500000.0
+    """Base of the rotary positions."""
+    intermediate_size: int = 8192
+    """Width of the SwiGLU."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+        require(
+            *((getattr(self, key) >= 1, f"{key} must be 1 or more, not {getattr(self, key)}") for key in sizes),
+            (self.vocab_size >= 256, f"vocab_size must be 256 (bytes) or more, not {self.vocab_size}"),
+            (self.head_dim % 2 == 0, f"head_dim must be even, not {self.head_dim}"),
+            (
+                self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads == 0,
+                f"num_heads must be a multiple of num_kv_heads ({self.num_kv_heads}), not {self.num_heads}",
+            ),
+            (self.init_std > 0, f"init_std must be greater than 0, not {self.init_std}"),
+        )
+
+
+ModelConfig = MoonlightConfig | LlamaConfig
+"""Told apart by `name`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

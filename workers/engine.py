@@ -20,7 +20,7 @@ from torch import Tensor
 from optim.config import OptimConfig
 from optim.zero1 import Zero1Optimizer
 from workers.config import ModelConfig, TrainConfig
-from workers.models import moonlight
+from workers.models import LanguageModel, build
 
 # DeepSpeed's autotuner imports MLflow where it is installed: a second per worker, for nothing.
 _mlflow = sys.modules.get("mlflow")
@@ -51,7 +51,7 @@ class Engine:
     """The engine and what raymuon needs of its parts."""
 
     engine: Any
-    model: moonlight.Moonlight
+    model: LanguageModel
     optimizer: Zero1Optimizer
     device: torch.device
     rank: int
@@ -145,7 +145,7 @@ def build_engine(
     """
     if seed is not None:
         torch.manual_seed(seed)
-    model = moonlight.build(model_config, initialize=seed is not None).to(device)
+    model = build(model_config, initialize=seed is not None).to(device)
     optimizer = Zero1Optimizer(model.named_parameters(), optim_config)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -2,11 +2,13 @@
 
 import torch
 
-from workers.models.moonlight import Moonlight
+from workers.models import LanguageModel
 
 
 @torch.no_grad()
-def generate(model: Moonlight, prompt: str, num_bytes: int, context: int, seed: int, temperature: float = 0.7) -> str:
+def generate(
+    model: LanguageModel, prompt: str, num_bytes: int, context: int, seed: int, temperature: float = 0.7
+) -> str:
     """Return the prompt and up to `num_bytes` bytes after it; a document's end (a zero byte) stops it.
 
     Args:

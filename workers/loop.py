@@ -258,7 +258,7 @@ class Trainer:
             )
         else:
             counters.skipped_in_a_row = 0
-            self.engine.model.balance_experts(boundary.expert_load, self.task.model.router_bias_rate)
+            self.engine.model.balance_experts(boundary.expert_load)
         counters.step = step
         counters.tokens += boundary.tokens
         counters.applied_steps = self.engine.optimizer.applied_steps

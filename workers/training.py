@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore
 
 from workers.checkpoint.shards import CheckpointReader
-from workers.config import ModelConfig
+from workers.config import MoonlightConfig
 from workers.controls import Controls
 from workers.engine import Engine, build_engine, default_device, join_process_group, leave_process_group
 from workers.errors import DamagedError, StorageError
@@ -80,7 +80,7 @@ def take_state(engine: Engine, task: Task, member: Membership) -> tuple[Counters
 
 def rehearse(task: Task) -> None:
     """Train one throw-away step of a tiny model alone: a process's first engine costs seconds after all imports."""
-    tiny = ModelConfig(
+    tiny = MoonlightConfig(
         hidden_size=32,
         num_layers=2,
         num_heads=2,

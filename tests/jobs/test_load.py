@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from jobs.load import CONFIGS, documented_yaml, load, plain_yaml
+from workers.config import LlamaConfig
 from workers.errors import ConfigError
 
 
@@ -28,6 +29,15 @@ def test_every_key_is_documented():
         if ":" in line and not line.lstrip().startswith("#"):
             assert before.lstrip().startswith("# ") or before.endswith(":"), line
     assert len(yaml.safe_load("\n".join(lines))) == 11
+
+
+def test_the_models_name_chooses_its_keys():
+    config = load("demo-llama", ["model.num_kv_heads=4"])
+    assert isinstance(config.model, LlamaConfig) and config.model.num_kv_heads == 4
+    with pytest.raises(ConfigError, match=r"model.name: must be one of moonlight, llama, not 'lama'"):
+        load("demo-llama", ["model.name=lama"])
+    with pytest.raises(ConfigError, match="model.kv_lora_rank: unknown key"):
+        load("demo-llama", ["model.kv_lora_rank=4"])
 
 
 def test_all_problems_are_gathered_with_hints():

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from optim.routing import is_matrix
-from workers.config import ModelConfig
-from workers.models.moonlight import Moonlight, build
+from workers.config import MoonlightConfig
+from workers.models import build
+from workers.models.layers import rotary
+from workers.models.moonlight import Moonlight
 
-TINY = ModelConfig(
+TINY = MoonlightConfig(
     hidden_size=32,
     num_layers=2,
     num_heads=2,
@@ -28,13 +30,13 @@ TINY = ModelConfig(
 )
 
 
-def tiny(seed: int = 0) -> Moonlight:
+def tiny(seed: int = 0, **changes) -> Moonlight:
     torch.manual_seed(seed)
-    return build(TINY)
+    return build(replace(TINY, **changes))
 
 
 def test_parameter_counts_of_the_16b_are_the_published_ones():
-    config = replace(ModelConfig(), vocab_size=163840)
+    config = replace(MoonlightConfig(), vocab_size=163840)
     with torch.device("meta"):
         model = Moonlight(config)
     numels = {name: p.numel() for name, p in model.named_parameters()}
@@ -52,7 +54,7 @@ def test_the_gate_scale_makes_the_routed_output_as_large_as_one_expert():
     random = torch.Generator().manual_seed(0)
     scores = torch.randn(200_000, 64, generator=random).sigmoid().topk(6).values
     p = scores / scores.sum(-1, keepdim=True)
-    assert (1 / p.norm(dim=-1)).mean().item() == pytest.approx(ModelConfig().routed_scaling_factor, abs=1e-3)
+    assert (1 / p.norm(dim=-1)).mean().item() == pytest.approx(MoonlightConfig().routed_scaling_factor, abs=1e-3)
 
 
 def test_mixture_of_experts_equals_a_loop_over_tokens():
@@ -96,8 +98,6 @@ def test_attention_equals_the_definition():
                 ]
             )
             out[t, head] = scores.softmax(0) @ kv[: t + 1, head, 8:]
-    from workers.models.moonlight import rotary
-
     result = attention(x, rotary(7, 8, TINY.rope_theta, x.device))
     assert (result[0] - attention.o_proj(out.flatten(1))).abs().max() < 1e-5
 
@@ -112,9 +112,9 @@ def test_nothing_looks_ahead():
 
 
 def test_bias_moves_against_the_load_and_keeps_its_mean():
-    model = tiny()
+    model = tiny(router_bias_rate=0.1)
     load = torch.tensor([[10, 0, 2, 2, 2, 2]])
-    model.balance_experts(load, rate=0.1)
+    model.balance_experts(load)
     (bias,) = [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
     signs = torch.tensor([-1.0, 1, 1, 1, 1, 1])  # The mean load is 3.
     assert torch.allclose(bias, 0.1 * (signs - signs.mean()))
@@ -124,7 +124,7 @@ def test_bias_moves_against_the_load_and_keeps_its_mean():
 
 def test_bias_stays_in_fp32_when_the_model_becomes_bf16():
     model = tiny()
-    model.balance_experts(torch.tensor([[10, 0, 2, 2, 2, 2]]), rate=1e-3)
+    model.balance_experts(torch.tensor([[10, 0, 2, 2, 2, 2]]))
     before = model.state_dict()["model.layers.1.mlp.gate.e_score_correction_bias"].clone()
     model.bfloat16()
     bias = model.state_dict()["model.layers.1.mlp.gate.e_score_correction_bias"]

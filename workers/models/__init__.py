@@ -1,1 +1,27 @@
-"""Models are plain PyTorch, one file each."""
+"""The models: plain PyTorch, one file each. What they all can is `LanguageModel`."""
+
+import torch
+from torch import nn
+
+from workers.config import ModelConfig
+from workers.models.llama import Llama
+from workers.models.moonlight import Moonlight
+
+LanguageModel = Moonlight | Llama
+_MODELS = {"moonlight": Moonlight, "llama": Llama}
+
+
+def build(config: ModelConfig, initialize: bool = True) -> LanguageModel:
+    """Make the model with weights drawn from torch's current random state, or, to be filled later, with zeros."""
+    if not initialize:
+        with torch.device("meta"):
+            model = _MODELS[config.name](config)
+        model.to_empty(device="cpu")
+        for tensor in (*model.parameters(), *model.buffers()):
+            nn.init.zeros_(tensor)
+        return model
+    model = _MODELS[config.name](config)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:  # Norm gains start at one.
+            nn.init.normal_(parameter, std=config.init_std)
+    return model

@@ -11,29 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.config import ModelConfig
-
-
-def build(config: ModelConfig, initialize: bool = True) -> "Moonlight":
-    """Make the model with weights drawn from torch's current random state, or, to be filled later, with zeros."""
-    if not initialize:
-        with torch.device("meta"):
-            model = Moonlight(config)
-        model.to_empty(device="cpu")
-        for tensor in (*model.parameters(), *model.buffers()):
-            nn.init.zeros_(tensor)
-        return model
-    model = Moonlight(config)
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:  # Norm gains start at one.
-            nn.init.normal_(parameter, std=config.init_std)
-    return model
+from workers.config import MoonlightConfig
+from workers.models.layers import SwiGLU, rotary
 
 
 class Moonlight(nn.Module):
     """The causal language model: tokens `[batch, time]` to logits `[batch, time, vocabulary]`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: MoonlightConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Trunk(config)
@@ -54,20 +39,19 @@ class Moonlight(nn.Module):
             experts.load.zero_()
 
     @torch.no_grad()
-    def balance_experts(self, load: Tensor, rate: float) -> None:
+    def balance_experts(self, load: Tensor) -> None:
         """Move every router's bias against the load of the global batch.
 
-        `b <- b + rate * (sign(e) - mean(sign(e)))`, `e = mean load - load` (Moonlight, appendix C): taking the mean
-        away keeps the biases from drifting together.
+        `b <- b + u * (sign(e) - mean(sign(e)))`, `e = mean load - load` (Moonlight, appendix C), where u is
+        `router_bias_rate`: taking the mean away keeps the biases from drifting together.
 
         Args:
             load: tokens per expert, `[MoE layers, experts]`, summed over all ranks.
-            rate: u in the paper; 1e-3 in its stages 1 and 2.
         """
         for experts, tokens in zip(self._experts(), load.double(), strict=True):
             direction = torch.sign(tokens.mean() - tokens)
             bias = experts.gate.e_score_correction_bias
-            bias += (rate * (direction - direction.mean())).to(bias)
+            bias += (self.config.router_bias_rate * (direction - direction.mean())).to(bias)
 
     def _experts(self) -> list["MixtureOfExperts"]:
         return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
@@ -76,7 +60,7 @@ class Moonlight(nn.Module):
 class Trunk(nn.Module):
     """Embedding, layers and the last norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: MoonlightConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -95,7 +79,7 @@ class Trunk(nn.Module):
 class Layer(nn.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: ModelConfig, dense: bool) -> None:
+    def __init__(self, config: MoonlightConfig, dense: bool) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = LatentAttention(config)
@@ -108,13 +92,6 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def rotary(time: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine `[time, dim / 2]` of the rotary positions, in fp32."""
-    frequency = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-    angle = torch.outer(torch.arange(time, device=device, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
-
-
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate neighbouring pairs (DeepSeek's interleaved layout) of `[batch, heads, time, dim]` by their position."""
     cos, sin = rotation
@@ -125,7 +102,7 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 class LatentAttention(nn.Module):
     """Multi-head latent attention: keys and values come out of one narrow compression per token."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: MoonlightConfig) -> None:
         super().__init__()
         self.heads, self.rank = config.num_heads, config.kv_lora_rank
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -150,26 +127,12 @@ class LatentAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-class SwiGLU(nn.Module):
-    """The dense feed-forward layer, and the shared experts."""
-
-    def __init__(self, hidden: int, intermediate: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., hidden]` to the same."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class Router(nn.Module):
     """Scores by sigmoid; a bias that no gradient reaches steers the choice, but not the weight, of the experts."""
 
     e_score_correction_bias: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: MoonlightConfig) -> None:
         super().__init__()
         self.top_k, self.scale = config.num_experts_per_token, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
@@ -195,7 +158,7 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The routed experts' weights, stacked `[E, out, in]`: each slice is a matrix of its own to Muon."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: MoonlightConfig) -> None:
         super().__init__()
         experts, hidden, intermediate = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_proj = nn.Parameter(torch.empty(experts, intermediate, hidden))
@@ -214,7 +177,7 @@ class MixtureOfExperts(nn.Module):
 
     load: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: MoonlightConfig) -> None:
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)

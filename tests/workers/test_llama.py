@@ -1,0 +1,75 @@
+"""The dense model against plain, slow arithmetic."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from optim.config import ConfigProblems
+from optim.routing import is_matrix
+from workers.config import LlamaConfig
+from workers.models import build
+from workers.models.layers import rotary
+from workers.models.llama import Llama
+
+TINY = LlamaConfig(
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    init_std=0.1,
+)
+
+
+def tiny() -> Llama:
+    torch.manual_seed(0)
+    return build(TINY)
+
+
+def test_parameter_counts_are_those_of_llama_3_2_1b():
+    """Published: 1.23 billion with the embedding, which that model shares with its head, counted once."""
+    with torch.device("meta"):
+        model = Llama(replace(LlamaConfig(), vocab_size=128256))
+    numels = {name: p.numel() for name, p in model.named_parameters()}
+    assert sum(numels.values()) - numels["lm_head.weight"] == 1_235_814_400
+    muon = sum(p.numel() for name, p in model.named_parameters() if is_matrix(name, tuple(p.shape)))
+    assert muon == 16 * (2048 * 2048 * 2 + 2048 * 512 * 2 + 3 * 2048 * 8192)
+
+
+def test_attention_equals_the_definition():
+    attention = tiny().model.layers[0].self_attn
+    x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(2))
+
+    def turned(vector: torch.Tensor, position: int) -> torch.Tensor:
+        pairs = torch.complex(vector[:4], vector[4:])
+        angles = position * TINY.rope_theta ** (-torch.arange(0, 8, 2) / 8)
+        out = pairs * torch.polar(torch.ones(4), angles)
+        return torch.cat((out.real, out.imag))
+
+    out = torch.zeros(7, 4, 8)
+    q = attention.q_proj(x)[0].view(7, 4, 8)
+    k, v = attention.k_proj(x)[0].view(7, 2, 8), attention.v_proj(x)[0].view(7, 2, 8)
+    for head in range(4):
+        shared = head // 2
+        for t in range(7):
+            scores = torch.stack([turned(q[t, head], t) @ turned(k[s, shared], s) / math.sqrt(8) for s in range(t + 1)])
+            out[t, head] = scores.softmax(0) @ v[: t + 1, shared]
+    result = attention(x, rotary(7, 8, TINY.rope_theta, x.device))
+    assert (result[0] - attention.o_proj(out.flatten(1))).abs().max() < 1e-5
+
+
+def test_nothing_looks_ahead():
+    model = tiny().eval()
+    tokens = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(3))
+    changed = tokens.clone()
+    changed[0, 8:] = 0
+    difference = (model(tokens) - model(changed)).abs().amax(-1)[0]
+    assert difference[:8].max() < 1e-5 < difference[8:].min()
+
+
+def test_heads_that_cannot_be_shared_are_refused():
+    with pytest.raises(ConfigProblems, match=r"num_heads must be a multiple of num_kv_heads \(3\), not 4"):
+        replace(TINY, num_kv_heads=3)

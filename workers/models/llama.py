@@ -1,0 +1,100 @@
+"""Llama: a dense transformer with grouped-query attention, SwiGLU, RMSNorm and rotary positions.
+
+Parameter names are Hugging Face's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workers.config import LlamaConfig
+from workers.models.layers import SwiGLU, rotary
+
+
+class Llama(nn.Module):
+    """The causal language model: tokens `[batch, time]` to logits `[batch, time, vocabulary]`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of each next token, in the dtype of the weights."""
+        return self.lm_head(self.model(tokens))
+
+    def expert_load(self) -> Tensor:
+        """Return the load of experts, of which there are none: int64 `[0, 0]`."""
+        return torch.zeros(0, 0, dtype=torch.int64)
+
+    def clear_expert_load(self) -> None:
+        """Do nothing: nothing is counted."""
+
+    def balance_experts(self, load: Tensor) -> None:
+        """Do nothing: there is nothing to balance."""
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states `[batch, time, hidden]`."""
+        x = self.embed_tokens(tokens)
+        rotation = rotary(tokens.size(1), self.config.head_dim, self.config.rope_theta, tokens.device)
+        for layer in self.layers:
+            x = layer(x, rotation)
+        return self.norm(x)
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = GroupedQueryAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Map `[batch, time, hidden]` to the same."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (i, i + dim / 2) (Hugging Face's layout) of `[batch, heads, time, dim]` by their position."""
+    cos, sin = rotation
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1).to(x.dtype)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Attention in which several query heads share a key and value head."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.dim = config.head_dim
+        hidden, queries, keys = config.hidden_size, config.num_heads * self.dim, config.num_kv_heads * self.dim
+        self.q_proj = nn.Linear(hidden, queries, bias=False)
+        self.k_proj = nn.Linear(hidden, keys, bias=False)
+        self.v_proj = nn.Linear(hidden, keys, bias=False)
+        self.o_proj = nn.Linear(queries, hidden, bias=False)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Map `[batch, time, hidden]` to the same."""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
