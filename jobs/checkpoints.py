@@ -58,7 +58,12 @@ def _rows(log: RunLog) -> list[dict[str, Any]]:
     return rows
 
 
-def _find(url: str) -> tuple[RunLog, Entry]:
+def find(url: str) -> tuple[RunLog, Entry]:
+    """Return the log and the commit of the checkpoint at `URL[@STEP]`.
+
+    Raises:
+        ConfigError: there is none.
+    """
     base, step = split_step(url)
     log = RunLog(Store(absolute_url(base)))
     commit = log.find(step)
@@ -75,7 +80,7 @@ def open_checkpoint(url: str) -> CheckpointReader:
         ConfigError: there is none.
         DamagedError: it is not what was committed.
     """
-    log, commit = _find(url)
+    log, commit = find(url)
     return CheckpointReader(log.store, Manifest.read(log.store, commit.manifest, commit.sha256))
 
 
@@ -96,7 +101,7 @@ def verify(url: str) -> Verified:
     Raises:
         ConfigError: there is none.
     """
-    log, commit = _find(url)
+    log, commit = find(url)
     try:
         manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
     except DamagedError as error:
@@ -111,7 +116,7 @@ def remove(url: str, force: bool) -> str:
     Raises:
         ConfigError: there is none, it is pinned, or it is the newest.
     """
-    log, commit = _find(url)
+    log, commit = find(url)
     if split_step(url)[1] is None:
         raise ConfigError(f"{url}: say which one: {url}@{commit.step}")
     if commit == log.find() and not force:
@@ -127,7 +132,7 @@ def pin(url: str, reason: str, undo: bool) -> str:
     Raises:
         ConfigError: there is none.
     """
-    log, commit = _find(url)
+    log, commit = find(url)
     log.mark("unpin" if undo else "pin", commit, reason)
     return f"{log.store.url}@{commit.step}"
 

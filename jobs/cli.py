@@ -62,6 +62,27 @@ def train(
     train(config, overrides or [], resume, address, as_json, kill_worker, takeover)
 
 
+@app.command()
+def export(
+    url: CheckpointUrl,
+    to: Annotated[str, typer.Option(help="A new folder, or an fsspec URL.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or float32.")] = "bfloat16",
+    series: Annotated[bool, typer.Option("--series", help="All checkpoints, each in a folder of its own.")] = False,
+    as_json: AsJson = False,
+    s3_endpoint: S3Endpoint = "",
+) -> None:
+    """Write a checkpoint as a Hugging Face model: safetensors, config, tokenizer, model card."""
+    from jobs.export import export, export_series
+    from workers.errors import ConfigError
+
+    if dtype not in ("bfloat16", "float32"):
+        raise ConfigError(f"--dtype must be bfloat16 or float32, not {dtype!r}")
+    exported = export_series(url, to, dtype) if series else [export(url, to, dtype)]
+    for one in exported:
+        line = f"step {one.step}: {len(one.files)} file(s), {one.bytes / 1e6:.1f} MB in {one.url}"
+        typer.echo(json.dumps(asdict(one)) if as_json else line)
+
+
 @app.command(name="config")
 def config_(config: Config = "demo", overrides: Overrides = None) -> None:
     """Print a config with all its keys, resolved and documented."""

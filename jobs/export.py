@@ -1,0 +1,161 @@
+"""`raymuon export`: a checkpoint's weights as a folder that Hugging Face's libraries read."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from jobs.checkpoints import find
+from jobs.hugging_face import byte_tokenizer, config_of, generation_config, tensors_of
+from orchestrator.run_log import Entry
+from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
+from workers.checkpoint.shards import CheckpointReader
+from workers.config import LlamaConfig, ModelConfig, MoonlightConfig
+from workers.errors import ConfigError
+from workers.storage import Store, absolute_url
+
+SHARD_BYTES = 4 << 30
+"""Of an exported file, at most, but for a tensor that is larger."""
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written."""
+
+    url: str
+    step: int
+    files: list[str]
+    bytes: int
+
+
+def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES) -> Exported:
+    """Write the checkpoint at `URL[@STEP]` into the folder `to`, a local one or an fsspec URL.
+
+    `config.json` comes last: without it nobody takes the folder for a model.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or something is in the folder already.
+        StorageError: something is damaged or could not be written.
+    """
+    log, commit = find(url)
+    manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
+    reader = CheckpointReader(log.store, manifest)
+    model, seq_len = model_of(manifest), manifest.identity["train.seq_len"]
+    target = Store(absolute_url(to))
+    if target.names(""):
+        raise ConfigError(f"--to {to}: something is there already; name a new folder")
+
+    plan = _plan(manifest, 4 if dtype == "float32" else 2, shard_bytes)
+    where: dict[str, str] = {}
+    for number, names in enumerate(plan, 1):
+        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        tensors = dict(_exported(reader, names))
+        target.put(file, _encode(tensors, dtype))
+        where |= dict.fromkeys(tensors, file)
+    size = sum(file.size for file in target.files("").values())
+    texts = {
+        "README.md": _card(manifest, commit, model, dtype),
+        "generation_config.json": json.dumps(generation_config(), indent=2),
+        **(byte_tokenizer() if model.vocab_size == 256 else {}),
+    }
+    if len(plan) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        texts["model.safetensors.index.json"] = json.dumps(index, indent=2)
+    texts["config.json"] = json.dumps(config_of(model, seq_len, dtype), indent=2)
+    for name, text in texts.items():
+        target.put(name, text.encode())
+    files = target.files("")
+    return Exported(target.url, manifest.step, sorted(files), sum(file.size for file in files.values()))
+
+
+def export_series(url: str, to: str, dtype: Dtype) -> list[Exported]:
+    """Write every checkpoint of the run at `url` into a folder `step-...` of its own under `to`."""
+    log, _ = find(url)
+    return [
+        export(f"{log.store.url}@{commit.step}", f"{to.rstrip('/')}/step-{commit.step:08d}", dtype)
+        for commit in log.commits
+    ]
+
+
+def model_of(manifest: Manifest) -> ModelConfig:
+    """Return the architecture and sizes of the model in a checkpoint."""
+    fields = manifest.identity["model"]
+    return {"moonlight": MoonlightConfig, "llama": LlamaConfig}[fields["name"]](**fields)
+
+
+def _plan(manifest: Manifest, item_bytes: int, shard_bytes: int) -> list[list[str]]:
+    """Cut the names, in the model's order, into files of at most `shard_bytes`."""
+    plan: list[list[str]] = [[]]
+    size = 0
+    for name, shape in manifest.shapes.items():
+        added = int(np.prod(shape)) * item_bytes
+        if plan[-1] and size + added > shard_bytes:
+            plan.append([])
+            size = 0
+        plan[-1].append(name)
+        size += added
+    return plan
+
+
+def _exported(reader: CheckpointReader, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    buffers = set(reader.names(BUFFER))
+    for name in names:
+        yield from tensors_of(name, reader.tensor(BUFFER if name in buffers else WEIGHT, name))
+
+
+def _encode(tensors: dict[str, np.ndarray], dtype: Dtype) -> bytes:
+    """Return a safetensors file; what steers the choice of experts stays fp32."""
+    import torch
+    from safetensors.torch import save
+
+    kind = getattr(torch, dtype)
+    converted = {
+        name: torch.from_numpy(tensor).to(torch.float32 if name.endswith("correction_bias") else kind).contiguous()
+        for name, tensor in tensors.items()
+    }
+    return save(converted, metadata={"format": "pt"})
+
+
+def _card(manifest: Manifest, commit: Entry, model: ModelConfig, dtype: str) -> str:
+    """Return the model card: where the weights come from, and the run's figures."""
+    parameters = sum(int(np.prod(shape)) for name, shape in manifest.shapes.items() if "correction_bias" not in name)
+    rows: dict[str, Any] = {
+        "architecture": model.name,
+        "parameters": f"{parameters:,}",
+        "weights": dtype,
+        "training run": manifest.run_id,
+        "step": manifest.step,
+        "tokens": f"{manifest.counters['tokens']:,}",
+        "optimizer": manifest.identity["optim.name"],
+        "sequence length": manifest.identity["train.seq_len"],
+        "global batch": f"{manifest.identity['train.global_batch']} sequences",
+        "SHA-256 of the data": manifest.identity["data"],
+        **{f"{name} (nats per token)": f"{value:.4f}" for name, value in sorted(commit.metrics.items())},
+        "saved": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(commit.time)),
+    }
+    tokens = " The tokens are bytes; a zero byte ends a document." if model.vocab_size == 256 else ""
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {manifest.run_id} at step {manifest.step}
+
+Pretrained with raymuon.{tokens}
+
+| | |
+| --- | --- |
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+"""

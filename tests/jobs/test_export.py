@@ -1,0 +1,116 @@
+"""Exported models, loaded by transformers."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.export import export, export_series
+from orchestrator.run_log import RunLog
+from tests.workers import test_llama, test_moonlight
+from workers.checkpoint.manifest import BUFFER, WEIGHT, Entry, Manifest, place_of
+from workers.checkpoint.shards import write_shard
+from workers.errors import ConfigError
+from workers.models import build
+from workers.storage import Store
+
+MODELS = {"moonlight": test_moonlight.TINY, "llama": test_llama.TINY}
+TEXT = "def naïve(x):\n    return '日本' * x  # ☃\n"
+
+
+def trained(folder, name: str, steps=(10,)) -> torch.nn.Module:
+    """Commit checkpoints of a model whose every tensor is random, router biases included."""
+    torch.manual_seed(0)
+    model = build(MODELS[name]).eval()
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape) * 0.1)
+    for norm, gain in model.named_parameters():
+        if gain.dim() == 1:
+            assert "norm" in norm
+            gain.data = 1 + 0.1 * torch.randn(gain.shape)
+    parameters = {key: tensor.detach().numpy() for key, tensor in model.named_parameters()}
+    buffers = {key: tensor.numpy() for key, tensor in model.named_buffers() if key in model.state_dict()}
+    log = RunLog(Store(str(folder)))
+    log.take_over({})
+    identity = {
+        "model": asdict(MODELS[name]),
+        "optim.name": "muon",
+        "data": "d" * 64,
+        "train.seq_len": 128,
+        "train.global_batch": 8,
+    }
+    shapes = {key: list(array.shape) for key, array in {**parameters, **buffers}.items()}
+    for step in steps:
+        flat = {Entry(WEIGHT, key, 0, array.size): array.ravel() for key, array in parameters.items()}
+        flat |= {Entry("momentum_buffer", key, 0, array.size): 0 * array.ravel() for key, array in parameters.items()}
+        flat |= {Entry(BUFFER, key, 0, array.size): array.ravel() for key, array in buffers.items()}
+        shard = write_shard(log.store, place_of(step, 1, 1), 0, flat)
+        log.commit(
+            Manifest("run-7", 1, 1, step, 1, identity, {"step": step, "tokens": 12345}, shapes, (shard,)),
+            {"val_loss": 1.2345},
+        )
+    return model
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000])
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_computes_the_same_logits(tmp_path, name, shard_bytes):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = trained(tmp_path / "run", name)
+    done = export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32", shard_bytes)
+    assert ("model.safetensors.index.json" in done.files) == (shard_bytes == 20_000)
+    loaded, told = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"], told
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    assert tokens[0].tolist() == list(TEXT.encode()) and tokenizer.decode(tokens[0]) == TEXT
+    with torch.no_grad():
+        difference = (loaded(tokens).logits - model(tokens)).abs().max()
+    assert difference < 1e-4
+    written = loaded.generate(tokens, max_new_tokens=8, do_sample=False)
+    assert written.shape[1] > tokens.shape[1]
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| step | 10 |" in card and "12,345" in card and "1.2345" in card and "run-7" in card
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_half_as_large_and_the_router_bias_stays_whole(tmp_path, name):
+    from safetensors import safe_open
+
+    trained(tmp_path / "run", name)
+    whole = export(str(tmp_path / "run"), str(tmp_path / "fp32"), "float32")
+    half = export(str(tmp_path / "run"), str(tmp_path / "bf16"), "bfloat16")
+    assert half.bytes < 0.6 * whole.bytes
+    with safe_open(tmp_path / "bf16" / "model.safetensors", "pt") as file:
+        kinds = {key: file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+    bias = {key for key, kind in kinds.items() if kind == torch.float32}
+    assert all(key.endswith("correction_bias") for key in bias) and bool(bias) == (name == "moonlight")
+    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_series_and_what_is_refused(tmp_path):
+    trained(tmp_path / "run", "llama", steps=(10, 20))
+    series = export_series(str(tmp_path / "run"), str(tmp_path / "series"), "bfloat16")
+    assert [one.step for one in series] == [10, 20]
+    assert sorted(path.name for path in (tmp_path / "series").iterdir()) == ["step-00000010", "step-00000020"]
+    with pytest.raises(ConfigError, match="something is there already"):
+        export(str(tmp_path / "run"), str(tmp_path / "series"), "bfloat16")
+    with pytest.raises(ConfigError, match="no committed checkpoint of step 15"):
+        export(f"{tmp_path}/run@15", str(tmp_path / "other"), "bfloat16")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_names_are_deepseeks(tmp_path):
+    from safetensors.numpy import load_file
+
+    model = trained(tmp_path / "run", "moonlight")
+    export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    stack = model.model.layers[1].mlp.experts.up_proj.detach().numpy()
+    for expert in range(replace(test_moonlight.TINY).num_experts):
+        assert np.array_equal(tensors[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"], stack[expert])
+    assert "model.layers.1.mlp.gate.e_score_correction_bias" in tensors
