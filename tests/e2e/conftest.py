@@ -23,7 +23,7 @@ optim: {lr: 1.0e-2, schedule: wsd, decay_fraction: 0}
 train: {steps: 120, global_batch: 12, micro_batch: 4, seq_len: 64, validate_every: 30, validate_sequences: 8,
         sample_bytes: 50}
 scaling: {min_workers: 2, max_workers: 2, wait_s: 60}
-checkpoint: {every: 20}
+checkpoint: {every: 20, keep_last: 0}
 """
 
 
