@@ -6,17 +6,11 @@ from typing import Any
 import numpy as np
 
 from orchestrator.retention import delete
-from orchestrator.run_log import Entry, RunLog
+from orchestrator.run_log import RunLog, find_commit, split_step
 from workers.checkpoint.manifest import Manifest
 from workers.checkpoint.shards import CheckpointReader
 from workers.errors import ConfigError, DamagedError, StorageError
 from workers.storage import Store, absolute_url
-
-
-def split_step(url: str) -> tuple[str, int | None]:
-    """Split `URL@STEP` into the run's folder and the step; without a step the newest is meant."""
-    base, at, step = url.rpartition("@")
-    return (base, int(step)) if at and step.isdigit() else (url, None)
 
 
 def list_checkpoints(url: str) -> list[dict[str, Any]]:
@@ -58,21 +52,6 @@ def _rows(log: RunLog) -> list[dict[str, Any]]:
     return rows
 
 
-def find(url: str) -> tuple[RunLog, Entry]:
-    """Return the log and the commit of the checkpoint at `URL[@STEP]`.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    base, step = split_step(url)
-    log = RunLog(Store(absolute_url(base)))
-    commit = log.find(step)
-    if commit is None:
-        which = "no committed checkpoint" if step is None else f"no committed checkpoint of step {step}"
-        raise ConfigError(f"{url}: {which}; see: raymuon checkpoints ls {base}")
-    return log, commit
-
-
 def open_checkpoint(url: str) -> CheckpointReader:
     """Open the checkpoint at `URL[@STEP]`.
 
@@ -80,7 +59,7 @@ def open_checkpoint(url: str) -> CheckpointReader:
         ConfigError: there is none.
         DamagedError: it is not what was committed.
     """
-    log, commit = find(url)
+    log, commit = find_commit(url)
     return CheckpointReader(log.store, Manifest.read(log.store, commit.manifest, commit.sha256))
 
 
@@ -101,7 +80,7 @@ def verify(url: str) -> Verified:
     Raises:
         ConfigError: there is none.
     """
-    log, commit = find(url)
+    log, commit = find_commit(url)
     try:
         manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
     except DamagedError as error:
@@ -116,7 +95,7 @@ def remove(url: str, force: bool) -> str:
     Raises:
         ConfigError: there is none, it is pinned, or it is the newest.
     """
-    log, commit = find(url)
+    log, commit = find_commit(url)
     if split_step(url)[1] is None:
         raise ConfigError(f"{url}: say which one: {url}@{commit.step}")
     if commit == log.find() and not force:
@@ -132,7 +111,7 @@ def pin(url: str, reason: str, undo: bool) -> str:
     Raises:
         ConfigError: there is none.
     """
-    log, commit = find(url)
+    log, commit = find_commit(url)
     log.mark("unpin" if undo else "pin", commit, reason)
     return f"{log.store.url}@{commit.step}"
 

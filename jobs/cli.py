@@ -83,6 +83,19 @@ def export(
         typer.echo(json.dumps(asdict(one)) if as_json else line)
 
 
+@app.command(name="import")
+def import_(
+    folder: Annotated[str, typer.Argument(help="With config.json and *.safetensors, of DeepSeek-V3 or Llama.")],
+    to: Annotated[str, typer.Option(help="A new folder, or an fsspec URL.")],
+    s3_endpoint: S3Endpoint = "",
+) -> None:
+    """Make a Hugging Face model a checkpoint with which a run can begin: train.init=URL."""
+    from jobs.import_ import import_model
+
+    url = import_model(folder, to)
+    typer.echo(f"imported; begin a run with it: train.init={url}")
+
+
 @app.command(name="config")
 def config_(config: Config = "demo", overrides: Overrides = None) -> None:
     """Print a config with all its keys, resolved and documented."""

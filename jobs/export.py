@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jobs.checkpoints import find
 from jobs.hugging_face import byte_tokenizer, config_of, generation_config, tensors_of
-from orchestrator.run_log import Entry
+from orchestrator.run_log import Entry, find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader
-from workers.config import LlamaConfig, ModelConfig, MoonlightConfig
+from workers.config import MODEL_CONFIGS, ModelConfig
 from workers.errors import ConfigError
 from workers.storage import Store, absolute_url
 
@@ -41,7 +40,7 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES) -> E
         ConfigError: there is no such checkpoint, or something is in the folder already.
         StorageError: something is damaged or could not be written.
     """
-    log, commit = find(url)
+    log, commit = find_commit(url)
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
     reader = CheckpointReader(log.store, manifest)
     model, seq_len = model_of(manifest), manifest.identity["train.seq_len"]
@@ -74,7 +73,7 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES) -> E
 
 def export_series(url: str, to: str, dtype: Dtype) -> list[Exported]:
     """Write every checkpoint of the run at `url` into a folder `step-...` of its own under `to`."""
-    log, _ = find(url)
+    log, _ = find_commit(url)
     return [
         export(f"{log.store.url}@{commit.step}", f"{to.rstrip('/')}/step-{commit.step:08d}", dtype)
         for commit in log.commits
@@ -84,7 +83,7 @@ def export_series(url: str, to: str, dtype: Dtype) -> list[Exported]:
 def model_of(manifest: Manifest) -> ModelConfig:
     """Return the architecture and sizes of the model in a checkpoint."""
     fields = manifest.identity["model"]
-    return {"moonlight": MoonlightConfig, "llama": LlamaConfig}[fields["name"]](**fields)
+    return MODEL_CONFIGS[fields["name"]](**fields)
 
 
 def _plan(manifest: Manifest, item_bytes: int, shard_bytes: int) -> list[list[str]]:

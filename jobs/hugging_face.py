@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from workers.config import LlamaConfig, ModelConfig, MoonlightConfig
+from workers.errors import ConfigError
 
 END_OF_DOCUMENT = 0
 """The byte that ends a document in a byte-level corpus."""
@@ -19,12 +20,16 @@ def tensors_of(name: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]
         name: of the parameter or buffer.
         tensor: in its shape.
     """
+    names = names_of(name, list(tensor.shape))
+    yield from zip(names, [tensor] if names == [name] else tensor, strict=True)
+
+
+def names_of(name: str, shape: list[int]) -> list[str]:
+    """Return Hugging Face's names of a weight or buffer of ours; of a stack of experts, one for each."""
     experts, _, projection = name.rpartition(".experts.")
     if not experts:
-        yield name, tensor
-        return
-    for number, expert in enumerate(tensor):
-        yield f"{experts}.experts.{number}.{projection}.weight", expert
+        return [name]
+    return [f"{experts}.experts.{number}.{projection}.weight" for number in range(shape[0])]
 
 
 def config_of(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
@@ -89,6 +94,64 @@ def config_of(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
                 "head_dim": model.head_dim,
                 "mlp_bias": False,
             }
+
+
+def model_of_config(config: dict[str, Any]) -> ModelConfig:
+    """Return our sizes of a model with this `config.json`.
+
+    Raises:
+        ConfigError: it is of an architecture, or of a kind of one, that we do not have.
+    """
+    kind = config.get("model_type")
+    rope = config.get("rope_parameters") or {}
+    common = {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "intermediate_size": config["intermediate_size"],
+        "norm_eps": config["rms_norm_eps"],
+        "rope_theta": config.get("rope_theta") or rope.get("rope_theta"),
+        "init_std": config.get("initializer_range", 0.02),
+    }
+    _require(config, "hidden_act", "silu")
+    if config.get("rope_scaling") or rope.get("rope_type", "default") != "default":
+        raise ConfigError("config.json: scaled rotary positions are not supported")
+    if kind == "llama":
+        _require(config, "attention_bias", False)
+        _require(config, "mlp_bias", False)
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        return LlamaConfig(**common, num_kv_heads=kv_heads, head_dim=head_dim)
+    if kind == "deepseek_v3":
+        for key, value in (
+            ("q_lora_rank", None),
+            ("n_group", 1),
+            ("topk_group", 1),
+            ("norm_topk_prob", True),
+            ("rope_interleave", True),
+            ("attention_bias", False),
+        ):
+            _require(config, key, value)
+        return MoonlightConfig(
+            **common,
+            kv_lora_rank=config["kv_lora_rank"],
+            qk_nope_head_dim=config["qk_nope_head_dim"],
+            qk_rope_head_dim=config["qk_rope_head_dim"],
+            v_head_dim=config["v_head_dim"],
+            num_dense_layers=config["first_k_dense_replace"],
+            moe_intermediate_size=config["moe_intermediate_size"],
+            num_experts=config["n_routed_experts"],
+            num_experts_per_token=config["num_experts_per_tok"],
+            num_shared_experts=config["n_shared_experts"],
+            routed_scaling_factor=config["routed_scaling_factor"],
+        )
+    raise ConfigError(f"config.json: model_type must be deepseek_v3 or llama, not {kind!r}")
+
+
+def _require(config: dict[str, Any], key: str, value: object) -> None:
+    if config.get(key, value) != value:
+        raise ConfigError(f"config.json: {key} must be {value!r}, not {config[key]!r}")
 
 
 def generation_config() -> dict[str, Any]:

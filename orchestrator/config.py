@@ -9,7 +9,7 @@ from workers.checkpoint.manifest import Manifest
 from workers.config import CheckpointConfig, DataConfig, ModelConfig, MoonlightConfig, StorageConfig, TrainConfig
 from workers.data.corpus import Corpus
 from workers.storage import absolute_url
-from workers.task import Task
+from workers.task import Origin, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +175,7 @@ def absolute(config: RunConfig) -> RunConfig:
             prepared_url=absolute_url(data.prepared_url),
             ledger=data.ledger and absolute_url(data.ledger),
         ),
+        train=replace(config.train, init=config.train.init and absolute_url(config.train.init)),
         checkpoint=replace(config.checkpoint, url=absolute_url(config.checkpoint.url)),
         tracking=replace(config.tracking, uri=uri),
     )
@@ -191,7 +192,14 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     return leaves
 
 
-def task_of(config: RunConfig, corpus: Corpus, run_url: str, attempt: int, manifest: Manifest | None) -> Task:
+def task_of(
+    config: RunConfig,
+    corpus: Corpus,
+    run_url: str,
+    attempt: int,
+    manifest: Manifest | None,
+    origin: Origin | None = None,
+) -> Task:
     """Return what the workers are told of a run: no more than they need, so nothing of Ray or MLflow."""
     return Task(
         model=config.model,
@@ -204,4 +212,5 @@ def task_of(config: RunConfig, corpus: Corpus, run_url: str, attempt: int, manif
         run_url=run_url,
         attempt=attempt,
         manifest=manifest,
+        origin=origin,
     )

@@ -242,7 +242,7 @@ def _attempt(
     commits = Commits(log, attempt, run_identity, manifest, recorder.before_commit)
     with Janitor(log, config.checkpoint, commits.bad, watcher.warn) as janitor:
         commits.after = janitor.wake
-        task = task_of(config, inputs.corpus, url, attempt, manifest)
+        task = task_of(config, inputs.corpus, url, attempt, manifest, inputs.origin)
         controller = Controller(config, pool, commits, task, progress, recorder, tally, lease, kill_after)
         try:
             with stop.during_training():

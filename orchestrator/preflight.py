@@ -15,10 +15,12 @@ from urllib.parse import urlparse
 from orchestrator.config import RunConfig, flatten
 from orchestrator.lease import await_free
 from orchestrator.reach import reach
-from orchestrator.run_log import RunLog
+from orchestrator.run_log import RunLog, find_commit
+from workers.checkpoint.manifest import Manifest
 from workers.data.corpus import Corpus, check_corpus, prepare
 from workers.errors import ConfigError, StorageError
 from workers.storage import Store
+from workers.task import Origin
 
 if TYPE_CHECKING:
     from orchestrator.tracking import Tracking
@@ -28,10 +30,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Inputs:
-    """The prepared corpus, and whether the store honours conditional creates, on which fencing rests."""
+    """What a run is made of, besides its config."""
 
     corpus: Corpus
     store_fences: bool
+    """Whether the store honours conditional creates, on which fencing rests."""
+    origin: Origin | None
+    """The weights that a new run begins with."""
 
 
 def check_inputs(config: RunConfig) -> Inputs:
@@ -46,7 +51,33 @@ def check_inputs(config: RunConfig) -> Inputs:
     corpus = prepare(config.data)
     if problems := check_corpus(corpus, config.train.seq_len, config.train.global_batch):
         raise ConfigError("\n".join(problems))
-    return Inputs(corpus, store_fences)
+    return Inputs(corpus, store_fences, find_origin(config))
+
+
+def find_origin(config: RunConfig) -> Origin | None:
+    """Return the checkpoint that `train.init` names.
+
+    Raises:
+        ConfigError: there is none, or it is of another model.
+        StorageError: it cannot be read.
+    """
+    if not config.train.init:
+        return None
+    try:
+        log, commit = find_commit(config.train.init)
+    except ConfigError as error:
+        raise ConfigError(f"train.init={error}") from error
+    manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
+    given, found = asdict(config.model), manifest.identity["model"]
+    free = {"init_std", "router_bias_rate"}  # Of how a model is trained, not of what it is.
+    differences = [
+        f"  model.{key}: the checkpoint has {found.get(key)!r}, the config {value!r}"
+        for key, value in given.items()
+        if key not in free and found.get(key) != value
+    ]
+    if differences:
+        raise ConfigError(f"train.init={config.train.init} is another model:\n" + "\n".join(differences))
+    return Origin(run_url=log.store.url, manifest=manifest)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from workers.checkpoint.manifest import Manifest
-from workers.errors import DamagedError, StorageError
-from workers.storage import Store
+from workers.errors import ConfigError, DamagedError, StorageError
+from workers.storage import Store, absolute_url
 
 FORMAT = "raymuon-log-1"
 FOLDER = "log"
@@ -269,3 +269,24 @@ class RunLog:
                     self._fenced = f"{self.store.url}: another driver took this run over at the same moment"
                 self.check_lead()
             return False
+
+
+def split_step(url: str) -> tuple[str, int | None]:
+    """Split `URL@STEP` into the run's folder and the step; without a step the newest is meant."""
+    base, at, step = url.rpartition("@")
+    return (base, int(step)) if at and step.isdigit() else (url, None)
+
+
+def find_commit(url: str) -> tuple[RunLog, Entry]:
+    """Return the log and the commit of the checkpoint at `URL[@STEP]`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    base, step = split_step(url)
+    log = RunLog(Store(absolute_url(base)))
+    commit = log.find(step)
+    if commit is None:
+        which = "no committed checkpoint" if step is None else f"no committed checkpoint of step {step}"
+        raise ConfigError(f"{url}: {which}; see: raymuon checkpoints ls {base}")
+    return log, commit

@@ -16,6 +16,7 @@ from orchestrator.journal import Journal
 from orchestrator.keeper import new_token
 from orchestrator.lease import Lease
 from orchestrator.pool import Pool
+from orchestrator.preflight import find_origin, identity
 from orchestrator.run_log import RunLog
 from orchestrator.stop import StopSignal
 from tests.processes import ProcessCluster
@@ -113,10 +114,11 @@ class Lead:
         self.config, self.cluster, self.notes = config, cluster, Notes()
         self.corpus = prepare(config.data)
         self.log = RunLog(Store(f"{url or folder}/run"))
-        attempt, manifest = self.log.take_over({}), self.log.newest_good()
-        task = task_of(config, self.corpus, self.log.store.url, attempt, manifest)
+        same = identity(config, self.corpus)
+        attempt, manifest = self.log.take_over(same), self.log.newest_good()
+        task = task_of(config, self.corpus, self.log.store.url, attempt, manifest, find_origin(config))
         self.journal = Journal(self.log.store, attempt)
-        commits = Commits(self.log, attempt, {}, manifest, self._before_commit)
+        commits = Commits(self.log, attempt, same, manifest, self._before_commit)
         self.pool = Pool(
             cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, self.notes.notices.append
         )

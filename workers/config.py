@@ -124,7 +124,8 @@ class LlamaConfig:
 
 
 ModelConfig = MoonlightConfig | LlamaConfig
-"""Told apart by `name`."""
+MODEL_CONFIGS = {"moonlight": MoonlightConfig, "llama": LlamaConfig}
+"""By `name`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,6 +175,8 @@ class TrainConfig:
     """The text from which the trained model writes a sample at the end; empty for none."""
     sample_bytes: int = 200
     """Length of the sample."""
+    init: str = ""
+    """Checkpoint (FOLDER or FOLDER@STEP) with whose weights a new run begins; empty for random ones."""
     max_skipped_in_a_row: int = 10
     """Steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
 

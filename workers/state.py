@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optim.layout import Fragment
-from workers.checkpoint.manifest import BUFFER
+from workers.checkpoint.manifest import BUFFER, WEIGHT
 from workers.engine import Engine
 from workers.snapshots.kept import ShardMap
 
@@ -25,6 +25,20 @@ class Reader(Protocol):
 
     def fill(self, kind: str, want: Iterable[Fragment], target: np.ndarray) -> None:
         """Fill the wanted fragments of the flat fp32 `target`."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsOnly:
+    """A checkpoint without its optimizer state: a new run begins with its weights and router biases."""
+
+    checkpoint: Reader
+
+    def fill(self, kind: str, want: Iterable[Fragment], target: np.ndarray) -> None:
+        """Fill the wanted fragments, with zeros where they are of the optimizer."""
+        if kind in (WEIGHT, BUFFER):
+            self.checkpoint.fill(kind, want, target)
+        else:
+            target[:] = 0
 
 
 @dataclass(slots=True)

@@ -11,6 +11,14 @@ from workers.wire import Address
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The checkpoint with whose weights a new run begins."""
+
+    run_url: str
+    manifest: Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """A run's config, data and place in storage, and the checkpoint to go on from."""
 
@@ -27,6 +35,8 @@ class Task:
     """Which take-over of the run this is; 1 is the first."""
     manifest: Manifest | None
     """The newest checkpoint: where to go on from if no snapshot is at hand; None starts anew."""
+    origin: Origin | None = None
+    """Where the weights of a run that starts anew come from; None draws them."""
 
 
 @dataclass(frozen=True, kw_only=True)

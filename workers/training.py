@@ -14,7 +14,7 @@ from workers.errors import DamagedError, StorageError
 from workers.loop import Trainer
 from workers.reports import CheckpointDamaged, Restored
 from workers.snapshots.reader import SnapshotReader
-from workers.state import Counters, load_state, shard_map
+from workers.state import Counters, WeightsOnly, load_state, shard_map
 from workers.storage import Store
 from workers.task import Membership, Task
 
@@ -30,7 +30,7 @@ def join(member: Membership, task: Task, rendezvous: dist.Store | None = None) -
     store = rendezvous or TCPStore(member.host, member.port, member.world_size, is_master=False)
     device = default_device()
     join_process_group(member.rank, member.world_size, store, device)
-    fresh = member.snapshot is None and task.manifest is None
+    fresh = member.snapshot is None and task.manifest is None and task.origin is None
     return build_engine(task.model, task.optim, task.train, task.seed if fresh else None, device)
 
 
@@ -54,7 +54,7 @@ def train(engine: Engine, task: Task, member: Membership, controls: Controls) ->
 
 
 def take_state(engine: Engine, task: Task, member: Membership) -> tuple[Counters, int]:
-    """Fill the engine from the snapshot, else from the checkpoint, else leave it as it is.
+    """Fill the engine from the snapshot, else from the checkpoint, else from the origin, else leave it as it is.
 
     Returns:
         Where the run is, and how many bytes were read from storage.
@@ -71,6 +71,10 @@ def take_state(engine: Engine, task: Task, member: Membership) -> tuple[Counters
         finally:
             reader.close()
         return counters, rest.bytes_read if rest else 0
+    if checkpoint is None and task.origin is not None:
+        weights = CheckpointReader(Store(task.origin.run_url), task.origin.manifest)
+        load_state(engine, WeightsOnly(weights), Counters())
+        return Counters(), weights.bytes_read
     if checkpoint is None:
         return Counters(), 0
     counters = Counters(**checkpoint.manifest.counters)

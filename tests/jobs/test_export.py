@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.export import export, export_series
+from jobs.checkpoints import open_checkpoint
+from jobs.export import export, export_series, model_of
+from jobs.import_ import import_model
 from orchestrator.run_log import RunLog
 from tests.workers import test_llama, test_moonlight
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Entry, Manifest, place_of
@@ -114,3 +116,39 @@ def test_the_names_are_deepseeks(tmp_path):
     for expert in range(replace(test_moonlight.TINY).num_experts):
         assert np.array_equal(tensors[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"], stack[expert])
     assert "model.layers.1.mlp.gate.e_score_correction_bias" in tensors
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_transformers_saved_comes_back(tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    model = trained(tmp_path / "run", name)
+    export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    url = import_model(str(tmp_path / "again"), str(tmp_path / "imported"))
+    reader = open_checkpoint(url)
+    expected = {**dict(model.named_parameters()), **{k: v for k, v in model.named_buffers() if k in model.state_dict()}}
+    found = {key: reader.tensor(kind, key) for kind in reader.kinds for key in reader.names(kind)}
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], expected[key].detach().numpy()) for key in expected)
+    assert model_of(reader.manifest) == MODELS[name]
+
+
+def test_what_cannot_be_imported_is_told(tmp_path):
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(ConfigError, match=r"no config.json of a model"):
+        import_model(str(tmp_path / "hf"), str(tmp_path / "x"))
+    trained(tmp_path / "run", "llama")
+    export(str(tmp_path / "run"), str(tmp_path / "good"), "float32")
+    config = json.loads((tmp_path / "good" / "config.json").read_text())
+    for key, value, told in (
+        ("model_type", "gpt2", "model_type must be deepseek_v3 or llama, not 'gpt2'"),
+        ("hidden_act", "gelu", "hidden_act must be 'silu', not 'gelu'"),
+        ("rope_scaling", {"type": "linear"}, "scaled rotary positions"),
+        ("num_hidden_layers", 3, "there is no tensor model.layers.2."),
+        ("intermediate_size", 64, "config.json says"),
+    ):
+        (tmp_path / "good" / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ConfigError, match=told):
+            import_model(str(tmp_path / "good"), str(tmp_path / "x"))
+        assert not (tmp_path / "x").exists()

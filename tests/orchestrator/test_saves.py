@@ -1,5 +1,8 @@
 """Checkpoints of a real group over processes: damage, storage that fails or is slow, and what training makes of it."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from optim.config import OptimConfig
@@ -7,10 +10,11 @@ from orchestrator.events import Fallback
 from orchestrator.retention import Janitor
 from orchestrator.run_log import RunLog
 from tests.leading import Lead, config_of
-from tests.orchestrator.test_recovery import assert_equal_states
+from tests.orchestrator.test_recovery import assert_equal_states, final_state
 from tests.processes import ProcessCluster
+from workers.checkpoint.manifest import WEIGHT
 from workers.config import CheckpointConfig, StorageConfig
-from workers.errors import DamagedError, StorageError
+from workers.errors import ConfigError, DamagedError, StorageError
 from workers.storage import Store
 
 TWO = {"min_workers": 2, "max_workers": 2}
@@ -114,3 +118,27 @@ def test_retention_beside_training(tmp_path):
     log = RunLog(Store(str(tmp_path / "run")))
     assert [entry.step for entry in log.commits] == [20, 36, 40]
     assert len(log.store.files("shards")) == 6 and len(log.store.files("manifests")) == 3
+
+
+def test_a_run_begins_with_the_weights_of_another(tmp_path):
+    """At another world size, without the optimizer's state; of another model it is refused."""
+    with lead(tmp_path / "first", steps=6) as first:
+        first.wait()
+    origin = f"{tmp_path}/first/run"
+    still = OptimConfig(lr=1e-12, weight_decay=0.0)
+    one = {"min_workers": 1, "max_workers": 1}
+    train = {"steps": 2, "init": f"{origin}@6", "validate_every": 1}
+    with lead(tmp_path / "second", scaling=one, optim=still, train=train) as second:
+        notes = second.wait()
+    before, after = final_state(tmp_path / "first"), final_state(tmp_path / "second")
+    for (kind, name), tensor in before.items():
+        if kind == WEIGHT:
+            assert np.abs(after[kind, name] - tensor).max() < 1e-6, name
+    assert first.notes.validations[-1].loss == pytest.approx(notes.validations[0].loss, rel=1e-6)
+    other = replace(first.config.model, num_experts=4)
+    with pytest.raises(
+        ConfigError, match=r"is another model:\n  model.num_experts: the checkpoint has 6, the config 4"
+    ):
+        lead(tmp_path / "third", train=train, model=other)
+    with pytest.raises(ConfigError, match="no committed checkpoint of step 5"):
+        lead(tmp_path / "third", train={**train, "init": f"{origin}@5"})

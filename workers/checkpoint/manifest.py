@@ -144,6 +144,8 @@ class Manifest:
         if missing := set(self.shapes) - {name for _, name in held}:
             raise StorageError(f"step {self.step}: nothing in the shards of {', '.join(sorted(missing))}")
         with_state = {name for kind, name in held if kind not in (WEIGHT, BUFFER)}
+        if self.step == 0:
+            return  # Before the first step an optimizer has no state.
         if bare := {name for kind, name in held if kind == WEIGHT} - with_state:
             raise StorageError(f"step {self.step}: no optimizer state in the shards of {', '.join(sorted(bare))}")
 
