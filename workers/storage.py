@@ -113,9 +113,13 @@ class Store:
                 self.fs.pipe_file(target, data)
 
     def remove(self, path: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it is there, and on disk its folder, if that is empty then."""
+        target = self.path(path)
         with storage_errors(f"{self.url}/{path}"), suppress(FileNotFoundError):
-            self.fs.rm_file(self.path(path))
+            self.fs.rm_file(target)
+        if isinstance(self.fs, LocalFileSystem):
+            with suppress(OSError):
+                Path(target).parent.rmdir()
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a file that must not be there yet; of several writers exactly one gets True.

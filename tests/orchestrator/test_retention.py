@@ -76,6 +76,7 @@ def test_the_janitor_leaves_what_is_damaged_and_the_log_tells_what_went(tmp_path
     assert [entry.step for entry in RunLog(store).entries if entry.kind == "delete"] == [20, 30]
     kept = {manifests[i].path for i in (0, 3)} | {shard.path for i in (0, 3) for shard in manifests[i].shards}
     assert {*store.files("shards"), *store.files("manifests")} == kept
+    assert len(store.names("shards")) == 2, "no empty folder is left"
 
 
 def test_what_a_damaged_manifest_led_to_is_left_alone(tmp_path):
