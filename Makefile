@@ -23,8 +23,9 @@ demo: $(INSTALLED) ## train a small Moonlight on real text, and lose a worker on
 test: $(INSTALLED) ## run the tests
 	$(BIN)/pytest $(ARGS)
 
-chaos: $(INSTALLED) ## 200 random faults without Ray and 20 through Ray (half an hour)
-	$(BIN)/pytest -s tests/orchestrator/test_chaos.py tests/e2e/test_chaos.py --chaos-faults 200 --chaos-ray-faults 20 $(ARGS)
+chaos: $(INSTALLED) ## 200 random faults without Ray, 20 through Ray, 10,000 operations on storage (half an hour)
+	$(BIN)/pytest -s tests/orchestrator/test_storage_machine.py tests/orchestrator/test_chaos.py tests/e2e/test_chaos.py \
+		--storage-steps 10000 --chaos-faults 200 --chaos-ray-faults 20 $(ARGS)
 
 test-gpu: $(INSTALLED) ## run what needs a GPU
 	$(BIN)/pytest -m gpu tests/gpu $(ARGS)

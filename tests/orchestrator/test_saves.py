@@ -7,14 +7,15 @@ import pytest
 
 from optim.config import OptimConfig
 from orchestrator.events import Fallback
+from orchestrator.lease import await_free
 from orchestrator.retention import Janitor
-from orchestrator.run_log import RunLog
+from orchestrator.run_log import FencedError, RunLog
 from tests.leading import Lead, config_of
 from tests.orchestrator.test_recovery import assert_equal_states, final_state
 from tests.processes import ProcessCluster
 from workers.checkpoint.manifest import WEIGHT
 from workers.config import CheckpointConfig, StorageConfig
-from workers.errors import ConfigError, DamagedError, StorageError
+from workers.errors import ClusterError, ConfigError, DamagedError, StorageError
 from workers.storage import Store
 
 TWO = {"min_workers": 2, "max_workers": 2}
@@ -142,3 +143,28 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path):
         lead(tmp_path / "third", train=train, model=other)
     with pytest.raises(ConfigError, match="no committed checkpoint of step 5"):
         lead(tmp_path / "third", train={**train, "init": f"{origin}@5"})
+
+
+def test_two_drivers_of_one_run(tmp_path):
+    """The second is refused; with a take-over the first one ends, and nothing that it writes counts any more."""
+    first = lead(tmp_path, steps=100_000, checkpoint={"every": 4})
+    second: list[Lead] = []
+
+    def take_over(step: int) -> None:
+        if first.notes.commits and not second:
+            with pytest.raises(ClusterError, match="leads this run.*--takeover"):
+                await_free(first.log.store)
+            second.append(lead(tmp_path, steps=40, checkpoint={"every": 4}))
+
+    first.notes.on_step = take_over
+    with first:
+        with pytest.raises(FencedError):
+            first.wait()
+        with second[0]:
+            notes = second[0].wait()
+    assert notes.commits[-1] == 40 and notes.faults == []
+    log = RunLog(Store(str(tmp_path / "run")))
+    taken = next(entry.number for entry in log.entries if entry.kind == "take_over" and entry.attempt == 2)
+    assert {entry.attempt for entry in log.entries if entry.number > taken} == {2}
+    kept = [entry.step for entry in log.commits if entry.attempt == 1]
+    assert notes.rows[0].step == kept[-1] + 1, "the second went on from the first one's last commit"
