@@ -465,7 +465,7 @@ class Controller:
             case SaveRetried():
                 self.recorder.notice(f"step {report.step}: rank {report.rank} writes its shard again: {report.error}")
             case SaveSkipped():
-                self.recorder.notice(f"step {report.step}: no checkpoint; the one before is still being written")
+                self.recorder.notice(f"step {report.step}: no checkpoint; earlier ones are still being written")
             case CheckpointDamaged():
                 self._fall_back(report)
             case Restored():

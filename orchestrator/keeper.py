@@ -34,6 +34,8 @@ from workers.wire import Address, Connection
 
 UPLOADS = 2
 """Shards that are written to storage at the same time, each in several parts."""
+MAX_SAVING = 2
+"""Copies of a worker's snapshots that may be on their way to storage before further checkpoints are left out."""
 UPLOAD_TRIES = 4
 UPLOAD_BACKOFF_S = 1.0
 """Before the second try; it doubles."""
@@ -163,7 +165,7 @@ class Keeper:
                         buddy = self._push(held, message["slot"], buddy)
                         peer.send({"pushed": buddy is not None})
                     case "idle" if held:
-                        peer.send({"idle": not held.saving})
+                        peer.send({"idle": held.saving < MAX_SAVING})
                     case "save" if held:
                         self._save(held, **message)
                         peer.send({})

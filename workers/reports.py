@@ -86,7 +86,7 @@ class SaveRetried(Report):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveSkipped(Report):
-    """A checkpoint was left out: the one before is still being written."""
+    """A checkpoint was left out: earlier ones are still being written."""
 
     step: int
 

@@ -104,7 +104,7 @@ def test_where_storage_is_slower_than_checkpoints_come_some_are_left_out(tmp_pat
     one = lead(tmp_path / "slow", steps=60, checkpoint={"every": 2}, storage=slow)
     with one:
         notes = one.wait()
-    left_out = [notice for notice in notes.notices if "the one before is still being written" in notice]
+    left_out = [notice for notice in notes.notices if "earlier ones are still being written" in notice]
     assert left_out and len(left_out) + len(notes.commits) == 30
     assert notes.commits[-1] == 60 and len(notes.rows) == 60 and notes.faults == []
 

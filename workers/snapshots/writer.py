@@ -78,7 +78,7 @@ class SnapshotWriter:
             self._tell({"op": "push", "slot": self._slot})
 
     def idle(self) -> bool:
-        """Tell whether the keeper has written everything that it was told to save; True where there is no keeper."""
+        """Tell whether the keeper can take another snapshot to save; True where there is no keeper."""
         self.wait()
         if self._connection is None:
             return True
