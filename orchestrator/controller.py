@@ -55,6 +55,7 @@ from workers.reports import (
     SaveSkipped,
     ShardWritten,
     StepDone,
+    Terminating,
     Validated,
 )
 from workers.snapshots.kept import KeptShard, Snapshot
@@ -179,6 +180,7 @@ class Controller:
 
     def _assemble(self, stop: StopSignal) -> list[PoolWorker]:
         """Wait until enough workers are ready, and choose."""
+        self.pool.lose_leaving()
         deadline, noticed = time.monotonic() + self.config.scaling.wait_s, False
         while True:
             stop.check()
@@ -303,7 +305,7 @@ class Controller:
                 self.recorder.notice("stopping after this step, with a checkpoint; once more ends at once")
                 group.pause(save=True)
             elif not stopping and leaving is None and (leaving := self._wants_change(group)) is not None:
-                group.pause(save=leaving.reason == "preemption" and self._too_few_without(self.pool.draining))
+                group.pause(save=leaving.reason == "preemption" and self._too_few_stay)
         if group.broken:
             self._recover(group, stop)
             return
@@ -319,6 +321,8 @@ class Controller:
     def _wants_change(self, group: WorkerGroup) -> _Change | None:
         """Return why the group should be formed anew at the next boundary, if it should."""
         numbers = {member.number for member in group.members}
+        if leaving := [rank for rank, member in enumerate(group.members) if member.leaving]:
+            return _Change("preemption", f"rank {leaving[0]} was asked to end (SIGTERM)")
         going = [member.node for member in group.members if member.node in self.pool.draining]
         if going:
             return _Change("preemption", f"node {going[0][:8]} goes away in {self.pool.draining[going[0]]:.0f} s")
@@ -337,8 +341,10 @@ class Controller:
         """Tell whether the generation has finished a new step."""
         return self.change is None
 
-    def _too_few_without(self, nodes: dict[str, float]) -> bool:
-        return sum(worker.node not in nodes for worker in self.pool.candidates) < self.config.scaling.min_workers
+    @property
+    def _too_few_stay(self) -> bool:
+        """Tell whether the group has to wait for others, perhaps for long, once those that go are gone."""
+        return len(self.pool.candidates) < self.config.scaling.min_workers
 
     def _after_change(self, group: WorkerGroup, change: _Change) -> None:
         """All have left at a boundary: the next generation goes on from there."""
@@ -471,6 +477,9 @@ class Controller:
             case Restored():
                 self._restored.add(report.rank)
                 self.storage_bytes += report.storage_bytes
+            case Terminating():
+                if (worker := self.pool.workers.get(self.members[report.rank])) is not None:
+                    worker.leaving = True
             case KeeperLost():
                 self.recorder.notice(f"rank {report.rank} has lost its keeper ({report.error}); training goes on")
             case Sampled():

@@ -41,6 +41,8 @@ class PoolWorker:
     handle: Handle
     preparing: Future[Ready]
     ready: Ready | None = None
+    leaving: bool = False
+    """It was asked to end, and trains on until the group leaves it behind."""
 
 
 @dataclass(eq=False)
@@ -109,7 +111,11 @@ class Pool:
     @property
     def candidates(self) -> list[Candidate]:
         """The workers that could train now."""
-        return [Candidate(w.number, w.node) for w in self.workers.values() if w.ready and w.node not in self.draining]
+        return [
+            Candidate(worker.number, worker.node)
+            for worker in self.workers.values()
+            if worker.ready and not worker.leaving and worker.node not in self.draining
+        ]
 
     @property
     def num_starting(self) -> int:
@@ -231,6 +237,11 @@ class Pool:
         """Forget a worker that is dead or has to be; its slot gets another, if its node is alive."""
         if (worker := self.workers.pop(number, None)) is not None:
             worker.handle.kill()
+
+    def lose_leaving(self) -> None:
+        """Let those go that were asked to end; no generation needs them any more."""
+        for worker in [worker for worker in self.workers.values() if worker.leaving]:
+            self.lose(worker.number)
 
     def lose_keeper(self, keeper: PoolKeeper, reason: str) -> None:
         """Have another keeper started on the node, unless the cluster knows that it is dead."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from workers.config import StorageConfig
 from workers.controls import Controls, Pause
 from workers.errors import RaymuonError
-from workers.reports import Ended, KeeperLost, Mark, Pulse, Report, StepDone
+from workers.reports import Ended, KeeperLost, Mark, Pulse, Report, StepDone, Terminating
 from workers.storage import configure_s3
 from workers.task import KeeperLinks, Membership, Task
 
@@ -60,7 +60,8 @@ class Member:
         self._thread: threading.Thread | None = None
         self._engine: Engine | None = None
         self._store: TCPStore | None = None
-        self._generation = 0
+        self._generation, self._rank = 0, -1
+        self._terminating = False
         # With the generation that they are for: calls may overtake the one that starts it.
         self._pause = (0, Pause())
         self._links = (0, KeeperLinks())
@@ -71,6 +72,8 @@ class Member:
         # In C, so that it works while the interpreter hangs; see Keeper.end.
         self._stacks = os.fdopen(os.memfd_create(STACK_FILE), "w")
         faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
+        with suppress(ValueError):  # Only a process's main thread can.
+            signal.signal(signal.SIGTERM, lambda *_: self._terminate())
 
     def prepare(self, storage: StorageConfig, task: Task | None) -> Ready:
         """Import everything that training needs; with a task, also rehearse one step, for whoever comes later."""
@@ -96,7 +99,7 @@ class Member:
 
     def start(self, member: Membership, task: Task) -> None:
         """Become a member of a generation, in a thread of its own; reports tell of the rest."""
-        previous, self._generation = self._thread, member.generation
+        previous, self._generation, self._rank = self._thread, member.generation, member.rank
         self._told = -1
         self._thread = threading.Thread(target=self._train, args=(member, task, previous), name="train", daemon=True)
         self._thread.start()
@@ -141,6 +144,13 @@ class Member:
             self._store = None
             if (engine := self._engine) is not None:
                 engine.abort()
+
+    def _terminate(self) -> None:
+        """Take a SIGTERM: a member asks to leave at the next boundary; who is idle, or is asked twice, ends."""
+        if self._terminating or self.ping():
+            os._exit(128 + signal.SIGTERM)
+        self._terminating = True
+        self._outbox.put(Terminating(generation=self._generation, rank=self._rank, time=time.time()))
 
     def on_mark(self, phase: str, step: int) -> None:
         """Note where the training thread is; fault injection overrides this."""

@@ -49,6 +49,11 @@ class Validated(Report):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Terminating(Report):
+    """This worker's process was asked to end (SIGTERM): it leaves at the next boundary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Restored(Report):
     """This rank has taken its state and begins to train."""
 

@@ -1,5 +1,7 @@
 """What happens at each kind of fault, over real processes: who goes on, from where, and that nothing is lost."""
 
+import os
+import signal
 import threading
 from dataclasses import replace
 
@@ -75,7 +77,6 @@ def inject(lead: Lead, rank: int, *plan) -> None:
     ("phase", "action", "times"),
     [
         ("compute", "kill", 1),
-        ("compute", "terminate", 1),
         ("reduce", "raise", 1),
         ("gather", "exit", 2),  # After the last group's optimizer step: torn between it and the all-gather.
         ("gather", "exit soon", 2),
@@ -108,6 +109,28 @@ def test_a_worker_that_hangs_is_found_and_its_stack_is_kept(uninterrupted, tmp_p
     assert ("no sign of life" if action == "stop" else "phase compute of step") in fault.cause
     (text,) = notes.stacks.values()
     assert "_forward_backward" in text, "the stack names the place"
+    assert_equal_states(folder, tmp_path)
+
+
+@pytest.mark.parametrize("standby", [0, 1])
+def test_a_worker_that_is_asked_to_end_is_left_at_a_boundary(uninterrupted, tmp_path, standby):
+    """SIGTERM: no fault, no step redone, and the process ends; at a fixed world size another one takes its place."""
+    folder, _ = uninterrupted
+    asked = []
+
+    def terminate(lead):
+        worker = lead.pool.workers[lead.controller.members[1]]
+        asked.append(worker.handle.process)
+        os.kill(worker.handle.process.pid, signal.SIGTERM)
+
+    _, notes = broken_run(tmp_path, {"a": 4}, terminate, scaling={**THREE, "standby": standby})
+    assert notes.faults == []
+    (change,) = notes.recoveries
+    assert (change.reason, change.source, change.steps_redone, change.storage_bytes) == ("preemption", "keepers", 0, 0)
+    assert "rank 1 was asked to end (SIGTERM)" in change.cause
+    assert notes.memberships[1].world_size == 3 and asked[0].pid not in notes.memberships[1].pids
+    asked[0].join(10)
+    assert not asked[0].is_alive()
     assert_equal_states(folder, tmp_path)
 
 
