@@ -115,10 +115,11 @@ def test_retention_beside_training(tmp_path):
     with Janitor(one.log, keep, one.controller.commits.bad, one.notes.notices.append) as janitor:
         one.controller.commits.after = janitor.wake
         with one:
-            one.wait()
+            made = one.wait().commits
     log = RunLog(Store(str(tmp_path / "run")))
-    assert [entry.step for entry in log.commits] == [20, 36, 40]
-    assert len(log.store.files("shards")) == 6 and len(log.store.files("manifests")) == 3
+    kept = sorted({step for step in made if step % 20 == 0} | set(made[-2:]))
+    assert [entry.step for entry in log.commits] == kept and len(made) > len(kept)
+    assert len(log.store.files("shards")) == 2 * len(kept) and len(log.store.files("manifests")) == len(kept)
 
 
 def test_a_run_begins_with_the_weights_of_another(tmp_path):
