@@ -123,9 +123,11 @@ class Janitor:
         self._wake.set()
 
     def _work(self) -> None:
-        while not self._ended:
+        ended = False
+        while not ended:
             self._wake.wait()
             self._wake.clear()
+            ended = self._ended  # Looked at before the work: what was asked for until then is done.
             try:
                 tidy(self.log, self.config, self.bad, time.time())
             except FencedError:
