@@ -68,14 +68,9 @@ def find_origin(config: RunConfig) -> Origin | None:
     except ConfigError as error:
         raise ConfigError(f"train.init={error}") from error
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
-    given, found = asdict(config.model), manifest.identity["model"]
     free = {"init_std", "router_bias_rate"}  # Of how a model is trained, not of what it is.
-    differences = [
-        f"  model.{key}: the checkpoint has {found.get(key)!r}, the config {value!r}"
-        for key, value in given.items()
-        if key not in free and found.get(key) != value
-    ]
-    if differences:
+    given = {key: value for key, value in asdict(config.model).items() if key not in free}
+    if differences := _differences({"model": manifest.identity["model"]}, {"model": given}):
         raise ConfigError(f"train.init={config.train.init} is another model:\n" + "\n".join(differences))
     return Origin(run_url=log.store.url, manifest=manifest)
 
@@ -165,18 +160,22 @@ def check_identity(log: RunLog, wanted: dict[str, Any]) -> None:
     Raises:
         ConfigError: going on would make another run of it, silently.
     """
-    saved, given = flatten(log.identity or {}), flatten(wanted)
-    differences = [
-        f"  {key}: the checkpoint has {saved.get(key)!r}, the config {value!r}"
-        for key, value in given.items()
-        if saved.get(key) != value
-    ]
-    if differences:
+    if differences := _differences(log.identity or {}, wanted):
         raise ConfigError(
             f"the run at {log.store.url} cannot go on with this config:\n"
             + "\n".join(differences)
             + "\nmake them equal, or start a new run with --resume never"
         )
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Return a line for each key of `wanted` that is another one in a checkpoint's identity."""
+    has = flatten(saved)
+    return [
+        f"  {key}: the checkpoint has {has.get(key)!r}, the config {value!r}"
+        for key, value in flatten(wanted).items()
+        if has.get(key) != value
+    ]
 
 
 def _reach(uri: str) -> None:

@@ -46,8 +46,8 @@ def train(engine: Engine, task: Task, member: Membership, controls: Controls) ->
     try:
         counters, storage_bytes = take_state(engine, task, member)
     except DamagedError as error:
-        assert task.manifest is not None
-        controls.report(CheckpointDamaged, step=task.manifest.step, error=str(error))
+        if task.manifest is not None:  # Otherwise it is the origin's, before which there is nothing to go back to.
+            controls.report(CheckpointDamaged, step=task.manifest.step, error=str(error))
         raise
     controls.report(Restored, step=counters.step, storage_bytes=storage_bytes)
     return Trainer(task, member, engine, counters, controls).run(), counters.step
@@ -71,15 +71,15 @@ def take_state(engine: Engine, task: Task, member: Membership) -> tuple[Counters
         finally:
             reader.close()
         return counters, rest.bytes_read if rest else 0
-    if checkpoint is None and task.origin is not None:
+    if checkpoint is not None:
+        counters = Counters(**checkpoint.manifest.counters)
+        load_state(engine, checkpoint, counters)
+        return counters, checkpoint.bytes_read
+    if task.origin is not None:
         weights = CheckpointReader(Store(task.origin.run_url), task.origin.manifest)
         load_state(engine, WeightsOnly(weights), Counters())
         return Counters(), weights.bytes_read
-    if checkpoint is None:
-        return Counters(), 0
-    counters = Counters(**checkpoint.manifest.counters)
-    load_state(engine, checkpoint, counters)
-    return counters, checkpoint.bytes_read
+    return Counters(), 0
 
 
 def rehearse(task: Task) -> None:
