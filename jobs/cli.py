@@ -243,6 +243,20 @@ def bench_recovery(
     _print_result(recovery(overrides or [], repeats, rival_repeats, _say), as_json)
 
 
+@bench_app.command("checkpoint")
+def bench_checkpoint(
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Saves and uploads of each kind.")] = 7,
+    url: Annotated[str, typer.Option(help="A folder on S3; without it a SeaweedFS is started.")] = "",
+    s3_endpoint: S3Endpoint = "",
+    as_json: AsJson = False,
+) -> None:
+    """What a save costs training against DeepSpeed's, its way to S3 against s3fs, and what another world size reads."""
+    from jobs.bench.checkpoint import checkpoint
+
+    _print_result(checkpoint(overrides or [], repeats, url, s3_endpoint, _say), as_json)
+
+
 @bench_app.command("curves")
 def bench_curves(
     overrides: Overrides = None,

@@ -236,9 +236,9 @@ PHASES = ("join", "restore", "validate", "compute", "wait", "reduce", "gather", 
 """What a training thread does, in the order of a step."""
 PATIENT_PHASES = frozenset({"join", "restore", "validate"})
 PATIENCE = 10.0
-"""How much longer the phases outside the steps may take, and the first step that a driver ever sees."""
+"""How much longer the phases outside the steps may take, and the first two steps that a driver ever sees."""
 SLACK = 4.0
-"""How much longer than the slowest so far a phase may take."""
+"""How much longer than the slowest that was ever finished a phase may take."""
 SLOW = 1.5
 """A rank is slow that takes this much longer than the median."""
 
@@ -261,11 +261,12 @@ class Watchdog:
 
     hang_s: float
     heard: dict[int, float] = field(default_factory=dict)
-    marks: dict[int, tuple[Mark, float]] = field(default_factory=dict)
+    marks: dict[int, Mark] = field(default_factory=dict)
     first_step: int | None = None
     warm: bool = False
-    """Whether a second step was ever seen: from then on members have trained, or rehearsed, before their first."""
+    """Whether a second step was ever finished: from then on it is known how long a phase takes."""
     slowest_s: float = 0.0
+    """Longest phase that was finished, first steps left out: they compile and touch new memory."""
 
     def begin(self, ranks: Iterable[int], now: float) -> None:
         """Start the clocks of a generation."""
@@ -278,12 +279,15 @@ class Watchdog:
         if mark is None or mark.phase not in PHASES:
             self.marks.pop(rank, None)
             return
-        self.marks[rank] = mark, now
+        before = self.marks.get(rank)
+        self.marks[rank] = mark
         if mark.step > 0:
             self.first_step = mark.step if self.first_step is None else self.first_step
-            if mark.step > self.first_step and mark.phase not in PATIENT_PHASES:
-                self.warm = True
-                self.slowest_s = max(self.slowest_s, mark.busy_s)
+            self.warm = self.warm or mark.step > self.first_step + 1
+            if before is not None and self.first_step < before.step and before.phase not in PATIENT_PHASES:
+                # Of a phase that goes on this says nothing: a hang must not excuse itself.
+                finished = _position(mark) != _position(before) or mark.age_s < before.age_s
+                self.slowest_s = max(self.slowest_s, before.age_s if finished else 0.0)
 
     def forget(self, rank: int) -> None:
         """Stop watching a rank that has left."""
@@ -301,25 +305,23 @@ class Watchdog:
             return silent
         if not self.marks or self.marks.keys() != self.heard.keys():
             return []
-        standing = {rank: mark.age_s + now - at for rank, (mark, at) in self.marks.items()}
-        behind = min(_position(mark) for mark, _ in self.marks.values())
-        guilty = [rank for rank, (mark, _) in self.marks.items() if _position(mark) == behind]
-        mark = self.marks[guilty[0]][0]
-        if min(standing[rank] for rank in guilty) <= self._limit(mark):
+        behind = min(map(_position, self.marks.values()))
+        guilty = {rank: mark for rank, mark in self.marks.items() if _position(mark) == behind}
+        # As they said themselves: who has not been heard for a moment may have got on meanwhile.
+        if min(mark.age_s for mark in guilty.values()) <= max(map(self._limit, guilty.values())):
             return []
         if len(guilty) == len(self.marks) > 1:
             # Everybody is in the same place, so most of them wait there, and who computes is the one.
-            guilty = [max(guilty, key=lambda rank: (self.marks[rank][0].cpu, rank))]
+            busiest = max(guilty, key=lambda rank: (guilty[rank].cpu, rank))
+            guilty = {busiest: guilty[busiest]}
         return [
-            Suspect(
-                rank, f"has been in phase {mark.phase} of step {mark.step} for {standing[rank]:.1f} s", standing[rank]
-            )
-            for rank in guilty
+            Suspect(rank, f"has been in phase {mark.phase} of step {mark.step} for {mark.age_s:.1f} s", mark.age_s)
+            for rank, mark in guilty.items()
         ]
 
     def slow(self) -> dict[int, float]:
         """Return the ranks that compute slower than the median, and how many times slower."""
-        busy = {rank: mark.busy_s for rank, (mark, _) in self.marks.items() if mark.busy_s}
+        busy = {rank: mark.busy_s for rank, mark in self.marks.items() if mark.busy_s}
         if len(busy) < 2:
             return {}
         ordered = sorted(busy.values())

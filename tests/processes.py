@@ -14,9 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from jobs.bench.seaweed import s3_environment
 from orchestrator.handles import Gone
 from orchestrator.keeper import Keeper
-from tests.servers import s3_environment
 from workers.config import StorageConfig
 from workers.member import Member
 

@@ -47,6 +47,8 @@ class Boundary:
     pause: Pause
     snapshot: bool
     """Every rank has written its part of the snapshot."""
+    storage_keeps_up: bool
+    """Every keeper can take a checkpoint, if one is due."""
     snapshot_seconds: float
     """That the last snapshot held training up, mean over the ranks."""
     step_seconds: float
@@ -105,6 +107,7 @@ class Trainer:
         self.slots = slots_of_rank(task.train.slots, engine.world_size, engine.rank)
         self.ledger = _Ledger(task, member)
         self.validated, self.saved = member.validated, member.committed
+        self.storage_keeps_up = True
         self.snapshot_step = -1
         checkpoint = task.checkpoint
         self.schedule = SnapshotSchedule(checkpoint.snapshot_every, checkpoint.snapshot_share, counters.step)
@@ -157,9 +160,13 @@ class Trainer:
         self.controls.mark("reduce", step)
         engine.engine.step()
         cost, self.snapshot_seconds = self.snapshot_seconds, 0.0
-        written = (self.schedule.due(step) or self._save_is_due(step)) and self._write(step)
+        save = self._save_is_due(step)
+        keeps_up = not save or self.snapshots.idle()
+        written = (save or self.schedule.due(step)) and self._write(step)
         self.controls.mark("boundary", step)
-        boundary = self._boundary(loss_sum, written, cost, time.perf_counter() - clock - self.snapshot_seconds)
+        seconds = time.perf_counter() - clock - self.snapshot_seconds
+        boundary = self._boundary(loss_sum, written, keeps_up, cost, seconds)
+        self.storage_keeps_up = boundary.storage_keeps_up
         self._count(step, boundary)
         row = {
             "step": step,
@@ -215,22 +222,24 @@ class Trainer:
         logits = model(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
 
-    def _boundary(self, loss_sum: Tensor, written: bool, cost: float, seconds: float) -> Boundary:
+    def _boundary(self, loss_sum: Tensor, written: bool, keeps_up: bool, cost: float, seconds: float) -> Boundary:
         model, train, ranks = self.engine.model, self.task.train, self.engine.world_size
         load = model.expert_load()
         tokens = len(self.slots) * train.micro_batch * train.seq_len
         pause = self.controls.pause()
-        scalars = [loss_sum.item(), tokens, self.engine.zero.overflow, pause.leave, pause.save, written, cost, seconds]
+        bad = self.engine.zero.overflow
+        scalars = [loss_sum.item(), tokens, bad, pause.leave, pause.save, written, keeps_up, cost, seconds]
         mine = torch.tensor([float(value) for value in scalars], dtype=torch.float64)
         sums = self.engine.all_reduce(torch.cat([mine, load.flatten().cpu()]))
         model.clear_expert_load()
-        loss, tokens, overflow, leave, save, written, cost, seconds = sums[: len(scalars)].tolist()
+        loss, tokens, bad, leave, save, written, keeps_up, cost, seconds = sums[: len(scalars)].tolist()
         return Boundary(
             loss=loss / tokens,
             tokens=int(tokens),
-            skipped=overflow > 0,
+            skipped=bad > 0,
             pause=Pause(leave > 0, save > 0),
             snapshot=written == ranks,
+            storage_keeps_up=keeps_up == ranks,
             snapshot_seconds=cost / ranks,
             step_seconds=seconds / ranks,
             expert_load=sums[len(scalars) :].view(load.shape),
@@ -321,7 +330,7 @@ class Trainer:
 
         The last one always goes, and waits for a lost keeper to be replaced; one on the way is left out.
         """
-        if not last and not self._all(self.snapshots.idle()):
+        if not last and not self.storage_keeps_up:
             if self.engine.rank == 0:
                 self.controls.report(SaveSkipped, step=step)
             return

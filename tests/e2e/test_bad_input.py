@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.servers import KEY
+from jobs.bench.seaweed import KEY
 
 
 def nothing_left(place) -> None:
@@ -82,9 +82,9 @@ def test_a_missing_bucket_and_a_wrong_key(place, s3_endpoint):
     options = ["checkpoint.url=s3://no-such-bucket/x", f"storage.s3_endpoint={s3_endpoint}"]
     done = place.run(*options, code=5)
     assert "s3://no-such-bucket/x" in done.stderr and "create the bucket" in done.stderr
-    options[0] = "checkpoint.url=s3://raymuon-test/x"
+    options[0] = "checkpoint.url=s3://raymuon/x"
     done = place.run(*options, code=5, env={"AWS_SECRET_ACCESS_KEY": "wrong"})
-    assert "s3://raymuon-test/x" in done.stderr and "check the keys" in done.stderr
+    assert "s3://raymuon/x" in done.stderr and "check the keys" in done.stderr
     assert KEY not in done.stderr
     nothing_left(place)
 

@@ -56,7 +56,7 @@ def test_killed_and_started_again_is_bitwise_the_same(store, uninterrupted, plac
     endpoint = []
     if store == "s3":
         url = request.getfixturevalue("s3_endpoint")
-        options += [f"checkpoint.url=s3://raymuon-test/{place.folder.name}", f"storage.s3_endpoint={url}"]
+        options += [f"checkpoint.url=s3://raymuon/{place.folder.name}", f"storage.s3_endpoint={url}"]
         endpoint = ["--s3-endpoint", url]
     step = random.SystemRandom().randrange(EVERY + 1, STEPS - 40)
     print(f"killed at step {step}")

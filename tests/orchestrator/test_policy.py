@@ -182,8 +182,8 @@ def watchdog(*ranks: tuple[str, int], at: float = 10.0) -> Watchdog:
     dog = Watchdog(hang_s=8.0)
     dog.begin(range(len(ranks)), 0.0)
     for rank, (phase, step) in enumerate(ranks):
-        dog.observe(rank, mark("compute", 1), 1.0)
-        dog.observe(rank, mark("compute", 2), 2.0)
+        for step in (1, 2, 3):
+            dog.observe(rank, mark("compute", step), float(step))
         dog.observe(rank, mark(phase, step), at)
     return dog
 
@@ -212,9 +212,13 @@ def test_where_all_are_in_the_same_phase_the_one_that_computes_is_guilty():
 
 
 def test_slow_steps_and_first_steps_get_more_time():
-    dog = watchdog(("compute", 5))
-    dog.observe(0, mark("compute", 5, 20.0, busy_s=6.0), 30.0)
-    assert dog.suspects(30.0) == [], "a micro-batch takes 6 s: 24 s are no hang"
+    dog = watchdog(("reduce", 5))
+    dog.observe(0, mark("reduce", 5, 6.0), 16.0)
+    dog.observe(0, mark("compute", 6, 0.1), 16.5)
+    dog.observe(0, mark("reduce", 6, 23.0), 40.0)
+    assert dog.suspects(40.0) == [], "the last one took 6 s: 23 s are no hang"
+    dog.observe(0, mark("reduce", 6, 25.0), 42.0)
+    assert len(dog.suspects(42.0)) == 1
     young = Watchdog(hang_s=8.0)
     young.begin([0], 0.0)
     young.observe(0, mark("restore", -1, 30.0), 30.0)
@@ -223,6 +227,17 @@ def test_slow_steps_and_first_steps_get_more_time():
     assert young.suspects(109.0) == [], "the first step compiles and warms up"
     young.observe(0, mark("compute", 1, 81.0), 111.0)
     assert len(young.suspects(111.0)) == 1
+    young.observe(0, mark("compute", 2, 0.1), 112.0)
+    young.observe(0, mark("reduce", 2, 79.0), 191.0)
+    assert young.suspects(191.0) == [], "nobody knows yet how long it takes once it is warm"
+    assert young.slowest_s < 1, "what the first step took is no measure"
+
+
+def test_who_was_not_heard_for_a_moment_may_have_got_on():
+    dog = watchdog(("reduce", 5), ("reduce", 5))
+    dog.observe(0, mark("reduce", 5, 7.0), 17.0)
+    dog.observe(1, mark("compute", 6, 0.5), 19.0)
+    assert dog.suspects(19.0) == []
 
 
 def test_after_a_recovery_a_hang_in_the_first_step_is_found_as_fast_as_any():

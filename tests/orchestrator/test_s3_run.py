@@ -5,20 +5,21 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from jobs.bench.seaweed import seaweedfs
 from jobs.checkpoints import list_checkpoints, verify
 from optim.config import OptimConfig
 from orchestrator.retention import Janitor
 from orchestrator.run_log import RunLog
 from tests.leading import Lead, config_of
 from tests.processes import ProcessCluster
-from tests.servers import rclone, seaweedfs, unreliable
+from tests.servers import rclone, unreliable
 from workers.checkpoint.shards import CheckpointReader
 from workers.config import CheckpointConfig, StorageConfig
 from workers.errors import Interrupted
 from workers.storage import Store, configure_s3
 
 SERVERS = {"seaweedfs": seaweedfs, "rclone": rclone}
-URL = "s3://raymuon-test"
+URL = "s3://raymuon"
 STEPS = 200
 
 

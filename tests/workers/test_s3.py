@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tests.servers import rclone, s3_environment, seaweedfs
+from jobs.bench.seaweed import s3_environment, seaweedfs
+from tests.servers import rclone
 from workers.errors import StorageError
 from workers.storage import Store, configure_s3
 from workers.uploads import PART_BYTES, Bandwidth, abort_old_uploads, upload
@@ -28,7 +29,7 @@ def server(request, tmp_path_factory):
 @pytest.fixture
 def store(server, request):
     configure_s3(server[1])
-    yield Store(f"s3://raymuon-test/{request.node.name.translate({ord(c): '-' for c in '[]'})}")
+    yield Store(f"s3://raymuon/{request.node.name.translate({ord(c): '-' for c in '[]'})}")
     configure_s3("")
 
 

