@@ -36,7 +36,7 @@ def _rows(log: RunLog) -> list[dict[str, Any]]:
             damaged = str(error)
         rows.append(
             {
-                "run_id": log.store.url.rsplit("/", 1)[-1],
+                "run_id": log.run_id,
                 "step": commit.step,
                 "attempt": commit.attempt,
                 "time": commit.time,

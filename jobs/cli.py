@@ -68,11 +68,16 @@ def export(
     to: Annotated[str, typer.Option(help="A new folder, or an fsspec URL.")],
     dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or float32.")] = "bfloat16",
     series: Annotated[bool, typer.Option("--series", help="All checkpoints, each in a folder of its own.")] = False,
+    register: Annotated[str, typer.Option(help="Make it a version of this model in MLflow's registry.")] = "",
+    tracking_uri: Annotated[
+        str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Of the registry.")
+    ] = "sqlite:///runs/mlflow.db",
     as_json: AsJson = False,
     s3_endpoint: S3Endpoint = "",
 ) -> None:
     """Write a checkpoint as a Hugging Face model: safetensors, config, tokenizer, model card."""
     from jobs.export import export, export_series
+    from jobs.export import register as register_
     from workers.errors import ConfigError
 
     if dtype not in ("bfloat16", "float32"):
@@ -80,7 +85,11 @@ def export(
     exported = export_series(url, to, dtype) if series else [export(url, to, dtype)]
     for one in exported:
         line = f"step {one.step}: {len(one.files)} file(s), {one.bytes / 1e6:.1f} MB in {one.url}"
-        typer.echo(json.dumps(asdict(one)) if as_json else line)
+        told = asdict(one)
+        if register:
+            told["version"] = register_(one, register, tracking_uri)
+            line += f", version {told['version']} of {register}"
+        typer.echo(json.dumps(told) if as_json else line)
 
 
 @app.command(name="import")
@@ -120,9 +129,9 @@ def checkpoints_ls(
     table = Table("run", "step", "attempt", "saved", "world size", "tokens", "MB", "")
     for row in rows:
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
-        cells = (row["run_id"], row["step"], row["attempt"], saved, row["world_size"], f"{row['tokens']:,}")
+        known = (row["world_size"], f"{row['tokens']:,}", f"{row['bytes'] / 1e6:.1f}") if not row["damaged"] else "???"
         note = row["damaged"] or ("pinned" if row["pinned"] else "")
-        table.add_row(*map(str, cells), f"{row['bytes'] / 1e6:.1f}", note)
+        table.add_row(row["run_id"], *map(str, (row["step"], row["attempt"], saved, *known)), note)
     Console().print(table)
 
 

@@ -29,6 +29,9 @@ class Exported:
     step: int
     files: list[str]
     bytes: int
+    run_id: str
+    metrics: dict[str, float]
+    """Known of the run at that step."""
 
 
 def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES) -> Exported:
@@ -68,7 +71,8 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES) -> E
     for name, text in texts.items():
         target.put(name, text.encode())
     files = target.files("")
-    return Exported(target.url, manifest.step, sorted(files), sum(file.size for file in files.values()))
+    size = sum(file.size for file in files.values())
+    return Exported(target.url, manifest.step, sorted(files), size, manifest.run_id, commit.metrics)
 
 
 def export_series(url: str, to: str, dtype: Dtype) -> list[Exported]:
@@ -78,6 +82,20 @@ def export_series(url: str, to: str, dtype: Dtype) -> list[Exported]:
         export(f"{log.store.url}@{commit.step}", f"{to.rstrip('/')}/step-{commit.step:08d}", dtype)
         for commit in log.commits
     ]
+
+
+def register(exported: Exported, model: str, tracking_uri: str) -> str:
+    """Make an exported model the next version of `model` in MLflow's registry, and return its number.
+
+    Raises:
+        StorageError: the server is away, or refuses.
+    """
+    from orchestrator.config import TrackingConfig
+    from orchestrator.tracking import Tracking
+
+    tracking = Tracking(TrackingConfig(uri=tracking_uri))
+    tags = {"raymuon.step": exported.step, "raymuon.run_id": exported.run_id, **exported.metrics}
+    return tracking.register(model, exported.url, exported.run_id, tags)
 
 
 def model_of(manifest: Manifest) -> ModelConfig:

@@ -47,8 +47,7 @@ def import_model(folder: str, to: str) -> str:
         attempt = log.take_over(identity)
         shard = write_shard(store, place_of(0, attempt, 1), 0, tensors)
     counters = {"step": 0, "tokens": 0, "applied_steps": 0}
-    run_id = store.url.rsplit("/", 1)[-1]
-    log.commit(Manifest(run_id, attempt, 1, 0, 1, identity, counters, shapes, (shard,)))
+    log.commit(Manifest(log.run_id, attempt, 1, 0, 1, identity, counters, shapes, (shard,)))
     return store.url
 
 

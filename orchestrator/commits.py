@@ -53,7 +53,7 @@ class Commits:
         if len(shards) < report.world_size:
             return None
         manifest = Manifest(
-            run_id=self.log.store.url.rsplit("/", 1)[-1],
+            run_id=self.log.run_id,
             attempt=self.attempt,
             generation=report.generation,
             step=report.step,

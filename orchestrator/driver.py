@@ -103,10 +103,8 @@ def run(
     """
     configure_s3(config.storage.s3_endpoint)
     inputs = _await(in_background(lambda: check_inputs(config), may_be_torn=True), stop)
-    if not inputs.store_fences:
-        watcher.warn(
-            f"{config.checkpoint.url} does not honour conditional creates: only the lease keeps two drivers apart"
-        )
+    if inputs.warning:
+        watcher.warn(inputs.warning)
     found = in_background(lambda: find_run(config, inputs.corpus, resume), may_be_torn=False)
     free = in_background(lambda: take_over or await_free_run(config, found.result()), may_be_torn=True)
 
@@ -187,8 +185,8 @@ def _lead(
     run_id = found.run_id or found.tracking.create(config.run.name, flatten(asdict(config)))
     record = RunRecord(found.tracking, run_id)
     try:
-        with Lease(run_store(config, run_id), strict=not inputs.store_fences) as lease:
-            result = _attempt(config, inputs, record, lease, pool, watcher, stop, kill_after)
+        with Lease(run_store(config, run_id), strict=bool(inputs.warning)) as lease:
+            result = _attempt(config, inputs, found, record, lease, pool, watcher, stop, kill_after)
         try:
             artifacts(result, record)
         except StorageError as error:  # The training is done and saved: a missing picture does not undo it.
@@ -207,6 +205,7 @@ def _lead(
 def _attempt(
     config: RunConfig,
     inputs: Inputs,
+    found: Found,
     record: "RunRecord",
     lease: Lease,
     pool: Pool,
@@ -223,12 +222,12 @@ def _attempt(
     manifest = log.newest_good()
     for text in log.damaged:
         watcher.warn(f"{text}; it does not count")
-    attempt = log.take_over(run_identity)
+    attempt = log.take_over(run_identity, inputs.warning)
     record.tag("raymuon.checkpoint_url", url)
-    record.tag("raymuon.store_fences", str(inputs.store_fences).lower())
+    record.tag("raymuon.store_fences", str(not inputs.warning).lower())
     journal = Journal(log.store, attempt)
     restored = manifest.step if manifest else 0
-    tally = go_on_with(record, journal, restored, time.time())
+    tally = go_on_with(record, journal, restored, time.time(), watcher.warn)
     recorder = RunRecorder(config, record, journal, watcher, url, tally)
     progress = Progress(
         step=max(restored, record.marks["train"]),
@@ -242,7 +241,7 @@ def _attempt(
     commits = Commits(log, attempt, run_identity, manifest, recorder.before_commit)
     with Janitor(log, config.checkpoint, commits.bad, watcher.warn) as janitor:
         commits.after = janitor.wake
-        task = task_of(config, inputs.corpus, url, attempt, manifest, inputs.origin)
+        task = task_of(config, inputs.corpus, url, attempt, manifest, found.origin)
         controller = Controller(config, pool, commits, task, progress, recorder, tally, lease, kill_after)
         try:
             with stop.during_training():

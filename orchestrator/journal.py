@@ -1,11 +1,13 @@
 """The journal: every event of a run and every row of its record, shipped to the run's folder with each commit.
 
 MLflow may be away for hours and the driver may die meanwhile: what a commit stands for is in the journal by then, and
-the next driver gives MLflow what it lacks. One file for each commit, never changed.
+the next driver gives MLflow what it lacks. One file for each commit, never changed; its last line holds the SHA-256 of
+the others.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from workers.storage import Store
@@ -39,12 +41,25 @@ class Journal:
         if self._lines:
             self._shipped += 1
             name = f"{FOLDER}/{self.attempt:04d}-{self._shipped:06d}.jsonl"
-            self.store.create(name, "\n".join(self._lines).encode())
+            lines = "\n".join(self._lines).encode()
+            self.store.create(name, lines + b"\n" + _check(lines))
             self._lines.clear()
 
 
-def read_journal(store: Store) -> Iterator[dict[str, Any]]:
-    """Yield all lines that earlier drivers have shipped, in order."""
+def read_journal(store: Store, damaged: Callable[[str], object]) -> Iterator[dict[str, Any]]:
+    """Yield all lines that earlier drivers have shipped, in order.
+
+    Args:
+        store: the run's folder.
+        damaged: told of each file that is not what was written; it is left out.
+    """
     for name in store.names(FOLDER):
-        for line in store.read(f"{FOLDER}/{name}").decode().splitlines():
-            yield json.loads(line)
+        lines, _, check = store.read(f"{FOLDER}/{name}").rpartition(b"\n")
+        if check == _check(lines):
+            yield from map(json.loads, lines.splitlines())
+        else:
+            damaged(f"{store.url}/{FOLDER}/{name}: damaged; the record may lack what was in it")
+
+
+def _check(lines: bytes) -> bytes:
+    return json.dumps({"sha256": hashlib.sha256(lines).hexdigest()}).encode()

@@ -33,10 +33,8 @@ class Inputs:
     """What a run is made of, besides its config."""
 
     corpus: Corpus
-    store_fences: bool
-    """Whether the store honours conditional creates, on which fencing rests."""
-    origin: Origin | None
-    """The weights that a new run begins with."""
+    warning: str
+    """That the store does not honour conditional creates, on which fencing rests; empty where it does."""
 
 
 def check_inputs(config: RunConfig) -> Inputs:
@@ -47,11 +45,13 @@ def check_inputs(config: RunConfig) -> Inputs:
         StorageError: a server does not answer, or storage cannot be written.
     """
     _reach(config.tracking.uri)
-    store_fences = Store(config.checkpoint.url).probe()
+    url = config.checkpoint.url
+    fences = Store(url).probe()
+    warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
     corpus = prepare(config.data)
     if problems := check_corpus(corpus, config.train.seq_len, config.train.global_batch):
         raise ConfigError("\n".join(problems))
-    return Inputs(corpus, store_fences, find_origin(config))
+    return Inputs(corpus, "" if fences else warning)
 
 
 def find_origin(config: RunConfig) -> Origin | None:
@@ -77,34 +77,45 @@ def find_origin(config: RunConfig) -> Origin | None:
 
 @dataclass(frozen=True)
 class Found:
-    """The tracking store, and the run to go on with, where there is one."""
+    """The tracking store, the run to go on with, if any, and the weights to begin with, if it has none yet."""
 
     tracking: "Tracking"
-    run_id: str | None
+    run_id: str | None = None
+    origin: Origin | None = None
 
 
 def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
     """Open the tracking store and find the run that `resume` means: `never`, `auto`, or a run's id or name.
 
     Raises:
-        ConfigError: there is no such run, or this config would make another run of it.
+        ConfigError: there is no such run, this config would make another run of it, or `train.init` cannot be used.
         StorageError: the tracking store or the run's files cannot be read.
     """
-    from orchestrator.tracking import Tracking  # MLflow takes seconds to import.
+    origin = find_origin(config) if resume == "never" else None  # Told at once: MLflow takes seconds to import.
+    from orchestrator.tracking import Tracking
 
     tracking = Tracking(config.tracking)
     if resume == "never":
-        return Found(tracking, None)
+        return Found(tracking, origin=origin)
+    log = _log_of(tracking, config, resume)
+    if log is None:
+        return Found(tracking, origin=find_origin(config))
+    check_identity(log, identity(config, corpus))
+    # A run with checkpoints has no more need of its origin, which may be gone by now.
+    return Found(tracking, log.run_id, None if log.commits else find_origin(config))
+
+
+def _log_of(tracking: "Tracking", config: RunConfig, resume: str) -> RunLog | None:
+    """Return the log of the run to go on with; None where `auto` finds none."""
     run_id = tracking.unfinished(config.run.name) if resume == "auto" else tracking.find(resume)
     if run_id is None:
-        return Found(tracking, None)
+        return None
     log = RunLog(run_store(config, run_id))
-    if log.identity is None:
-        if resume == "auto":  # A run of that name whose files are elsewhere is not ours to go on with.
-            return Found(tracking, None)
-        raise ConfigError(f"--resume {resume}: nothing of run {run_id} is under checkpoint.url={config.checkpoint.url}")
-    check_identity(log, identity(config, corpus))
-    return Found(tracking, run_id)
+    if log.identity is not None:
+        return log
+    if resume == "auto":  # A run of that name whose files are elsewhere is not ours to go on with.
+        return None
+    raise ConfigError(f"--resume {resume}: nothing of run {run_id} is under checkpoint.url={config.checkpoint.url}")
 
 
 def await_free_run(config: RunConfig, found: Found) -> None:

@@ -183,7 +183,7 @@ class RunRecorder:
             self.watcher.warn(str(error))
 
 
-def go_on_with(record: Any, journal: Journal, last_step: int, now: float) -> Tally:
+def go_on_with(record: Any, journal: Journal, last_step: int, now: float, warn: Callable[[str], object]) -> Tally:
     """Give MLflow the rows that earlier drivers journalled and could not log, and add up what has happened so far.
 
     Args:
@@ -191,10 +191,11 @@ def go_on_with(record: Any, journal: Journal, last_step: int, now: float) -> Tal
         journal: of this attempt; earlier ones are read.
         last_step: rows after it are of steps that will be trained again.
         now: seconds since the epoch.
+        warn: told of damage.
     """
     tally = Tally(now)
     seen: set[int] = set()
-    for line in read_journal(journal.store):
+    for line in read_journal(journal.store, warn):
         if line.get("event") == DriverStarted.__name__:
             tally.began = min(tally.began, line["time"])
         elif line.get("event") == Recovery.__name__:

@@ -44,7 +44,7 @@ class Entry:
     metrics: dict[str, float] = field(default_factory=dict)
     """Of a commit: what is known of the run at its step."""
     reason: str = ""
-    """Of a pin or a deletion, for people."""
+    """For people: of a pin or a deletion; of a take-over, a warning."""
 
     def encode(self) -> bytes:
         """Return the file's content; the hash of all fields comes last."""
@@ -101,6 +101,11 @@ class RunLog:
         """How this process came to know that it does not lead the run any more."""
         self._lock = threading.RLock()
         self.refresh()
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, by which its folder is named."""
+        return self.store.url.rsplit("/", 1)[-1]
 
     def refresh(self) -> None:
         """Read the entries that others have added."""
@@ -176,14 +181,18 @@ class RunLog:
             raise DamagedError(f"{self.store.url}: none of the {len(commits)} checkpoints is whole")
         return None
 
-    def take_over(self, identity: dict[str, Any]) -> int:
+    def take_over(self, identity: dict[str, Any], warning: str = "") -> int:
         """Become the run's driver and return the number of this attempt.
+
+        Args:
+            identity: what every later attempt must share.
+            warning: for whoever reads the log.
 
         Raises:
             FencedError: another driver took over at the same moment.
         """
         attempt = self.attempt + 1
-        self._append(kind="take_over", attempt=attempt, identity=identity)
+        self._append(kind="take_over", attempt=attempt, identity=identity, reason=warning)
         return attempt
 
     def commit(self, manifest: Manifest, metrics: dict[str, float] | None = None) -> None:

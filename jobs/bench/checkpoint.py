@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from jobs.bench.cluster import bench_cluster
@@ -147,6 +146,7 @@ def _config(folder: Path, url: str, endpoint: str, overrides: list[str]) -> RunC
         "train.validate_every=0",
         "train.sample_prompt=''",
         f"checkpoint.every={SAVE_EVERY}",
+        "checkpoint.keep_last=1",
         # No snapshot but the saves' own: all that holds training up is theirs.
         "checkpoint.snapshot_every=1000000",
         f"checkpoint.url={url}",
@@ -211,12 +211,12 @@ def _bandwidth(run_url: str, manifest: Manifest, repeats: int, say: Callable[[st
         entry: np.frombuffer(data, np.float32, entry.length, offset)
         for entry, offset in zip(shard.entries, shard.offsets, strict=True)
     }
-    fs, target = fsspec.url_to_fs(run_url)[0], store.path("bench-upload")
+    fs, target = store.fs, store.path("bench-upload")
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
         arms: dict[str, Callable[[], object]] = {
-            "raymuon": lambda: write_shard(store, "bench-upload", 0, tensors),
+            "raymuon": lambda: write_shard(store.child("bench-upload"), "raymuon", 0, tensors),
             "s3fs_pipe_file": lambda: fs.pipe_file(f"{target}/pipe", data),
             "s3fs_put_file": lambda: fs.put_file(file.name, f"{target}/put"),
         }
@@ -227,6 +227,7 @@ def _bandwidth(run_url: str, manifest: Manifest, repeats: int, say: Callable[[st
                 arms[arm]()
                 if round_:  # The first opens connections.
                     speeds[arm].append(len(data) / (time.perf_counter() - clock) / 1e6)
+                fs.rm(target, recursive=True)
             if round_:
                 say(f"upload {round_}: " + ", ".join(f"{arm} {speed[-1]:.0f} MB/s" for arm, speed in speeds.items()))
     medians = {arm: statistics.median(speed) for arm, speed in speeds.items()}

@@ -42,7 +42,7 @@ def seaweedfs(folder: Path) -> Iterator[str]:
     config.write_text(json.dumps({"identities": [{"name": "local", "credentials": credentials, "actions": actions}]}))
     port = _free_port_pair()
     command = [str(program), "server", f"-dir={folder}", "-ip=127.0.0.1"]
-    command += ["-ip.bind=127.0.0.1", "-s3", f"-s3.port={port}", f"-s3.config={config}", "-volume.max=50"]
+    command += ["-ip.bind=127.0.0.1", "-s3", f"-s3.port={port}", f"-s3.config={config}", "-volume.max=0"]
     command += ["-master.volumeSizeLimitMB=256", "-s3.port.lance=0", "-s3.port.iceberg=0"]
     for service in ("master", "volume", "filer"):
         command.append(f"-{service}.port={_free_port_pair()}")

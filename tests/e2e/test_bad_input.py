@@ -1,7 +1,8 @@
 """Bad input: one clear message, the right exit code, nothing left behind."""
 
-import os
 import socket
+import subprocess
+import time
 from pathlib import Path
 
 import psutil
@@ -95,23 +96,36 @@ def test_a_place_that_cannot_be_written(place):
     nothing_left(place)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="not run: mounting a small disk needs root")
-def test_a_full_disk_ends_the_run_and_keeps_what_was_committed(place):
-    import subprocess
-
+@pytest.fixture
+def small_disk(place):
+    """A disk of 3 MB at `small/`: room for a few checkpoints."""
     small = place.folder / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True)
     if mounted.returncode:
-        pytest.skip(f"not run: {mounted.stderr.decode().strip()}")
-    try:
-        done = place.run("checkpoint.url=small/checkpoints", "checkpoint.every=5", code=5)
-        assert "No space left" in done.stderr
-        rows = place.checkpoints("ls", "small/checkpoints")
-        assert rows and place.checkpoints("show", rows[-1]["url"])["step"] == rows[-1]["step"]
-        assert place.checkpoints("diff", rows[-1]["url"], rows[-1]["url"])["bitwise_equal"], "the last one is whole"
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+        pytest.skip(f"not run, mounting needs root: {mounted.stderr.decode().strip()}")
+    yield small
+    subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
+@pytest.mark.parametrize(("harm", "told"), [("full", "No space left"), ("read-only", "Read-only file system")])
+def test_a_disk_that_ends_to_take_checkpoints_ends_the_run_and_keeps_the_last(place, small_disk, harm, told):
+    options = ["checkpoint.url=small/checkpoints", "checkpoint.every=5", "recovery.max_failed_saves=0"]
+    running = place.start(*options, "train.steps=100000", "checkpoint.keep_last=0")
+    if harm == "read-only":
+        while not (small_disk / "checkpoints").is_dir() or not place.checkpoints("ls", "small/checkpoints"):
+            assert running.poll() is None
+            time.sleep(0.1)
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    _, err = running.communicate(timeout=180)
+    assert running.returncode == 5 and told in err and "Traceback" not in err
+    assert "recovery.max_failed_saves=0" in err
+    rows = place.checkpoints("ls", "small/checkpoints")
+    assert rows and place.checkpoints("verify", rows[-1]["url"])["damaged"] == [], "the last one is whole"
+    # And it is told at once where nothing can be written from the beginning.
+    done = place.run(*options, code=5)
+    assert told in done.stderr
+    assert place.checkpoints("ls", "small/checkpoints") == rows
 
 
 def test_a_start_that_fails_does_not_tear_a_new_database(place):

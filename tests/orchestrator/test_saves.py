@@ -1,5 +1,6 @@
 """Checkpoints of a real group over processes: damage, storage that fails or is slow, and what training makes of it."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -27,43 +28,65 @@ def lead(folder, steps: int = 16, **changes) -> Lead:
     return Lead(config_of(folder, **settings), ProcessCluster({"a": 2}), folder)
 
 
-def harm(folder, step: int, what: str) -> str:
-    """Flip a byte in a checkpoint's manifest or in a shard; return the file's name."""
+def file_of(folder, step: int, which: str):
+    """Return a file of a checkpoint: its log entry, its manifest, or a rank's shard."""
     log = RunLog(Store(str(folder / "run")))
-    path = log.find(step).manifest if what == "manifest" else log.manifest(step).shards[1].path
-    file = folder / "run" / path
+    commit = log.find(step)
+    match which:
+        case "log entry":
+            path = f"log/{commit.number:08d}.json"
+        case "manifest":
+            path = commit.manifest
+        case _:
+            path = log.manifest(step).shards[int(which[-1])].path
+    return folder / "run" / path
+
+
+def flip_a_byte(file) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) * 3 // 4] ^= 1
     file.write_bytes(data)
-    return file.name
 
 
-@pytest.mark.parametrize("what", ["manifest", "shard"])
-def test_a_damaged_checkpoint_is_named_and_fallen_back_from(tmp_path, what):
-    whole, harmed = tmp_path / "whole", tmp_path / "harmed"
-    for folder in (whole, harmed):
-        with lead(folder) as first:
-            assert first.wait().commits == [8, 16]
-    name = harm(harmed, 16, what)
-    for folder in (whole, harmed):
-        second = lead(folder, steps=24)
-        with second:
-            notes = second.wait()
-        # The steps that are trained again are on record already.
-        assert [row.step for row in notes.rows] == list(range(17 if folder == whole or what == "shard" else 9, 25))
-        assert notes.commits[-1] == 24
-    told = [*second.log.damaged, *notes.notices]
-    assert any(name in text and "damaged" in text for text in told)
-    assert [(event.damaged, event.good) for event in notes.of(Fallback)] == ([(16, 8)] if what == "shard" else [])
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run with checkpoints of steps 8 and 16, and what it comes to when it goes on to step 24."""
+    folder = tmp_path_factory.mktemp("saved")
+    with lead(folder) as first:
+        assert first.wait().commits == [8, 16]
+    whole = tmp_path_factory.mktemp("whole") / "copy"
+    shutil.copytree(folder, whole)
+    with lead(whole, steps=24) as second:
+        assert [row.step for row in second.wait().rows] == [*range(17, 25)]
+    return folder, whole
+
+
+@pytest.mark.parametrize("which", ["log entry", "manifest", "shard 0", "shard 1"])
+def test_one_flipped_byte_in_any_file_is_named_and_fallen_back_from(saved, tmp_path, which):
+    folder, whole = saved
+    harmed = tmp_path / "harmed"
+    shutil.copytree(folder, harmed)
+    file = file_of(harmed, 16, which)
+    flip_a_byte(file)
+    again = lead(harmed, steps=24)
+    with again:
+        notes = again.wait()
+    found_by_worker = which.startswith("shard")
+    # Steps that are trained again are on record already, where the driver knew of them.
+    assert [row.step for row in notes.rows] == list(range(17 if found_by_worker else 9, 25))
+    assert notes.commits[-1] == 24
+    assert any(file.name in text and "damaged" in text for text in [*again.log.damaged, *notes.notices])
+    assert [(event.damaged, event.good) for event in notes.of(Fallback)] == ([(16, 8)] if found_by_worker else [])
     assert_equal_states(whole, harmed)
 
 
 def test_without_any_whole_checkpoint_nothing_is_begun_anew(tmp_path):
     with lead(tmp_path, steps=8) as first:
         first.wait()
-    name = harm(tmp_path, 8, "shard")
+    file = file_of(tmp_path, 8, "shard 1")
+    flip_a_byte(file)
     second = lead(tmp_path, steps=12)
-    with second, pytest.raises(DamagedError, match=f"{name}: damaged.*none of the 1 checkpoints is whole"):
+    with second, pytest.raises(DamagedError, match=f"{file.name}: damaged.*none of the 1 checkpoints is whole"):
         second.wait()
     assert second.notes.rows == []
 

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from math import prod
 
@@ -164,7 +165,9 @@ class CheckpointReader:
         """Read every shard as a whole, and yield what is wrong with each that is damaged."""
         for shard in self.manifest.shards:
             try:
-                self._fetch(shard, [_Span(0, shard.size, 0)], memoryview(bytearray(shard.size)))
+                with ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="read") as threads:
+                    for _ in threads.map(partial(self._read, shard), _runs([*range(len(shard.chunks))])):
+                        pass
             except DamagedError as error:
                 yield str(error)
 
