@@ -116,7 +116,8 @@ class Lead:
         self.log = RunLog(Store(f"{url or folder}/run"))
         same = identity(config, self.corpus)
         attempt, manifest = self.log.take_over(same), self.log.newest_good()
-        task = task_of(config, self.corpus, self.log.store.url, attempt, manifest, find_origin(config))
+        origin = None if manifest else find_origin(config)
+        task = task_of(config, self.corpus, self.log.store.url, attempt, manifest, origin)
         self.journal = Journal(self.log.store, attempt)
         commits = Commits(self.log, attempt, same, manifest, self._before_commit)
         self.pool = Pool(

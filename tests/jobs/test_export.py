@@ -1,14 +1,16 @@
 """Exported models, loaded by transformers."""
 
 import json
+import os
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
+from jobs.bench.seaweed import BUCKET, s3_environment, seaweedfs
 from jobs.checkpoints import open_checkpoint
-from jobs.export import export, export_series, model_of
+from jobs.export import export, export_series, model_of, register
 from jobs.import_ import import_model
 from orchestrator.run_log import RunLog
 from tests.workers import test_llama, test_moonlight
@@ -16,7 +18,7 @@ from workers.checkpoint.manifest import BUFFER, WEIGHT, Entry, Manifest, place_o
 from workers.checkpoint.shards import write_shard
 from workers.errors import ConfigError
 from workers.models import build
-from workers.storage import Store
+from workers.storage import Store, configure_s3
 
 MODELS = {"moonlight": test_moonlight.TINY, "llama": test_llama.TINY}
 TEXT = "def naïve(x):\n    return '日本' * x  # ☃\n"
@@ -116,6 +118,39 @@ def test_the_names_are_deepseeks(tmp_path):
     for expert in range(replace(test_moonlight.TINY).num_experts):
         assert np.array_equal(tensors[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"], stack[expert])
     assert "model.layers.1.mlp.gate.e_score_correction_bias" in tensors
+
+
+def test_export_to_s3_is_the_same(tmp_path):
+    trained(tmp_path / "run", "llama")
+    here = export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32", 20_000)
+    (tmp_path / "served").mkdir()
+    with seaweedfs(tmp_path / "served") as endpoint:
+        os.environ.update(s3_environment())
+        configure_s3(endpoint)
+        try:
+            there = export(str(tmp_path / "run"), f"s3://{BUCKET}/hf", "float32", 20_000)
+            store = Store(f"s3://{BUCKET}/hf")
+            assert there.files == here.files and there.bytes == here.bytes
+            assert [f for f in here.files if store.read(f) != (tmp_path / "hf" / f).read_bytes()] == []
+        finally:
+            configure_s3("")
+
+
+def test_an_exported_model_becomes_a_version_of_a_registered_one(tmp_path):
+    import mlflow
+    from transformers import AutoModelForCausalLM
+
+    trained(tmp_path / "run", "llama", steps=(10, 20))
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    versions = [
+        register(one, "tiny", uri) for one in export_series(str(tmp_path / "run"), str(tmp_path / "hf"), "float32")
+    ]
+    assert versions == ["1", "2"]
+    client = mlflow.MlflowClient(uri)
+    newest = client.get_model_version("tiny", "2")
+    assert newest.tags == {"raymuon.step": "20", "raymuon.run_id": "run-7", "val_loss": "1.2345"}
+    assert newest.source == f"{tmp_path}/hf/step-00000020"
+    AutoModelForCausalLM.from_pretrained(client.get_model_version_download_uri("tiny", "2"))
 
 
 @pytest.mark.parametrize("name", MODELS)

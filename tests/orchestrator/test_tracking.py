@@ -1,9 +1,19 @@
 """Against a real SQLite store."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from orchestrator.config import TrackingConfig
+from orchestrator.preflight import find_run, identity, run_store
+from orchestrator.run_log import RunLog
 from orchestrator.tracking import RunRecord, Tracking
+from tests.leading import config_of
+from workers.checkpoint.manifest import WEIGHT, Entry, Manifest, place_of
+from workers.checkpoint.shards import write_shard
+from workers.config import CheckpointConfig
+from workers.data.corpus import prepare
 from workers.errors import ConfigError
 
 
@@ -54,6 +64,23 @@ def test_finding_a_run_to_go_on_with(tracking):
     assert tracking.find(done) == done and tracking.find("it's a name") in (done, open_)
     with pytest.raises(ConfigError, match="no run of that id or name"):
         tracking.find("nobody")
+
+
+def test_a_run_that_has_checkpoints_needs_its_origin_no_more(tracking, tmp_path):
+    config = config_of(tmp_path, train={"init": f"{tmp_path}/gone"})
+    config = replace(config, checkpoint=CheckpointConfig(url=str(tmp_path)), tracking=TrackingConfig(uri=tracking.uri))
+    corpus = prepare(config.data)
+    run_id = tracking.create(config.run.name, {})
+    log = RunLog(run_store(config, run_id))
+    log.take_over(identity(config, corpus))
+    for resume in ("never", "auto", run_id):
+        with pytest.raises(ConfigError, match="train.init=.*gone: no committed checkpoint"):
+            find_run(config, corpus, resume)
+    shard = write_shard(log.store, place_of(0, 1, 1), 0, {Entry(WEIGHT, "w", 0, 2): np.zeros(2, np.float32)})
+    log.commit(Manifest(run_id, 1, 1, 0, 1, {}, {}, {"w": [2]}, (shard,)))
+    for resume in ("auto", run_id):
+        found = find_run(config, corpus, resume)
+        assert (found.run_id, found.origin) == (run_id, None)
 
 
 def test_rows_wait_while_the_store_does_not_answer(tracking, monkeypatch):
