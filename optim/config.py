@@ -7,6 +7,8 @@ one go. `jobs` prefixes the section's name and gathers the problems of all secti
 from dataclasses import dataclass
 from typing import Literal
 
+from optim.polynomials import CoefficientSet
+
 
 class ConfigProblems(ValueError):
     """Everything that is wrong with one config section; each problem starts with the key's name."""
@@ -38,6 +40,12 @@ class OptimConfig:
     """Orthogonalize a look-ahead of the momentum instead of the momentum itself."""
     ns_steps: int = 5
     """Newton-Schulz iterations."""
+    ns_coefficients: CoefficientSet = "quintic"
+    """Polynomials of the iterations: Jordan's `quintic`; `polar_express`, minimax for each step; `two_phase`, Jordan's
+    with two converging ones at the end."""
+    ns_form: Literal["auto", "standard", "gram"] = "auto"
+    """`gram` builds the product of all polynomials from the Gram matrix; `auto` takes for each shape what needs fewer
+    operations."""
     ns_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of Newton-Schulz; `auto` is bf16 on a GPU and fp32 on a CPU."""
     wire_dtype: Literal["auto", "fp32", "bf16"] = "auto"

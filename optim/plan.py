@@ -1,14 +1,14 @@
 """Who orthogonalizes what, and which pieces travel for it. Pure Python: no torch, no numpy.
 
-A matrix that lies whole in one partition is orthogonalized there. One that straddles a boundary is orthogonalized by
-one of its holders, its owner: the others send their pieces and get their slices of the result back. Every rank computes
-the same plan from the same layout, so no rank has to be told.
+A matrix that lies whole in one partition is orthogonalized there, together with others of its shape. One that straddles
+a boundary is orthogonalized by one of its holders, its owner: the others send their pieces and get their slices of the
+result back. Every rank computes the same plan from the same layout, so no rank has to be told.
 
 Invariant: every matrix of the group is orthogonalized exactly once across the ranks.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from optim.layout import GroupLayout
 
@@ -28,10 +28,15 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
-    """A matrix that lies whole in a partition, at `offset`."""
+class Batch:
+    """`count` matrices of one shape that lie whole in a partition, `stride` elements apart, the first at `offset`.
+
+    So they are one strided view `[count, rows, columns]` of the shard, and nothing has to be copied.
+    """
 
     offset: int
+    stride: int
+    count: int
     rows: int
     columns: int
 
@@ -62,25 +67,39 @@ class Straddler:
 
 @dataclass(frozen=True, slots=True)
 class OrthogonalizePlan:
-    """The plan of one group: `local[rank]` and all straddlers, in flat order."""
+    """The plan of one group: each rank's batches and all straddlers, in flat order."""
 
-    local: tuple[tuple[Local, ...], ...]
+    local: tuple[tuple[Batch, ...], ...]
     straddlers: tuple[Straddler, ...]
+    _routes: dict[tuple[int, int], list[Piece]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for matrix in self.straddlers:
+            for piece in matrix.pieces:
+                if piece.holder != matrix.owner:
+                    self._routes.setdefault((piece.holder, matrix.owner), []).append(piece)
 
     def sent(self, rank: int, peer: int) -> list[Piece]:
         """Pieces that `rank` sends to `peer` for orthogonalization, in the order in which they are packed.
 
         The same pieces of the result travel back, so `sent(peer, rank)` is what `rank` answers to `peer`.
         """
-        if rank == peer:
-            return []
-        return [
-            piece
-            for matrix in self.straddlers
-            if matrix.owner == peer
-            for piece in matrix.pieces
-            if piece.holder == rank
-        ]
+        return self._routes.get((rank, peer), [])
+
+    def elements_sent(self) -> list[int]:
+        """Return how many elements each rank sends in a step: pieces to their owners, and results back."""
+        sent = [0] * len(self.local)
+        for (holder, owner), pieces in self._routes.items():
+            length = sum(piece.length for piece in pieces)
+            sent[holder] += length
+            sent[owner] += length
+        return sent
+
+    def matrices(self, rank: int) -> Iterator[tuple[int, int]]:
+        """Yield rows and columns of every matrix that `rank` orthogonalizes."""
+        for batch in self.local[rank]:
+            yield from [(batch.rows, batch.columns)] * batch.count
+        yield from ((matrix.rows, matrix.columns) for matrix in self.straddlers if matrix.owner == rank)
 
 
 def matrices_of(layout: GroupLayout, shapes: Sequence[tuple[int, int, int]]) -> list[Matrix]:
@@ -92,31 +111,56 @@ def matrices_of(layout: GroupLayout, shapes: Sequence[tuple[int, int, int]]) -> 
     ]
 
 
-def plan_orthogonalization(layout: GroupLayout, matrices: Sequence[Matrix]) -> OrthogonalizePlan:
+def plan_orthogonalization(
+    layout: GroupLayout,
+    matrices: Sequence[Matrix],
+    cost: Callable[[int, int], int] = lambda rows, columns: rows * columns,
+) -> OrthogonalizePlan:
     """Assign every matrix to one rank.
 
     A straddler goes to the holder of most of its elements, so that the least travels; a tie goes to the holder with the
-    fewest elements to orthogonalize so far, then to the lower rank.
+    least to do so far, then to the lower rank.
+
+    Args:
+        layout: of the group.
+        matrices: of the group, in flat order.
+        cost: of orthogonalizing a matrix of so many rows and columns.
     """
-    local: list[list[Local]] = [[] for _ in range(layout.world_size)]
+    local: list[list[Matrix]] = [[] for _ in range(layout.world_size)]
     load = [0] * layout.world_size
     straddling: list[tuple[Matrix, list[tuple[int, int, int]]]] = []
     for matrix in matrices:
         parts = layout.split(matrix.start, matrix.start + matrix.numel)
         if len(parts) == 1:
             rank, offset, _ = parts[0]
-            local[rank].append(Local(offset, matrix.rows, matrix.columns))
-            load[rank] += matrix.numel
+            local[rank].append(Matrix(offset, matrix.rows, matrix.columns))
+            load[rank] += cost(matrix.rows, matrix.columns)
         else:
             straddling.append((matrix, parts))
 
     straddlers = []
     for index, (matrix, parts) in enumerate(straddling):
         owner = min(parts, key=lambda part: (-part[2], load[part[0]], part[0]))[0]
-        load[owner] += matrix.numel
+        load[owner] += cost(matrix.rows, matrix.columns)
         pieces, position = [], 0
         for rank, offset, length in parts:
             pieces.append(Piece(index, rank, offset, position, length))
             position += length
         straddlers.append(Straddler(matrix.rows, matrix.columns, owner, tuple(pieces)))
-    return OrthogonalizePlan(tuple(map(tuple, local)), tuple(straddlers))
+    return OrthogonalizePlan(tuple(tuple(_batches(held)) for held in local), tuple(straddlers))
+
+
+def _batches(matrices: Sequence[Matrix]) -> Iterator[Batch]:
+    """Join matrices of one shape at equal distances; `start` counts in the partition."""
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for matrix in matrices:
+        by_shape.setdefault((matrix.rows, matrix.columns), []).append(matrix.start)
+    for (rows, columns), starts in by_shape.items():
+        first = 0
+        while first < len(starts):
+            last = first + 1
+            stride = starts[last] - starts[first] if last < len(starts) else rows * columns
+            while last < len(starts) and starts[last] - starts[last - 1] == stride:
+                last += 1
+            yield Batch(starts[first], stride, last - first, rows, columns)
+            first = last

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optim.newton_schulz import newton_schulz
+from optim.polynomials import CoefficientSet, coefficients
 
 
 class ReferenceMuon(torch.optim.Optimizer):
@@ -24,6 +25,7 @@ class ReferenceMuon(torch.optim.Optimizer):
         momentum: beta.
         nesterov: orthogonalize `beta m + (1 - beta) g`.
         ns_steps: Newton-Schulz iterations.
+        ns_coefficients: their polynomials; always applied in the standard form.
         ns_dtype: dtype of Newton-Schulz.
         update_rms: the update is `update_rms * sqrt(max(A, B)) * O`.
     """
@@ -36,11 +38,15 @@ class ReferenceMuon(torch.optim.Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
+        ns_coefficients: CoefficientSet = "quintic",
         ns_dtype: torch.dtype = torch.float32,
         update_rms: float = 0.2,
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
-        super().__init__(params, defaults | {"ns_steps": ns_steps, "ns_dtype": ns_dtype, "update_rms": update_rms})
+        polynomials = coefficients(ns_coefficients, ns_steps)
+        super().__init__(
+            params, defaults | {"polynomials": polynomials, "ns_dtype": ns_dtype, "update_rms": update_rms}
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -61,5 +67,5 @@ class ReferenceMuon(torch.optim.Optimizer):
                 for weight, matrix in zip(
                     parameter.view(-1, rows, columns), update.reshape(-1, rows, columns), strict=True
                 ):
-                    orthogonal = newton_schulz(matrix.to(group["ns_dtype"]), group["ns_steps"])
+                    orthogonal = newton_schulz(matrix, group["polynomials"], "standard", group["ns_dtype"])
                     weight.add_(orthogonal, alpha=-group["lr"] * scale)

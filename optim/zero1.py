@@ -12,9 +12,8 @@ The class's name has no "muon" in it, and no parameter gets an attribute `use_mu
 its own Muon and orthogonalize a second time.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,11 +24,22 @@ from torch.optim.adamw import adamw
 from optim.config import OptimConfig
 from optim.layout import Fragment, GroupLayout
 from optim.newton_schulz import newton_schulz
-from optim.plan import OrthogonalizePlan, Piece, matrices_of, plan_orthogonalization
+from optim.plan import Batch, OrthogonalizePlan, Piece, matrices_of, plan_orthogonalization
+from optim.polynomials import Form, coefficients, form_of, operations
 from optim.routing import matrix_shape, parameter_groups
 
 STATE_KEYS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 """The flat state tensors of each method."""
+BATCH_ELEMENTS = 1 << 18
+"""Of the matrices that are orthogonalized at once."""
+
+
+def cost_of(config: OptimConfig) -> Callable[[int, int], int]:
+    """Return what gives the operations of orthogonalizing a matrix of so many rows and columns."""
+    form: Form | None = None if config.ns_form == "auto" else config.ns_form
+    return lambda rows, columns: operations(
+        rows, columns, config.ns_steps, form or form_of(rows, columns, config.ns_steps)
+    )
 
 
 class LayoutError(RuntimeError):
@@ -82,7 +92,7 @@ class Zero1Optimizer(torch.optim.Optimizer):
                 self.state[shard]["step"] = torch.zeros((), dtype=torch.float32, device=shard.device)
             else:
                 shapes = [matrix_shape(tuple(p.shape)) for p in parameters]
-                plan = plan_orthogonalization(layout, matrices_of(layout, shapes))
+                plan = plan_orthogonalization(layout, matrices_of(layout, shapes), cost_of(self.config))
                 self._exchanges[method] = _Exchange(plan, self.config, process_group, shard.device)
 
     @torch.no_grad()
@@ -125,15 +135,12 @@ class Zero1Optimizer(torch.optim.Optimizer):
     def _muon(self, group: dict[str, Any], shard: Tensor) -> None:
         config = self.config
         momentum: Tensor = self.state[shard]["momentum_buffer"]
-        update: Tensor = shard.grad  # type: ignore[assignment]
-        momentum.lerp_(update, 1 - config.momentum)
-        # The gradient is not needed any more: its memory becomes the update.
-        if config.nesterov:
-            update.lerp_(momentum, config.momentum)
-        else:
-            update.copy_(momentum)
-        self._exchanges["muon"].orthogonalize(update)
-        shard.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+        direction: Tensor = shard.grad  # type: ignore[assignment]
+        momentum.lerp_(direction, 1 - config.momentum)
+        # The gradient is not needed any more: its memory takes the look-ahead.
+        direction = direction.lerp_(momentum, config.momentum) if config.nesterov else momentum
+        shard.mul_(1 - group["lr"] * group["weight_decay"])
+        self._exchanges["muon"].descend(shard, direction, group["lr"] * config.update_rms)
 
     def _adamw(self, group: dict[str, Any], shard: Tensor) -> None:
         config, state = self.config, self.state[shard]
@@ -161,30 +168,38 @@ class _Exchange:
     def __init__(
         self, plan: OrthogonalizePlan, config: OptimConfig, process_group: dist.ProcessGroup, device: torch.device
     ) -> None:
-        self.config = config
         self.group = process_group
         self.device = device
         auto = torch.bfloat16 if device.type == "cuda" else torch.float32
         dtypes = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}
         self.ns_dtype, self.wire_dtype = dtypes[config.ns_dtype], dtypes[config.wire_dtype]
+        self.polynomials = coefficients(config.ns_coefficients, config.ns_steps)
+        self.form: Form | None = None if config.ns_form == "auto" else config.ns_form
         self.rank = dist.get_rank(process_group)
         peers = range(dist.get_world_size(process_group))
         self.sent = [plan.sent(self.rank, peer) for peer in peers]
         self.received = [plan.sent(peer, self.rank) for peer in peers]
         self.straddlers = plan.straddlers
         self.owned = [index for index, matrix in enumerate(plan.straddlers) if matrix.owner == self.rank]
-        self.batches: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for matrix in plan.local[self.rank]:
-            self.batches[matrix.rows, matrix.columns].append(matrix.offset)
+        self.batches = [part for batch in plan.local[self.rank] for part in _cut(batch)]
 
-    def orthogonalize(self, update: Tensor) -> None:
-        """Replace every matrix in the flat shard by its scaled orthogonalization, in place."""
-        outgoing = [update[p.offset : p.offset + p.length] for peer in self.sent for p in peer]
+    def descend(self, shard: Tensor, direction: Tensor, rate: float) -> None:
+        """Subtract `rate sqrt(max(A, B)) O` from every matrix `[A, B]` in the flat shard (Moonlight, equation 4).
+
+        Args:
+            shard: this rank's weights.
+            direction: what is orthogonalized to O; alike. It is not changed.
+            rate: learning rate times the update's RMS.
+        """
+        outgoing = [direction[p.offset : p.offset + p.length] for peer in self.sent for p in peer]
         gathered, arrival = self._all_to_all(outgoing, self.sent, self.received)
-        for (rows, columns), offsets in self.batches.items():
-            views = [update[offset : offset + rows * columns].view(rows, columns) for offset in offsets]
-            for view, result in zip(views, self._newton_schulz(torch.stack(views)), strict=True):
-                view.copy_(result)
+        for batch in self.batches:
+            size, stride = (batch.count, batch.rows, batch.columns), (batch.stride, batch.columns, 1)
+            orthogonal = self._newton_schulz(
+                direction.as_strided(size, stride, direction.storage_offset() + batch.offset)
+            )
+            weights = shard.as_strided(size, stride, shard.storage_offset() + batch.offset)
+            weights.add_(orthogonal, alpha=-rate * max(batch.rows, batch.columns) ** 0.5)
         if arrival is None:
             return
 
@@ -195,28 +210,29 @@ class _Exchange:
         for index in self.owned:
             matrix = self.straddlers[index]
             parts = [
-                update[p.offset : p.offset + p.length]
+                direction[p.offset : p.offset + p.length]
                 if p.holder == self.rank
-                else arrived[index, p.position].to(update.dtype)
+                else arrived[index, p.position].to(direction.dtype)
                 for p in matrix.pieces
             ]
-            results[index] = self._newton_schulz(torch.cat(parts).view(matrix.rows, matrix.columns)).flatten()
+            results[index] = self._newton_schulz(torch.cat(parts).view(1, matrix.rows, matrix.columns)).flatten()
 
         answers = [results[p.matrix][p.position : p.position + p.length] for peer in self.received for p in peer]
         returned, arrival = self._all_to_all(answers, self.received, self.sent)
-        for index in self.owned:
-            for p in self.straddlers[index].pieces:
-                if p.holder == self.rank:
-                    update[p.offset : p.offset + p.length] = results[index][p.position : p.position + p.length]
+        own = [p for index in self.owned for p in self.straddlers[index].pieces if p.holder == self.rank]
+        self._subtract(shard, own, (results[p.matrix][p.position : p.position + p.length] for p in own), rate)
         arrival.wait()  # type: ignore[union-attr]
-        slices = iter(returned.split([p.length for peer in self.sent for p in peer]))
-        for p in (p for peer in self.sent for p in peer):
-            update[p.offset : p.offset + p.length] = next(slices)
+        mine = [p for peer in self.sent for p in peer]
+        self._subtract(shard, mine, returned.split([p.length for p in mine]), rate)
+
+    def _subtract(self, shard: Tensor, pieces: Iterable[Piece], slices: Iterable[Tensor], rate: float) -> None:
+        for p, orthogonal in zip(pieces, slices, strict=True):
+            matrix = self.straddlers[p.matrix]
+            scale = rate * max(matrix.rows, matrix.columns) ** 0.5
+            shard[p.offset : p.offset + p.length].add_(orthogonal, alpha=-scale)
 
     def _newton_schulz(self, matrices: Tensor) -> Tensor:
-        rows, columns = matrices.shape[-2:]
-        orthogonal = newton_schulz(matrices.to(self.ns_dtype), self.config.ns_steps)
-        return orthogonal * (self.config.update_rms * max(rows, columns) ** 0.5)
+        return newton_schulz(matrices, self.polynomials, self.form, self.ns_dtype)
 
     def _all_to_all(
         self, pieces: list[Tensor], sent: list[list[Piece]], received: list[list[Piece]]
@@ -231,6 +247,13 @@ class _Exchange:
         packed = packed.to(self.wire_dtype)
         work = dist.all_to_all_single(arrived, packed, receive_sizes, send_sizes, group=self.group, async_op=True)
         return arrived, work
+
+
+def _cut(batch: Batch) -> Iterator[Batch]:
+    """Cut a batch into parts whose products stay in the caches."""
+    most = max(1, BATCH_ELEMENTS // (batch.rows * batch.columns))
+    for first in range(0, batch.count, most):
+        yield replace(batch, offset=batch.offset + first * batch.stride, count=min(most, batch.count - first))
 
 
 def _check_layout(layout: GroupLayout, rank: int, parameters: list[nn.Parameter], shard: Tensor) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optim.layout import Fragment, GroupLayout, copies, partition_size
-from optim.plan import matrices_of, plan_orthogonalization
+from optim.plan import Batch, Matrix, matrices_of, plan_orthogonalization
 
 numels = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 worlds = st.integers(1, 9)
@@ -85,7 +85,16 @@ def test_every_matrix_is_orthogonalized_once_and_pieces_tile_the_straddlers(grou
     layout = layout_of([e * a * b for e, a, b in group], world_size)
     matrices = matrices_of(layout, group)
     plan = plan_orthogonalization(layout, matrices)
-    assert sum(map(len, plan.local)) + len(plan.straddlers) == len(matrices)
+    done = [shape for rank in range(world_size) for shape in plan.matrices(rank)]
+    assert sorted(done) == sorted((matrix.rows, matrix.columns) for matrix in matrices)
+    whole = [
+        Matrix(rank * layout.partition + batch.offset + number * batch.stride, batch.rows, batch.columns)
+        for rank, batches in enumerate(plan.local)
+        for batch in batches
+        for number in range(batch.count)
+    ]
+    assert set(whole) < set(matrices) or set(whole) == set(matrices), "each where it lies"
+    assert len(whole) == len(set(whole)) == len(matrices) - len(plan.straddlers)
     assert len(plan.straddlers) <= world_size - 1
     for straddler in plan.straddlers:
         assert straddler.owner in {piece.holder for piece in straddler.pieces}
@@ -93,8 +102,33 @@ def test_every_matrix_is_orthogonalized_once_and_pieces_tile_the_straddlers(grou
         assert positions == list(range(straddler.rows * straddler.columns))
     travelling = sum(p.length for r in range(world_size) for q in range(world_size) for p in plan.sent(r, q))
     assert travelling == sum(p.length for m in plan.straddlers for p in m.pieces if p.holder != m.owner)
+    assert sum(plan.elements_sent()) == 2 * travelling, "there and back"
+
+
+def test_the_experts_of_a_stack_are_one_batch_and_so_are_equal_layers():
+    group = [(8, 4, 6), (1, 5, 5), (8, 4, 6), (1, 5, 5), (8, 4, 6)]
+    layout = layout_of([e * a * b for e, a, b in group], 1)
+    plan = plan_orthogonalization(layout, matrices_of(layout, group))
+    assert plan.local == (
+        (
+            Batch(0, 24, 8, 4, 6),
+            Batch(217, 24, 8, 4, 6),
+            Batch(434, 24, 8, 4, 6),
+            Batch(192, 217, 2, 5, 5),
+        ),
+    )
+
+
+def test_a_tie_goes_to_whoever_has_less_to_do():
+    layout = GroupLayout.of(["a", "b", "c"], [26, 20, 26], 2)
+    matrices = [Matrix(0, 2, 13), Matrix(26, 4, 5), Matrix(46, 13, 2)]
+    assert layout.partition == 36
+    assert plan_orthogonalization(layout, matrices).straddlers[0].owner == 0, "the lower rank"
+    heavy = plan_orthogonalization(layout, matrices, lambda rows, columns: 100 if rows == 2 else 1)
+    assert heavy.straddlers[0].owner == 1
 
 
 def test_layout_and_plan_import_nothing_heavy():
-    code = "import sys, optim.layout, optim.plan; print({'torch', 'numpy', 'ray', 'deepspeed'} & set(sys.modules))"
+    code = "import sys, optim.layout, optim.plan, optim.polynomials; "
+    code += "print({'torch', 'numpy', 'ray', 'deepspeed'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -1,0 +1,87 @@
+"""Which polynomials orthogonalize a matrix, in which form they are applied, and what that costs. Pure Python.
+
+Every step maps each singular value s of a matrix X to `s (a + b s^2 + c s^4)` and leaves the singular vectors alone. A
+few such quintics one after the other bring all singular values near 1. They can be applied in two forms, equal in exact
+arithmetic:
+
+- *standard*: `X <- (a + b R + c R^2) X` with the Gram matrix `R = X X'`, formed anew in every step;
+- *gram*: the product Q of all polynomials is built from R alone, and X is multiplied once, at the end. The steps cost
+  products of the shorter side only, which is less for matrices that are far from square (T. Dao et al., Gram
+  Newton-Schulz, 2026).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+Quintic = tuple[float, float, float]
+"""a, b, c."""
+CoefficientSet = Literal["quintic", "polar_express", "two_phase"]
+Form = Literal["standard", "gram"]
+
+JORDAN: Quintic = (3.4445, -4.7750, 2.0315)
+"""Keller Jordan's coefficients (Muon, 2024): steepest at zero; singular values end in about [0.7, 1.2]."""
+CONVERGING: Quintic = (2.0, -1.5, 0.5)
+"""Flat at 1: brings what is near there to it (the second phase of DeepSeek-V4)."""
+POLAR_EXPRESS: tuple[Quintic, ...] = (
+    (8.28721201814563, -23.59588651909884, 17.30038731253093),
+    (4.107059111542200, -2.947849916737909, 0.5448431082926601),
+    (3.948690853482296, -2.908902115962949, 0.5518191394370135),
+    (3.318419657370600, -2.488488024314874, 0.5100489401237203),
+    (2.300652019954817, -1.668903984574750, 0.4188073119525674),
+    (1.891301407787402, -1.267995827194594, 0.3768040894852514),
+    (1.875001480832670, -1.250001645358391, 0.3750001645266451),
+    (1.875, -1.25, 0.375),
+)
+"""Minimax quintics for singular values in [0.001, 1], each for the interval that the ones before leave; the last for
+all further steps (N. Amsel et al., The Polar Express, arXiv 2505.16932, algorithm 2 with l = 1e-3 and their cushion).
+"""
+SAFETY = 1.01
+"""Rounding may lift a singular value over 1, outside of which the minimax quintics grow fast: all but the last are
+shrunk by this much (the same paper, section 4)."""
+
+
+def coefficients(name: CoefficientSet, steps: int) -> tuple[Quintic, ...]:
+    """Return the quintics of `steps` steps.
+
+    Args:
+        name: `quintic` repeats Jordan's; `polar_express` has one for each step; `two_phase` is Jordan's with two
+            converging steps at the end.
+        steps: 1 or more.
+    """
+    match name:
+        case "quintic":
+            return (JORDAN,) * steps
+        case "two_phase":
+            return (JORDAN,) * (steps - 2) + (CONVERGING,) * min(2, steps)
+        case "polar_express":
+            chosen = [*POLAR_EXPRESS, *[POLAR_EXPRESS[-1]] * (steps - len(POLAR_EXPRESS))][:steps]
+            safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in chosen[:-1]]
+            return (*safe, chosen[-1])
+
+
+def operations(rows: int, columns: int, steps: int, form: Form, restarts: Sequence[int] = ()) -> int:
+    """Return the floating-point operations to orthogonalize one matrix; a multiplication and an addition are two.
+
+    Symmetric products count in full.
+
+    Args:
+        rows: of the matrix.
+        columns: of the matrix.
+        steps: polynomials.
+        form: in which they are applied.
+        restarts: steps before which the gram form multiplies X and forms R anew.
+    """
+    short, long = sorted((rows, columns))
+    wide, square = 2 * short * short * long, 2 * short**3
+    if form == "standard":
+        return steps * (2 * wide + square)
+    stretches = 1 + len(restarts)
+    # In each stretch: X X' and Q X; a square of R in every step; from the second step on one product for Q; and two for
+    # R in every step but the last.
+    return 2 * stretches * wide + square * (steps + (steps - stretches) + 2 * (steps - stretches))
+
+
+def form_of(rows: int, columns: int, steps: int, restarts: Sequence[int] = ()) -> Form:
+    """Return the form with fewer operations."""
+    forms: tuple[Form, ...] = ("standard", "gram")
+    return min(forms, key=lambda form: operations(rows, columns, steps, form, restarts))
