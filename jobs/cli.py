@@ -113,6 +113,48 @@ def config_(config: Config = "demo", overrides: Overrides = None) -> None:
     typer.echo(documented_yaml(load(config, overrides or [])))
 
 
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(min=1, help="Data-parallel ranks; may be given several times.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how the optimizer shares its matrices out, and what travels for it."""
+    from jobs.load import load
+    from jobs.plan import orthogonalization
+
+    loaded = load(config, overrides or [])
+    plans = [orthogonalization(loaded, count) for count in gpus or [loaded.scaling.max_workers]]
+    if as_json:
+        typer.echo(json.dumps([{**asdict(one), "imbalance": one.imbalance} for one in plans]))
+        return
+    table = Table(
+        "GPUs",
+        "matrices",
+        "straddlers",
+        "MB each way",
+        "of the all-gather",
+        "TFLOP in all",
+        "worst rank's",
+        "over the mean",
+    )
+    for one in plans:
+        table.add_row(
+            f"{one.gpus:,}",
+            f"{one.matrices:,}",
+            f"{one.straddlers:,}",
+            f"{one.bytes_each_way / 1e6:,.1f}",
+            f"{one.worst_share_of_all_gather:.3%}",
+            f"{one.operations / 1e12:,.3f}",
+            f"{one.worst_operations / 1e12:,.3f}",
+            f"{one.imbalance:.2f}",
+        )
+    Console().print(table)
+
+
 @checkpoints_app.command("ls")
 def checkpoints_ls(
     url: Annotated[str, typer.Argument(help="A run's folder, or the folder over all runs.")],
@@ -264,6 +306,18 @@ def bench_checkpoint(
     from jobs.bench.checkpoint import checkpoint
 
     _print_result(checkpoint(overrides or [], repeats, url, s3_endpoint, _say), as_json)
+
+
+@bench_app.command("optimizer")
+def bench_optimizer(
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted steps of each optimizer.")] = 15,
+    as_json: AsJson = False,
+) -> None:
+    """Milliseconds of a step that the optimizer takes, against DeepSpeed's Muon, AdamW and the bare products."""
+    from jobs.bench.optimizer import optimizer
+
+    _print_result(optimizer(overrides or [], rounds, _say), as_json)
 
 
 @bench_app.command("curves")

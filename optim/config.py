@@ -7,7 +7,7 @@ one go. `jobs` prefixes the section's name and gathers the problems of all secti
 from dataclasses import dataclass
 from typing import Literal
 
-from optim.polynomials import CoefficientSet
+from optim.polynomials import CoefficientSet, Form, form_of, operations
 
 
 class ConfigProblems(ValueError):
@@ -85,3 +85,13 @@ class OptimConfig:
             (0 <= self.decay_fraction <= 1, f"decay_fraction must be in [0, 1], not {self.decay_fraction}"),
             (0 <= self.final_lr_fraction <= 1, f"final_lr_fraction must be in [0, 1], not {self.final_lr_fraction}"),
         )
+
+    @property
+    def form(self) -> Form | None:
+        """The form of all Newton-Schulz iterations; None where each shape has the one that suits it."""
+        return None if self.ns_form == "auto" else self.ns_form
+
+    def operations(self, rows: int, columns: int) -> int:
+        """Return the floating-point operations that orthogonalize a matrix."""
+        form = self.form or form_of(rows, columns, self.ns_steps)
+        return operations(rows, columns, self.ns_steps, form)

@@ -59,26 +59,30 @@ def coefficients(name: CoefficientSet, steps: int) -> tuple[Quintic, ...]:
             return (*safe, chosen[-1])
 
 
-def operations(rows: int, columns: int, steps: int, form: Form, restarts: Sequence[int] = ()) -> int:
-    """Return the floating-point operations to orthogonalize one matrix; a multiplication and an addition are two.
-
-    Symmetric products count in full.
+def products(steps: int, form: Form, restarts: Sequence[int] = ()) -> tuple[int, int]:
+    """Return how many products a matrix `[A, B]`, A <= B, takes: of A A B multiplications, and of A A A.
 
     Args:
-        rows: of the matrix.
-        columns: of the matrix.
         steps: polynomials.
         form: in which they are applied.
         restarts: steps before which the gram form multiplies X and forms R anew.
     """
-    short, long = sorted((rows, columns))
-    wide, square = 2 * short * short * long, 2 * short**3
     if form == "standard":
-        return steps * (2 * wide + square)
+        return 2 * steps, steps
     stretches = 1 + len(restarts)
     # In each stretch: X X' and Q X; a square of R in every step; from the second step on one product for Q; and two for
     # R in every step but the last.
-    return 2 * stretches * wide + square * (steps + (steps - stretches) + 2 * (steps - stretches))
+    return 2 * stretches, steps + 3 * (steps - stretches)
+
+
+def operations(rows: int, columns: int, steps: int, form: Form, restarts: Sequence[int] = ()) -> int:
+    """Return the floating-point operations to orthogonalize one matrix; a multiplication and an addition are two.
+
+    Symmetric products count in full.
+    """
+    short, long = sorted((rows, columns))
+    wide, square = products(steps, form, restarts)
+    return 2 * short * short * (wide * long + square * short)
 
 
 def form_of(rows: int, columns: int, steps: int, restarts: Sequence[int] = ()) -> Form:

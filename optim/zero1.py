@@ -12,7 +12,7 @@ The class's name has no "muon" in it, and no parameter gets an attribute `use_mu
 its own Muon and orthogonalize a second time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,21 +25,13 @@ from optim.config import OptimConfig
 from optim.layout import Fragment, GroupLayout
 from optim.newton_schulz import newton_schulz
 from optim.plan import Batch, OrthogonalizePlan, Piece, matrices_of, plan_orthogonalization
-from optim.polynomials import Form, coefficients, form_of, operations
+from optim.polynomials import Form, coefficients
 from optim.routing import matrix_shape, parameter_groups
 
 STATE_KEYS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 """The flat state tensors of each method."""
 BATCH_ELEMENTS = 1 << 18
 """Of the matrices that are orthogonalized at once."""
-
-
-def cost_of(config: OptimConfig) -> Callable[[int, int], int]:
-    """Return what gives the operations of orthogonalizing a matrix of so many rows and columns."""
-    form: Form | None = None if config.ns_form == "auto" else config.ns_form
-    return lambda rows, columns: operations(
-        rows, columns, config.ns_steps, form or form_of(rows, columns, config.ns_steps)
-    )
 
 
 class LayoutError(RuntimeError):
@@ -66,6 +58,8 @@ class Zero1Optimizer(torch.optim.Optimizer):
         self.config = config
         groups = parameter_groups(named_parameters, config.name)
         self._parameters: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
+        self.plan: OrthogonalizePlan | None = None
+        """Of the matrices; known once it is bound."""
         self._layouts: dict[str, GroupLayout] = {}
         self._exchanges: dict[str, _Exchange] = {}
         super().__init__(groups, {"lr": config.lr, "weight_decay": config.weight_decay})
@@ -92,8 +86,8 @@ class Zero1Optimizer(torch.optim.Optimizer):
                 self.state[shard]["step"] = torch.zeros((), dtype=torch.float32, device=shard.device)
             else:
                 shapes = [matrix_shape(tuple(p.shape)) for p in parameters]
-                plan = plan_orthogonalization(layout, matrices_of(layout, shapes), cost_of(self.config))
-                self._exchanges[method] = _Exchange(plan, self.config, process_group, shard.device)
+                self.plan = plan_orthogonalization(layout, matrices_of(layout, shapes), self.config.operations)
+                self._exchanges[method] = _Exchange(self.plan, self.config, process_group, shard.device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -174,7 +168,7 @@ class _Exchange:
         dtypes = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}
         self.ns_dtype, self.wire_dtype = dtypes[config.ns_dtype], dtypes[config.wire_dtype]
         self.polynomials = coefficients(config.ns_coefficients, config.ns_steps)
-        self.form: Form | None = None if config.ns_form == "auto" else config.ns_form
+        self.form: Form | None = config.form
         self.rank = dist.get_rank(process_group)
         peers = range(dist.get_world_size(process_group))
         self.sent = [plan.sent(self.rank, peer) for peer in peers]

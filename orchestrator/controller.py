@@ -537,7 +537,9 @@ class Controller:
     def _fall_back(self, report: CheckpointDamaged) -> None:
         """Go on from the last checkpoint that is whole."""
         damaged = self.task.manifest
-        if damaged is None or damaged.step != report.step:
+        if damaged is None:
+            raise DamagedError(f"train.init={self.config.train.init}: {report.error}")
+        if damaged.step != report.step:
             return  # Another rank has said so already.
         try:
             manifest = self.commits.fall_back(damaged)

@@ -98,7 +98,10 @@ class SaveSkipped(Report):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointDamaged(Report):
-    """A worker could not load the checkpoint of `step`: a file of it is missing or is not what was written."""
+    """A worker could not load the checkpoint of `step`: a file of it is missing or is not what was written.
+
+    Where the run has no checkpoint yet, it is the one that `train.init` names.
+    """
 
     step: int
     error: str

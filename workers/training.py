@@ -46,8 +46,7 @@ def train(engine: Engine, task: Task, member: Membership, controls: Controls) ->
     try:
         counters, storage_bytes = take_state(engine, task, member)
     except DamagedError as error:
-        if task.manifest is not None:  # Otherwise it is the origin's, before which there is nothing to go back to.
-            controls.report(CheckpointDamaged, step=task.manifest.step, error=str(error))
+        controls.report(CheckpointDamaged, step=task.manifest.step if task.manifest else 0, error=str(error))
         raise
     controls.report(Restored, step=counters.step, storage_bytes=storage_bytes)
     return Trainer(task, member, engine, counters, controls).run(), counters.step

@@ -1,7 +1,11 @@
 """The oracle: Muon on ZeRO-1 shards equals the single-process reference on whole matrices."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from optim.config import OptimConfig
@@ -9,7 +13,7 @@ from optim.layout import GroupLayout
 from optim.plan import matrices_of, plan_orthogonalization
 from optim.reference import ReferenceMuon
 from optim.routing import is_matrix, matrix_shape
-from tests.ranks import run_ranks
+from tests.ranks import Ranks, run_ranks
 
 LR, STEPS, CLIP = 0.02, 5, 0.05
 CONFIG = OptimConfig(lr=LR, grad_clip=CLIP, ns_dtype="fp32", wire_dtype="fp32")
@@ -106,6 +110,133 @@ def test_equals_the_reference_with_clipping_active(world_size, shapes, full_rank
     for result in results:
         for name, weight in result["weights"].items():
             assert (weight - expected[name]).abs().max() < (1e-6 if full_rank else 1e-5), name
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small training, and the way in which DeepSpeed does it."""
+
+    shapes: dict[str, tuple[int, ...]]
+    stage: int
+    wrapper: str
+    """`fp32`, `bf16` (the same class of DeepSpeed), or `bf16 fp32 sums` (its other one)."""
+    micro_batches: int
+    clip: float
+    config: OptimConfig
+
+
+sizes = st.integers(1, 24)
+matrices = st.one_of(st.tuples(sizes, sizes), st.tuples(st.integers(1, 6), st.integers(2, 12), st.integers(2, 12)))
+cases = st.builds(
+    Case,
+    shapes=st.lists(st.one_of(matrices, st.tuples(sizes)), min_size=1, max_size=6)
+    .filter(lambda shapes: any(len(shape) > 1 for shape in shapes))
+    .map(lambda shapes: {f"p{i}": shape for i, shape in enumerate(shapes)}),
+    stage=st.sampled_from([1, 2]),
+    wrapper=st.sampled_from(["fp32", "bf16", "bf16 fp32 sums"]),
+    micro_batches=st.integers(1, 3),
+    clip=st.sampled_from([0.0, 0.05]),
+    config=st.builds(
+        OptimConfig,
+        lr=st.just(LR),
+        nesterov=st.booleans(),
+        ns_steps=st.integers(3, 6),
+        ns_coefficients=st.sampled_from(["quintic", "polar_express", "two_phase"]),
+        ns_form=st.sampled_from(["auto", "standard", "gram"]),
+        ns_dtype=st.just("fp32"),
+        wire_dtype=st.just("fp32"),
+    ),
+).filter(lambda case: not (case.stage == 2 and case.wrapper == "bf16 fp32 sums"))
+
+
+def trained(rank: int, world_size: int, case: Case) -> tuple[str, dict[str, torch.Tensor]]:
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from optim.zero1 import Zero1Optimizer
+    from workers.config import TrainConfig
+    from workers.engine import deepspeed_config
+
+    toy = Toy(case.shapes)
+    optimizer = Zero1Optimizer(toy.named_parameters(), case.config)
+    options = deepspeed_config(
+        TrainConfig(), case.config, torch.device("cpu"), sum(p.numel() for p in toy.parameters())
+    )
+    options["gradient_clipping"] = case.clip
+    options["zero_optimization"]["stage"] = case.stage
+    if case.wrapper != "fp32":
+        options["bf16"] = {"enabled": True}
+    if case.wrapper == "bf16 fp32 sums":
+        options["data_types"] = {"grad_accum_dtype": "fp32"}
+    engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=options, dist_init_required=False)
+    optimizer.bind(engine.optimizer)
+    for step in range(STEPS):
+        for micro in range(case.micro_batches):
+            targets = targets_of(toy, step * case.micro_batches + micro, rank, True)
+            dtype = torch.float32 if case.wrapper == "fp32" else torch.bfloat16
+            loss = engine({name: target.to(dtype) for name, target in targets.items()})
+            engine.backward(loss / case.micro_batches, scale_wrt_gas=False)
+        engine.step()
+    master = {name: safe_get_full_fp32_param(p).clone() for name, p in toy.named_parameters()}
+    wrapper = type(engine.optimizer).__name__
+    engine.destroy()
+    return wrapper, master
+
+
+def expected_of(world_size: int, case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the weights before and after, in one process, fp32, whole matrices, the standard form."""
+    toy = Toy(case.shapes)
+    named = dict(toy.named_parameters())
+    if case.wrapper != "fp32":  # DeepSpeed's master weights begin as the model's, which are bf16.
+        for parameter in named.values():
+            parameter.data = parameter.data.bfloat16().float()
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    mats = [p for n, p in named.items() if is_matrix(n, tuple(p.shape))]
+    others = [p for n, p in named.items() if not is_matrix(n, tuple(p.shape))]
+    config = case.config
+    muon = ReferenceMuon(
+        mats, LR, nesterov=config.nesterov, ns_steps=config.ns_steps, ns_coefficients=config.ns_coefficients
+    )
+    optimizers: list[torch.optim.Optimizer] = [muon]
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
+    for step in range(STEPS):
+        for rank in range(world_size):
+            for micro in range(case.micro_batches):
+                targets = targets_of(toy, step * case.micro_batches + micro, rank, True)
+                (toy(targets) / (world_size * case.micro_batches)).backward()
+        if case.clip:
+            torch.nn.utils.clip_grad_norm_(toy.parameters(), case.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return before, {name: parameter.detach() for name, parameter in named.items()}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+def ranks(request):
+    joined = Ranks(request.param)
+    yield joined
+    joined.close()
+
+
+@settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
+@given(case=cases)
+def test_any_case_equals_the_reference(ranks, case):
+    """Any shapes, both wrappers, stages 1 and 2: in fp32 to rounding, in bf16 to 5 % of the way that was made."""
+    results = ranks.run(trained, case)
+    before, after = expected_of(ranks.world_size, case)
+    wrapper = "BF16_Optimizer" if case.wrapper == "bf16 fp32 sums" else "DeepSpeedZeroOptimizer"
+    for found, master in results:
+        assert found == wrapper
+        for name, weight in master.items():
+            if case.wrapper == "fp32":
+                assert (weight - after[name]).abs().max() < 1e-5, name
+            else:
+                way = (after[name] - before[name]).norm()
+                assert (weight - after[name]).norm() < 0.05 * way, name
 
 
 @pytest.mark.parametrize(

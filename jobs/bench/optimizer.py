@@ -1,0 +1,79 @@
+"""What the optimizer costs: raymuon against DeepSpeed's own Muon in both of its wrappers, AdamW, and the bare products.
+
+An optimizer's cost is a whole training step less the same round's step with an optimizer that does nothing, in the same
+wrapper: DeepSpeed does a part of its Muon in the backward pass. All engines live in the same processes and take their
+steps in turns, with the same oneDNN cap and one thread each. The floor is the time of the plan's matrix products alone
+on the slowest rank.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.bench.process import run_json
+from jobs.load import load, plain_yaml
+
+MIXES = {
+    "moonlight_dp4": (
+        4,
+        [
+            "model.hidden_size=256",
+            "model.num_layers=5",
+            "model.num_heads=4",
+            "model.kv_lora_rank=64",
+            "model.qk_nope_head_dim=32",
+            "model.qk_rope_head_dim=16",
+            "model.v_head_dim=32",
+            "model.intermediate_size=1408",
+            "model.moe_intermediate_size=176",
+            "model.num_experts=24",
+            "model.num_shared_experts=2",
+        ],
+    ),
+    "llama_dp2": (
+        2,
+        [
+            "model.name=llama",
+            "model.hidden_size=384",
+            "model.num_layers=8",
+            "model.num_heads=6",
+            "model.num_kv_heads=2",
+            "model.head_dim=64",
+            "model.intermediate_size=1024",
+        ],
+    ),
+}
+"""World size and model of each mix: shapes like Moonlight's with stacked experts, and like Llama's."""
+CONFIG = {"moonlight_dp4": "demo", "llama_dp2": "demo-llama"}
+BATCH = ["train.global_batch=4", "train.micro_batch=1", "train.seq_len=32"]
+
+
+def optimizer(overrides: list[str], rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure both mixes.
+
+    Args:
+        overrides: of the config, for instance optim.ns_coefficients=polar_express.
+        rounds: counted steps of each optimizer.
+        say: takes a line about each mix.
+    """
+    report = {}
+    for name, (world_size, model) in MIXES.items():
+        with tempfile.TemporaryDirectory(prefix="raymuon-optimizer-") as folder:
+            path = Path(folder) / "config.yaml"
+            path.write_text(plain_yaml(load(CONFIG[name], [*model, *BATCH, *overrides])))
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(world_size), "-m", "jobs.bench.optimizer_rank", str(path), str(rounds)]
+            found = run_json(command, OMP_NUM_THREADS="1", ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
+        costs = found["median_ms"]
+        builtin = {rival: cost for rival, cost in costs.items() if rival.startswith("deepspeed")}
+        report[name] = {
+            "ratio_to_best_builtin": costs["raymuon"] / min(builtin.values()),
+            "ratio_to_floor": costs["raymuon"] / found["floor_ms"],
+            **found,
+            "world_size": world_size,
+            "rounds": rounds,
+        }
+        say(f"{name}: " + ", ".join(f"{who} {cost:.0f} ms" for who, cost in costs.items()))
+    return report

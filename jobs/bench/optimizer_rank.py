@@ -1,0 +1,199 @@
+"""One rank of `bench optimizer`: the same model under several optimizers, a step of each in turns.
+
+Started as `torchrun -m jobs.bench.optimizer_rank CONFIG.yaml ROUNDS`; rank 0 prints what came out as JSON. A step is
+timed from a barrier to a barrier, so it takes as long as the slowest rank's.
+"""
+
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import rendezvous
+
+from jobs.load import load
+from optim.newton_schulz import newton_schulz
+from optim.polynomials import form_of, products
+from optim.routing import parameter_groups
+from optim.zero1 import Zero1Optimizer
+from orchestrator.config import RunConfig
+from workers.engine import build_engine, deepspeed, deepspeed_config, default_device, join_process_group
+from workers.models import LanguageModel, build
+
+WARMUP = 3
+"""Rounds that are not counted: in them DeepSpeed's Muon is compiled."""
+FLOOR_REPEATS = 5
+ERROR_MATRICES = 12
+
+
+class Nothing(torch.optim.Optimizer):
+    """Does nothing: what is left of a step is everything but the optimizer."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.0})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Leave the parameters alone."""
+
+
+def main(config_path: str, rounds: int) -> None:
+    """Measure as one rank of a torchrun group."""
+    config = load(config_path, [])
+    store, rank, world_size = next(rendezvous("env://"))
+    device = default_device()
+    join_process_group(rank, world_size, store, device)
+    torch.manual_seed(config.seed)
+    tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch, config.train.seq_len + 1))
+
+    engines: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    ours = build_engine(config.model, config.optim, config.train, config.seed, device)
+    engines["raymuon"] = ours.engine
+    for name, make in _rivals(config).items():
+        try:
+            engines[name] = make()
+        except (ValueError, AssertionError) as error:
+            refused[name] = str(error)
+
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for round_ in range(WARMUP + rounds):
+        names = list(engines)
+        for name in names[:: -1 if round_ % 2 else 1]:
+            taken = _step(engines[name], tokens)
+            if round_ >= WARMUP:
+                seconds[name].append(taken)
+    result = {
+        "median_step_ms": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
+        "median_ms": _costs(seconds),
+        "refused": refused,
+        "floor_ms": 1e3 * _floor(ours.optimizer, config),
+        **_errors(ours.optimizer, config),
+    }
+    if rank == 0:
+        print(json.dumps(result), flush=True)  # noqa: T201
+
+
+def _rivals(config: RunConfig) -> dict[str, Callable[[], Any]]:
+    """Return what makes each engine; `nothing` and `nothing_bf16` are what the others are held against."""
+
+    def engine(bf16: bool, optimizer: Callable[[LanguageModel], torch.optim.Optimizer] | None) -> Any:
+        torch.manual_seed(config.seed)
+        model = build(config.model)
+        settings = deepspeed_config(
+            config.train, config.optim, default_device(), sum(p.numel() for p in model.parameters())
+        )
+        if bf16:  # With fp32 accumulation DeepSpeed takes its other wrapper.
+            settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+            settings["zero_optimization"] = {"stage": 1}
+        arguments: dict[str, Any] = {"model": model, "config": settings, "dist_init_required": False}
+        if optimizer is not None:
+            return deepspeed.initialize(**arguments, optimizer=optimizer(model))[0]
+        for group in parameter_groups(model.named_parameters(), "muon"):
+            for parameter in group["params"]:
+                parameter.use_muon = group["method"] == "muon"
+        settings["optimizer"] = {"type": "Muon", "params": {"lr": config.optim.lr, "momentum": config.optim.momentum}}
+        arguments["model_parameters"] = list(model.parameters())
+        return deepspeed.initialize(**arguments)[0]
+
+    def nothing(model: nn.Module) -> torch.optim.Optimizer:
+        return Nothing(model.parameters())
+
+    def adamw(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=config.optim.lr)
+
+    return {
+        "nothing": lambda: engine(False, nothing),
+        "adamw": lambda: engine(False, adamw),
+        "deepspeed_zero": lambda: engine(False, None),
+        "nothing_bf16": lambda: engine(True, nothing),
+        "deepspeed_bf16": lambda: engine(True, None),
+    }
+
+
+def _step(engine: Any, tokens: Tensor) -> float:
+    dist.barrier()
+    clock = time.perf_counter()
+    logits = engine(tokens[:, :-1])
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    engine.backward(loss, scale_wrt_gas=False)
+    engine.step()
+    engine.module.clear_expert_load()
+    dist.barrier()
+    return time.perf_counter() - clock
+
+
+def _costs(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Return each optimizer's median cost in ms: a step of it less the same round's step that does nothing."""
+    costs = {}
+    for name, times in seconds.items():
+        base = seconds["nothing_bf16" if name.endswith("bf16") else "nothing"]
+        if not name.startswith("nothing"):
+            costs[name] = 1e3 * statistics.median(a - b for a, b in zip(times, base, strict=True))
+    return costs
+
+
+def _floor(optimizer: Zero1Optimizer, config: RunConfig) -> float:
+    """Return the seconds of the slowest rank's products alone, all ranks measuring at the same time."""
+    plan, total = optimizer.plan, 0.0
+    assert plan is not None
+    measured: dict[tuple[int, int], float] = {}
+    dtype = {"bf16": torch.bfloat16}.get(config.optim.ns_dtype, torch.float32)
+    dist.barrier()
+    for rows, columns in plan.matrices(dist.get_rank()):
+        short, long = sorted((rows, columns))
+        if (short, long) not in measured:
+            steps = config.optim.ns_steps
+            wide, square = products(steps, form_of(short, long, steps))
+            measured[short, long] = wide * _product(short, long, short, dtype) + square * _product(
+                short, short, short, dtype
+            )
+        total += measured[short, long]
+    slowest = torch.tensor([total])
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return slowest.item()
+
+
+def _product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+    """Return the median seconds of one matrix product."""
+    a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
+    out = torch.empty(rows, columns, dtype=dtype)
+    repeats = max(1, int(2e8 / (2 * rows * inner * columns)))
+    times = []
+    for _ in range(FLOOR_REPEATS + 1):
+        clock = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(a, b, out=out)
+        times.append((time.perf_counter() - clock) / repeats)
+    return statistics.median(times[1:])
+
+
+def _errors(optimizer: Zero1Optimizer, config: RunConfig) -> dict[str, Any]:
+    """Return how far the singular values of results are from 1, ours and DeepSpeed's, on this run's own directions."""
+    rival = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    (shard,) = optimizer.param_groups[0]["params"]
+    momentum = optimizer.state[shard]["momentum_buffer"]
+    plan = optimizer.plan
+    assert plan is not None
+    ours, theirs = [], []
+    for batch in plan.local[dist.get_rank()][:ERROR_MATRICES]:
+        matrix = momentum[batch.offset : batch.offset + batch.rows * batch.columns].view(batch.rows, batch.columns)
+        ours.append(_rms_from_one(newton_schulz(matrix)))
+        theirs.append(_rms_from_one(rival.zeropower_via_gram_newtonschulz(matrix, steps=config.optim.ns_steps)))
+    return {
+        "orthogonality_error": {"raymuon": statistics.mean(ours), "deepspeed": statistics.mean(theirs)},
+        "ns_dtype": {"raymuon": "float32", "deepspeed": str(rival.ns_compute_dtype("gram")).removeprefix("torch.")},
+    }
+
+
+def _rms_from_one(matrix: Tensor) -> float:
+    return (torch.linalg.svdvals(matrix.double()) - 1).square().mean().sqrt().item()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
