@@ -1,6 +1,7 @@
 """Orthogonalization by Newton-Schulz: the arithmetic of Muon, apart from any optimizer."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -9,6 +10,23 @@ from optim.polynomials import Form, Quintic, coefficients, form_of
 
 RESTARTS = {torch.bfloat16: (2,), torch.float16: (2,)}
 """Where the gram form begins anew: in half precision rounding makes R indefinite, which the steps would blow up."""
+SMALLEST_IN_BLOCKS = 384
+"""Rows of a symmetric product from which three or four blocks save a fifth on a CPU; smaller blocks are too slow."""
+
+
+class Workspace:
+    """Memory that is used again and again: on a CPU fresh pages cost a tenth of a whole orthogonalization."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def carve(self, device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Return a tensor of each shape, with whatever is in them; the last call's are the same memory."""
+        sizes = [prod(shape) for shape in shapes]
+        if self._flat.numel() < sum(sizes) or self._flat.dtype != dtype or self._flat.device != device:
+            self._flat = torch.empty(sum(sizes), device=device, dtype=dtype)
+        parts = self._flat[: sum(sizes)].split(sizes)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def newton_schulz(
@@ -16,6 +34,7 @@ def newton_schulz(
     polynomials: Sequence[Quintic] = coefficients("quintic", 5),
     form: Form | None = None,
     dtype: torch.dtype | None = None,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """Return the nearest semi-orthogonal matrix to each matrix of `x`, approximately.
 
@@ -24,6 +43,7 @@ def newton_schulz(
         polynomials: one quintic for each step.
         form: in which they are applied; None for the one with fewer operations.
         dtype: of the products; None for that of `x`. The norm is taken before the cast.
+        workspace: where everything is computed, the result included, which the next call overwrites.
 
     Returns:
         `[..., A, B]` in `dtype`, singular values near 1 (Muon, K. Jordan 2024; Moonlight, equation 2). A zero matrix
@@ -31,52 +51,74 @@ def newton_schulz(
     """
     rows, columns = x.shape[-2:]
     dtype = dtype or x.dtype
-    restarts = RESTARTS.get(dtype, ())
-    form = form or form_of(rows, columns, len(polynomials), restarts)
     batch = x.reshape(-1, rows, columns)
+    whole, square = tuple(batch.shape), (batch.shape[0], *[min(rows, columns)] * 2)
+    left, right, *squares = (workspace or Workspace()).carve(x.device, dtype, whole, whole, *[square] * 4)
     norm = torch.linalg.matrix_norm(batch, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     # However small a gradient is, its direction counts.
-    batch = (batch * torch.where(norm > 0, 1 / norm, 0.0)).to(dtype)
-    tall = rows > columns
-    if tall:  # The Gram matrix is taken on the shorter side.
-        batch = batch.mT
-    batch = _standard(batch, polynomials) if form == "standard" else _gram(batch, polynomials, restarts)
-    return (batch.mT if tall else batch).reshape(x.shape)
+    torch.mul(batch, torch.where(norm > 0, 1 / norm, 0.0), out=left)
+    if rows > columns:  # The Gram matrix is taken on the shorter side.
+        left, right = left.mT, right.mT
+    restarts = RESTARTS.get(dtype, ())
+    if (form or form_of(rows, columns, len(polynomials), restarts)) == "standard":
+        result = _standard(left, right, squares, polynomials)
+    else:
+        result = _gram(left, right, squares, polynomials, restarts)
+    return (result.mT if rows > columns else result).view(x.shape)
 
 
-def _standard(x: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
+def _standard(x: Tensor, spare: Tensor, squares: Sequence[Tensor], polynomials: Sequence[Quintic]) -> Tensor:
+    """Multiply x by one polynomial of its Gram matrix R after the other."""
+    gram, z, *_ = squares
     for a, b, c in polynomials:
-        gram = _symmetric(x, x.mT)
-        x = torch.baddbmm(x, _symmetric(gram, gram, gram, b, c), x, beta=a)
+        _symmetric(x, x.mT, gram)
+        _symmetric(gram, gram, z, gram, b, c)
+        torch.baddbmm(x, z, x, beta=a, out=spare)
+        x, spare = spare, x
     return x
 
 
-def _gram(x: Tensor, polynomials: Sequence[Quintic], restarts: Sequence[int]) -> Tensor:
-    """Apply the product of all polynomials at once.
+def _gram(
+    x: Tensor, spare: Tensor, squares: Sequence[Tensor], polynomials: Sequence[Quintic], restarts: Sequence[int]
+) -> Tensor:
+    """Multiply x by the product Q of all polynomials, which is built from the Gram matrix R alone.
 
-    With P = aI + Z of a step, Q becomes PQ and R becomes PPR. All of them are polynomials of one symmetric matrix, so
-    they commute and are symmetric.
+    With a step's polynomial P = aI + Z, Q becomes PQ and R becomes PPR. All of them are polynomials of one symmetric
+    matrix, so they commute and are symmetric.
     """
-    gram, product = _symmetric(x, x.mT), None
+    gram, z, product, other = squares
+    _symmetric(x, x.mT, gram)
+    fresh = True
     for step, (a, b, c) in enumerate(polynomials):
-        if step in restarts and product is not None:
-            x = product @ x
-            gram, product = _symmetric(x, x.mT), None
-        z = _symmetric(gram, gram, gram, b, c)
+        if step in restarts and not fresh:
+            torch.bmm(product, x, out=spare)
+            x, spare, fresh = spare, x, True
+            _symmetric(x, x.mT, gram)
+        _symmetric(gram, gram, z, gram, b, c)
         if step + 1 < len(polynomials) and step + 1 not in restarts:
-            gram = _symmetric(z, gram, gram, a)
-            gram = _symmetric(z, gram, gram, a)
-        if product is None:
-            product = z
-            product.diagonal(dim1=-2, dim2=-1).add_(a)
+            _symmetric(z, gram, other, gram, a)
+            _symmetric(z, other, gram, other, a)
+        if fresh:
+            z.diagonal(dim1=-2, dim2=-1).add_(a)
+            product, z, fresh = z, product, False
         else:
-            product = _symmetric(z, product, product, a)
-    assert product is not None
-    return product @ x
+            _symmetric(z, product, other, product, a)
+            product, other = other, product
+    return torch.bmm(product, x, out=spare)
 
 
-def _symmetric(left: Tensor, right: Tensor, add: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
-    """Return `beta add + alpha left right`, which is known to be symmetric."""
-    if add is None:
-        return torch.bmm(left, right)
-    return torch.baddbmm(add, left, right, beta=beta, alpha=alpha)
+def _symmetric(
+    left: Tensor, right: Tensor, result: Tensor, add: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> None:
+    """Set `result` to `beta add + alpha left right`, known to be symmetric: of a large one half the blocks."""
+    rows = left.shape[-2]
+    blocks = min(4, rows // 128) if left.device.type == "cpu" and rows >= SMALLEST_IN_BLOCKS else 1
+    height = -(-rows // blocks)
+    for low in range(0, rows, height):
+        high = min(low + height, rows)
+        part, across, down = result[:, low:high, :high], left[:, low:high], right[:, :, :high]
+        if add is None:
+            torch.bmm(across, down, out=part)
+        else:
+            torch.baddbmm(add[:, low:high, :high], across, down, beta=beta, alpha=alpha, out=part)
+        result[:, :low, low:high] = result[:, low:high, :low].mT

@@ -23,15 +23,15 @@ from torch.optim.adamw import adamw
 
 from optim.config import OptimConfig
 from optim.layout import Fragment, GroupLayout
-from optim.newton_schulz import newton_schulz
+from optim.newton_schulz import Workspace, newton_schulz
 from optim.plan import Batch, OrthogonalizePlan, Piece, matrices_of, plan_orthogonalization
 from optim.polynomials import Form, coefficients
 from optim.routing import matrix_shape, parameter_groups
 
 STATE_KEYS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 """The flat state tensors of each method."""
-BATCH_ELEMENTS = 1 << 18
-"""Of the matrices that are orthogonalized at once."""
+BATCH_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 26}
+"""Of the matrices that are orthogonalized at once: so many that a CPU keeps them in its caches, and a GPU is busy."""
 
 
 class LayoutError(RuntimeError):
@@ -167,6 +167,8 @@ class _Exchange:
         auto = torch.bfloat16 if device.type == "cuda" else torch.float32
         dtypes = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}
         self.ns_dtype, self.wire_dtype = dtypes[config.ns_dtype], dtypes[config.wire_dtype]
+        # A GPU's allocator keeps its memory anyway.
+        self.workspace = Workspace() if device.type == "cpu" else None
         self.polynomials = coefficients(config.ns_coefficients, config.ns_steps)
         self.form: Form | None = config.form
         self.rank = dist.get_rank(process_group)
@@ -175,7 +177,7 @@ class _Exchange:
         self.received = [plan.sent(peer, self.rank) for peer in peers]
         self.straddlers = plan.straddlers
         self.owned = [index for index, matrix in enumerate(plan.straddlers) if matrix.owner == self.rank]
-        self.batches = [part for batch in plan.local[self.rank] for part in _cut(batch)]
+        self.batches = [part for batch in plan.local[self.rank] for part in _cut(batch, BATCH_ELEMENTS[device.type])]
 
     def descend(self, shard: Tensor, direction: Tensor, rate: float) -> None:
         """Subtract `rate sqrt(max(A, B)) O` from every matrix `[A, B]` in the flat shard (Moonlight, equation 4).
@@ -189,9 +191,8 @@ class _Exchange:
         gathered, arrival = self._all_to_all(outgoing, self.sent, self.received)
         for batch in self.batches:
             size, stride = (batch.count, batch.rows, batch.columns), (batch.stride, batch.columns, 1)
-            orthogonal = self._newton_schulz(
-                direction.as_strided(size, stride, direction.storage_offset() + batch.offset)
-            )
+            matrices = direction.as_strided(size, stride, direction.storage_offset() + batch.offset)
+            orthogonal = self._newton_schulz(matrices, self.workspace)
             weights = shard.as_strided(size, stride, shard.storage_offset() + batch.offset)
             weights.add_(orthogonal, alpha=-rate * max(batch.rows, batch.columns) ** 0.5)
         if arrival is None:
@@ -225,8 +226,8 @@ class _Exchange:
             scale = rate * max(matrix.rows, matrix.columns) ** 0.5
             shard[p.offset : p.offset + p.length].add_(orthogonal, alpha=-scale)
 
-    def _newton_schulz(self, matrices: Tensor) -> Tensor:
-        return newton_schulz(matrices, self.polynomials, self.form, self.ns_dtype)
+    def _newton_schulz(self, matrices: Tensor, workspace: Workspace | None = None) -> Tensor:
+        return newton_schulz(matrices, self.polynomials, self.form, self.ns_dtype, workspace)
 
     def _all_to_all(
         self, pieces: list[Tensor], sent: list[list[Piece]], received: list[list[Piece]]
@@ -243,9 +244,9 @@ class _Exchange:
         return arrived, work
 
 
-def _cut(batch: Batch) -> Iterator[Batch]:
-    """Cut a batch into parts whose products stay in the caches."""
-    most = max(1, BATCH_ELEMENTS // (batch.rows * batch.columns))
+def _cut(batch: Batch, elements: int) -> Iterator[Batch]:
+    """Cut a batch into parts of at most so many elements, but of one matrix at least."""
+    most = max(1, elements // (batch.rows * batch.columns))
     for first in range(0, batch.count, most):
         yield replace(batch, offset=batch.offset + first * batch.stride, count=min(most, batch.count - first))
 
