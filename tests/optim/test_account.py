@@ -17,17 +17,18 @@ def counted(rank: int, world_size: int, shapes: dict, config: OptimConfig) -> di
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    import optim.zero1
+    import optim.exchange
+    from optim.zero1 import Zero1Optimizer
     from workers.config import TrainConfig
     from workers.engine import deepspeed_config
 
     toy = Toy(shapes)
-    optimizer = optim.zero1.Zero1Optimizer(toy.named_parameters(), config)
+    optimizer = Zero1Optimizer(toy.named_parameters(), config)
     settings = deepspeed_config(TrainConfig(), config, torch.device("cpu"), sum(p.numel() for p in toy.parameters()))
     engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=settings, dist_init_required=False)
     optimizer.bind(engine.optimizer)
     sent, matrices = [], []
-    all_to_all, newton_schulz = dist.all_to_all_single, optim.zero1.newton_schulz
+    all_to_all, newton_schulz = dist.all_to_all_single, optim.exchange.newton_schulz
 
     def counting_all_to_all(output, input, output_sizes, input_sizes, **options):
         assert input_sizes[rank] == 0, "nobody sends to itself"
@@ -41,14 +42,14 @@ def counted(rank: int, world_size: int, shapes: dict, config: OptimConfig) -> di
     full = {}
     for step in range(2):
         if step:
-            dist.all_to_all_single, optim.zero1.newton_schulz = counting_all_to_all, counting_newton_schulz
+            dist.all_to_all_single, optim.exchange.newton_schulz = counting_all_to_all, counting_newton_schulz
         engine.backward(engine(targets_of(toy, step, rank, True)), scale_wrt_gas=False)
         engine.step()
         if not step:
             for name, parameter in toy.named_parameters():
                 key = "momentum_buffer" if is_matrix(name, tuple(parameter.shape)) else "exp_avg"
                 full[name] = safe_get_full_optimizer_state(parameter, key)
-    dist.all_to_all_single, optim.zero1.newton_schulz = all_to_all, newton_schulz
+    dist.all_to_all_single, optim.exchange.newton_schulz = all_to_all, newton_schulz
     (shard,) = optimizer.param_groups[0]["params"]
     return {
         "sent": sent,
@@ -89,16 +90,17 @@ def descended(
     """Carry the plan out on this rank's part of a direction; return its part of the weights, which were zero."""
     import torch.distributed as dist
 
-    from optim.zero1 import _Exchange
+    from optim.exchange import Exchange
 
     names = [f"p{i}" for i in range(len(stacks))]
     layout = GroupLayout.of(names, [e * a * b for e, a, b in stacks], world_size)
-    config = OptimConfig(ns_dtype="fp32", wire_dtype="fp32", ns_form=form)
+    config = OptimConfig(ns_dtype="fp32", wire_dtype="fp32", ns_form=form, momentum=0, nesterov=False, update_rms=1)
     plan = plan_orthogonalization(layout, matrices_of(layout, stacks), config.operations)
     padded = torch.cat([flat, torch.zeros(world_size * layout.partition - flat.numel())])
     mine = padded[rank * layout.partition : (rank + 1) * layout.partition].clone()
     shard = torch.zeros_like(mine)
-    _Exchange(plan, config, dist.group.WORLD, torch.device("cpu")).descend(shard, mine, 1.0)
+    exchange = Exchange(plan, config, dist.group.WORLD, torch.device("cpu"))
+    exchange.step(shard, mine, torch.zeros_like(mine), lr=1.0, weight_decay=0.0)
     return shard
 
 

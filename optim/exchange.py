@@ -1,0 +1,147 @@
+"""Carries out one group's plan on one rank: a step of Muon on its flat shard.
+
+The pieces of straddling matrices fly to their owners while the matrices that lie whole in the shard are done; then the
+owners do theirs, and the slices of the results fly back. A local matrix is read and written where it lies, and all that
+happens to it happens while it is in the caches: momentum, orthogonalization, weight decay and update.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim.config import OptimConfig
+from optim.newton_schulz import Workspace, newton_schulz
+from optim.plan import Batch, OrthogonalizePlan, Piece
+from optim.polynomials import coefficients
+
+BATCH_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 26}
+"""Of the matrices that are orthogonalized at once: so many that a CPU keeps them in its caches, and a GPU is busy."""
+
+
+class Exchange:
+    """One rank's part in the plan of a group.
+
+    Args:
+        plan: of the group.
+        config: the optimizer's settings.
+        process_group: the ranks over which the group is laid out.
+        device: of the shard.
+    """
+
+    def __init__(
+        self, plan: OrthogonalizePlan, config: OptimConfig, process_group: dist.ProcessGroup, device: torch.device
+    ) -> None:
+        self.config, self.group, self.device = config, process_group, device
+        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtypes = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}
+        self.ns_dtype, self.wire_dtype = dtypes[config.ns_dtype], dtypes[config.wire_dtype]
+        self.polynomials = coefficients(config.ns_coefficients, config.ns_steps)
+        # A GPU's allocator keeps its memory anyway.
+        self.workspace = Workspace() if device.type == "cpu" else None
+        self.rank = dist.get_rank(process_group)
+        peers = range(dist.get_world_size(process_group))
+        self.sent = [plan.sent(self.rank, peer) for peer in peers]
+        self.received = [plan.sent(peer, self.rank) for peer in peers]
+        self.straddlers = plan.straddlers
+        self.owned = [index for index, matrix in enumerate(plan.straddlers) if matrix.owner == self.rank]
+        self.kept = [p for index in self.owned for p in plan.straddlers[index].pieces if p.holder == self.rank]
+        self.batches = [part for batch in plan.local[self.rank] for part in _cut(batch, BATCH_ELEMENTS[device.type])]
+
+    def step(self, shard: Tensor, gradient: Tensor, momentum: Tensor, lr: float, weight_decay: float) -> None:
+        """Update momentum and weights: `w <- (1 - lr wd) w - lr rms sqrt(max(A, B)) O` (Moonlight, equation 4).
+
+        Args:
+            shard: this rank's weights, flat.
+            gradient: alike; its memory is used.
+            momentum: alike.
+            lr: learning rate.
+            weight_decay: multiplied by it.
+        """
+        own = {(p.matrix, p.position): self._direction(*_pieces(p, gradient, momentum)) for p in self.kept}
+        outgoing = [self._direction(*_pieces(p, gradient, momentum)) for peer in self.sent for p in peer]
+        gathered, arrival = self._all_to_all(outgoing, self.sent, self.received)
+        for batch in self.batches:
+            weights, *rest = (_view(tensor, batch) for tensor in (shard, gradient, momentum))
+            orthogonal = self._newton_schulz(self._direction(*rest), self.workspace)
+            self._update(weights, orthogonal, batch.rows, batch.columns, lr, weight_decay)
+        if arrival is None:
+            return
+
+        arrival.wait()
+        pieces = gathered.split([p.length for peer in self.received for p in peer])
+        for p, piece in zip((p for peer in self.received for p in peer), pieces, strict=True):
+            own[p.matrix, p.position] = piece.to(gradient.dtype)
+        results: dict[int, Tensor] = {}
+        for index in self.owned:
+            matrix = self.straddlers[index]
+            whole = torch.cat([own[index, p.position] for p in matrix.pieces])
+            results[index] = self._newton_schulz(whole.view(1, matrix.rows, matrix.columns)).flatten()
+
+        answers = [_slice(results, p) for peer in self.received for p in peer]
+        returned, arrival = self._all_to_all(answers, self.received, self.sent)
+        self._update_pieces(shard, self.kept, (_slice(results, p) for p in self.kept), lr, weight_decay)
+        arrival.wait()  # type: ignore[union-attr]
+        away = [p for peer in self.sent for p in peer]
+        self._update_pieces(shard, away, returned.split([p.length for p in away]), lr, weight_decay)
+
+    def _direction(self, gradient: Tensor, momentum: Tensor) -> Tensor:
+        """Move the momentum on, and return what is orthogonalized: itself, or a look-ahead in the gradient's memory."""
+        momentum.lerp_(gradient, 1 - self.config.momentum)
+        return gradient.lerp_(momentum, self.config.momentum) if self.config.nesterov else momentum
+
+    def _update_pieces(
+        self, shard: Tensor, pieces: Iterable[Piece], slices: Iterable[Tensor], lr: float, weight_decay: float
+    ) -> None:
+        for p, orthogonal in zip(pieces, slices, strict=True):
+            matrix = self.straddlers[p.matrix]
+            weights = shard[p.offset : p.offset + p.length]
+            self._update(weights, orthogonal, matrix.rows, matrix.columns, lr, weight_decay)
+
+    def _update(
+        self, weights: Tensor, orthogonal: Tensor, rows: int, columns: int, lr: float, weight_decay: float
+    ) -> None:
+        scale = self.config.update_rms * max(rows, columns) ** 0.5
+        weights.mul_(1 - lr * weight_decay).add_(orthogonal, alpha=-lr * scale)
+
+    def _newton_schulz(self, matrices: Tensor, workspace: Workspace | None = None) -> Tensor:
+        return newton_schulz(matrices, self.polynomials, self.config.form, self.ns_dtype, workspace)
+
+    def _all_to_all(
+        self, pieces: list[Tensor], sent: list[list[Piece]], received: list[list[Piece]]
+    ) -> tuple[Tensor, dist.Work | None]:
+        """Start sending `pieces` (nothing happens where the group has no straddlers) and return what will arrive."""
+        send_sizes = [sum(p.length for p in peer) for peer in sent]
+        receive_sizes = [sum(p.length for p in peer) for peer in received]
+        packed = torch.cat(pieces) if pieces else torch.empty(0, device=self.device)
+        arrived = torch.empty(sum(receive_sizes), dtype=self.wire_dtype, device=self.device)
+        if not self.straddlers:
+            return arrived, None
+        packed = packed.to(self.wire_dtype)
+        work = dist.all_to_all_single(arrived, packed, receive_sizes, send_sizes, group=self.group, async_op=True)
+        return arrived, work
+
+
+def _pieces(piece: Piece, *tensors: Tensor) -> Iterator[Tensor]:
+    """Yield what lies at a piece in flat tensors."""
+    return (tensor[piece.offset : piece.offset + piece.length] for tensor in tensors)
+
+
+def _slice(results: dict[int, Tensor], piece: Piece) -> Tensor:
+    """Return a piece's part of its matrix's result."""
+    return results[piece.matrix][piece.position : piece.position + piece.length]
+
+
+def _view(flat: Tensor, batch: Batch) -> Tensor:
+    """Return a batch's matrices where they lie."""
+    size, stride = (batch.count, batch.rows, batch.columns), (batch.stride, batch.columns, 1)
+    return flat.as_strided(size, stride, flat.storage_offset() + batch.offset)
+
+
+def _cut(batch: Batch, elements: int) -> Iterator[Batch]:
+    """Cut a batch into parts of at most so many elements, but of one matrix at least."""
+    most = max(1, elements // (batch.rows * batch.columns))
+    for first in range(0, batch.count, most):
+        yield replace(batch, offset=batch.offset + first * batch.stride, count=min(most, batch.count - first))
