@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test chaos test-gpu lint format curves bench bench-recovery bench-checkpoint lock clean
+.PHONY: help install demo test chaos test-gpu lint format curves bench bench-recovery bench-optimizer bench-checkpoint lock clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench: $(INSTALLED) ## raymuon against plain torchrun (10 minutes)
 
 bench-recovery: $(INSTALLED) ## seconds from a fault to the next new step, against Ray Train V2 (50 minutes)
 	$(BIN)/raymuon bench recovery --json $(ARGS)
+
+bench-optimizer: $(INSTALLED) ## the optimizer's share of a step, against DeepSpeed's Muon (5 minutes)
+	$(BIN)/raymuon bench optimizer --json $(ARGS)
 
 bench-checkpoint: $(INSTALLED) ## saves against DeepSpeed's and s3fs, with 300 MB of state per rank (10 minutes)
 	$(BIN)/raymuon bench checkpoint --json $(ARGS)

@@ -13,7 +13,7 @@ from optim.layout import GroupLayout
 from optim.plan import matrices_of, plan_orthogonalization
 from optim.reference import ReferenceMuon
 from optim.routing import is_matrix, matrix_shape
-from tests.ranks import Ranks, run_ranks
+from tests.ranks import run_ranks
 
 LR, STEPS, CLIP = 0.02, 5, 0.05
 CONFIG = OptimConfig(lr=LR, grad_clip=CLIP, ns_dtype="fp32", wire_dtype="fp32")
@@ -71,7 +71,7 @@ def sharded(rank: int, world_size: int, shapes: dict, full_rank: bool, config: O
         engine.backward(engine(targets), scale_wrt_gas=False)
         engine.step()
         norms.append(float(engine.optimizer._global_grad_norm))
-    return {
+    found = {
         "weights": {name: parameter.detach().clone() for name, parameter in toy.named_parameters()},
         "momentum": [
             group.tensors["momentum_buffer"].numel()
@@ -80,6 +80,8 @@ def sharded(rank: int, world_size: int, shapes: dict, full_rank: bool, config: O
         ],
         "norms": norms,
     }
+    engine.destroy()
+    return found
 
 
 def reference(world_size: int, shapes: dict, full_rank: bool, config: OptimConfig) -> dict:
@@ -101,11 +103,10 @@ def reference(world_size: int, shapes: dict, full_rank: bool, config: OptimConfi
 
 
 @pytest.mark.parametrize("shapes", SHAPES)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("full_rank", [True, False])
-def test_equals_the_reference_with_clipping_active(world_size, shapes, full_rank):
-    results = run_ranks(world_size, sharded, SHAPES[shapes], full_rank, CONFIG)
-    expected = reference(world_size, SHAPES[shapes], full_rank, CONFIG)
+def test_equals_the_reference_with_clipping_active(ranks, shapes, full_rank):
+    results = ranks.run(sharded, SHAPES[shapes], full_rank, CONFIG)
+    expected = reference(ranks.world_size, SHAPES[shapes], full_rank, CONFIG)
     assert min(results[0]["norms"]) > CLIP, "clipping was not active"
     for result in results:
         for name, weight in result["weights"].items():
@@ -211,13 +212,6 @@ def expected_of(world_size: int, case: Case) -> tuple[dict[str, torch.Tensor], d
             optimizer.step()
             optimizer.zero_grad()
     return before, {name: parameter.detach() for name, parameter in named.items()}
-
-
-@pytest.fixture(scope="module", params=[1, 2, 3, 4])
-def ranks(request):
-    joined = Ranks(request.param)
-    yield joined
-    joined.close()
 
 
 @settings(
