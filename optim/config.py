@@ -7,7 +7,7 @@ one go. `jobs` prefixes the section's name and gathers the problems of all secti
 from dataclasses import dataclass
 from typing import Literal
 
-from optim.polynomials import CoefficientSet, Form, form_of, operations
+from optim.polynomials import CoefficientSet, Form, form_of, products
 
 
 class ConfigProblems(ValueError):
@@ -94,4 +94,4 @@ class OptimConfig:
     def operations(self, rows: int, columns: int) -> int:
         """Return the floating-point operations that orthogonalize a matrix."""
         form = self.form or form_of(rows, columns, self.ns_steps)
-        return operations(rows, columns, self.ns_steps, form)
+        return round(products(self.ns_steps, form).operations(rows, columns))

@@ -59,8 +59,9 @@ def newton_schulz(
     torch.mul(batch, torch.where(norm > 0, 1 / norm, 0.0), out=left)
     if rows > columns:  # The Gram matrix is taken on the shorter side.
         left, right = left.mT, right.mT
-    restarts = RESTARTS.get(dtype, ())
-    if (form or form_of(rows, columns, len(polynomials), restarts)) == "standard":
+    restarts, blocks = RESTARTS.get(dtype, ()), _blocks(left)
+    share = (blocks + 1) / (2 * blocks)
+    if (form or form_of(rows, columns, len(polynomials), restarts, share)) == "standard":
         result = _standard(left, right, squares, polynomials)
     else:
         result = _gram(left, right, squares, polynomials, restarts)
@@ -112,8 +113,7 @@ def _symmetric(
 ) -> None:
     """Set `result` to `beta add + alpha left right`, known to be symmetric: of a large one half the blocks."""
     rows = left.shape[-2]
-    blocks = min(4, rows // 128) if left.device.type == "cpu" and rows >= SMALLEST_IN_BLOCKS else 1
-    height = -(-rows // blocks)
+    height = -(-rows // _blocks(left))
     for low in range(0, rows, height):
         high = min(low + height, rows)
         part, across, down = result[:, low:high, :high], left[:, low:high], right[:, :, :high]
@@ -122,3 +122,9 @@ def _symmetric(
         else:
             torch.baddbmm(add[:, low:high, :high], across, down, beta=beta, alpha=alpha, out=part)
         result[:, :low, low:high] = result[:, low:high, :low].mT
+
+
+def _blocks(matrices: Tensor) -> int:
+    """Return into how many rows of blocks a symmetric product of so many rows is cut."""
+    rows = matrices.shape[-2]
+    return min(4, rows // 128) if matrices.device.type == "cpu" and rows >= SMALLEST_IN_BLOCKS else 1

@@ -11,6 +11,7 @@ arithmetic:
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 Quintic = tuple[float, float, float]
@@ -59,8 +60,31 @@ def coefficients(name: CoefficientSet, steps: int) -> tuple[Quintic, ...]:
             return (*safe, chosen[-1])
 
 
-def products(steps: int, form: Form, restarts: Sequence[int] = ()) -> tuple[int, int]:
-    """Return how many products a matrix `[A, B]`, A <= B, takes: of A A B multiplications, and of A A A.
+@dataclass(frozen=True)
+class Products:
+    """How many products orthogonalize a matrix X `[A, B]`, A <= B."""
+
+    outer: int
+    """X X', symmetric: A A B multiplications."""
+    inner: int
+    """A square matrix times X: A A B."""
+    square: int
+    """Of two square matrices, symmetric: A A A."""
+
+    def operations(self, rows: int, columns: int, share: float = 1.0) -> float:
+        """Return the floating-point operations; a multiplication and an addition are two.
+
+        Args:
+            rows: of the matrix.
+            columns: of the matrix.
+            share: of a symmetric product that is computed.
+        """
+        short, long = sorted((rows, columns))
+        return 2 * short * short * ((share * self.outer + self.inner) * long + share * self.square * short)
+
+
+def products(steps: int, form: Form, restarts: Sequence[int] = ()) -> Products:
+    """Return what `steps` polynomials take.
 
     Args:
         steps: polynomials.
@@ -68,24 +92,14 @@ def products(steps: int, form: Form, restarts: Sequence[int] = ()) -> tuple[int,
         restarts: steps before which the gram form multiplies X and forms R anew.
     """
     if form == "standard":
-        return 2 * steps, steps
+        return Products(outer=steps, inner=steps, square=steps)
     stretches = 1 + len(restarts)
     # In each stretch: X X' and Q X; a square of R in every step; from the second step on one product for Q; and two for
     # R in every step but the last.
-    return 2 * stretches, steps + 3 * (steps - stretches)
+    return Products(outer=stretches, inner=stretches, square=steps + 3 * (steps - stretches))
 
 
-def operations(rows: int, columns: int, steps: int, form: Form, restarts: Sequence[int] = ()) -> int:
-    """Return the floating-point operations to orthogonalize one matrix; a multiplication and an addition are two.
-
-    Symmetric products count in full.
-    """
-    short, long = sorted((rows, columns))
-    wide, square = products(steps, form, restarts)
-    return 2 * short * short * (wide * long + square * short)
-
-
-def form_of(rows: int, columns: int, steps: int, restarts: Sequence[int] = ()) -> Form:
-    """Return the form with fewer operations."""
+def form_of(rows: int, columns: int, steps: int, restarts: Sequence[int] = (), share: float = 1.0) -> Form:
+    """Return the form with fewer operations, if that share of a symmetric product is computed."""
     forms: tuple[Form, ...] = ("standard", "gram")
-    return min(forms, key=lambda form: operations(rows, columns, steps, form, restarts))
+    return min(forms, key=lambda form: products(steps, form, restarts).operations(rows, columns, share))

@@ -19,17 +19,17 @@ MIXES = {
     "moonlight_dp4": (
         4,
         [
-            "model.hidden_size=256",
-            "model.num_layers=5",
-            "model.num_heads=4",
-            "model.kv_lora_rank=64",
-            "model.qk_nope_head_dim=32",
-            "model.qk_rope_head_dim=16",
-            "model.v_head_dim=32",
+            "model.hidden_size=704",
+            "model.num_layers=3",
+            "model.num_heads=8",
+            "model.kv_lora_rank=176",
+            "model.qk_nope_head_dim=64",
+            "model.qk_rope_head_dim=32",
+            "model.v_head_dim=64",
             "model.intermediate_size=1408",
-            "model.moe_intermediate_size=176",
-            "model.num_experts=24",
-            "model.num_shared_experts=2",
+            "model.moe_intermediate_size=484",
+            "model.num_experts=6",
+            "model.num_shared_experts=1",
         ],
     ),
     "llama_dp2": (
@@ -45,7 +45,7 @@ MIXES = {
         ],
     ),
 }
-"""World size and model of each mix: shapes like Moonlight's with stacked experts, and like Llama's."""
+"""World size and model of each mix: a third of Moonlight's width with stacked experts, and shapes like Llama's."""
 CONFIG = {"moonlight_dp4": "demo", "llama_dp2": "demo-llama"}
 BATCH = ["train.global_batch=4", "train.micro_batch=1", "train.seq_len=32"]
 

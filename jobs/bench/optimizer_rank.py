@@ -149,9 +149,11 @@ def _floor(optimizer: Zero1Optimizer, config: RunConfig) -> float:
         short, long = sorted((rows, columns))
         if (short, long) not in measured:
             steps = config.optim.ns_steps
-            wide, square = products(steps, form_of(short, long, steps))
-            measured[short, long] = wide * _product(short, long, short, dtype) + square * _product(
-                short, short, short, dtype
+            counts = products(steps, form_of(short, long, steps))
+            measured[short, long] = (
+                counts.outer * _product(short, long, short, dtype)
+                + counts.inner * _product(short, short, long, dtype)
+                + counts.square * _product(short, short, short, dtype)
             )
         total += measured[short, long]
     slowest = torch.tensor([total])

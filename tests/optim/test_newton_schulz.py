@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optim.newton_schulz import newton_schulz
-from optim.polynomials import JORDAN, POLAR_EXPRESS, coefficients, form_of, operations
+from optim.polynomials import JORDAN, POLAR_EXPRESS, coefficients, form_of, products
 from optim.reference import ReferenceMuon
 
 SHAPES = [(16, 16), (40, 12), (12, 40), (3, 12, 20)]
@@ -75,13 +75,16 @@ def test_forms_and_precisions_agree_on_ill_conditioned_matrices(decades, short):
 
 def test_the_form_with_fewer_operations_is_taken():
     assert form_of(64, 64, 5) == "standard" and form_of(1024, 384, 5) == form_of(384, 1024, 5) == "gram"
+    assert form_of(704, 484, 5) == "standard" and form_of(704, 484, 5, share=0.625) == "gram"
     short, long = 384, 1024
-    # By hand: X X', the five squares, four products for Q, two for R in four steps, Q X.
+    # By hand: X X', Q X; the five squares, four products for Q, two for R in four steps.
     by_hand = 2 * short * short * long * 2 + 2 * short**3 * (5 + 4 + 8)
-    assert operations(long, short, 5, "gram") == by_hand
-    assert operations(long, short, 5, "standard") == 5 * (4 * short * short * long + 2 * short**3)
-    restarted = operations(long, short, 5, "gram", (2,))
+    assert products(5, "gram").operations(long, short) == by_hand
+    assert products(5, "standard").operations(long, short) == 5 * (4 * short * short * long + 2 * short**3)
+    restarted = products(5, "gram", (2,)).operations(long, short)
     assert restarted == 4 * 2 * short * short * long + 2 * short**3 * (5 + 3 + 6)
+    halved = products(5, "gram").operations(long, short, 0.5)
+    assert halved == 2 * short * short * long * 1.5 + 2 * short**3 * (5 + 4 + 8) / 2
     assert coefficients("quintic", 3) == (JORDAN,) * 3
 
 
