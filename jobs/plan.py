@@ -42,21 +42,18 @@ def orthogonalization(config: RunConfig, gpus: int) -> OrthogonalizationPlan:
     """
     import torch
 
-    from optim.routing import matrix_shape, parameter_groups
+    from optim.routing import parameter_groups
     from workers.models import build_empty
 
     with torch.device("meta"):
         model = build_empty(config.model)
-    group = next(
-        (g for g in parameter_groups(model.named_parameters(), config.optim.name) if g["method"] == "muon"), None
-    )
+    groups = parameter_groups(model.named_parameters(), config.optim.name, model.matrix_parts(config.optim.split))
+    group = next((group for group in groups if group["method"] == "muon"), None)
     if group is None:
         raise ConfigError(f"optim.name={config.optim.name}: no matrix is orthogonalized")
     layout = GroupLayout.of(group["names"], [p.numel() for p in group["params"]], gpus)
     cost = config.optim.operations
-    plan = plan_orthogonalization(
-        layout, matrices_of(layout, [matrix_shape(tuple(p.shape)) for p in group["params"]]), cost
-    )
+    plan = plan_orthogonalization(layout, matrices_of(layout, group["matrices"]), cost)
     sent, wire = plan.elements_sent(), WIRE_BYTES[config.optim.wire_dtype]
     work = [sum(cost(rows, columns) for rows, columns in plan.matrices(rank)) for rank in range(gpus)]
     gathered = PARAMETER_BYTES * (layout.partition * (gpus - 1))

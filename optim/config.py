@@ -51,8 +51,14 @@ class OptimConfig:
     wire_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Type in which pieces of straddling matrices travel; `auto` is bf16 on a GPU (Moonlight, algorithm 1) and fp32 on
     a CPU."""
+    split: Literal["none", "fused", "heads"] = "none"
+    """`none`: each parameter is one matrix, and each expert. `fused`: each of the projections that the model keeps in
+    one parameter is a matrix of its own. `heads`: each attention head's part of the projections to heads is, too."""
     update_rms: float = 0.2
-    """Muon's update is scaled by `update_rms * sqrt(max(A, B))` to match AdamW's RMS (Moonlight, equation 4)."""
+    """Root mean square of Muon's update, times the learning rate; 0.2 is about AdamW's (Moonlight, section 2.2)."""
+    rms_control: Literal["adjusted_lr", "update_norm"] = "adjusted_lr"
+    """How the update gets there: `adjusted_lr` scales by `sqrt(max(A, B))`, as if all singular values were 1
+    (Moonlight, equation 4); `update_norm` measures each update and divides by what it finds (the same, table 1)."""
     beta1: float = 0.9
     """AdamW: decay of the first moment."""
     beta2: float = 0.95

@@ -107,7 +107,12 @@ class Exchange:
         weights.mul_(1 - lr * weight_decay).add_(orthogonal, alpha=-lr * scale)
 
     def _newton_schulz(self, matrices: Tensor, workspace: Workspace | None = None) -> Tensor:
-        return newton_schulz(matrices, self.polynomials, self.config.form, self.ns_dtype, workspace)
+        """Return O, or, where each update is measured, O with the norm that it would have with singular values of 1."""
+        orthogonal = newton_schulz(matrices, self.polynomials, self.config.form, self.ns_dtype, workspace)
+        if self.config.rms_control == "update_norm":
+            norm = torch.linalg.matrix_norm(orthogonal, keepdim=True, dtype=torch.float32)
+            orthogonal.mul_(torch.where(norm > 0, min(orthogonal.shape[-2:]) ** 0.5 / norm, 0.0))
+        return orthogonal
 
     def _all_to_all(
         self, pieces: list[Tensor], sent: list[list[Piece]], received: list[list[Piece]]

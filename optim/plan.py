@@ -102,13 +102,15 @@ class OrthogonalizePlan:
         yield from ((matrix.rows, matrix.columns) for matrix in self.straddlers if matrix.owner == rank)
 
 
-def matrices_of(layout: GroupLayout, shapes: Sequence[tuple[int, int, int]]) -> list[Matrix]:
-    """List the group's matrices; `shapes[i]` is `(E, A, B)` of parameter i: E matrices of A rows and B columns."""
-    return [
-        Matrix(start + index * rows * columns, rows, columns)
-        for start, (count, rows, columns) in zip(layout.starts, shapes, strict=True)
-        for index in range(count)
-    ]
+def matrices_of(layout: GroupLayout, shapes: Sequence[Sequence[tuple[int, int]]]) -> list[Matrix]:
+    """List the group's matrices; `shapes[i]` are rows and columns of those in parameter i, as they lie there."""
+    found = []
+    for start, held in zip(layout.starts, shapes, strict=True):
+        at = start
+        for rows, columns in held:
+            found.append(Matrix(at, rows, columns))
+            at += rows * columns
+    return found
 
 
 def plan_orthogonalization(

@@ -27,7 +27,8 @@ class ReferenceMuon(torch.optim.Optimizer):
         ns_steps: Newton-Schulz iterations.
         ns_coefficients: their polynomials; always applied in the standard form.
         ns_dtype: dtype of Newton-Schulz.
-        update_rms: the update is `update_rms * sqrt(max(A, B)) * O`.
+        update_rms: root mean square of the update, over lr.
+        update_norm: measure the update and divide by what is found, instead of `update_rms * sqrt(max(A, B)) * O`.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class ReferenceMuon(torch.optim.Optimizer):
         ns_coefficients: CoefficientSet = "quintic",
         ns_dtype: torch.dtype = torch.float32,
         update_rms: float = 0.2,
+        update_norm: bool = False,
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
+        self.update_norm = update_norm
         polynomials = coefficients(ns_coefficients, ns_steps)
         super().__init__(
             params, defaults | {"polynomials": polynomials, "ns_dtype": ns_dtype, "update_rms": update_rms}
@@ -68,4 +71,6 @@ class ReferenceMuon(torch.optim.Optimizer):
                     parameter.view(-1, rows, columns), update.reshape(-1, rows, columns), strict=True
                 ):
                     orthogonal = newton_schulz(matrix, group["polynomials"], "standard", group["ns_dtype"])
+                    if self.update_norm:
+                        scale = group["update_rms"] / orthogonal.float().square().mean().sqrt().item()
                     weight.add_(orthogonal, alpha=-group["lr"] * scale)

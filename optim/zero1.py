@@ -10,7 +10,7 @@ The class's name has no "muon" in it, and no parameter gets an attribute `use_mu
 its own Muon and orthogonalize a second time.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from optim.config import OptimConfig
 from optim.exchange import Exchange
 from optim.layout import Fragment, GroupLayout
 from optim.plan import OrthogonalizePlan, matrices_of, plan_orthogonalization
-from optim.routing import matrix_shape, parameter_groups
+from optim.routing import parameter_groups
 
 STATE_KEYS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 """The flat state tensors of each method."""
@@ -47,11 +47,19 @@ class Zero1Optimizer(torch.optim.Optimizer):
     Args:
         named_parameters: of the module, before DeepSpeed sees it.
         config: its settings; `lr` of the groups is set by the caller before each step.
+        parts: rows of each matrix of its own within a parameter, by name.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> None:
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimConfig,
+        parts: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        if "muon" in type(self).__name__.lower():
+            raise LayoutError(f"{type(self).__name__}: DeepSpeed takes a class with muon in its name for its own Muon")
         self.config = config
-        groups = parameter_groups(named_parameters, config.name)
+        groups = parameter_groups(named_parameters, config.name, parts)
         self._parameters: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
         self.plan: OrthogonalizePlan | None = None
         """Of the matrices; known once it is bound."""
@@ -68,6 +76,11 @@ class Zero1Optimizer(torch.optim.Optimizer):
         Raises:
             LayoutError: the wrapper's partition is not the one that `optim.layout` computes.
         """
+        if getattr(zero_optimizer, "round_robin_gradients", False):
+            raise LayoutError(
+                "zero_optimization.round_robin_gradients=true: with it DeepSpeed's map of what lies where is wrong; "
+                "turn it off"
+            )
         for index, (group, parameters) in enumerate(zip(self.param_groups, self._parameters, strict=True)):
             process_group = zero_optimizer.real_dp_process_group[index]
             rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
@@ -80,8 +93,8 @@ class Zero1Optimizer(torch.optim.Optimizer):
             if method == "adamw":
                 self.state[shard]["step"] = torch.zeros((), dtype=torch.float32, device=shard.device)
             else:
-                shapes = [matrix_shape(tuple(p.shape)) for p in parameters]
-                self.plan = plan_orthogonalization(layout, matrices_of(layout, shapes), self.config.operations)
+                matrices = matrices_of(layout, group["matrices"])
+                self.plan = plan_orthogonalization(layout, matrices, self.config.operations)
                 self._exchange = Exchange(self.plan, self.config, process_group, shard.device)
 
     @torch.no_grad()

@@ -146,7 +146,8 @@ def build_engine(
     if seed is not None:
         torch.manual_seed(seed)
     model = build(model_config, initialize=seed is not None).to(device)
-    optimizer = Zero1Optimizer(model.named_parameters(), optim_config)
+    parts = model.matrix_parts(optim_config.split)
+    optimizer = Zero1Optimizer(model.named_parameters(), optim_config, parts)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

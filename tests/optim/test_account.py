@@ -95,7 +95,7 @@ def descended(
     names = [f"p{i}" for i in range(len(stacks))]
     layout = GroupLayout.of(names, [e * a * b for e, a, b in stacks], world_size)
     config = OptimConfig(ns_dtype="fp32", wire_dtype="fp32", ns_form=form, momentum=0, nesterov=False, update_rms=1)
-    plan = plan_orthogonalization(layout, matrices_of(layout, stacks), config.operations)
+    plan = plan_orthogonalization(layout, matrices_of(layout, [[(a, b)] * e for e, a, b in stacks]), config.operations)
     padded = torch.cat([flat, torch.zeros(world_size * layout.partition - flat.numel())])
     mine = padded[rank * layout.partition : (rank + 1) * layout.partition].clone()
     shard = torch.zeros_like(mine)

@@ -83,7 +83,7 @@ shapes = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1,
 @given(shapes, worlds)
 def test_every_matrix_is_orthogonalized_once_and_pieces_tile_the_straddlers(group, world_size):
     layout = layout_of([e * a * b for e, a, b in group], world_size)
-    matrices = matrices_of(layout, group)
+    matrices = matrices_of(layout, [[(a, b)] * e for e, a, b in group])
     plan = plan_orthogonalization(layout, matrices)
     done = [shape for rank in range(world_size) for shape in plan.matrices(rank)]
     assert sorted(done) == sorted((matrix.rows, matrix.columns) for matrix in matrices)
@@ -108,7 +108,7 @@ def test_every_matrix_is_orthogonalized_once_and_pieces_tile_the_straddlers(grou
 def test_the_experts_of_a_stack_are_one_batch_and_so_are_equal_layers():
     group = [(8, 4, 6), (1, 5, 5), (8, 4, 6), (1, 5, 5), (8, 4, 6)]
     layout = layout_of([e * a * b for e, a, b in group], 1)
-    plan = plan_orthogonalization(layout, matrices_of(layout, group))
+    plan = plan_orthogonalization(layout, matrices_of(layout, [[(a, b)] * e for e, a, b in group]))
     assert plan.local == (
         (
             Batch(0, 24, 8, 4, 6),

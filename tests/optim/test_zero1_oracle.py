@@ -12,7 +12,7 @@ from optim.config import OptimConfig
 from optim.layout import GroupLayout
 from optim.plan import matrices_of, plan_orthogonalization
 from optim.reference import ReferenceMuon
-from optim.routing import is_matrix, matrix_shape
+from optim.routing import is_matrix, matrices_in
 from tests.ranks import run_ranks
 
 LR, STEPS, CLIP = 0.02, 5, 0.05
@@ -123,7 +123,14 @@ class Case:
     """`fp32`, `bf16` (the same class of DeepSpeed), or `bf16 fp32 sums` (its other one)."""
     micro_batches: int
     clip: float
+    split: bool
+    """Whether matrices of three rows and more hold two, fused one above the other."""
     config: OptimConfig
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        fused = {name: shape[0] for name, shape in self.shapes.items() if len(shape) == 2 and shape[0] >= 3}
+        return {name: (rows // 3, rows - rows // 3) for name, rows in fused.items()} if self.split else {}
 
 
 sizes = st.integers(1, 24)
@@ -137,6 +144,7 @@ cases = st.builds(
     wrapper=st.sampled_from(["fp32", "bf16", "bf16 fp32 sums"]),
     micro_batches=st.integers(1, 3),
     clip=st.sampled_from([0.0, 0.05]),
+    split=st.booleans(),
     config=st.builds(
         OptimConfig,
         lr=st.just(LR),
@@ -144,6 +152,7 @@ cases = st.builds(
         ns_steps=st.integers(3, 6),
         ns_coefficients=st.sampled_from(["quintic", "polar_express", "two_phase"]),
         ns_form=st.sampled_from(["auto", "standard", "gram"]),
+        rms_control=st.sampled_from(["adjusted_lr", "update_norm"]),
         ns_dtype=st.just("fp32"),
         wire_dtype=st.just("fp32"),
     ),
@@ -159,7 +168,7 @@ def trained(rank: int, world_size: int, case: Case) -> tuple[str, dict[str, torc
     from workers.engine import deepspeed_config
 
     toy = Toy(case.shapes)
-    optimizer = Zero1Optimizer(toy.named_parameters(), case.config)
+    optimizer = Zero1Optimizer(toy.named_parameters(), case.config, case.parts)
     options = deepspeed_config(
         TrainConfig(), case.config, torch.device("cpu"), sum(p.numel() for p in toy.parameters())
     )
@@ -184,6 +193,10 @@ def trained(rank: int, world_size: int, case: Case) -> tuple[str, dict[str, torc
     return wrapper, master
 
 
+def _split(tensor: torch.Tensor, case: Case, name: str) -> tuple[torch.Tensor, ...]:
+    return tensor.detach().split(case.parts[name])
+
+
 def expected_of(world_size: int, case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the weights before and after, in one process, fp32, whole matrices, the standard form."""
     toy = Toy(case.shapes)
@@ -192,11 +205,23 @@ def expected_of(world_size: int, case: Case) -> tuple[dict[str, torch.Tensor], d
         for parameter in named.values():
             parameter.data = parameter.data.bfloat16().float()
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
-    mats = [p for n, p in named.items() if is_matrix(n, tuple(p.shape))]
     others = [p for n, p in named.items() if not is_matrix(n, tuple(p.shape))]
-    config = case.config
+    config, whole, pieces = case.config, [], []
+    for name, parameter in named.items():
+        if name in case.parts:
+            pieces += [
+                (parameter, index, nn.Parameter(part.clone()))
+                for index, part in enumerate(_split(parameter, case, name))
+            ]
+        elif is_matrix(name, tuple(parameter.shape)):
+            whole.append(parameter)
     muon = ReferenceMuon(
-        mats, LR, nesterov=config.nesterov, ns_steps=config.ns_steps, ns_coefficients=config.ns_coefficients
+        [*whole, *(part for *_, part in pieces)],
+        LR,
+        nesterov=config.nesterov,
+        ns_steps=config.ns_steps,
+        ns_coefficients=config.ns_coefficients,
+        update_norm=config.rms_control == "update_norm",
     )
     optimizers: list[torch.optim.Optimizer] = [muon]
     if others:
@@ -208,9 +233,14 @@ def expected_of(world_size: int, case: Case) -> tuple[dict[str, torch.Tensor], d
                 (toy(targets) / (world_size * case.micro_batches)).backward()
         if case.clip:
             torch.nn.utils.clip_grad_norm_(toy.parameters(), case.clip)
+        names = {parameter: name for name, parameter in named.items()}
+        for parameter, index, part in pieces:
+            part.grad = _split(parameter.grad, case, names[parameter])[index]
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        for parameter, index, part in pieces:
+            _split(parameter, case, names[parameter])[index].copy_(part.detach())
+        toy.zero_grad()
     return before, {name: parameter.detach() for name, parameter in named.items()}
 
 
@@ -270,7 +300,7 @@ def test_the_shapes_cover_what_they_claim():
         return GroupLayout.of(names, [torch.Size(SHAPES[key][name]).numel() for name in names], world_size)
 
     spanning = layout("spanning", 4)
-    shapes = [matrix_shape(SHAPES["spanning"][name]) for name in spanning.names]
+    shapes = [matrices_in(SHAPES["spanning"][name]) for name in spanning.names]
     plan = plan_orthogonalization(spanning, matrices_of(spanning, shapes))
     assert max(len(matrix.pieces) for matrix in plan.straddlers) >= 3, "a matrix over three ranks"
     norms = GroupLayout.of(["norm"], [1], 4)

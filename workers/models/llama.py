@@ -24,6 +24,17 @@ class Llama(nn.Module):
         """Return the logits of each next token, in the dtype of the weights."""
         return self.lm_head(self.model(tokens))
 
+    def matrix_parts(self, split: str) -> dict[str, tuple[int, ...]]:
+        """Return rows of each matrix of its own within a parameter, by name, as `optim.split` says."""
+        config, parts = self.config, {}
+        if split == "heads":
+            for number in range(config.num_layers):
+                attention = f"model.layers.{number}.self_attn"
+                parts[f"{attention}.q_proj.weight"] = (config.head_dim,) * config.num_heads
+                parts[f"{attention}.k_proj.weight"] = (config.head_dim,) * config.num_kv_heads
+                parts[f"{attention}.v_proj.weight"] = (config.head_dim,) * config.num_kv_heads
+        return parts
+
     def expert_load(self) -> Tensor:
         """Return the load of experts, of which there are none: int64 `[0, 0]`."""
         return torch.zeros(0, 0, dtype=torch.int64)

@@ -28,6 +28,22 @@ class Moonlight(nn.Module):
         """Return the logits of each next token, in the dtype of the weights."""
         return self.lm_head(self.model(tokens))
 
+    def matrix_parts(self, split: str) -> dict[str, tuple[int, ...]]:
+        """Return rows of each matrix of its own within a parameter, by name, as `optim.split` says.
+
+        The projection down to keys and values is fused with the one to the shared rotary key; those up to the heads
+        hold each head's keys and values one after the other.
+        """
+        config, parts = self.config, {}
+        for number in range(config.num_layers if split != "none" else 0):
+            attention = f"model.layers.{number}.self_attn"
+            parts[f"{attention}.kv_a_proj_with_mqa.weight"] = (config.kv_lora_rank, config.qk_rope_head_dim)
+            if split == "heads":
+                query = config.qk_nope_head_dim + config.qk_rope_head_dim
+                parts[f"{attention}.q_proj.weight"] = (query,) * config.num_heads
+                parts[f"{attention}.kv_b_proj.weight"] = (config.qk_nope_head_dim, config.v_head_dim) * config.num_heads
+        return parts
+
     def expert_load(self) -> Tensor:
         """Return how many tokens each expert got since the last `clear_expert_load`: int64 `[MoE layers, experts]`."""
         loads = [experts.load for experts in self._experts()]

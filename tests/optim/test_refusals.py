@@ -1,0 +1,53 @@
+"""What would be silently wrong training is refused, with the reason."""
+
+import pytest
+import torch
+
+from optim.config import OptimConfig
+from optim.zero1 import LayoutError, Zero1Optimizer
+from tests.optim.test_zero1_oracle import Toy
+from tests.ranks import run_ranks
+
+SHAPES = {"a": (6, 4), "b": (5, 7), "c": (8, 8), "norm": (3,)}
+
+
+def bound(rank: int, world_size: int, zero: dict) -> str:
+    """Initialize DeepSpeed with these settings and return why the optimizer refuses to be bound."""
+    import deepspeed
+
+    from workers.config import TrainConfig
+    from workers.engine import deepspeed_config
+
+    toy, config = Toy(SHAPES), OptimConfig()
+    optimizer = Zero1Optimizer(toy.named_parameters(), config)
+    settings = deepspeed_config(TrainConfig(), config, torch.device("cpu"), sum(p.numel() for p in toy.parameters()))
+    settings["zero_optimization"] |= zero
+    engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=settings, dist_init_required=False)
+    try:
+        optimizer.bind(engine.optimizer)
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
+def test_round_robin_gradients_are_refused():
+    for told in run_ranks(2, bound, {"round_robin_gradients": True, "stage": 2}):
+        assert "zero_optimization.round_robin_gradients=true" in told
+
+
+def test_the_settings_that_we_make_are_not_refused():
+    assert run_ranks(2, bound, {}) == ["", ""]
+
+
+def test_a_class_that_deepspeed_would_take_for_its_own_is_refused():
+    class MyMuon(Zero1Optimizer):
+        pass
+
+    with pytest.raises(LayoutError, match="MyMuon: DeepSpeed takes"):
+        MyMuon(Toy(SHAPES).named_parameters(), OptimConfig())
+
+
+def test_a_parameter_that_is_given_twice_is_refused():
+    toy = Toy(SHAPES)
+    with pytest.raises(ValueError, match="again is the same parameter as a; give each once"):
+        Zero1Optimizer([*toy.named_parameters(), ("again", toy.a)], OptimConfig())
