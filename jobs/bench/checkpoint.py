@@ -9,6 +9,7 @@ Three parts, each on the state of a real run of at least 256 MB per rank, all in
 """
 
 import os
+import secrets
 import statistics
 import sys
 import tempfile
@@ -113,24 +114,26 @@ def checkpoint(
             raise ConfigError(f"the state of a rank has {size:,} bytes; at least {LEAST_STATE:,} are measured")
         rival = _deepspeed(Path(folder), config, repeats + WARMUP_SAVES)
         say(f"DeepSpeed: save_checkpoint took {[round(s, 2) for s in rival['seconds']]} s")
-        result = {
+        return {
             "state_bytes_per_rank": size,
             **_stall(watched, rival["seconds"][WARMUP_SAVES:]),
             "deepspeed_bytes": rival["bytes"],
             **_bandwidth(run_url, manifest, repeats, say),
             **_reshaped(config, run_url, manifest, say),
         }
-        if not url:
-            return result
-        Store(run_url).fs.rm(Store(run_url).path(), recursive=True)
-        return result
 
 
 @contextmanager
 def _storage(url: str, endpoint: str) -> Iterator[tuple[str, str]]:
-    """Yield a folder on S3 and the store's endpoint."""
+    """Yield a new folder on S3, which is gone afterwards, and the store's endpoint."""
     if url:
-        yield url, endpoint
+        store = Store(url).child(f"raymuon-bench-{secrets.token_hex(4)}")
+        store.probe()
+        try:
+            yield store.url, endpoint
+        finally:
+            if store.exists():
+                store.fs.rm(store.path(), recursive=True)
         return
     with tempfile.TemporaryDirectory(prefix="raymuon-seaweed-") as folder, seaweedfs(Path(folder)) as found:
         os.environ.update(s3_environment())
