@@ -27,7 +27,7 @@ MIXES = {
             "model.qk_rope_head_dim=32",
             "model.v_head_dim=64",
             "model.intermediate_size=1408",
-            "model.moe_intermediate_size=484",
+            "model.moe_intermediate_size=480",
             "model.num_experts=6",
             "model.num_shared_experts=1",
         ],

@@ -105,39 +105,42 @@ def rounds(request) -> int:
     return max(1, request.config.getoption("--chaos-faults") // (2 * FAULTS_PER_RUN))
 
 
+@pytest.fixture
+def per_run(request) -> int:
+    return min(FAULTS_PER_RUN, request.config.getoption("--chaos-faults") // 2)
+
+
 def undisturbed(folder, **changes):
     config = config_of(folder, **changes)
     with Lead(config, ProcessCluster({"a": config.scaling.max_workers}), folder) as lead:
         return lead.wait()
 
 
-def test_at_a_fixed_world_size_chaos_leaves_no_trace(tmp_path, seed, rounds):
+def test_at_a_fixed_world_size_chaos_leaves_no_trace(tmp_path, seed, rounds, per_run):
     scaling = {"min_workers": 3, "max_workers": 3, "standby": 1}
-    steps = 4 + STEPS_BETWEEN * (FAULTS_PER_RUN + 1) + 4
+    steps = 4 + STEPS_BETWEEN * (per_run + 1) + 4
     calm = tmp_path / "calm"
     expected = undisturbed(calm, scaling={**scaling, "standby": 0}, train={"steps": steps}, checkpoint={"every": 7})
     for round_ in range(rounds):
         folder = tmp_path / f"round-{round_}"
         nodes = {"a": 5} if round_ % 2 else {"a": 3, "b": 2}
-        chaos = chaotic_run(folder, nodes, scaling, seed + round_, FAULTS_PER_RUN, checkpoint={"every": 7})
+        chaos = chaotic_run(folder, nodes, scaling, seed + round_, per_run, checkpoint={"every": 7})
         notes = chaos.lead.notes
         assert [row.loss for row in notes.rows] == [row.loss for row in expected.rows]
         assert_equal_states(calm, folder)
         assert {member.world_size for member in notes.memberships} == {3}
 
 
-def test_where_the_world_size_changes_the_curve_stays(tmp_path, seed, rounds):
+def test_where_the_world_size_changes_the_curve_stays(tmp_path, seed, rounds, per_run):
     """A dense twin's losses stay within 1e-3 of the undisturbed run's all along."""
     dense = {"model": replace(config_of(tmp_path).model, num_dense_layers=config_of(tmp_path).model.num_layers)}
     scaling = {"min_workers": 1, "max_workers": 4}
-    steps = 4 + STEPS_BETWEEN * (FAULTS_PER_RUN + 1) + 4
+    steps = 4 + STEPS_BETWEEN * (per_run + 1) + 4
     expected = undisturbed(tmp_path / "calm", scaling=scaling, train={"steps": steps}, **dense)
     for round_ in range(rounds):
         folder = tmp_path / f"round-{round_}"
         nodes = {"a": 2, "b": 2, "c": 1}
-        chaos = chaotic_run(
-            folder, nodes, scaling, seed + 1000 + round_, FAULTS_PER_RUN, checkpoint={"every": 7}, **dense
-        )
+        chaos = chaotic_run(folder, nodes, scaling, seed + 1000 + round_, per_run, checkpoint={"every": 7}, **dense)
         notes = chaos.lead.notes
         for row, calm in zip(notes.rows, expected.rows, strict=True):
             assert row.loss == pytest.approx(calm.loss, rel=1e-3), row.step
@@ -154,7 +157,7 @@ def assert_first_change_is_smooth(notes: Notes, calm: Notes) -> int:
     return changed
 
 
-def test_a_mixture_of_experts_ends_as_well(tmp_path, seed, rounds):
+def test_a_mixture_of_experts_ends_as_well(tmp_path, seed, rounds, per_run):
     """Expert choices flip at a rounding: close for 50 steps after the first change, and as good at the end."""
     if rounds < 2:
         pytest.skip("not run: behind make chaos")

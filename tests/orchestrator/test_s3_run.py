@@ -20,7 +20,7 @@ from workers.storage import Store, configure_s3
 
 SERVERS = {"seaweedfs": seaweedfs, "rclone": rclone}
 URL = "s3://raymuon"
-STEPS = 200
+STEPS = 120
 
 
 @contextmanager
