@@ -171,7 +171,9 @@ def checkpoints_ls(
     table = Table("run", "step", "attempt", "saved", "world size", "tokens", "MB", "")
     for row in rows:
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
-        known = (row["world_size"], f"{row['tokens']:,}", f"{row['bytes'] / 1e6:.1f}") if not row["damaged"] else "???"
+        known = (
+            (row["world_size"], f"{row['tokens']:,}", f"{row['bytes'] / 1e6:.1f}") if not row["damaged"] else ("?",) * 3
+        )
         note = row["damaged"] or ("pinned" if row["pinned"] else "")
         table.add_row(row["run_id"], *map(str, (row["step"], row["attempt"], saved, *known)), note)
     Console().print(table)

@@ -11,7 +11,6 @@ Three parts, each on the state of a real run of at least 256 MB per rank, all in
 import os
 import secrets
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from jobs.bench.cluster import bench_cluster
-from jobs.bench.process import run_json
+from jobs.bench.process import torchrun
 from jobs.bench.seaweed import BUCKET, s3_environment, seaweedfs
 from jobs.load import load, plain_yaml
 from orchestrator.config import RunConfig, absolute
@@ -119,7 +118,7 @@ def checkpoint(
             **_stall(watched, rival["seconds"][WARMUP_SAVES:]),
             "deepspeed_bytes": rival["bytes"],
             **_bandwidth(run_url, manifest, repeats, say),
-            **_reshaped(config, run_url, manifest, say),
+            **_reshaped(config, manifest, say),
         }
 
 
@@ -172,9 +171,7 @@ def _train(config: RunConfig, saves: int, say: Callable[[str], None]) -> tuple[_
 def _deepspeed(folder: Path, config: RunConfig, saves: int) -> dict[str, Any]:
     path = folder / "config.yaml"
     path.write_text(plain_yaml(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS)]
-    command += ["-m", "jobs.bench.deepspeed_save", str(path), str(folder / "deepspeed"), str(saves)]
-    return run_json(command, OMP_NUM_THREADS="1", ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
+    return torchrun(WORKERS, "jobs.bench.deepspeed_save", path, folder / "deepspeed", saves)
 
 
 def _stall(watched: _Saves, rival: list[float]) -> dict[str, Any]:
@@ -243,12 +240,12 @@ def _bandwidth(run_url: str, manifest: Manifest, repeats: int, say: Callable[[st
     }
 
 
-def _reshaped(config: RunConfig, run_url: str, manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
+def _reshaped(config: RunConfig, manifest: Manifest, say: Callable[[str], None]) -> dict[str, Any]:
     """Resume the run at another world size and compare the bytes that it read with those that it has to know."""
     scaling = replace(config.scaling, min_workers=OTHER_WORKERS, max_workers=OTHER_WORKERS)
     watched = _Saves(0, say)
     with bench_cluster(OTHER_WORKERS) as cluster:
-        run(replace(config, scaling=scaling), run_url.rsplit("/", 1)[-1], cluster.address, watched, watched.stop)
+        run(replace(config, scaling=scaling), manifest.run_id, cluster.address, watched, watched.stop)
     needed = 0
     for shard in manifest.shards:
         for entry in shard.entries:

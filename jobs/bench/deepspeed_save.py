@@ -4,7 +4,6 @@ Started as `torchrun -m jobs.bench.deepspeed_save CONFIG.yaml FOLDER SAVES`; it 
 what is saved has just been changed, and rank 0 prints the seconds of each save, the slowest rank's, as JSON.
 """
 
-import json
 import shutil
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import rendezvous
 
+from jobs.bench.process import tell
 from jobs.load import load
 from orchestrator.config import absolute, task_of
 from workers.controls import Controls
@@ -44,7 +44,7 @@ def main(config_path: str, folder: str, saves: int) -> None:
             size = sum(file.stat().st_size for file in Path(folder).rglob("*.pt"))
             shutil.rmtree(Path(folder) / f"step{step}")
     if rank == 0:
-        print(json.dumps({"seconds": seconds, "bytes": size}), flush=True)  # noqa: T201
+        tell({"seconds": seconds, "bytes": size})
     engine.destroy()
 
 

@@ -6,13 +6,12 @@ steps in turns, with the same oneDNN cap and one thread each. The floor is the t
 on the slowest rank.
 """
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.bench.process import run_json
+from jobs.bench.process import torchrun
 from jobs.load import load, plain_yaml
 
 MIXES = {
@@ -63,9 +62,7 @@ def optimizer(overrides: list[str], rounds: int, say: Callable[[str], None]) -> 
         with tempfile.TemporaryDirectory(prefix="raymuon-optimizer-") as folder:
             path = Path(folder) / "config.yaml"
             path.write_text(plain_yaml(load(CONFIG[name], [*model, *BATCH, *overrides])))
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += ["--nproc-per-node", str(world_size), "-m", "jobs.bench.optimizer_rank", str(path), str(rounds)]
-            found = run_json(command, OMP_NUM_THREADS="1", ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
+            found = torchrun(world_size, "jobs.bench.optimizer_rank", path, rounds)
         costs = found["median_ms"]
         builtin = {rival: cost for rival, cost in costs.items() if rival.startswith("deepspeed")}
         report[name] = {

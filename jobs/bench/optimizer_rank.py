@@ -5,7 +5,6 @@ timed from a barrier to a barrier, so it takes as long as the slowest rank's.
 """
 
 import importlib
-import json
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import rendezvous
 
+from jobs.bench.process import tell
 from jobs.load import load
 from optim.newton_schulz import newton_schulz
 from optim.polynomials import form_of, products
@@ -76,7 +76,7 @@ def main(config_path: str, rounds: int) -> None:
         **_errors(ours.optimizer, config),
     }
     if rank == 0:
-        print(json.dumps(result), flush=True)  # noqa: T201
+        tell(result)
 
 
 def _rivals(config: RunConfig) -> dict[str, Callable[[], Any]]:

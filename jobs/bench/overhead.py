@@ -6,7 +6,6 @@ left out on both sides. An idle Ray cluster takes a few percent of two cores by 
 """
 
 import statistics
-import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import ray
 
-from jobs.bench.process import raymuon, run_json
+from jobs.bench.process import raymuon, run_json, torchrun
 from jobs.load import load, plain_yaml
 from orchestrator.cluster import connected
 from orchestrator.config import RunConfig, TrackingConfig
@@ -77,10 +76,7 @@ def _raymuon(path: Path, config: RunConfig) -> float:
 
 
 def _torchrun(path: Path, config: RunConfig, folder: str) -> float:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(config.scaling.max_workers), "-m", "jobs.bench.plain"]
-    alike = {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}  # As Ray and our actor set them.
-    result = run_json([*command, str(path), f"{folder}/plain"], **alike)
+    result = torchrun(config.scaling.max_workers, "jobs.bench.plain", path, f"{folder}/plain")
     return _speed(result["times"], config)
 
 

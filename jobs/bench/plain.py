@@ -3,13 +3,13 @@
 Started as `torchrun -m jobs.bench.plain CONFIG.yaml RUN_URL`; rank 0 prints the times of its steps as JSON.
 """
 
-import json
 import sys
 import time
 from typing import Any
 
 from torch.distributed import rendezvous
 
+from jobs.bench.process import tell
 from jobs.load import load
 from orchestrator.config import absolute, task_of
 from workers.controls import Controls
@@ -34,7 +34,7 @@ def main(config_path: str, run_url: str) -> None:
     engine = join(member, task, store)
     train(engine, task, member, Controls(report=report))
     if rank == 0:
-        print(json.dumps({"times": times}), flush=True)  # noqa: T201
+        tell({"times": times})
     engine.destroy()
 
 
