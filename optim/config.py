@@ -7,7 +7,7 @@ one go. `jobs` prefixes the section's name and gathers the problems of all secti
 from dataclasses import dataclass
 from typing import Literal
 
-from optim.polynomials import CoefficientSet, Form, form_of, products
+from optim.polynomials import CoefficientSet, Form, Products, form_of, products
 
 
 class ConfigProblems(ValueError):
@@ -97,7 +97,10 @@ class OptimConfig:
         """The form of all Newton-Schulz iterations; None where each shape has the one that suits it."""
         return None if self.ns_form == "auto" else self.ns_form
 
+    def products(self, rows: int, columns: int) -> Products:
+        """Return the products that orthogonalize a matrix."""
+        return products(self.ns_steps, self.form or form_of(rows, columns, self.ns_steps))
+
     def operations(self, rows: int, columns: int) -> int:
         """Return the floating-point operations that orthogonalize a matrix."""
-        form = self.form or form_of(rows, columns, self.ns_steps)
-        return round(products(self.ns_steps, form).operations(rows, columns))
+        return round(self.products(rows, columns).operations(rows, columns))

@@ -34,7 +34,7 @@ class Exchange:
     def __init__(
         self, plan: OrthogonalizePlan, config: OptimConfig, process_group: dist.ProcessGroup, device: torch.device
     ) -> None:
-        self.config, self.group, self.device = config, process_group, device
+        self.plan, self.config, self.group, self.device = plan, config, process_group, device
         auto = torch.bfloat16 if device.type == "cuda" else torch.float32
         dtypes = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}
         self.ns_dtype, self.wire_dtype = dtypes[config.ns_dtype], dtypes[config.wire_dtype]
@@ -43,9 +43,10 @@ class Exchange:
         self.workspace = Workspace() if device.type == "cpu" else None
         self.rank = dist.get_rank(process_group)
         peers = range(dist.get_world_size(process_group))
-        self.sent = [plan.sent(self.rank, peer) for peer in peers]
-        self.received = [plan.sent(peer, self.rank) for peer in peers]
-        self.straddlers = plan.straddlers
+        sent = [plan.sent(self.rank, peer) for peer in peers]
+        received = [plan.sent(peer, self.rank) for peer in peers]
+        self.away, self.away_sizes = [p for peer in sent for p in peer], [_elements(peer) for peer in sent]
+        self.guests, self.guest_sizes = [p for peer in received for p in peer], [_elements(peer) for peer in received]
         self.owned = [index for index, matrix in enumerate(plan.straddlers) if matrix.owner == self.rank]
         self.kept = [p for index in self.owned for p in plan.straddlers[index].pieces if p.holder == self.rank]
         self.batches = [part for batch in plan.local[self.rank] for part in _cut(batch, BATCH_ELEMENTS[device.type])]
@@ -61,31 +62,29 @@ class Exchange:
             weight_decay: multiplied by it.
         """
         own = {(p.matrix, p.position): self._direction(*_pieces(p, gradient, momentum)) for p in self.kept}
-        outgoing = [self._direction(*_pieces(p, gradient, momentum)) for peer in self.sent for p in peer]
-        gathered, arrival = self._all_to_all(outgoing, self.sent, self.received)
+        outgoing = [self._direction(*_pieces(p, gradient, momentum)) for p in self.away]
+        gathered, arrival = self._all_to_all(outgoing, self.away_sizes, self.guest_sizes)
         for batch in self.batches:
             weights, *rest = (_view(tensor, batch) for tensor in (shard, gradient, momentum))
-            orthogonal = self._newton_schulz(self._direction(*rest), self.workspace)
+            orthogonal = self.orthogonalize(self._direction(*rest), self.workspace)
             self._update(weights, orthogonal, batch.rows, batch.columns, lr, weight_decay)
         if arrival is None:
             return
 
         arrival.wait()
-        pieces = gathered.split([p.length for peer in self.received for p in peer])
-        for p, piece in zip((p for peer in self.received for p in peer), pieces, strict=True):
+        for p, piece in zip(self.guests, gathered.split([p.length for p in self.guests]), strict=True):
             own[p.matrix, p.position] = piece.to(gradient.dtype)
         results: dict[int, Tensor] = {}
         for index in self.owned:
-            matrix = self.straddlers[index]
+            matrix = self.plan.straddlers[index]
             whole = torch.cat([own[index, p.position] for p in matrix.pieces])
-            results[index] = self._newton_schulz(whole.view(1, matrix.rows, matrix.columns)).flatten()
+            results[index] = self.orthogonalize(whole.view(1, matrix.rows, matrix.columns)).flatten()
 
-        answers = [_slice(results, p) for peer in self.received for p in peer]
-        returned, arrival = self._all_to_all(answers, self.received, self.sent)
+        answers = [_slice(results, p) for p in self.guests]
+        returned, arrival = self._all_to_all(answers, self.guest_sizes, self.away_sizes)
         self._update_pieces(shard, self.kept, (_slice(results, p) for p in self.kept), lr, weight_decay)
         arrival.wait()  # type: ignore[union-attr]
-        away = [p for peer in self.sent for p in peer]
-        self._update_pieces(shard, away, returned.split([p.length for p in away]), lr, weight_decay)
+        self._update_pieces(shard, self.away, returned.split([p.length for p in self.away]), lr, weight_decay)
 
     def _direction(self, gradient: Tensor, momentum: Tensor) -> Tensor:
         """Move the momentum on, and return what is orthogonalized: itself, or a look-ahead in the gradient's memory."""
@@ -96,8 +95,8 @@ class Exchange:
         self, shard: Tensor, pieces: Iterable[Piece], slices: Iterable[Tensor], lr: float, weight_decay: float
     ) -> None:
         for p, orthogonal in zip(pieces, slices, strict=True):
-            matrix = self.straddlers[p.matrix]
-            weights = shard[p.offset : p.offset + p.length]
+            matrix = self.plan.straddlers[p.matrix]
+            (weights,) = _pieces(p, shard)
             self._update(weights, orthogonal, matrix.rows, matrix.columns, lr, weight_decay)
 
     def _update(
@@ -106,7 +105,7 @@ class Exchange:
         scale = self.config.update_rms * max(rows, columns) ** 0.5
         weights.mul_(1 - lr * weight_decay).add_(orthogonal, alpha=-lr * scale)
 
-    def _newton_schulz(self, matrices: Tensor, workspace: Workspace | None = None) -> Tensor:
+    def orthogonalize(self, matrices: Tensor, workspace: Workspace | None = None) -> Tensor:
         """Return O, or, where each update is measured, O with the norm that it would have with singular values of 1."""
         orthogonal = newton_schulz(matrices, self.polynomials, self.config.form, self.ns_dtype, workspace)
         if self.config.rms_control == "update_norm":
@@ -115,18 +114,20 @@ class Exchange:
         return orthogonal
 
     def _all_to_all(
-        self, pieces: list[Tensor], sent: list[list[Piece]], received: list[list[Piece]]
+        self, pieces: list[Tensor], send_sizes: list[int], receive_sizes: list[int]
     ) -> tuple[Tensor, dist.Work | None]:
         """Start sending `pieces` (nothing happens where the group has no straddlers) and return what will arrive."""
-        send_sizes = [sum(p.length for p in peer) for peer in sent]
-        receive_sizes = [sum(p.length for p in peer) for peer in received]
         packed = torch.cat(pieces) if pieces else torch.empty(0, device=self.device)
         arrived = torch.empty(sum(receive_sizes), dtype=self.wire_dtype, device=self.device)
-        if not self.straddlers:
+        if not self.plan.straddlers:
             return arrived, None
         packed = packed.to(self.wire_dtype)
         work = dist.all_to_all_single(arrived, packed, receive_sizes, send_sizes, group=self.group, async_op=True)
         return arrived, work
+
+
+def _elements(pieces: Iterable[Piece]) -> int:
+    return sum(piece.length for piece in pieces)
 
 
 def _pieces(piece: Piece, *tensors: Tensor) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 from optim.config import OptimConfig
 from optim.exchange import Exchange
 from optim.layout import Fragment, GroupLayout
-from optim.plan import OrthogonalizePlan, matrices_of, plan_orthogonalization
+from optim.plan import matrices_of, plan_orthogonalization
 from optim.routing import parameter_groups
 
 STATE_KEYS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
@@ -61,10 +61,9 @@ class Zero1Optimizer(torch.optim.Optimizer):
         self.config = config
         groups = parameter_groups(named_parameters, config.name, parts)
         self._parameters: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
-        self.plan: OrthogonalizePlan | None = None
-        """Of the matrices; known once it is bound."""
         self._layouts: dict[str, GroupLayout] = {}
-        self._exchange: Exchange | None = None
+        self.exchange: Exchange | None = None
+        """Of the matrices; there once it is bound."""
         super().__init__(groups, {"lr": config.lr, "weight_decay": config.weight_decay})
 
     def bind(self, zero_optimizer: Any) -> None:
@@ -94,8 +93,8 @@ class Zero1Optimizer(torch.optim.Optimizer):
                 self.state[shard]["step"] = torch.zeros((), dtype=torch.float32, device=shard.device)
             else:
                 matrices = matrices_of(layout, group["matrices"])
-                self.plan = plan_orthogonalization(layout, matrices, self.config.operations)
-                self._exchange = Exchange(self.plan, self.config, process_group, shard.device)
+                plan = plan_orthogonalization(layout, matrices, self.config.operations)
+                self.exchange = Exchange(plan, self.config, process_group, shard.device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -103,9 +102,9 @@ class Zero1Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             (shard,) = group["params"]
             if group["method"] == "muon":
-                assert self._exchange is not None and shard.grad is not None
+                assert self.exchange is not None and shard.grad is not None
                 momentum = self.state[shard]["momentum_buffer"]
-                self._exchange.step(shard, shard.grad, momentum, group["lr"], group["weight_decay"])
+                self.exchange.step(shard, shard.grad, momentum, group["lr"], group["weight_decay"])
             else:
                 self._adamw(group, shard)
 

@@ -18,8 +18,6 @@ from torch.distributed import rendezvous
 
 from jobs.bench.process import tell
 from jobs.load import load
-from optim.newton_schulz import newton_schulz
-from optim.polynomials import form_of, products
 from optim.routing import parameter_groups
 from optim.zero1 import Zero1Optimizer
 from orchestrator.config import RunConfig
@@ -140,16 +138,14 @@ def _costs(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 def _floor(optimizer: Zero1Optimizer, config: RunConfig) -> float:
     """Return the seconds of the slowest rank's products alone, all ranks measuring at the same time."""
-    plan, total = optimizer.plan, 0.0
-    assert plan is not None
+    exchange, total = optimizer.exchange, 0.0
+    assert exchange is not None
     measured: dict[tuple[int, int], float] = {}
-    dtype = {"bf16": torch.bfloat16}.get(config.optim.ns_dtype, torch.float32)
     dist.barrier()
-    for rows, columns in plan.matrices(dist.get_rank()):
+    for rows, columns in exchange.plan.matrices(dist.get_rank()):
         short, long = sorted((rows, columns))
         if (short, long) not in measured:
-            steps = config.optim.ns_steps
-            counts = products(steps, form_of(short, long, steps))
+            counts, dtype = config.optim.products(short, long), exchange.ns_dtype
             measured[short, long] = (
                 counts.outer * _product(short, long, short, dtype)
                 + counts.inner * _product(short, short, long, dtype)
@@ -180,17 +176,21 @@ def _errors(optimizer: Zero1Optimizer, config: RunConfig) -> dict[str, Any]:
     rival = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     (shard,) = optimizer.param_groups[0]["params"]
     momentum = optimizer.state[shard]["momentum_buffer"]
-    plan = optimizer.plan
-    assert plan is not None
+    exchange = optimizer.exchange
+    assert exchange is not None
     ours, theirs = [], []
-    for batch in plan.local[dist.get_rank()][:ERROR_MATRICES]:
+    for batch in exchange.plan.local[dist.get_rank()][:ERROR_MATRICES]:
         matrix = momentum[batch.offset : batch.offset + batch.rows * batch.columns].view(batch.rows, batch.columns)
-        ours.append(_rms_from_one(newton_schulz(matrix)))
+        ours.append(_rms_from_one(exchange.orthogonalize(matrix)))
         theirs.append(_rms_from_one(rival.zeropower_via_gram_newtonschulz(matrix, steps=config.optim.ns_steps)))
     return {
         "orthogonality_error": {"raymuon": statistics.mean(ours), "deepspeed": statistics.mean(theirs)},
-        "ns_dtype": {"raymuon": "float32", "deepspeed": str(rival.ns_compute_dtype("gram")).removeprefix("torch.")},
+        "ns_dtype": {"raymuon": _name(exchange.ns_dtype), "deepspeed": _name(rival.ns_compute_dtype("gram"))},
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _rms_from_one(matrix: Tensor) -> float:

@@ -7,26 +7,19 @@ from optim.config import OptimConfig
 from optim.layout import GroupLayout
 from optim.plan import matrices_of, plan_orthogonalization
 from optim.routing import is_matrix
-from tests.optim.test_zero1_oracle import SHAPES, Toy, targets_of
+from tests.optim.test_zero1_oracle import SHAPES, Toy, engine_of, targets_of
 from tests.ranks import run_ranks
 
 
 def counted(rank: int, world_size: int, shapes: dict, config: OptimConfig) -> dict:
     """Train two steps; count in the second one what goes through the collectives and through Newton-Schulz."""
-    import deepspeed
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_optimizer_state
 
     import optim.exchange
-    from optim.zero1 import Zero1Optimizer
-    from workers.config import TrainConfig
-    from workers.engine import deepspeed_config
 
     toy = Toy(shapes)
-    optimizer = Zero1Optimizer(toy.named_parameters(), config)
-    settings = deepspeed_config(TrainConfig(), config, torch.device("cpu"), sum(p.numel() for p in toy.parameters()))
-    engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=settings, dist_init_required=False)
-    optimizer.bind(engine.optimizer)
+    engine, optimizer = engine_of(toy, config)
     sent, matrices = [], []
     all_to_all, newton_schulz = dist.all_to_all_single, optim.exchange.newton_schulz
 
@@ -55,7 +48,7 @@ def counted(rank: int, world_size: int, shapes: dict, config: OptimConfig) -> di
     return {
         "sent": sent,
         "matrices": matrices,
-        "plan": (optimizer.plan.elements_sent()[rank], sorted(optimizer.plan.matrices(rank))),
+        "plan": (optimizer.exchange.plan.elements_sent()[rank], sorted(optimizer.exchange.plan.matrices(rank))),
         "momentum": optimizer.state[shard]["momentum_buffer"].numel(),
         "partition": shard.numel(),
         "full": {name: (tuple(state.shape), bool(state.any())) for name, state in full.items()},

@@ -1,11 +1,10 @@
 """What would be silently wrong training is refused, with the reason."""
 
 import pytest
-import torch
 
 from optim.config import OptimConfig
 from optim.zero1 import LayoutError, Zero1Optimizer
-from tests.optim.test_zero1_oracle import Toy
+from tests.optim.test_zero1_oracle import Toy, engine_of
 from tests.ranks import run_ranks
 
 SHAPES = {"a": (6, 4), "b": (5, 7), "c": (8, 8), "norm": (3,)}
@@ -13,18 +12,8 @@ SHAPES = {"a": (6, 4), "b": (5, 7), "c": (8, 8), "norm": (3,)}
 
 def bound(rank: int, world_size: int, zero: dict) -> str:
     """Initialize DeepSpeed with these settings and return why the optimizer refuses to be bound."""
-    import deepspeed
-
-    from workers.config import TrainConfig
-    from workers.engine import deepspeed_config
-
-    toy, config = Toy(SHAPES), OptimConfig()
-    optimizer = Zero1Optimizer(toy.named_parameters(), config)
-    settings = deepspeed_config(TrainConfig(), config, torch.device("cpu"), sum(p.numel() for p in toy.parameters()))
-    settings["zero_optimization"] |= zero
-    engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=settings, dist_init_required=False)
     try:
-        optimizer.bind(engine.optimizer)
+        engine_of(Toy(SHAPES), OptimConfig(), zero=zero)
     except LayoutError as error:
         return str(error)
     return ""

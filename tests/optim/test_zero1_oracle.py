@@ -38,6 +38,26 @@ class Toy(nn.Module):
         return sum((parameter * targets[name]).sum() for name, parameter in self.named_parameters())
 
 
+def engine_of(toy: Toy, config: OptimConfig, parts: dict | None = None, zero: dict | None = None, **options) -> tuple:
+    """Give a toy to DeepSpeed with our settings, `options` and `zero` (of zero_optimization) over them; bind it.
+
+    Returns:
+        The engine and our optimizer.
+    """
+    import deepspeed
+
+    from optim.zero1 import Zero1Optimizer
+    from workers.config import TrainConfig
+    from workers.engine import deepspeed_config
+
+    optimizer = Zero1Optimizer(toy.named_parameters(), config, parts)
+    ours = deepspeed_config(TrainConfig(), config, torch.device("cpu"), sum(p.numel() for p in toy.parameters()))
+    ours |= {**options, "zero_optimization": {**ours["zero_optimization"], **(zero or {})}}
+    engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=ours, dist_init_required=False)
+    optimizer.bind(engine.optimizer)
+    return engine, optimizer
+
+
 def targets_of(toy: Toy, step: int, rank: int, full_rank: bool) -> dict[str, torch.Tensor]:
     """Return gradients of full rank, or of rank one where `full_rank` is off."""
     random = torch.Generator().manual_seed(1000 * step + rank)
@@ -53,18 +73,11 @@ def targets_of(toy: Toy, step: int, rank: int, full_rank: bool) -> dict[str, tor
 
 
 def sharded(rank: int, world_size: int, shapes: dict, full_rank: bool, config: OptimConfig) -> dict:
-    import deepspeed
-
-    from optim.zero1 import Zero1Optimizer
-    from workers.config import TrainConfig
-    from workers.engine import deepspeed_config, default_device
+    from workers.engine import default_device
 
     device = default_device()
     toy = Toy(shapes).to(device)
-    optimizer = Zero1Optimizer(toy.named_parameters(), config)
-    settings = deepspeed_config(TrainConfig(), config, torch.device("cpu"), sum(p.numel() for p in toy.parameters()))
-    engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=settings, dist_init_required=False)
-    optimizer.bind(engine.optimizer)
+    engine, optimizer = engine_of(toy, config)
     norms = []
     for step in range(STEPS):
         targets = {name: target.to(device) for name, target in targets_of(toy, step, rank, full_rank).items()}
@@ -160,26 +173,15 @@ cases = st.builds(
 
 
 def trained(rank: int, world_size: int, case: Case) -> tuple[str, dict[str, torch.Tensor]]:
-    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from optim.zero1 import Zero1Optimizer
-    from workers.config import TrainConfig
-    from workers.engine import deepspeed_config
-
-    toy = Toy(case.shapes)
-    optimizer = Zero1Optimizer(toy.named_parameters(), case.config, case.parts)
-    options = deepspeed_config(
-        TrainConfig(), case.config, torch.device("cpu"), sum(p.numel() for p in toy.parameters())
-    )
-    options["gradient_clipping"] = case.clip
-    options["zero_optimization"]["stage"] = case.stage
+    options: dict = {"gradient_clipping": case.clip}
     if case.wrapper != "fp32":
         options["bf16"] = {"enabled": True}
     if case.wrapper == "bf16 fp32 sums":
         options["data_types"] = {"grad_accum_dtype": "fp32"}
-    engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=options, dist_init_required=False)
-    optimizer.bind(engine.optimizer)
+    toy = Toy(case.shapes)
+    engine, _ = engine_of(toy, case.config, case.parts, {"stage": case.stage}, **options)
     for step in range(STEPS):
         for micro in range(case.micro_batches):
             targets = targets_of(toy, step * case.micro_batches + micro, rank, True)
