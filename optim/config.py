@@ -59,6 +59,9 @@ class OptimConfig:
     rms_control: Literal["adjusted_lr", "update_norm"] = "adjusted_lr"
     """How the update gets there: `adjusted_lr` scales by `sqrt(max(A, B))`, as if all singular values were 1
     (Moonlight, equation 4); `update_norm` measures each update and divides by what it finds (the same, table 1)."""
+    qk_clip: float = 0.0
+    """Largest attention logit: a head that exceeds it gets its query and key weights scaled down after the step; Kimi
+    K2 has 100, 0 turns it off."""
     beta1: float = 0.9
     """AdamW: decay of the first moment."""
     beta2: float = 0.95
@@ -83,6 +86,7 @@ class OptimConfig:
             (0 <= self.momentum < 1, f"momentum must be in [0, 1), not {self.momentum}"),
             (self.ns_steps >= 1, f"ns_steps must be 1 or more, not {self.ns_steps}"),
             (self.update_rms > 0, f"update_rms must be greater than 0, not {self.update_rms}"),
+            (self.qk_clip >= 0, f"qk_clip must be 0 (off) or more, not {self.qk_clip}"),
             (0 <= self.beta1 < 1, f"beta1 must be in [0, 1), not {self.beta1}"),
             (0 <= self.beta2 < 1, f"beta2 must be in [0, 1), not {self.beta2}"),
             (self.eps > 0, f"eps must be greater than 0, not {self.eps}"),

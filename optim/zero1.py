@@ -23,6 +23,7 @@ from optim.config import OptimConfig
 from optim.exchange import Exchange
 from optim.layout import Fragment, GroupLayout
 from optim.plan import matrices_of, plan_orthogonalization
+from optim.qk_clip import HeadRows, HeadSlice, clip, factors, slices_of
 from optim.routing import parameter_groups
 
 STATE_KEYS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
@@ -48,6 +49,7 @@ class Zero1Optimizer(torch.optim.Optimizer):
         named_parameters: of the module, before DeepSpeed sees it.
         config: its settings; `lr` of the groups is set by the caller before each step.
         parts: rows of each matrix of its own within a parameter, by name.
+        heads: rows of each attention head, for QK-Clip.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Zero1Optimizer(torch.optim.Optimizer):
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         config: OptimConfig,
         parts: Mapping[str, Sequence[int]] | None = None,
+        heads: Sequence[HeadRows] = (),
     ) -> None:
         if "muon" in type(self).__name__.lower():
             raise LayoutError(f"{type(self).__name__}: DeepSpeed takes a class with muon in its name for its own Muon")
@@ -62,6 +65,11 @@ class Zero1Optimizer(torch.optim.Optimizer):
         groups = parameter_groups(named_parameters, config.name, parts)
         self._parameters: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
         self._layouts: dict[str, GroupLayout] = {}
+        self._heads = heads
+        self._slices: dict[str, list[HeadSlice]] = {}
+        self.max_logits: Sequence[float] = ()
+        """Largest attention logit of each head in the batch of the next step; set by the caller before each step where
+        `config.qk_clip` is on, the same on every rank."""
         self.exchange: Exchange | None = None
         """Of the matrices; there once it is bound."""
         super().__init__(groups, {"lr": config.lr, "weight_decay": config.weight_decay})
@@ -88,6 +96,8 @@ class Zero1Optimizer(torch.optim.Optimizer):
             _check_layout(layout, rank, parameters, shard)
             method = group["method"]
             self._layouts[method] = layout
+            columns = {name: p.shape[-1] for name, p in zip(group["names"], parameters, strict=True)}
+            self._slices[method] = slices_of(self._heads, layout.fragments(rank), columns)
             self.state[shard].update({key: torch.zeros_like(shard) for key in STATE_KEYS[method]})
             if method == "adamw":
                 self.state[shard]["step"] = torch.zeros((), dtype=torch.float32, device=shard.device)
@@ -99,6 +109,7 @@ class Zero1Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the shards of `param_groups`: all of them, or the one that DeepSpeed leaves visible."""
+        found = factors(self.max_logits, self.config.qk_clip) if self.config.qk_clip else {}
         for group in self.param_groups:
             (shard,) = group["params"]
             if group["method"] == "muon":
@@ -107,6 +118,7 @@ class Zero1Optimizer(torch.optim.Optimizer):
                 self.exchange.step(shard, shard.grad, momentum, group["lr"], group["weight_decay"])
             else:
                 self._adamw(group, shard)
+            clip(shard, self._slices[group["method"]], found)
 
     def flat_state(self, rank: int) -> Iterator[FlatState]:
         """Yield each group's master weights (`weight`) and state on this rank; the tensors are live views."""

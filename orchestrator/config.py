@@ -6,7 +6,15 @@ from typing import Any, Literal
 
 from optim.config import OptimConfig, require
 from workers.checkpoint.manifest import Manifest
-from workers.config import CheckpointConfig, DataConfig, ModelConfig, MoonlightConfig, StorageConfig, TrainConfig
+from workers.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    MoonlightConfig,
+    StorageConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
 from workers.data.corpus import Corpus
 from workers.storage import absolute_url
 from workers.task import Origin, Task
@@ -146,6 +154,8 @@ class RunConfig:
     """Optimizer and schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Steps, batches, validation."""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    """What is measured of the training."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     """Workers."""
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
@@ -207,6 +217,7 @@ def task_of(
         data=config.data,
         train=config.train,
         checkpoint=config.checkpoint,
+        telemetry=config.telemetry,
         seed=config.seed,
         corpus=corpus,
         run_url=run_url,

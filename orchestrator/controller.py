@@ -47,6 +47,7 @@ from workers.errors import ClusterError, DamagedError, Interrupted, StorageError
 from workers.reports import (
     CheckpointDamaged,
     KeeperLost,
+    Profiled,
     Report,
     Restored,
     Sampled,
@@ -482,7 +483,7 @@ class Controller:
                     worker.leaving = True
             case KeeperLost():
                 self.recorder.notice(f"rank {report.rank} has lost its keeper ({report.error}); training goes on")
-            case Sampled():
+            case Sampled() | Profiled():
                 self.recorder.report(report)
 
     def _step(self, report: StepDone) -> None:

@@ -232,9 +232,12 @@ WINDOW_S = 3600.0
 
 # -- who hangs, who is slow --------------------------------------------------------------------------------------------
 
-PHASES = ("join", "restore", "validate", "compute", "wait", "reduce", "gather", "snapshot", "boundary", "agree")
+PHASES = (
+    *("join", "restore", "validate"),
+    *("compute", "wait", "reduce", "gather", "measure", "snapshot", "boundary", "agree"),
+)
 """What a training thread does, in the order of a step."""
-PATIENT_PHASES = frozenset({"join", "restore", "validate"})
+PATIENT_PHASES = frozenset({"join", "restore", "validate", "measure"})
 PATIENCE = 10.0
 """How much longer the phases outside the steps may take, and the first two steps that a driver ever sees."""
 SLACK = 4.0

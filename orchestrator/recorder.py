@@ -10,7 +10,7 @@ from orchestrator.config import RunConfig
 from orchestrator.events import DriverStarted, Event, Fault, Membership, Recovery, Tally
 from orchestrator.journal import Journal, read_journal
 from workers.errors import StorageError
-from workers.reports import Report, Sampled, StepDone, Validated
+from workers.reports import Profiled, Report, Sampled, StepDone, Validated
 
 
 class Watcher(Protocol):
@@ -80,6 +80,7 @@ class RunRecorder:
             "skipped_steps": report.skipped,
             "snapshot_every": report.snapshot_every,
             "snapshot_seconds": report.snapshot_seconds,
+            **report.measured,
         }
         self._losses["loss"] = report.step, report.loss
         self._row("train", report.step, report.time, values)
@@ -89,7 +90,7 @@ class RunRecorder:
         self._warned = self.record.failure
 
     def report(self, report: Report) -> None:
-        """Record a validation or a sample."""
+        """Record a validation, a sample or a trace."""
         match report:
             case Validated():
                 self.val_loss = report.loss
@@ -97,6 +98,8 @@ class RunRecorder:
                 self._row("validation", report.step, report.time, {"val_loss": report.loss})
             case Sampled():
                 self.sample = report.text
+            case Profiled():
+                self._put(f"step-{report.step}.json.gz", report.trace, "profile")
         self.watcher.report(report)
 
     def event(self, event: Event) -> None:
@@ -126,16 +129,7 @@ class RunRecorder:
 
     def stack(self, name: str, text: str) -> None:
         """Keep what a worker that hung was doing beside the run."""
-
-        def put() -> None:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"{name}.txt"
-                path.write_text(text)
-                self._try(lambda: self.record.artifact(path, "stacks"))
-
-        # Recovery does not wait for MLflow.
-        self._artifacts.append(threading.Thread(target=put, name="stack"))
-        self._artifacts[-1].start()
+        self._put(f"{name}.txt", text.encode(), "stacks")
 
     def slow(self, ranks: dict[int, float]) -> None:
         """Name the ranks that are slower than the others, when they change."""
@@ -175,6 +169,18 @@ class RunRecorder:
     def _row(self, series: str, step: int, at: float, values: dict[str, float]) -> None:
         self.record.log(series, step, at, values)
         self.journal.add({"series": series, "step": step, "time": at, "values": values})
+
+    def _put(self, name: str, content: bytes, folder: str) -> None:
+        """Make a file an artifact of the run; nobody waits for MLflow."""
+
+        def put() -> None:
+            with tempfile.TemporaryDirectory() as temporary:
+                path = Path(temporary) / name
+                path.write_bytes(content)
+                self._try(lambda: self.record.artifact(path, folder))
+
+        self._artifacts.append(threading.Thread(target=put, name="artifact"))
+        self._artifacts[-1].start()
 
     def _try(self, work: Callable[[], object]) -> None:
         try:

@@ -8,7 +8,7 @@ and go out with the next flush; `close` raises if some could not be written at a
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ from orchestrator.config import TrackingConfig
 from workers.errors import ConfigError, StorageError
 
 FLUSH_S = 2.0
-ROWS_PER_BATCH = 100
-"""MLflow takes 1,000 metrics at a time; a row is never torn."""
+METRICS_PER_BATCH = 1000
+"""What MLflow takes at a time; a row is never torn."""
 MARKS = {"train": "loss", "validation": "val_loss"}
 """The metric of each series whose last step is the series' high-water mark."""
 PARAM_LIMIT = 6000
@@ -166,9 +166,7 @@ class RunRecord:
             with self._lock:
                 rows, tags = list(self._rows), dict(self._tags)
             try:
-                for first in range(0, len(rows), ROWS_PER_BATCH):
-                    batch = rows[first : first + ROWS_PER_BATCH]
-                    metrics = [Metric(key, value, r.time_ms, r.step) for r in batch for key, value in r.values.items()]
+                for metrics in _batches(rows):
                     self.client.log_batch(self.run_id, metrics=metrics)
                 for key, value in tags.items():
                     self.client.set_tag(self.run_id, key, value)
@@ -225,6 +223,17 @@ class RunRecord:
     def _run(self) -> None:
         while not self._closing.wait(FLUSH_S):
             self.flush()
+
+
+def _batches(rows: Iterable[_Row]) -> Iterator[list[Metric]]:
+    batch: list[Metric] = []
+    for row in rows:
+        if len(batch) + len(row.values) > METRICS_PER_BATCH:
+            yield batch
+            batch = []
+        batch += [Metric(key, value, row.time_ms, row.step) for key, value in row.values.items()]
+    if batch:
+        yield batch
 
 
 @contextmanager

@@ -209,6 +209,32 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TelemetryConfig:
+    """What is measured of the training itself, and how often."""
+
+    every: int = 100
+    """Steps between measurements: MFU, time per part, RMS of updates and weights, attention logits, spectra, load of
+    experts; 0 for none."""
+    spectra: int = 4
+    """Experts of a layer whose spectra are measured, beside those of all other matrices; 0 measures none at all."""
+    peak_tflops: float = 0.0
+    """Peak of a worker's device, for MFU, in 10^12 operations per second; 0: as published for its GPU, or measured."""
+    profile_step: int = 0
+    """First step that the profiler traces on rank 0; 0 for none. The trace becomes an artifact of the run."""
+    profile_steps: int = 1
+    """Steps that it traces."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.every >= 0, f"every must be 0 (never) or more, not {self.every}"),
+            (self.spectra >= 0, f"spectra must be 0 (none) or more, not {self.spectra}"),
+            (self.peak_tflops >= 0, f"peak_tflops must be 0 (automatic) or more, not {self.peak_tflops}"),
+            (self.profile_step >= 0, f"profile_step must be 0 (none) or more, not {self.profile_step}"),
+            (self.profile_steps >= 1, f"profile_steps must be 1 or more, not {self.profile_steps}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     """Where checkpoints go, and when."""
 

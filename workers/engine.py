@@ -68,6 +68,12 @@ class Engine:
         dist.all_reduce(on_device)
         return on_device.cpu()
 
+    def all_max(self, values: Tensor) -> Tensor:
+        """Return the largest of each of `values` over all ranks."""
+        on_device = values.to(self.device)
+        dist.all_reduce(on_device, dist.ReduceOp.MAX)
+        return on_device.cpu()
+
     def publish_weights(self) -> None:
         """Bring the fp32 master weights into every rank's module, after they were loaded."""
         self.zero.update_lp_params()
@@ -147,7 +153,7 @@ def build_engine(
         torch.manual_seed(seed)
     model = build(model_config, initialize=seed is not None).to(device)
     parts = model.matrix_parts(optim_config.split)
-    optimizer = Zero1Optimizer(model.named_parameters(), optim_config, parts)
+    optimizer = Zero1Optimizer(model.named_parameters(), optim_config, parts, model.head_rows())
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

@@ -29,6 +29,7 @@ from workers.reports import Sampled, SaveFailed, SaveSkipped, StepDone, Validate
 from workers.snapshots.writer import SnapshotWriter
 from workers.state import Counters, replicated_tensors, shapes, shard_map, shard_tensors
 from workers.task import Membership, Task
+from workers.telemetry import Telemetry, expert_load
 
 FINISHED, PAUSED = "finished", "paused"
 SAVE_TRIES, SAVE_RETRY_S = 40, 0.5
@@ -120,6 +121,9 @@ class Trainer:
         )
         self.replicated = list(replicated_tensors(engine))  # Changed in place; looking them up walks the whole model.
         self.snapshot_seconds = 0.0
+        self.telemetry = Telemetry(
+            task.telemetry, task.train, engine, lambda: controls.mark("measure", counters.step + 1), controls.report
+        )
         self.rows: deque[dict[str, Any]] = deque(maxlen=ROWS_KEPT)
 
     def run(self) -> str:
@@ -148,17 +152,23 @@ class Trainer:
         """Train one step and return what is asked of everybody after it."""
         train, counters, engine = self.task.train, self.counters, self.engine
         step, started = counters.step + 1, time.time()
-        clock = time.perf_counter()
+        clock, part = time.perf_counter(), self.telemetry.clock.part
         lr = learning_rate(self.task.optim, step, train.steps)
+        self.telemetry.begin(step)
         loss_sum = self._forward_backward(step)
         held_up = time.perf_counter()
         self.controls.mark("wait", step)
+        part("snapshot")
         self.snapshots.wait()
         self.snapshot_seconds += time.perf_counter() - held_up
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         self.controls.mark("reduce", step)
+        part("logits")
+        self.telemetry.before_update(counts=bool(self.slots))
+        part("reduce")
         engine.engine.step()
+        measured = self.telemetry.after_update(lr)
         cost, self.snapshot_seconds = self.snapshot_seconds, 0.0
         save = self._save_is_due(step)
         keeps_up = not save or self.snapshots.idle()
@@ -179,6 +189,7 @@ class Trainer:
             "skipped": counters.skipped,
             "snapshot_every": self.schedule.chosen,
             "snapshot_seconds": boundary.snapshot_seconds,
+            "measured": measured and {**measured, **expert_load(boundary.expert_load)},
         }
         # Every rank keeps the rows that the driver may not have: they go with the snapshot, so that none is lost with
         # the one rank that tells them.
@@ -190,6 +201,7 @@ class Trainer:
             self._agree(step)
         if engine.rank == 0:
             self.controls.report(StepDone, **row)
+            self.telemetry.profiled(step)
         return boundary.pause
 
     def _forward_backward(self, step: int) -> Tensor:
@@ -205,8 +217,10 @@ class Trainer:
                 self.task.seed, step, slot, train.global_batch, train.micro_batch, self.train_split.num_samples
             )
             torch.manual_seed(random_seed(self.task.seed, step, slot))
+            self.telemetry.clock.part("forward")
             loss_sum = self._loss(engine.engine, self.train_split, indices)
             weight = engine.world_size / global_tokens if self.slots else 0.0  # DeepSpeed averages over the ranks.
+            self.telemetry.clock.part("backward")
             engine.engine.backward(loss_sum * weight, scale_wrt_gas=False)
             if self.slots:
                 total += loss_sum.detach()

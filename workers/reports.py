@@ -1,6 +1,6 @@
 """What a worker tells the driver. Every message carries the generation, so that one from the past can be refused."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from workers.checkpoint.manifest import ShardFile
 
@@ -37,6 +37,8 @@ class StepDone(Report):
     """Steps between snapshots."""
     snapshot_seconds: float
     """That the last snapshot held training up, mean over the ranks."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """Telemetry by metric, on the steps where it is due."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +121,15 @@ class Sampled(Report):
     """Text that the trained model wrote, from rank 0."""
 
     text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profiled(Report):
+    """The profiler's trace of the steps up to `step`, from rank 0."""
+
+    step: int
+    trace: bytes
+    """Gzipped JSON in Chrome's trace format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

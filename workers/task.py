@@ -1,10 +1,10 @@
 """What a worker is asked to do in one generation: everything it needs, in one message, without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from optim.config import OptimConfig
 from workers.checkpoint.manifest import Manifest
-from workers.config import CheckpointConfig, DataConfig, ModelConfig, TrainConfig
+from workers.config import CheckpointConfig, DataConfig, ModelConfig, TelemetryConfig, TrainConfig
 from workers.data.corpus import Corpus
 from workers.snapshots.kept import Snapshot
 from workers.wire import Address
@@ -35,6 +35,7 @@ class Task:
     """Which take-over of the run this is; 1 is the first."""
     manifest: Manifest | None
     """The newest checkpoint: where to go on from if no snapshot is at hand; None starts anew."""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     origin: Origin | None = None
     """Where the weights of a run that starts anew come from; None draws them."""
 

@@ -1,5 +1,6 @@
 """The oracle: Muon on ZeRO-1 shards equals the single-process reference on whole matrices."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -38,7 +39,9 @@ class Toy(nn.Module):
         return sum((parameter * targets[name]).sum() for name, parameter in self.named_parameters())
 
 
-def engine_of(toy: Toy, config: OptimConfig, parts: dict | None = None, zero: dict | None = None, **options) -> tuple:
+def engine_of(
+    toy: Toy, config: OptimConfig, parts: dict | None = None, zero: dict | None = None, heads: Sequence = (), **options
+) -> tuple:
     """Give a toy to DeepSpeed with our settings, `options` and `zero` (of zero_optimization) over them; bind it.
 
     Returns:
@@ -50,7 +53,7 @@ def engine_of(toy: Toy, config: OptimConfig, parts: dict | None = None, zero: di
     from workers.config import TrainConfig
     from workers.engine import deepspeed_config
 
-    optimizer = Zero1Optimizer(toy.named_parameters(), config, parts)
+    optimizer = Zero1Optimizer(toy.named_parameters(), config, parts, heads)
     ours = deepspeed_config(TrainConfig(), config, torch.device("cpu"), sum(p.numel() for p in toy.parameters()))
     ours |= {**options, "zero_optimization": {**ours["zero_optimization"], **(zero or {})}}
     engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=ours, dist_init_required=False)

@@ -12,6 +12,25 @@ def rotary(time: int, dim: int, theta: float, device: torch.device) -> tuple[Ten
     return angle.cos(), angle.sin()
 
 
+def training_flops(model: nn.Module, visited: float, attention_width: int, seq_len: int) -> float:
+    """Return the floating-point operations of training on one token: two per multiply-add, backward twice the forward.
+
+    What is computed anew or for a token's future is not counted: no recomputation, and half of the square of scores.
+
+    Args:
+        model: its matrices but the embedding's are multiplied with.
+        visited: share of a stack of experts that a token visits.
+        attention_width: query (or key) and value widths of all heads in all layers, summed.
+        seq_len: tokens per sequence.
+    """
+    active = sum(
+        parameter.numel() * (visited if parameter.dim() == 3 else 1.0)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and "embed_tokens" not in name
+    )
+    return 3 * 2 * (active + attention_width * seq_len / 2)
+
+
 class SwiGLU(nn.Module):
     """The dense feed-forward layer, and the shared experts."""
 

@@ -4,11 +4,12 @@ Parameter names are Hugging Face's.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optim.qk_clip import HeadRows
 from workers.config import LlamaConfig
-from workers.models.layers import SwiGLU, rotary
+from workers.models.attention import CausalAttention
+from workers.models.layers import SwiGLU, rotary, training_flops
 
 
 class Llama(nn.Module):
@@ -34,6 +35,23 @@ class Llama(nn.Module):
                 parts[f"{attention}.k_proj.weight"] = (config.head_dim,) * config.num_kv_heads
                 parts[f"{attention}.v_proj.weight"] = (config.head_dim,) * config.num_kv_heads
         return parts
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return the floating-point operations of training on a token; `training_flops` says what is counted."""
+        config = self.config
+        return training_flops(self, 1.0, config.num_layers * config.num_heads * 2 * config.head_dim, seq_len)
+
+    def head_rows(self) -> list[HeadRows]:
+        """Return what QK-Clip may scale: a key that several heads share is left alone."""
+        config, rows = self.config, []
+        own_keys = config.num_kv_heads == config.num_heads
+        projections = ("q_proj", "k_proj") if own_keys else ("q_proj",)
+        for head in range(config.num_layers * config.num_heads):
+            layer, first = head // config.num_heads, head % config.num_heads * config.head_dim
+            for projection in projections:
+                name = f"model.layers.{layer}.self_attn.{projection}.weight"
+                rows.append(HeadRows(name, first, config.head_dim, head, power=1 / len(projections)))
+        return rows
 
     def expert_load(self) -> Tensor:
         """Return the load of experts, of which there are none: int64 `[0, 0]`."""
@@ -99,6 +117,7 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, keys, bias=False)
         self.v_proj = nn.Linear(hidden, keys, bias=False)
         self.o_proj = nn.Linear(queries, hidden, bias=False)
+        self.attend = CausalAttention(config.num_heads)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Map `[batch, time, hidden]` to the same."""
@@ -106,6 +125,5 @@ class GroupedQueryAttention(nn.Module):
             project(x).unflatten(-1, (-1, self.dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = self.attend(rotate(q, rotation), rotate(k, rotation), v)
         return self.o_proj(out.transpose(1, 2).flatten(2))

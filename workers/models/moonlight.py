@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optim.qk_clip import HeadRows
 from workers.config import MoonlightConfig
-from workers.models.layers import SwiGLU, rotary
+from workers.models.attention import CausalAttention
+from workers.models.layers import SwiGLU, rotary, training_flops
 
 
 class Moonlight(nn.Module):
@@ -43,6 +45,28 @@ class Moonlight(nn.Module):
                 parts[f"{attention}.q_proj.weight"] = (query,) * config.num_heads
                 parts[f"{attention}.kv_b_proj.weight"] = (config.qk_nope_head_dim, config.v_head_dim) * config.num_heads
         return parts
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return the floating-point operations of training on a token; `training_flops` says what is counted."""
+        config = self.config
+        widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+        visited = config.num_experts_per_token / config.num_experts
+        return training_flops(self, visited, config.num_layers * config.num_heads * widths, seq_len)
+
+    def head_rows(self) -> list[HeadRows]:
+        """Return what QK-Clip may scale: the rotary key, which all heads share, is left alone."""
+        config, rows = self.config, []
+        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        for head in range(config.num_layers * config.num_heads):
+            layer, place = divmod(head, config.num_heads)
+            attention = f"model.layers.{layer}.self_attn"
+            query, up = place * (nope + rope), place * (nope + config.v_head_dim)
+            rows += [
+                HeadRows(f"{attention}.q_proj.weight", query, nope, head, power=1 / 2),
+                HeadRows(f"{attention}.q_proj.weight", query + nope, rope, head, power=1),
+                HeadRows(f"{attention}.kv_b_proj.weight", up, nope, head, power=1 / 2),
+            ]
+        return rows
 
     def expert_load(self) -> Tensor:
         """Return how many tokens each expert got since the last `clear_expert_load`: int64 `[MoE layers, experts]`."""
@@ -128,6 +152,7 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=config.norm_eps)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
+        self.attend = CausalAttention(self.heads)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Map `[batch, time, hidden]` to the same; the rotary key is shared by all heads."""
@@ -137,9 +162,7 @@ class LatentAttention(nn.Module):
         kv = self.kv_b_proj(self.kv_a_layernorm(compressed)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([self.nope, self.value], dim=-1)
         k_rope = rotate(k_rope.unsqueeze(1), rotation).expand(-1, self.heads, -1, -1)
-        out = F.scaled_dot_product_attention(
-            torch.cat((q_nope, rotate(q_rope, rotation)), -1), torch.cat((k_nope, k_rope), -1), v, is_causal=True
-        )
+        out = self.attend(torch.cat((q_nope, rotate(q_rope, rotation)), -1), torch.cat((k_nope, k_rope), -1), v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

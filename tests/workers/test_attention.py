@@ -1,0 +1,107 @@
+"""Attention that is watched, and what QK-Clip makes of what it sees."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from optim.config import OptimConfig
+from tests.ranks import run_ranks
+from tests.workers.test_llama import TINY as LLAMA
+from tests.workers.test_loop import task_of
+from tests.workers.test_moonlight import TINY as MOONLIGHT
+from workers.config import ModelConfig
+from workers.models import build
+from workers.models.attention import CausalAttention, take_logits, watch
+
+ONE_KEY_PER_HEAD = replace(LLAMA, num_kv_heads=LLAMA.num_heads)
+MODELS = {"moonlight": MOONLIGHT, "llama": LLAMA, "llama without groups": ONE_KEY_PER_HEAD}
+
+
+def inputs(key_heads: int) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 9, 8), (2, key_heads, 9, 8), (2, key_heads, 9, 6)]
+    return [(30 * torch.randn(shape, generator=random)).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_watching_changes_nothing_and_sees_every_query(key_heads):
+    attention = CausalAttention(4)
+    q, k, v = inputs(key_heads)
+    expected = attention(q, k, v)
+    gradients = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    watch(attention, True)
+    out = attention(q, k, v)
+    assert (out - expected).abs().max() < 1e-4 * expected.abs().max()
+    for mine, theirs in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), gradients, strict=True):
+        assert (mine - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+    scores = torch.stack(
+        [
+            (q[:, head] @ k[:, head * key_heads // 4].mT / 8**0.5).masked_fill(torch.ones(9, 9).triu(1).bool(), -1e30)
+            for head in range(4)
+        ],
+        1,
+    )
+    seen = take_logits(attention)
+    assert torch.allclose(seen.largest, scores.amax((0, 2, 3)))
+    assert seen.large == (scores.amax(-1) > 100).sum() and 0 < seen.large < seen.queries == 2 * 4 * 9
+    assert take_logits(attention).largest.eq(-torch.inf).all(), "it is forgotten"
+    attention.eval()
+    attention(q, k, v)
+    assert take_logits(attention).queries == 0, "validation is not watched"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_heads_rows_scale_its_logits_and_no_others(model):
+    torch.manual_seed(0)
+    made = build(MODELS[model])
+    tokens = torch.randint(256, (2, 24))
+    watch(made, True)
+    made(tokens)
+    before = take_logits(made).largest
+    parameters, clipped = dict(made.named_parameters()), {1: 0.25, 2: 0.5}
+    for rows in made.head_rows():
+        if rows.head in clipped:  # Heads of the first layer: what later layers see changes.
+            with torch.no_grad():
+                parameters[rows.name][rows.first : rows.first + rows.count] *= clipped[rows.head] ** rows.power
+    made(tokens)
+    after = take_logits(made).largest
+    for head in range(MODELS[model].num_heads):
+        assert after[head] == pytest.approx(before[head].item() * clipped.get(head, 1.0), rel=1e-4), head
+
+
+def peaks(rank: int, world_size: int, folder: str, model: ModelConfig, qk_clip: float) -> list[float]:
+    """Train with nothing that holds the weights back, and return each step's largest logit."""
+    from workers.controls import Controls
+    from workers.engine import build_engine, default_device
+    from workers.loop import Trainer
+    from workers.reports import StepDone
+    from workers.state import Counters
+    from workers.task import Membership
+
+    schedule: dict = {"schedule": "wsd", "decay_fraction": 0.5, "final_lr_fraction": 0.01}
+    optim = OptimConfig(lr=0.2, weight_decay=0.0, qk_clip=qk_clip, **schedule)
+    task = replace(task_of(folder, steps=60, global_batch=48, micro_batch=12), model=model, optim=optim)
+    task = replace(task, telemetry=replace(task.telemetry, every=1, spectra=0))
+    engine = build_engine(model, optim, task.train, 0, default_device())
+    seen: list[float] = []
+
+    def report(kind, **fields):
+        if kind is StepDone:
+            seen.append(fields["measured"]["attention/max_logit"])
+
+    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
+    assert Trainer(task, member, engine, Counters(), Controls(report=report)).run() == "finished"
+    return seen
+
+
+@pytest.mark.parametrize("model", ["moonlight", "llama"])
+def test_logits_that_blow_up_are_kept_at_the_threshold(tmp_path, model):
+    """A step, and another batch, add to what was clipped after the last: the less, the smaller the learning rate."""
+    free = run_ranks(2, peaks, str(tmp_path), MODELS[model], 0.0)[0]
+    kept = run_ranks(2, peaks, str(tmp_path), MODELS[model], 100.0)[0]
+    first = next(step for step, logit in enumerate(free) if logit > 100)
+    assert kept[: first + 1] == free[: first + 1], "nothing is clipped before"
+    assert free[-1] > 400, "without it they grow on"
+    assert max(kept) < 160 and 95 < max(kept[-10:]) < 120, "with it they stay"

@@ -1,0 +1,166 @@
+"""What is measured against the definition, in one process and over several ranks."""
+
+import gzip
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.workers.test_llama import TINY as LLAMA
+from tests.workers.test_loop import task_of
+from tests.workers.test_moonlight import TINY as MOONLIGHT
+from workers.config import LlamaConfig, MoonlightConfig, TelemetryConfig
+from workers.gpus import BF16_TFLOPS, peak_tflops
+from workers.models import build_empty
+from workers.task import Task
+from workers.telemetry import KINDS, kind_of, svd_entropy
+
+
+def measured(rank: int, world_size: int, task: Task) -> dict:
+    """Train and return what rank 0 tells, and all weights before and after the step that was measured."""
+    from workers.controls import Controls
+    from workers.engine import build_engine, default_device
+    from workers.loop import Trainer
+    from workers.reports import Profiled, StepDone
+    from workers.state import Counters
+    from workers.task import Membership
+
+    engine = build_engine(task.model, task.optim, task.train, task.seed, default_device())
+    rows, traces, weights = [], [], []
+
+    def copy() -> None:
+        weights.append({name: p.detach().clone() for name, p in engine.model.named_parameters()})
+
+    def report(kind, **fields):
+        if kind is StepDone:
+            rows.append(fields)
+        if kind is Profiled:
+            traces.append(fields)
+
+    engine.optimizer.register_step_pre_hook(lambda *_: copy())
+    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
+    Trainer(task, member, engine, Counters(), Controls(report=report)).run()
+    copy()
+    return {"rows": rows, "traces": traces, "weights": weights}
+
+
+def of_kind(weights: dict, kind: str) -> list[torch.Tensor]:
+    return [weight for name, weight in weights.items() if kind_of(name) == kind]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_is_measured_is_what_it_says(tmp_path, world_size):
+    every = TelemetryConfig(every=3, spectra=2, peak_tflops=0.5)
+    task = replace(task_of(tmp_path, steps=3), telemetry=every)
+    results = run_ranks(world_size, measured, task)
+    rows = results[0]["rows"]
+    assert [bool(row["measured"]) for row in rows] == [False, False, True]
+    found = rows[-1]["measured"]
+    before, after = results[0]["weights"][2 * 2], results[0]["weights"][-1]  # Two groups, each with a call of its own.
+    lr = rows[-1]["lr"]
+    for kind in KINDS:
+        old = torch.cat([weight.flatten() for weight in of_kind(before, kind)]).double()
+        new = torch.cat([weight.flatten() for weight in of_kind(after, kind)]).double()
+        update = (old * (1 - lr * task.optim.weight_decay) - new) / lr
+        assert found[f"update_rms/{kind}"] == pytest.approx(update.square().mean().sqrt().item(), rel=2e-3), kind
+        assert found[f"weight_rms/{kind}"] == pytest.approx(new.square().mean().sqrt().item(), rel=1e-5), kind
+    assert found["update_rms/dense"] == pytest.approx(0.2, rel=0.2), "Muon's update has an RMS of 0.2"
+    experts = [matrix for stack in of_kind(after, "experts") for matrix in (stack[0], stack[3])]  # Two of six.
+    for kind, matrices in {"experts": experts, "router": of_kind(after, "router")}.items():
+        values = [entropy_by_svd(matrix) for matrix in matrices]
+        assert found[f"svd_entropy/{kind}"] == pytest.approx(sum(values) / len(values), abs=1e-5), kind
+    assert found["attention/share_above_100"] == 0 < found["attention/max_logit"] < 100
+    assert found["expert_load/max"] >= 1 >= found["expert_load/min"] and 0 <= found["expert_load/idle"] < 1
+    spent = {name.removeprefix("seconds/"): s for name, s in found.items() if name.startswith("seconds/")}
+    assert spent.keys() == {"forward", "backward", "snapshot", "logits", "reduce", "optimizer", "gather"}
+    flops = task.train.global_batch * 32 * build_empty(task.model).flops_per_token(32)
+    assert found["mfu"] == pytest.approx(flops / sum(spent.values()) / (world_size * 0.5e12))
+
+
+def test_what_is_measured_does_not_depend_on_the_world_size(tmp_path):
+    task = replace(task_of(tmp_path, steps=2), telemetry=TelemetryConfig(every=1, spectra=3))
+    alone, together = (run_ranks(size, measured, task)[0]["rows"] for size in (1, 4))
+    for a, b in zip(alone, together, strict=True):
+        same = [name for name in a["measured"] if not name.startswith(("seconds/", "mfu"))]
+        assert len(same) > 20
+        for name in same:
+            assert b["measured"][name] == pytest.approx(a["measured"][name], rel=1e-3, abs=1e-6), name
+
+
+def test_chosen_steps_are_traced_by_rank_0(tmp_path):
+    task = replace(task_of(tmp_path, steps=4), telemetry=TelemetryConfig(every=0, profile_step=2, profile_steps=2))
+    first, second = run_ranks(2, measured, task)
+    assert not second["traces"]
+    ((step, trace),) = ((found["step"], json.loads(gzip.decompress(found["trace"]))) for found in first["traces"])
+    assert step == 3
+    names = {event.get("name", "") for event in trace["traceEvents"]}
+    assert "aten::scaled_dot_product_attention" in names and any("gloo" in name for name in names)
+
+
+def entropy_by_svd(matrix: torch.Tensor) -> float:
+    squares = torch.linalg.svdvals(matrix.double()).square()
+    shares = squares / squares.sum()
+    return (-(shares * shares.log()).nansum() / math.log(len(shares))).item()
+
+
+def test_svd_entropy_equals_its_definition():
+    random = torch.Generator().manual_seed(0)
+    for shape in ((8, 8), (5, 30), (40, 12), (1, 7)):
+        matrix = torch.randn(shape, generator=random)
+        expected = entropy_by_svd(matrix) if min(shape) > 1 else 0.0
+        assert svd_entropy(matrix) == pytest.approx(expected, abs=1e-5)
+    assert svd_entropy(torch.eye(6)) == pytest.approx(1.0)
+    assert svd_entropy(torch.ones(6, 4)) == pytest.approx(0.0, abs=1e-5)
+    assert svd_entropy(torch.zeros(6, 4)) == 0.0
+
+
+def test_every_parameter_is_of_the_kind_that_one_expects():
+    with torch.device("meta"):
+        moonlight = build_empty(replace(MOONLIGHT, num_dense_layers=1, num_layers=2))
+        llama = build_empty(LLAMA)
+    kinds = {name.removeprefix("model.layers.1."): kind_of(name) for name, _ in moonlight.named_parameters()}
+    assert kinds["self_attn.q_proj.weight"] == kinds["self_attn.o_proj.weight"] == "attention_qo"
+    assert kinds["self_attn.kv_a_proj_with_mqa.weight"] == kinds["self_attn.kv_b_proj.weight"] == "attention_kv"
+    assert kinds["self_attn.kv_a_layernorm.weight"] == kinds["input_layernorm.weight"] == "norms"
+    assert kinds["mlp.experts.up_proj"] == "experts" and kinds["mlp.gate.weight"] == "router"
+    assert kinds["mlp.shared_experts.gate_proj.weight"] == "shared_experts"
+    assert kinds["model.layers.0.mlp.gate_proj.weight"] == "dense"
+    assert kinds["model.embed_tokens.weight"] == "embedding" and kinds["lm_head.weight"] == "head"
+    assert {kind_of(name) for name, _ in llama.named_parameters()} == set(KINDS) - {
+        *("experts", "shared_experts", "router")
+    }
+
+
+def test_the_arithmetic_of_published_models():
+    """6 N for the active parameters without the embedding (facts: 2,579,230,208 for the 16B), and causal attention."""
+    with torch.device("meta"):
+        moonlight = build_empty(replace(MoonlightConfig(), vocab_size=163840))
+        llama = build_empty(LlamaConfig(vocab_size=128256))
+    attention = 3 * 2 * 27 * 16 * (192 + 128) * 8192 / 2
+    norms = 27 * (2 * 2048 + 512) + 2048
+    assert moonlight.flops_per_token(8192) == 6 * (2_579_230_208 - norms) + attention
+    assert llama.flops_per_token(1) == pytest.approx(6 * 1_235_814_400, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10G", 70),
+    ],
+)
+def test_peaks_of_known_gpus(monkeypatch, name, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_tflops(torch.device("cuda")) == expected
+
+
+def test_the_peak_of_a_cpu_is_measured():
+    assert 1e-3 < peak_tflops(torch.device("cpu")) < max(BF16_TFLOPS.values())

@@ -1,0 +1,115 @@
+"""Causal attention that tells how large its logits are when it is watched, and computes none of them twice for it."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+LARGE_LOGIT = 100.0
+"""Logits above it are counted (Moonlight, section 3.4); Kimi K2 clips there."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What was seen of the attention logits."""
+
+    largest: Tensor
+    """Of each head, layer by layer: fp32 `[layers * heads]`; minus infinity where nothing was seen."""
+    large: Tensor
+    """Queries whose largest logit is above LARGE_LOGIT, over all heads: fp32, 0-dimensional."""
+    queries: int
+    """All of them."""
+
+    @staticmethod
+    def none(like: "Logits") -> "Logits":
+        """Return that of as many heads nothing was seen."""
+        return Logits(torch.full_like(like.largest, -torch.inf), torch.zeros_like(like.large), 0)
+
+
+class CausalAttention(nn.Module):
+    """The softmax attention of a layer, after its projections; scores are scaled by the root of the queries' width."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.watched = False
+        self.seen: list[Tensor] = []
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; several neighbouring query heads may share one of keys and values.
+
+        Args:
+            q: `[batch, heads, time, dim]`.
+            k: `[batch, key heads, time, dim]`.
+            v: `[batch, key heads, time, value dim]`.
+
+        Returns:
+            `[batch, heads, time, value dim]`.
+        """
+        if not (self.watched and self.training):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+        out, largest = _flex(q, k, v) if q.is_cuda else _plain(q, k, v)
+        self.seen.append(largest.detach().float())
+        return out
+
+
+def watch(model: nn.Module, on: bool) -> None:
+    """Have the attention of every layer keep the largest logit of each query while it trains, or stop that."""
+    for attention in _layers(model):
+        attention.watched = on
+
+
+def take_logits(model: nn.Module) -> Logits:
+    """Return what was seen since the last call, and forget it."""
+    largest, large, queries = [], torch.zeros(()), 0
+    for attention in _layers(model):
+        seen, attention.seen = attention.seen, []
+        device = seen[0].device if seen else None
+        largest.append(torch.full((attention.heads,), -torch.inf, device=device))
+        for logits in seen:
+            largest[-1] = torch.maximum(largest[-1], logits.amax((0, 2)))
+            large = large.to(logits.device) + (logits > LARGE_LOGIT).sum()
+            queries += logits.numel()
+    return Logits(torch.cat(largest), large, queries)
+
+
+def _layers(model: nn.Module) -> Iterator[CausalAttention]:
+    return (module for module in model.modules() if isinstance(module, CausalAttention))
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend with the scores written out, `[batch, key heads, group, time, time]`, and return each query's largest."""
+    grouped = q.unflatten(1, (k.size(1), -1))
+    scores = grouped @ k.unsqueeze(2).mT * q.size(-1) ** -0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    scores = scores.masked_fill(future, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return (weights @ v.unsqueeze(2)).flatten(1, 2), scores.detach().amax(-1).flatten(1, 2)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attend in one kernel, which has each query's largest logit anyway; torch has none for the CPU's backward."""
+    out, aux = _compiled_flex()(
+        q,
+        k,
+        v,
+        block_mask=_causal_mask(q.size(2), q.device),
+        enable_gqa=q.size(1) != k.size(1),
+        return_aux=AuxRequest(max_scores=True),
+    )
+    return out, aux.max_scores
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _causal_mask(time: int, device: torch.device) -> Any:
+    return create_block_mask(lambda b, h, query, key: query >= key, None, None, time, time, device=device)

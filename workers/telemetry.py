@@ -1,0 +1,245 @@
+"""What is measured of the training itself, at an interval: where a step's time goes, how large updates, weights and
+attention logits are, how rich the matrices' spectra, how even the experts' load; and a profiler's trace.
+
+Every rank measures its share; sums meet in one small all-reduce, on the steps that are due alone. The names of what is
+measured are those of the MLflow metrics (docs/telemetry.md).
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers.config import TelemetryConfig, TrainConfig
+from workers.engine import Engine
+from workers.gpus import peak_tflops
+from workers.models.attention import Logits, take_logits, watch
+from workers.reports import Profiled
+
+KINDS = {
+    "attention_qo": ("self_attn.q_proj", "self_attn.o_proj"),
+    "attention_kv": ("self_attn.k_proj", "self_attn.v_proj", "self_attn.kv_a_proj", "self_attn.kv_b_proj"),
+    "experts": ("mlp.experts",),
+    "shared_experts": ("mlp.shared_experts",),
+    "router": ("mlp.gate.",),
+    "dense": ("mlp.",),
+    "embedding": ("embed_tokens",),
+    "head": ("lm_head",),
+    "norms": ("",),
+}
+"""The groups of parameters, and what is part of their names; the first that fits (Moonlight, section 3.4)."""
+SPECTRA = ("attention_qo", "attention_kv", "experts", "shared_experts", "router", "dense")
+CHUNK = 1 << 24
+"""Elements that are measured at once."""
+
+
+def kind_of(name: str) -> str:
+    """Return the group of a parameter."""
+    return next(kind for kind, parts in KINDS.items() if any(part in name for part in parts))
+
+
+class StepClock:
+    """Where the seconds of a step go, part after part; it stands still, at no cost, unless it is started."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] | None = None
+        self._part, self._since = "", 0.0
+
+    def start(self) -> None:
+        """Begin to measure."""
+        self.seconds, self._part = {}, ""
+
+    def part(self, name: str) -> None:
+        """End the last part and begin another; "" for none. A GPU is waited for: its work belongs to the part."""
+        if self.seconds is None:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if self._part:
+            self.seconds[self._part] = self.seconds.get(self._part, 0.0) + now - self._since
+        self._part, self._since = name, now
+
+    def stop(self) -> dict[str, float]:
+        """Return what was measured."""
+        self.part("")
+        seconds, self.seconds = self.seconds or {}, None
+        return seconds
+
+
+class Telemetry:
+    """One rank's part in what is measured.
+
+    Args:
+        config: what, and how often.
+        train: batch and length, for the arithmetic that a step needs.
+        engine: whose model and optimizer are measured.
+        tick: called between parts of long work, to give a sign of life.
+        report: takes a report's class and its fields.
+    """
+
+    def __init__(
+        self,
+        config: TelemetryConfig,
+        train: TrainConfig,
+        engine: Engine,
+        tick: Callable[[], None],
+        report: Callable[..., None],
+    ) -> None:
+        self.config, self.engine, self.tick, self.report = config, engine, tick, report
+        self.clock = StepClock(engine.device)
+        self.clips = engine.optimizer.config.qk_clip > 0
+        self.due = False
+        self.profiler: torch.profiler.profile | None = None
+        self.flops_per_step = train.global_batch * train.seq_len * engine.model.flops_per_token(train.seq_len)
+        self._logits = take_logits(engine.model)
+        self._before: list[Tensor] = []
+        watch(engine.model, self.clips)
+        # DeepSpeed calls the optimizer once for each group, between its reduction and its all-gather.
+        engine.optimizer.register_step_pre_hook(lambda *_: self.clock.part("optimizer"))
+        engine.optimizer.register_step_post_hook(lambda *_: self.clock.part("gather"))
+
+    def begin(self, step: int) -> None:
+        """Get ready for a step."""
+        config = self.config
+        self.due = bool(config.every and step % config.every == 0)
+        if self.due:
+            self.clock.start()
+            watch(self.engine.model, True)
+        if self.engine.rank == 0 and step == config.profile_step:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+
+    def before_update(self, counts: bool) -> None:
+        """Agree on the attention logits, for QK-Clip, and keep what the update will be measured by.
+
+        Args:
+            counts: this rank's micro-batches belong to the batch.
+        """
+        if not (self.clips or self.due):
+            return
+        logits = take_logits(self.engine.model)
+        self._logits = logits if counts else Logits.none(logits)
+        self.engine.optimizer.max_logits = self.engine.all_max(self._logits.largest).tolist()
+        if self.due:
+            self.clock.part("")
+            # On the host: a GPU may have no room for another copy of its weights.
+            self._before = [state.tensors["weight"].to("cpu", copy=True) for state in self._flat_state()]
+
+    def after_update(self, lr: float) -> dict[str, float]:
+        """Return what was measured of the step, the same on every rank; nothing where it was not due, or skipped."""
+        due, self.due = self.due, False
+        seconds = self.clock.stop()
+        try:
+            if not due or self.engine.zero.overflow:
+                return {}
+            return self._measured(seconds, lr)
+        finally:
+            self._before = []
+            watch(self.engine.model, self.clips)
+
+    def profiled(self, step: int) -> None:
+        """End the profile where this was its last step, and tell of it."""
+        if self.profiler is None or step < self.config.profile_step + self.config.profile_steps - 1:
+            return
+        self.profiler.stop()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json.gz"
+            self.profiler.export_chrome_trace(str(trace))
+            self.report(Profiled, step=step, trace=trace.read_bytes())
+        self.profiler = None
+
+    def _measured(self, seconds: dict[str, float], lr: float) -> dict[str, float]:
+        self.tick()
+        squares, spectra = self._squares(lr), self._spectra()
+        peak = self.config.peak_tflops or peak_tflops(self.engine.device)
+        mine = torch.tensor([self._logits.large.item(), self._logits.queries, peak], dtype=torch.float64)
+        sums = self.engine.all_reduce(torch.cat([mine, squares.flatten(), spectra.flatten()]))
+        large, queries, peak = sums[:3].tolist()
+        squares = sums[3 : 3 + squares.numel()].view_as(squares)
+        spectra = sums[3 + squares.numel() :].view_as(spectra)
+
+        found = {f"seconds/{part}": spent for part, spent in seconds.items()}
+        found["mfu"] = self.flops_per_step / sum(seconds.values()) / (peak * 1e12)
+        found["attention/max_logit"] = max(self.engine.optimizer.max_logits)
+        found["attention/share_above_100"] = large / queries
+        for kind, (update, weight, count) in zip(KINDS, squares.tolist(), strict=True):
+            if count:
+                found[f"update_rms/{kind}"] = math.sqrt(update / count)
+                found[f"weight_rms/{kind}"] = math.sqrt(weight / count)
+        for kind, (entropy, count) in zip(SPECTRA, spectra.tolist(), strict=True):
+            if count:
+                found[f"svd_entropy/{kind}"] = entropy / count
+        return found
+
+    def _squares(self, lr: float) -> Tensor:
+        """Sum the squares of updates (over the learning rate, without decay) and weights: `[kinds, 3]`, with counts."""
+        device = self.engine.device
+        sums = torch.zeros(len(KINDS), 3, dtype=torch.float64, device=device)
+        rows = {kind: row for row, kind in enumerate(KINDS)}
+        decay = 1 - lr * self.engine.optimizer.config.weight_decay
+        for before, state in zip(self._before, self._flat_state(), strict=True):
+            for fragment in state.fragments:
+                for first in range(fragment.offset, fragment.offset + fragment.length, CHUNK):
+                    last = min(first + CHUNK, fragment.offset + fragment.length)
+                    now = state.tensors["weight"][first:last]
+                    update = (before[first:last].to(device) * decay - now) / lr
+                    counted = now.new_tensor(last - first, dtype=torch.float64)
+                    sums[rows[kind_of(fragment.name)]] += torch.stack(
+                        [update.square().sum(dtype=torch.float64), now.square().sum(dtype=torch.float64), counted]
+                    )
+        return sums.cpu()
+
+    def _spectra(self) -> Tensor:
+        """Sum the entropies of this rank's share of the matrices: `[spectra, 2]`, with their number.
+
+        Every rank has all weights in its module, so nothing has to travel.
+        """
+        sums = torch.zeros(len(SPECTRA), 2, dtype=torch.float64)
+        for index, (kind, matrix) in enumerate(self._matrices()):
+            if index % self.engine.world_size == self.engine.rank:
+                self.tick()
+                sums[SPECTRA.index(kind)] += torch.tensor([svd_entropy(matrix), 1.0], dtype=torch.float64)
+        return sums
+
+    def _matrices(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the hidden matrices, and of a layer's experts so many as are asked for, evenly spread."""
+        for name, parameter in self.engine.model.named_parameters():
+            if (kind := kind_of(name)) not in SPECTRA or not self.config.spectra:
+                continue
+            stack = parameter.detach().view(-1, *parameter.shape[-2:])
+            every = max(1, len(stack) // self.config.spectra)
+            yield from ((kind, matrix) for matrix in stack[::every][: self.config.spectra])
+
+    def _flat_state(self) -> Iterator:
+        return self.engine.optimizer.flat_state(self.engine.rank)
+
+
+def svd_entropy(matrix: Tensor) -> float:
+    """Return the entropy of the squared singular values as shares of their sum, over the log of their number: 0 to 1.
+
+    `-sum(p log p) / log n`, `p_i = s_i^2 / sum(s^2)` (Moonlight, section 3.4). The shares come from the eigenvalues of
+    the smaller Gram matrix, which are had faster than singular values; what they lose to rounding adds nothing.
+    """
+    wide = matrix.float() if matrix.size(0) <= matrix.size(1) else matrix.float().mT
+    shares = torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0).double()
+    if len(shares) == 1 or not (total := shares.sum()):
+        return 0.0
+    return (torch.special.entr(shares / total).sum() / math.log(len(shares))).item()
+
+
+def expert_load(load: Tensor) -> dict[str, float]:
+    """Return the largest and the smallest load of an expert over its layer's mean, and the share of idle experts."""
+    if not load.numel():
+        return {}
+    relative = load / load.mean(1, keepdim=True).clamp(min=1)
+    return {
+        "expert_load/max": relative.max().item(),
+        "expert_load/min": relative.min().item(),
+        "expert_load/idle": (load == 0).double().mean().item(),
+    }
