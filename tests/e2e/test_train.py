@@ -1,6 +1,7 @@
 """A run as a person starts it: on a local Ray, to the end."""
 
 import json
+import re
 from pathlib import Path
 
 import mlflow
@@ -9,6 +10,7 @@ import pytest
 
 from orchestrator.run_log import RunLog
 from workers.storage import Store
+from workers.telemetry import KINDS
 
 KEYS = {"run_id", "status", "steps", "tokens", "val_loss", "val_bits_per_byte", "world_size", "checkpoint"}
 KEYS |= {"mlflow_tracking_uri", "wall_s", "first_step_s", "loss_curve", "sample"}
@@ -18,7 +20,10 @@ KEYS |= {"mlflow_tracking_uri", "wall_s", "first_step_s", "loss_curve", "sample"
 def finished(make_place):
     place = make_place("finished")
     before = {process.pid for process in psutil.process_iter()}
-    done = place.run("train.steps=30", "checkpoint.every=10", "train.validate_every=10", "--json", address=None)
+    telemetry = ("telemetry.every=10", "telemetry.profile_step=5")
+    done = place.run(
+        "train.steps=30", "checkpoint.every=10", "train.validate_every=10", *telemetry, "--json", address=None
+    )
     left = [p for p in psutil.process_iter() if p.pid not in before and p.name() in ("raylet", "gcs_server")]
     return place, done, left
 
@@ -58,7 +63,22 @@ def test_mlflow_has_every_step_the_params_and_the_artifacts(finished):
         assert [step for step, _ in place.history(result["run_id"], metric)] == list(range(1, 31)), metric
     assert [step for step, _ in place.history(result["run_id"], "val_loss")] == [0, 10, 20, 30]
     names = {artifact.path for artifact in client.list_artifacts(result["run_id"])}
-    assert names == {"config.yaml", "loss.png"}
+    assert names == {"config.yaml", "loss.png", "profile"}
+    assert [artifact.path for artifact in client.list_artifacts(result["run_id"], "profile")] == [
+        "profile/step-5.json.gz"
+    ]
+
+
+def test_telemetry_reaches_mlflow_under_the_documented_names(finished):
+    place, done, _ = finished
+    result = json.loads(done.stdout.splitlines()[-1])
+    logged = mlflow.MlflowClient(result["mlflow_tracking_uri"]).get_run(result["run_id"]).data.metrics
+    documented = re.findall(r"^\| `([^`]+)`", Path("docs/telemetry.md").read_text(), re.MULTILINE)
+    names = {name.replace("<group>", kind) for name in documented for kind in KINDS}
+    spectra = {f"svd_entropy/{kind}" for kind in KINDS}
+    assert names - spectra <= logged.keys() <= names
+    for metric in ("mfu", "seconds/optimizer", "svd_entropy/experts", "attention/max_logit", "update_rms/router"):
+        assert [step for step, _ in place.history(result["run_id"], metric)] == [10, 20, 30], metric
 
 
 def test_checkpoints_are_committed_in_order(finished):
