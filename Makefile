@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test chaos test-gpu lint format curves bench bench-recovery bench-optimizer bench-checkpoint lock clean
+.PHONY: help install demo test chaos test-gpu lint format curves studies bench bench-recovery bench-optimizer bench-checkpoint lock clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ curves: $(INSTALLED) ## Muon and AdamW, each at the best of three learning rates
 
 bench: $(INSTALLED) ## raymuon against plain torchrun (10 minutes)
 	$(BIN)/raymuon bench overhead --json $(ARGS)
+
+studies: $(INSTALLED) ## what the optimizer's variants do to the loss, from three seeds (40 minutes)
+	$(BIN)/raymuon bench variants --table docs/variants.md --json $(ARGS)
 
 bench-recovery: $(INSTALLED) ## seconds from a fault to the next new step, against Ray Train V2 (50 minutes)
 	$(BIN)/raymuon bench recovery --json $(ARGS)

@@ -322,6 +322,19 @@ def bench_optimizer(
     _print_result(optimizer(overrides or [], rounds, _say), as_json)
 
 
+@bench_app.command("variants")
+def bench_variants(
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
+    table: Annotated[Path | None, typer.Option(help="Where a Markdown table goes.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The loss after a minute of training with each of the optimizer's variants."""
+    from jobs.bench.variants import variants
+
+    _print_result(variants(overrides or [], seeds, table, _say), as_json)
+
+
 @bench_app.command("curves")
 def bench_curves(
     overrides: Overrides = None,

@@ -1,6 +1,7 @@
-"""The rival of `bench overhead`: the same engine and step loop under plain torchrun, without Ray, driver or MLflow.
+"""The same engine and step loop under plain torchrun, without Ray, driver or MLflow: the rival of `bench overhead`.
 
-Started as `torchrun -m jobs.bench.plain CONFIG.yaml RUN_URL`; rank 0 prints the times of its steps as JSON.
+Started as `torchrun -m jobs.bench.plain CONFIG.yaml RUN_URL`; rank 0 prints as JSON when its steps ended (`times`)
+and the last validation loss (`val_loss`).
 """
 
 import sys
@@ -14,7 +15,7 @@ from jobs.load import load
 from orchestrator.config import absolute, task_of
 from workers.controls import Controls
 from workers.data.corpus import prepare
-from workers.reports import Report, StepDone
+from workers.reports import Report, StepDone, Validated
 from workers.task import Membership
 from workers.training import join, train
 
@@ -26,15 +27,18 @@ def main(config_path: str, run_url: str) -> None:
     member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
     task = task_of(config, prepare(config.data), run_url, attempt=1, manifest=None)
     times: list[float] = []
+    losses: list[float] = []
 
     def report(kind: type[Report], **fields: Any) -> None:
         if kind is StepDone:
             times.append(time.time())
+        if kind is Validated:
+            losses.append(fields["loss"])
 
     engine = join(member, task, store)
     train(engine, task, member, Controls(report=report))
     if rank == 0:
-        tell({"times": times})
+        tell({"times": times, "val_loss": losses[-1]})
     engine.destroy()
 
 
