@@ -9,14 +9,16 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from workers.config import TelemetryConfig, TrainConfig
+from workers.config import MoonlightConfig, TelemetryConfig, TrainConfig
 from workers.engine import Engine
 from workers.gpus import peak_tflops
+from workers.models import build
 from workers.models.attention import Logits, take_logits, watch
 from workers.reports import Profiled
 
@@ -93,6 +95,8 @@ class Telemetry:
     ) -> None:
         self.config, self.engine, self.tick, self.report = config, engine, tick, report
         self.clock = StepClock(engine.device)
+        if config.every or engine.optimizer.config.qk_clip:
+            _compile(engine, train)
         self.clips = engine.optimizer.config.qk_clip > 0
         self.due = False
         self.profiler: torch.profiler.profile | None = None
@@ -218,6 +222,19 @@ class Telemetry:
 
     def _flat_state(self) -> Iterator:
         return self.engine.optimizer.flat_state(self.engine.rank)
+
+
+def _compile(engine: Engine, train: TrainConfig) -> None:
+    """Compile the attention that is watched now: in a step it would be taken for a hang."""
+    if engine.device.type != "cuda":
+        return
+    config = replace(engine.model.config, num_layers=1, vocab_size=256)
+    if isinstance(config, MoonlightConfig):
+        config = replace(config, num_dense_layers=1)
+    model = build(config, initialize=False).to(engine.device, next(engine.model.parameters()).dtype)
+    watch(model, True)
+    tokens = torch.zeros(train.micro_batch, train.seq_len, dtype=torch.int64, device=engine.device)
+    model(tokens).float().sum().backward()
 
 
 def svd_entropy(matrix: Tensor) -> float:

@@ -18,6 +18,7 @@ from torch.distributed import rendezvous
 
 from jobs.bench.process import tell
 from jobs.load import load
+from optim.exchange import BATCH_ELEMENTS
 from optim.routing import parameter_groups
 from optim.zero1 import Zero1Optimizer
 from orchestrator.config import RunConfig
@@ -47,7 +48,7 @@ def main(config_path: str, rounds: int) -> None:
     device = default_device()
     join_process_group(rank, world_size, store, device)
     torch.manual_seed(config.seed)
-    tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch, config.train.seq_len + 1))
+    tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch, config.train.seq_len + 1)).to(device)
 
     engines: dict[str, Any] = {}
     refused: dict[str, str] = {}
@@ -82,7 +83,7 @@ def _rivals(config: RunConfig) -> dict[str, Callable[[], Any]]:
 
     def engine(bf16: bool, optimizer: Callable[[LanguageModel], torch.optim.Optimizer] | None) -> Any:
         torch.manual_seed(config.seed)
-        model = build(config.model)
+        model = build(config.model).to(default_device())
         settings = deepspeed_config(
             config.train, config.optim, default_device(), sum(p.numel() for p in model.parameters())
         )
@@ -115,15 +116,22 @@ def _rivals(config: RunConfig) -> dict[str, Callable[[], Any]]:
 
 
 def _step(engine: Any, tokens: Tensor) -> float:
-    dist.barrier()
+    _meet()
     clock = time.perf_counter()
     logits = engine(tokens[:, :-1])
     loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
     engine.backward(loss, scale_wrt_gas=False)
     engine.step()
     engine.module.clear_expert_load()
-    dist.barrier()
+    _meet()
     return time.perf_counter() - clock
+
+
+def _meet() -> None:
+    """Wait until every rank, and its GPU, has come here."""
+    dist.barrier()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _costs(seconds: dict[str, list[float]]) -> dict[str, float]:
@@ -141,33 +149,37 @@ def _floor(optimizer: Zero1Optimizer, config: RunConfig) -> float:
     exchange, total = optimizer.exchange, 0.0
     assert exchange is not None
     measured: dict[tuple[int, int], float] = {}
-    dist.barrier()
+    _meet()
     for rows, columns in exchange.plan.matrices(dist.get_rank()):
         short, long = sorted((rows, columns))
         if (short, long) not in measured:
-            counts, dtype = config.optim.products(short, long), exchange.ns_dtype
+            counts, kind = config.optim.products(short, long), {"device": exchange.device, "dtype": exchange.ns_dtype}
             measured[short, long] = (
-                counts.outer * _product(short, long, short, dtype)
-                + counts.inner * _product(short, short, long, dtype)
-                + counts.square * _product(short, short, short, dtype)
+                counts.outer * _product(short, long, short, **kind)
+                + counts.inner * _product(short, short, long, **kind)
+                + counts.square * _product(short, short, short, **kind)
             )
         total += measured[short, long]
-    slowest = torch.tensor([total])
+    slowest = torch.tensor([total], device=exchange.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return slowest.item()
 
 
-def _product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
-    """Return the median seconds of one matrix product."""
-    a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
-    out = torch.empty(rows, columns, dtype=dtype)
-    repeats = max(1, int(2e8 / (2 * rows * inner * columns)))
+def _product(rows: int, inner: int, columns: int, **kind: Any) -> float:
+    """Return the median seconds of one matrix product; a GPU does a batch of them at a time, to be busy."""
+    cuda = kind["device"].type == "cuda"
+    batch = max(1, BATCH_ELEMENTS[kind["device"].type] // (rows * columns)) if cuda else 1
+    a, b = torch.randn(batch, rows, inner).to(**kind), torch.randn(batch, inner, columns).to(**kind)
+    out = torch.empty(batch, rows, columns, **kind)
+    repeats = max(1, int((1e12 if cuda else 2e8) / (2 * batch * rows * inner * columns)))
     times = []
     for _ in range(FLOOR_REPEATS + 1):
         clock = time.perf_counter()
         for _ in range(repeats):
-            torch.mm(a, b, out=out)
-        times.append((time.perf_counter() - clock) / repeats)
+            torch.bmm(a, b, out=out)
+        if cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - clock) / (repeats * batch))
     return statistics.median(times[1:])
 
 

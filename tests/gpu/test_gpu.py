@@ -1,4 +1,9 @@
-"""What needs a GPU: NCCL at world size 1 and bf16. `make test-gpu` runs it; elsewhere it is marked as not run."""
+"""What needs a GPU: NCCL at world size 1, bf16, fused attention that is watched.
+
+`make test-gpu` runs it; elsewhere it is marked as not run.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,8 +12,10 @@ from optim.config import OptimConfig
 from tests.optim.test_zero1_oracle import CONFIG, SHAPES, reference, sharded
 from tests.ranks import run_ranks
 from tests.workers.test_moonlight import TINY, tiny
-from workers.config import CheckpointConfig, DataConfig, TrainConfig
+from workers.config import CheckpointConfig, DataConfig, TelemetryConfig, TrainConfig
 from workers.data.corpus import prepare
+from workers.models import attention as attention_module
+from workers.models.attention import CausalAttention, take_logits, watch
 from workers.task import Task
 
 pytestmark = [
@@ -33,7 +40,40 @@ def test_experts_in_bf16_agree_with_fp32():
     assert (result - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
-def train_bf16(rank: int, world_size: int, folder: str) -> dict:
+@pytest.mark.parametrize(("key_heads", "dim", "value_dim"), [(4, 192, 128), (4, 64, 64), (1, 64, 64)])
+def test_fused_attention_sees_what_the_plain_one_sees(key_heads, dim, value_dim):
+    """Moonlight's widths, Llama's, and one key for all heads; in bf16, forward and backward."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 512, dim), (2, key_heads, 512, dim), (2, key_heads, 512, value_dim)]
+    tensors = [
+        (4 * torch.randn(shape, generator=random)).to("cuda", torch.bfloat16).requires_grad_() for shape in shapes
+    ]
+    attention = CausalAttention(4)
+    expected = attention(*tensors)
+    gradients = torch.autograd.grad(expected.float().square().sum(), tensors)
+    watch(attention, True)
+    out = attention(*tensors)
+    assert (out - expected).float().norm() < 0.02 * expected.float().norm()
+    for mine, theirs in zip(torch.autograd.grad(out.float().square().sum(), tensors), gradients, strict=True):
+        assert (mine - theirs).float().norm() < 0.02 * theirs.float().norm()
+    _, largest = attention_module._plain(*(tensor.float() for tensor in tensors))
+    seen = take_logits(attention)
+    assert seen.queries == 2 * 4 * 512
+    assert torch.allclose(seen.largest, largest.amax((0, 2)), rtol=1e-2)
+    assert abs(seen.large - (largest > attention_module.LARGE_LOGIT).sum()) < 0.02 * seen.queries
+
+
+def test_qk_clip_and_telemetry_on_the_gpu(tmp_path):
+    (result,) = run_ranks(1, train_bf16, str(tmp_path), 2.0, device="cuda")
+    rows = result["measured"]
+    print(rows[-1])
+    logits = [row["attention/max_logit"] for row in rows]
+    assert max(logits[10:]) < 3.0, "kept near the threshold of 2"
+    assert 0 < rows[-1]["mfu"] < 1 and rows[-1]["seconds/optimizer"] > 0
+    assert rows[-1]["update_rms/dense"] == pytest.approx(0.2, rel=0.3)
+
+
+def train_bf16(rank: int, world_size: int, folder: str, qk_clip: float = 0.0) -> dict:
     from workers.controls import Controls
     from workers.engine import build_engine, default_device
     from workers.loop import Trainer
@@ -44,8 +84,9 @@ def train_bf16(rank: int, world_size: int, folder: str) -> dict:
     train = TrainConfig(steps=30, global_batch=8, micro_batch=4, seq_len=128, precision="bf16", sample_prompt="")
     data = DataConfig(prepared_url=f"{folder}/data")
     task = Task(
-        model=TINY,
-        optim=OptimConfig(lr=1e-2, ns_dtype="bf16", wire_dtype="bf16"),
+        model=replace(TINY, v_head_dim=16),  # Narrower ones are no work for the fused kernel.
+        optim=OptimConfig(lr=1e-2, ns_dtype="bf16", wire_dtype="bf16", qk_clip=qk_clip),
+        telemetry=TelemetryConfig(every=1),
         data=data,
         train=train,
         checkpoint=CheckpointConfig(every=0),
@@ -55,14 +96,15 @@ def train_bf16(rank: int, world_size: int, folder: str) -> dict:
         attempt=1,
         manifest=None,
     )
-    losses: list[float] = []
+    rows: list[dict] = []
     engine = build_engine(task.model, task.optim, train, 0, default_device())
-    report = lambda kind, **fields: losses.append(fields["loss"]) if kind is StepDone else None  # noqa: E731
+    report = lambda kind, **fields: rows.append(fields) if kind is StepDone else None  # noqa: E731
     member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
     outcome = Trainer(task, member, engine, Counters(), Controls(report=report)).run()
     kinds = {p.dtype for p in engine.model.parameters()}
     biases = {b.dtype for n, b in engine.model.named_buffers() if n.endswith("correction_bias")}
-    return {"outcome": outcome, "losses": losses, "weights": str(kinds), "biases": str(biases)}
+    losses, measured = [row["loss"] for row in rows], [row["measured"] for row in rows]
+    return {"outcome": outcome, "losses": losses, "measured": measured, "weights": str(kinds), "biases": str(biases)}
 
 
 def test_bf16_training_learns(tmp_path):

@@ -12,6 +12,8 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 LARGE_LOGIT = 100.0
 """Logits above it are counted (Moonlight, section 3.4); Kimi K2 clips there."""
+NARROWEST_FUSED = 16
+"""Width per head from which torch's kernel takes queries and values."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class CausalAttention(nn.Module):
         """
         if not (self.watched and self.training):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-        out, largest = _flex(q, k, v) if q.is_cuda else _plain(q, k, v)
+        fused = q.is_cuda and min(q.size(-1), v.size(-1)) >= NARROWEST_FUSED
+        out, largest = (_flex if fused else _plain)(q, k, v)
         self.seen.append(largest.detach().float())
         return out
 
