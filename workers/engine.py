@@ -180,7 +180,7 @@ def deepspeed_config(train: TrainConfig, optim: OptimConfig, device: torch.devic
         "zero_optimization": {
             "stage": 1,
             "round_robin_gradients": False,
-            # A gradient goes to the rank that owns it, and to no other: the default's all-reduce sends twice as much.
+            # A gradient goes to the rank that owns it and to no other: an all-reduce, the default, has twice the bytes.
             "use_multi_rank_bucket_allreduce": False,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,

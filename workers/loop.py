@@ -167,7 +167,8 @@ class Trainer:
         part("logits")
         self.telemetry.before_update(counts=bool(self.slots))
         part("reduce")
-        engine.engine.step()
+        with self.telemetry.counting():
+            engine.engine.step()
         measured = self.telemetry.after_update(lr)
         cost, self.snapshot_seconds = self.snapshot_seconds, 0.0
         save = self._save_is_due(step)

@@ -9,8 +9,10 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from workers.gpus import peak_tflops
 from workers.models import build
 from workers.models.attention import Logits, take_logits, watch
 from workers.reports import Profiled
+from workers.traffic import COLLECTIVES, Traffic
 
 KINDS = {
     "attention_qo": ("self_attn.q_proj", "self_attn.o_proj"),
@@ -103,6 +106,7 @@ class Telemetry:
         self.flops_per_step = train.global_batch * train.seq_len * engine.model.flops_per_token(train.seq_len)
         self._logits = take_logits(engine.model)
         self._before: list[Tensor] = []
+        self._traffic = Traffic()
         watch(engine.model, self.clips)
         # DeepSpeed calls the optimizer once for each group, between its reduction and its all-gather.
         engine.optimizer.register_step_pre_hook(lambda *_: self.clock.part("optimizer"))
@@ -135,6 +139,10 @@ class Telemetry:
             # On the host: a GPU may have no room for another copy of its weights.
             self._before = [state.tensors["weight"].to("cpu", copy=True) for state in self._flat_state()]
 
+    def counting(self) -> AbstractContextManager:
+        """Count what is sent within, once: it is the same every step, and counting slows everything within."""
+        return self._traffic if self.due and not self._traffic.calls else nullcontext()
+
     def after_update(self, lr: float) -> dict[str, float]:
         """Return what was measured of the step, the same on every rank; nothing where it was not due, or skipped."""
         due, self.due = self.due, False
@@ -162,24 +170,31 @@ class Telemetry:
         self.tick()
         squares, spectra = self._squares(lr), self._spectra()
         peak = self.config.peak_tflops or peak_tflops(self.engine.device)
-        mine = torch.tensor([self._logits.large.item(), self._logits.queries, peak], dtype=torch.float64)
-        sums = self.engine.all_reduce(torch.cat([mine, squares.flatten(), spectra.flatten()]))
-        large, queries, peak = sums[:3].tolist()
-        squares = sums[3 : 3 + squares.numel()].view_as(squares)
-        spectra = sums[3 + squares.numel() :].view_as(spectra)
+        scalars = torch.tensor([self._logits.large.item(), self._logits.queries, peak], dtype=torch.float64)
+        sent = torch.tensor([self._traffic.sent[name] for name in COLLECTIVES], dtype=torch.float64)
+        (large, queries, peak), sent, squares, spectra = self._sums(scalars, sent, squares, spectra)
 
         found = {f"seconds/{part}": spent for part, spent in seconds.items()}
         found["mfu"] = self.flops_per_step / sum(seconds.values()) / (peak * 1e12)
         found["attention/max_logit"] = max(self.engine.optimizer.max_logits)
         found["attention/share_above_100"] = large / queries
-        for kind, (update, weight, count) in zip(KINDS, squares.tolist(), strict=True):
+        if not self._traffic.uncounted:
+            totals = zip(COLLECTIVES, sent, strict=True)
+            found |= {f"bytes_sent/{name}": total / self.engine.world_size for name, total in totals if total}
+        for kind, (update, weight, count) in zip(KINDS, squares, strict=True):
             if count:
                 found[f"update_rms/{kind}"] = math.sqrt(update / count)
                 found[f"weight_rms/{kind}"] = math.sqrt(weight / count)
-        for kind, (entropy, count) in zip(SPECTRA, spectra.tolist(), strict=True):
+        for kind, (entropy, count) in zip(SPECTRA, spectra, strict=True):
             if count:
                 found[f"svd_entropy/{kind}"] = entropy / count
         return found
+
+    def _sums(self, *mine: Tensor) -> list[Any]:
+        """Sum tensors over all ranks at once, and return them as nested lists."""
+        sums = self.engine.all_reduce(torch.cat([part.flatten() for part in mine]))
+        parts = sums.split([part.numel() for part in mine])
+        return [part.view_as(shape).tolist() for part, shape in zip(parts, mine, strict=True)]
 
     def _squares(self, lr: float) -> Tensor:
         """Sum the squares of updates (over the learning rate, without decay) and weights: `[kinds, 3]`, with counts."""

@@ -25,6 +25,8 @@ _RING = {
 }
 """Of each op: the collective, how often the payload goes round the ring, and which argument is the whole payload."""
 _ALL_TO_ALL = ("alltoall_base_", "alltoall_")
+COLLECTIVES = (*dict.fromkeys(name for name, *_ in _RING.values()), "all_to_all")
+"""Their names."""
 _BARRIERS = ("barrier", "monitored_barrier_")
 
 
@@ -34,8 +36,6 @@ class Traffic(TorchDispatchMode):
     All-to-all is exact. Of the rest a rank sends (n - 1) / n of the payload, all-reduce twice that; in reduce and
     broadcast, where the ranks of a ring differ, it is the mean over the ranks.
 
-    Raises:
-        NotImplementedError: a collective was called for which there is no formula here.
     """
 
     def __init__(self) -> None:
@@ -44,19 +44,22 @@ class Traffic(TorchDispatchMode):
         """Bytes that this rank sent, by collective."""
         self.calls: Counter[str] = Counter()
         """By collective."""
+        self.uncounted: Counter[str] = Counter()
+        """Calls of ops for which there is no formula here."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional") and (op := func.overloadpacket.__name__) not in _BARRIERS:
-            collective, sent = _sent(op, args)
-            self.sent[collective] += sent
-            self.calls[collective] += 1
+            if op in _RING or op in _ALL_TO_ALL:
+                collective, sent = _sent(op, args)
+                self.sent[collective] += sent
+                self.calls[collective] += 1
+            else:
+                self.uncounted[op] += 1
         return func(*args, **(kwargs or {}))
 
 
 def _sent(op: str, args: tuple) -> tuple[str, int]:
     """Return the collective that an op is, and the bytes that it makes this rank send."""
-    if op not in (*_RING, *_ALL_TO_ALL):
-        raise NotImplementedError(f"no formula for the traffic of {op}")
     group = dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject)))
     rank, size = group.rank(), group.size()
     if op in _ALL_TO_ALL:

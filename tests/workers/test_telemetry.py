@@ -76,6 +76,11 @@ def test_what_is_measured_is_what_it_says(tmp_path, world_size):
     assert found["expert_load/max"] >= 1 >= found["expert_load/min"] and 0 <= found["expert_load/idle"] < 1
     spent = {name.removeprefix("seconds/"): s for name, s in found.items() if name.startswith("seconds/")}
     assert spent.keys() == {"forward", "backward", "snapshot", "logits", "reduce", "optimizer", "gather"}
+    weights = sum(4 * weight.numel() for weight in after.values())
+    once_round = weights * (world_size - 1) / world_size
+    assert found.get("bytes_sent/reduce", 0) == pytest.approx(once_round, rel=0.01)
+    assert found.get("bytes_sent/all_gather", 0) == pytest.approx(once_round, rel=0.01), "but for the padding"
+    assert ("bytes_sent/all_to_all" in found) == (world_size > 1)
     flops = task.train.global_batch * 32 * build_empty(task.model).flops_per_token(32)
     assert found["mfu"] == pytest.approx(flops / sum(spent.values()) / (world_size * 0.5e12))
 
@@ -84,7 +89,7 @@ def test_what_is_measured_does_not_depend_on_the_world_size(tmp_path):
     task = replace(task_of(tmp_path, steps=2), telemetry=TelemetryConfig(every=1, spectra=3))
     alone, together = (run_ranks(size, measured, task)[0]["rows"] for size in (1, 4))
     for a, b in zip(alone, together, strict=True):
-        same = [name for name in a["measured"] if not name.startswith(("seconds/", "mfu"))]
+        same = [name for name in a["measured"] if not name.startswith(("seconds/", "bytes_sent/", "mfu"))]
         assert len(same) > 20
         for name in same:
             assert b["measured"][name] == pytest.approx(a["measured"][name], rel=1e-3, abs=1e-6), name
