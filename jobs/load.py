@@ -60,7 +60,7 @@ def plain_yaml(config: RunConfig) -> str:
 
 def _read(config: str, overrides: list[str]) -> dict[str, Any]:
     path = Path(config)
-    if not path.exists() and path.name == config and (CONFIGS / f"{config}.yaml").exists():
+    if not path.is_file() and path.name == config and (CONFIGS / f"{config}.yaml").exists():
         path = CONFIGS / f"{config}.yaml"
     try:
         loaded = OmegaConf.load(path)

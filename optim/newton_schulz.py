@@ -1,6 +1,6 @@
 """Orthogonalization by Newton-Schulz: the arithmetic of Muon, apart from any optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -8,10 +8,19 @@ from torch import Tensor
 
 from optim.polynomials import Form, Quintic, coefficients, form_of
 
+try:  # The extra `gpu`.
+    from quack.gemm_interface import gemm_symmetric  # type: ignore[import-not-found]
+except ImportError:
+    gemm_symmetric = None
+
 RESTARTS = {torch.bfloat16: (2,), torch.float16: (2,)}
 """Where the gram form begins anew: in half precision rounding makes R indefinite, which the steps would blow up."""
 SMALLEST_IN_BLOCKS = 384
 """Rows of a symmetric product from which three or four blocks save a fifth on a CPU; smaller blocks are too slow."""
+
+
+SMALLEST_IN_KERNEL, FEWEST_IN_KERNEL = 1024, 10**11
+"""Rows of a symmetric product, and operations of a batch of them, from which a GPU's kernel saves time."""
 
 
 class Workspace:
@@ -113,6 +122,9 @@ def _symmetric(
 ) -> None:
     """Set `result` to `beta add + alpha left right`, known to be symmetric: of a large one half the blocks."""
     rows = left.shape[-2]
+    if (kernel := _kernel(left)) is not None:
+        kernel(left, right, C=add, out=result, alpha=alpha, beta=beta if add is not None else 1.0)
+        return
     height = -(-rows // _blocks(left))
     for low in range(0, rows, height):
         high = min(low + height, rows)
@@ -122,6 +134,20 @@ def _symmetric(
         else:
             torch.baddbmm(add[:, low:high, :high], across, down, beta=beta, alpha=alpha, out=part)
         result[:, :low, low:high] = result[:, low:high, :low].mT
+
+
+def _kernel(matrices: Tensor) -> Callable[..., Tensor] | None:
+    """Return a GPU's kernel for the symmetric product of `matrices` with their transposes, where it is faster.
+
+    It has fp32 sums, as cuBLAS. Measured on an H100: 1.2 to 1.9 times as fast for matrices of 1,408 and 2,048 rows in
+    batches; slower where the product takes less than the tenth of a millisecond that its start costs.
+    """
+    batch, rows, columns = matrices.shape
+    if not matrices.is_cuda or matrices.element_size() != 2 or rows < SMALLEST_IN_KERNEL:
+        return None
+    if rows % 8 or columns % 8 or 2 * batch * rows * rows * columns < FEWEST_IN_KERNEL:
+        return None
+    return gemm_symmetric if torch.cuda.get_device_capability(matrices.device) >= (9, 0) else None
 
 
 def _blocks(matrices: Tensor) -> int:

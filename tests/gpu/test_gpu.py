@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from optim import newton_schulz as newton_schulz_module
 from optim.config import OptimConfig
+from optim.newton_schulz import newton_schulz
 from tests.optim.test_zero1_oracle import CONFIG, SHAPES, reference, sharded
 from tests.ranks import run_ranks
 from tests.workers.test_moonlight import TINY, tiny
@@ -30,6 +32,26 @@ def test_oracle_on_the_gpu(shapes):
     expected = reference(1, SHAPES[shapes], True, CONFIG)
     for name, weight in result["weights"].items():
         assert (weight.cpu() - expected[name]).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("shape", [(20, 1408, 2048), (4, 2048, 1032), (2, 8192, 2048), (3, 1412, 2048)])
+@pytest.mark.parametrize("form", ["standard", "gram"])
+def test_the_kernels_results_are_those_of_plain_products(monkeypatch, shape, form):
+    """With the extra `gpu`; tall and wide, and a width that the kernel does not take."""
+    if newton_schulz_module.gemm_symmetric is None:
+        pytest.skip("not run: the extra gpu is not installed")
+    random = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(shape, generator=random, device="cuda")
+    calls = []
+    kernel = newton_schulz_module.gemm_symmetric
+    monkeypatch.setattr(newton_schulz_module, "gemm_symmetric", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    result = newton_schulz(x, form=form, dtype=torch.bfloat16).float()
+    monkeypatch.setattr(newton_schulz_module, "gemm_symmetric", None)
+    expected = newton_schulz(x, form=form, dtype=torch.bfloat16).float()
+    exact = newton_schulz(x, form="standard", dtype=torch.float32)
+    assert bool(calls) == (shape[1] % 8 == 0)
+    assert (result - expected).norm() < 0.02 * expected.norm()
+    assert (result - exact).norm() < 1.2 * (expected - exact).norm()
 
 
 def test_experts_in_bf16_agree_with_fp32():
