@@ -1,5 +1,6 @@
 """Orthogonalization by Newton-Schulz: the arithmetic of Muon, apart from any optimizer."""
 
+import functools
 from collections.abc import Callable, Sequence
 from math import prod
 
@@ -7,11 +8,6 @@ import torch
 from torch import Tensor
 
 from optim.polynomials import Form, Quintic, coefficients, form_of
-
-try:  # The extra `gpu`.
-    from quack.gemm_interface import gemm_symmetric  # type: ignore[import-not-found]
-except ImportError:
-    gemm_symmetric = None
 
 RESTARTS = {torch.bfloat16: (2,), torch.float16: (2,)}
 """Where the gram form begins anew: in half precision rounding makes R indefinite, which the steps would blow up."""
@@ -158,7 +154,17 @@ def _kernel(matrices: Tensor) -> Callable[..., Tensor] | None:
         return None
     if rows % 8 or columns % 8 or 2 * batch * rows * rows * columns < FEWEST_IN_KERNEL:
         return None
-    return gemm_symmetric if torch.cuda.get_device_capability(matrices.device) >= (9, 0) else None
+    return _quack() if torch.cuda.get_device_capability(matrices.device) >= (9, 0) else None
+
+
+@functools.cache
+def _quack() -> Callable[..., Tensor] | None:
+    """Return quack's symmetric product where the extra `gpu` is installed. Its import takes hold of the GPU."""
+    try:
+        from quack.gemm_interface import gemm_symmetric  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    return gemm_symmetric
 
 
 def _blocks(matrices: Tensor) -> int:

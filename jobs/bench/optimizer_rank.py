@@ -18,7 +18,6 @@ from torch.distributed import rendezvous
 
 from jobs.bench.process import tell
 from jobs.load import load
-from optim.exchange import BATCH_ELEMENTS
 from optim.routing import parameter_groups
 from optim.zero1 import Zero1Optimizer
 from orchestrator.config import RunConfig
@@ -29,6 +28,8 @@ WARMUP = 3
 """Rounds that are not counted: in them DeepSpeed's Muon is compiled."""
 FLOOR_REPEATS = 5
 ERROR_MATRICES = 12
+MATRICES_ON_GPU = 8
+"""At a time when the floor is measured."""
 
 
 class Nothing(torch.optim.Optimizer):
@@ -168,10 +169,10 @@ def _floor(optimizer: Zero1Optimizer, config: RunConfig) -> float:
 def _product(rows: int, inner: int, columns: int, **kind: Any) -> float:
     """Return the median seconds of one matrix product; a GPU does a batch of them at a time, to be busy."""
     cuda = kind["device"].type == "cuda"
-    batch = max(1, BATCH_ELEMENTS[kind["device"].type] // (rows * columns)) if cuda else 1
+    batch = MATRICES_ON_GPU if cuda else 1
     a, b = torch.randn(batch, rows, inner).to(**kind), torch.randn(batch, inner, columns).to(**kind)
     out = torch.empty(batch, rows, columns, **kind)
-    repeats = max(1, int((1e12 if cuda else 2e8) / (2 * batch * rows * inner * columns)))
+    repeats = max(1, min(1000, int((1e12 if cuda else 2e8) / (2 * batch * rows * inner * columns))))
     times = []
     for _ in range(FLOOR_REPEATS + 1):
         clock = time.perf_counter()
