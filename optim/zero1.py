@@ -81,13 +81,17 @@ class Zero1Optimizer(torch.optim.Optimizer):
         invisible to `safe_get_full_optimizer_state`.
 
         Raises:
-            LayoutError: the wrapper's partition is not the one that `optim.layout` computes.
+            LayoutError: the wrapper's partition is not the one that `optim.layout` computes, or a parameter of the module
+                is in no group.
         """
         if getattr(zero_optimizer, "round_robin_gradients", False):
             raise LayoutError(
                 "zero_optimization.round_robin_gradients=true: with it DeepSpeed's map of what lies where is wrong; "
                 "turn it off"
             )
+        ours = {parameter for parameters in self._parameters for parameter in parameters}
+        if left := [name for p, name in zero_optimizer.param_names.items() if p.requires_grad and p not in ours]:
+            raise LayoutError(f"{', '.join(left)}: in no group, so never trained; give the optimizer all parameters")
         for index, (group, parameters) in enumerate(zip(self.param_groups, self._parameters, strict=True)):
             process_group = zero_optimizer.real_dp_process_group[index]
             rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)

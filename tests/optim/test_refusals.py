@@ -24,6 +24,19 @@ def test_round_robin_gradients_are_refused():
         assert "zero_optimization.round_robin_gradients=true" in told
 
 
+def bound_without_one(rank: int, world_size: int) -> str:
+    toy = Toy(SHAPES)
+    engine, _ = engine_of(toy, OptimConfig())
+    rest = [(name, parameter) for name, parameter in toy.named_parameters() if name != "b"]
+    with pytest.raises(LayoutError) as error:
+        Zero1Optimizer(rest, OptimConfig()).bind(engine.optimizer)
+    return str(error.value)
+
+
+def test_a_parameter_in_no_group_is_refused():
+    assert run_ranks(1, bound_without_one) == ["b: in no group, so never trained; give the optimizer all parameters"]
+
+
 def test_the_settings_that_we_make_are_not_refused():
     assert run_ranks(2, bound, {}) == ["", ""]
 

@@ -101,6 +101,9 @@ def test_logits_that_blow_up_are_kept_at_the_threshold(tmp_path, model):
     """A step, and another batch, add to what was clipped after the last: the less, the smaller the learning rate."""
     free = run_ranks(2, peaks, str(tmp_path), MODELS[model], 0.0)[0]
     kept = run_ranks(2, peaks, str(tmp_path), MODELS[model], 100.0)[0]
+    print(
+        f"{model}, largest logit every ten steps: {[round(x) for x in free[9::10]]}, {[round(x) for x in kept[9::10]]}"
+    )
     first = next(step for step, logit in enumerate(free) if logit > 100)
     assert kept[: first + 1] == free[: first + 1], "nothing is clipped before"
     assert free[-1] > 400, "without it they grow on"

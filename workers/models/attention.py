@@ -86,13 +86,15 @@ def _layers(model: nn.Module) -> Iterator[CausalAttention]:
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend with the scores written out, `[batch, key heads, group, time, time]`, and return each query's largest."""
-    grouped = q.unflatten(1, (k.size(1), -1))
-    scores = grouped @ k.unsqueeze(2).mT * q.size(-1) ** -0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    scores = scores.masked_fill(future, -torch.inf)
+    """Attend with all scores written out, `[batch * key heads, group * time, time]`; return each query's largest, too."""
+    (batch, heads, time, dim), key_heads = q.shape, k.size(1)
+    group = heads // key_heads
+    future = torch.full((time, time), -torch.inf, dtype=q.dtype, device=q.device).triu_(1).repeat(group, 1)
+    queries = q.reshape(batch * key_heads, group * time, dim)
+    scores = torch.baddbmm(future, queries, k.flatten(0, 1).mT, alpha=dim**-0.5)
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    return (weights @ v.unsqueeze(2)).flatten(1, 2), scores.detach().amax(-1).flatten(1, 2)
+    out = torch.bmm(weights, v.flatten(0, 1)).view(batch, heads, time, -1)
+    return out, scores.detach().amax(-1).view(batch, heads, time)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
