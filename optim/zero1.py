@@ -81,8 +81,8 @@ class Zero1Optimizer(torch.optim.Optimizer):
         invisible to `safe_get_full_optimizer_state`.
 
         Raises:
-            LayoutError: the wrapper's partition is not the one that `optim.layout` computes, or a parameter of the module
-                is in no group.
+            LayoutError: the wrapper's partition is not the one that `optim.layout` computes, or one of the module's
+                parameters is in no group.
         """
         if getattr(zero_optimizer, "round_robin_gradients", False):
             raise LayoutError(

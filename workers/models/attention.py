@@ -86,7 +86,7 @@ def _layers(model: nn.Module) -> Iterator[CausalAttention]:
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend with all scores written out, `[batch * key heads, group * time, time]`; return each query's largest, too."""
+    """Attend with all scores written out, `[batch * key heads, group * time, time]`; return each query's largest."""
     (batch, heads, time, dim), key_heads = q.shape, k.size(1)
     group = heads // key_heads
     future = torch.full((time, time), -torch.inf, dtype=q.dtype, device=q.device).triu_(1).repeat(group, 1)
