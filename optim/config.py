@@ -7,7 +7,7 @@ one go. `jobs` prefixes the section's name and gathers the problems of all secti
 from dataclasses import dataclass
 from typing import Literal
 
-from optim.polynomials import CoefficientSet, Form, Products, form_of, products
+from optim.polynomials import CoefficientSet, Form, Products, coefficients, form_of, products, restarts
 
 
 class ConfigProblems(ValueError):
@@ -103,7 +103,10 @@ class OptimConfig:
 
     def products(self, rows: int, columns: int) -> Products:
         """Return the products that orthogonalize a matrix."""
-        return products(self.ns_steps, self.form or form_of(rows, columns, self.ns_steps))
+        polynomials = coefficients(self.ns_coefficients, self.ns_steps)
+        beginnings = restarts(polynomials, "bf16" if self.ns_dtype == "bf16" else "fp32")
+        form = self.form or form_of(rows, columns, self.ns_steps, beginnings)
+        return products(self.ns_steps, form, beginnings)
 
     def operations(self, rows: int, columns: int) -> int:
         """Return the floating-point operations that orthogonalize a matrix."""

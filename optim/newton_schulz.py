@@ -7,10 +7,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from optim.polynomials import Form, Quintic, coefficients, form_of
+from optim.polynomials import Form, Precision, Quintic, coefficients, form_of, restarts
 
-RESTARTS = {torch.bfloat16: (2,), torch.float16: (2,)}
-"""Where the gram form begins anew: in half precision rounding makes R indefinite, which the steps would blow up."""
+PRECISIONS: dict[torch.dtype, Precision] = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
 SMALLEST_IN_BLOCKS = 384
 """Rows of a symmetric product from which three or four blocks save a fifth on a CPU; smaller blocks are too slow."""
 SMALLEST_IN_KERNEL, FEWEST_IN_KERNEL = 1024, 10**11
@@ -62,12 +66,13 @@ def newton_schulz(
     torch.mul(batch, torch.where(norm > 0, 1 / norm, 0.0), out=left)
     if rows > columns:  # The Gram matrix is taken on the shorter side.
         left, right = left.mT, right.mT
-    restarts, blocks = RESTARTS.get(dtype, ()), _blocks(left)
+    polynomials = tuple(polynomials)
+    beginnings, blocks = restarts(polynomials, PRECISIONS[dtype]), _blocks(left)
     share = (blocks + 1) / (2 * blocks)
-    if (form or form_of(rows, columns, len(polynomials), restarts, share)) == "standard":
+    if (form or form_of(rows, columns, len(polynomials), beginnings, share)) == "standard":
         result = _standard(left, right, squares, polynomials)
     else:
-        result = _gram(left, right, squares, polynomials, restarts)
+        result = _gram(left, right, squares, polynomials, beginnings)
     return (result.mT if rows > columns else result).view(x.shape)
 
 
@@ -83,7 +88,7 @@ def _standard(x: Tensor, spare: Tensor, squares: Sequence[Tensor], polynomials: 
 
 
 def _gram(
-    x: Tensor, spare: Tensor, squares: Sequence[Tensor], polynomials: Sequence[Quintic], restarts: Sequence[int]
+    x: Tensor, spare: Tensor, squares: Sequence[Tensor], polynomials: Sequence[Quintic], beginnings: Sequence[int]
 ) -> Tensor:
     """Multiply x by the product Q of all polynomials, which is built from the Gram matrix R alone.
 
@@ -94,12 +99,12 @@ def _gram(
     _symmetric(x, x.mT, gram)
     fresh = True
     for step, (a, b, c) in enumerate(polynomials):
-        if step in restarts and not fresh:
+        if step in beginnings:
             _apply(product, x, spare)
             x, spare, fresh = spare, x, True
             _symmetric(x, x.mT, gram)
         _symmetric(gram, gram, z, gram, b, c)
-        if step + 1 < len(polynomials) and step + 1 not in restarts:
+        if step + 1 < len(polynomials) and step + 1 not in beginnings:
             _symmetric(z, gram, other, gram, a)
             _symmetric(z, other, gram, other, a)
         if fresh:

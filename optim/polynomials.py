@@ -12,6 +12,7 @@ arithmetic:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 Quintic = tuple[float, float, float]
@@ -58,6 +59,31 @@ def coefficients(name: CoefficientSet, steps: int) -> tuple[Quintic, ...]:
             chosen = [*POLAR_EXPRESS, *[POLAR_EXPRESS[-1]] * (steps - len(POLAR_EXPRESS))][:steps]
             safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in chosen[:-1]]
             return (*safe, chosen[-1])
+
+
+Precision = Literal["fp64", "fp32", "bf16", "fp16"]
+GROWTH: dict[Precision, float] = {"fp64": 1e12, "fp32": 2.5e4, "fp16": 500.0, "bf16": 70.0}
+"""How much the gram form may let the rounding of R grow: measured on matrices of low rank and of any condition."""
+
+
+@cache
+def restarts(polynomials: tuple[Quintic, ...], precision: Precision) -> tuple[int, ...]:
+    """Return the steps before which the gram form multiplies X and forms R anew.
+
+    Rounding leaves R with eigenvalues a little below zero where a matrix is short of rank. A step multiplies those near
+    zero by a^2, and once they are far below zero the next ones blow them up.
+
+    Args:
+        polynomials: one for each step.
+        precision: of the arithmetic.
+    """
+    found, growth = [], 1.0
+    for step, (a, _, _) in enumerate(polynomials[:-1], 1):
+        growth *= a * a
+        if growth > GROWTH[precision]:
+            found.append(step)
+            growth = 1.0
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,12 @@ class Trainer:
         Raises:
             TrainingError: too many gradients in a row were not finite.
         """
+        try:
+            return self._run()
+        finally:
+            self.telemetry.close()
+
+    def _run(self) -> str:
         steps = self.task.train.steps
         self._duties()
         while self.counters.step < steps:

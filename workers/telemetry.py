@@ -5,6 +5,7 @@ Every rank measures its share; sums meet in one small all-reduce, on the steps t
 measured are those of the MLflow metrics (docs/telemetry.md).
 """
 
+import functools
 import math
 import tempfile
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.config import MoonlightConfig, TelemetryConfig, TrainConfig
+from workers.config import ModelConfig, MoonlightConfig, TelemetryConfig, TrainConfig
 from workers.engine import Engine
 from workers.gpus import peak_tflops
 from workers.models import build
@@ -98,9 +99,9 @@ class Telemetry:
     ) -> None:
         self.config, self.engine, self.tick, self.report = config, engine, tick, report
         self.clock = StepClock(engine.device)
-        if config.every or engine.optimizer.config.qk_clip:
-            _compile(engine, train)
         self.clips = engine.optimizer.config.qk_clip > 0
+        if config.every or self.clips:
+            compile_watched(engine.model.config, train, next(engine.model.parameters()).dtype, engine.device)
         self.due = False
         self.profiler: torch.profiler.profile | None = None
         self.flops_per_step = train.global_batch * train.seq_len * engine.model.flops_per_token(train.seq_len)
@@ -159,12 +160,18 @@ class Telemetry:
         """End the profile where this was its last step, and tell of it."""
         if self.profiler is None or step < self.config.profile_step + self.config.profile_steps - 1:
             return
-        self.profiler.stop()
+        profiler = self.close()
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder) / "trace.json.gz"
-            self.profiler.export_chrome_trace(str(trace))
+            profiler.export_chrome_trace(str(trace))
             self.report(Profiled, step=step, trace=trace.read_bytes())
-        self.profiler = None
+
+    def close(self) -> Any:
+        """Stop the profiler, of which a process has but one, and return it; None where there is none."""
+        profiler, self.profiler = self.profiler, None
+        if profiler is not None:
+            profiler.stop()
+        return profiler
 
     def _measured(self, seconds: dict[str, float], lr: float) -> dict[str, float]:
         self.tick()
@@ -239,16 +246,17 @@ class Telemetry:
         return self.engine.optimizer.flat_state(self.engine.rank)
 
 
-def _compile(engine: Engine, train: TrainConfig) -> None:
-    """Compile the attention that is watched now: in a step it would be taken for a hang."""
-    if engine.device.type != "cuda":
+@functools.cache
+def compile_watched(config: ModelConfig, train: TrainConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the attention that is watched, once in a process: in a step it would be taken for a hang."""
+    if device.type != "cuda":
         return
-    config = replace(engine.model.config, num_layers=1, vocab_size=256)
+    config = replace(config, num_layers=1, vocab_size=256)
     if isinstance(config, MoonlightConfig):
         config = replace(config, num_dense_layers=1)
-    model = build(config, initialize=False).to(engine.device, next(engine.model.parameters()).dtype)
+    model = build(config, initialize=False).to(device, dtype)
     watch(model, True)
-    tokens = torch.zeros(train.micro_batch, train.seq_len, dtype=torch.int64, device=engine.device)
+    tokens = torch.zeros(train.micro_batch, train.seq_len, dtype=torch.int64, device=device)
     model(tokens).float().sum().backward()
 
 

@@ -17,6 +17,7 @@ from workers.snapshots.reader import SnapshotReader
 from workers.state import Counters, WeightsOnly, load_state, shard_map
 from workers.storage import Store
 from workers.task import Membership, Task
+from workers.telemetry import compile_watched
 
 
 def join(member: Membership, task: Task, rendezvous: dist.Store | None = None) -> Engine:
@@ -82,7 +83,10 @@ def take_state(engine: Engine, task: Task, member: Membership) -> tuple[Counters
 
 
 def rehearse(task: Task) -> None:
-    """Train one throw-away step of a tiny model alone: a process's first engine costs seconds after all imports."""
+    """Train one throw-away step of a tiny model alone: a process's first engine costs seconds after all imports.
+
+    What a GPU has to compile for the run is compiled, too.
+    """
     tiny = MoonlightConfig(
         hidden_size=32,
         num_layers=2,
@@ -104,6 +108,8 @@ def rehearse(task: Task) -> None:
         tokens = torch.zeros(1, 16, dtype=torch.int64, device=device)
         engine.engine.backward(engine.engine(tokens).float().square().mean(), scale_wrt_gas=False)
         engine.engine.step()
+        if task.telemetry.every or task.optim.qk_clip:
+            compile_watched(task.model, task.train, next(engine.model.parameters()).dtype, device)
         engine.destroy()
     finally:
         del engine

@@ -63,7 +63,7 @@ def variants(overrides: list[str], seeds: int, table: Path | None, say: Callable
     return report
 
 
-_SHORT = ["train.steps=250", "train.validate_every=0", "train.sample_prompt=''", "telemetry.every=0"]
+_SHORT = ["train.steps=150", "train.validate_every=0", "train.sample_prompt=''", "telemetry.every=0"]
 
 
 def _spread(name: str, values: list[float]) -> dict[str, float]:

@@ -105,6 +105,34 @@ def test_chosen_steps_are_traced_by_rank_0(tmp_path):
     assert "aten::scaled_dot_product_attention" in names and any("gloo" in name for name in names)
 
 
+def paused_and_on(rank: int, world_size: int, task: Task) -> list[int]:
+    """Leave in the middle of a trace, go on in the same process, and return the steps of the traces."""
+    from workers.controls import Controls, Pause
+    from workers.engine import build_engine, default_device
+    from workers.loop import Trainer
+    from workers.reports import Profiled
+    from workers.state import Counters
+    from workers.task import Membership
+
+    traces: list[int] = []
+    for start, leave in ((0, 3), (1, 99)):
+        engine = build_engine(task.model, task.optim, task.train, task.seed, default_device())
+        member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
+        counters = Counters(step=start)
+        controls = Controls(
+            report=lambda kind, **fields: traces.append(fields["step"]) if kind is Profiled else None,
+            pause=lambda counters=counters, leave=leave: Pause(leave=counters.step + 1 >= leave),
+        )
+        Trainer(task, member, engine, counters, controls).run()
+        engine.destroy()
+    return traces
+
+
+def test_a_trace_that_was_broken_off_is_begun_anew(tmp_path):
+    task = replace(task_of(tmp_path, steps=6), telemetry=TelemetryConfig(every=0, profile_step=2, profile_steps=3))
+    assert run_ranks(1, paused_and_on, task) == [[4]]
+
+
 def entropy_by_svd(matrix: torch.Tensor) -> float:
     squares = torch.linalg.svdvals(matrix.double()).square()
     shares = squares / squares.sum()
