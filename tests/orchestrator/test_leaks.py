@@ -6,6 +6,7 @@ from orchestrator.events import Recovery
 from tests.faults import FaultyMember
 from tests.leading import Lead, config_of
 from tests.processes import ProcessCluster
+from workers.config import TelemetryConfig
 
 RECOVERIES = 50
 
@@ -13,7 +14,11 @@ RECOVERIES = 50
 def test_fifty_recoveries_leave_nothing_behind(tmp_path):
     recovery = {"max_in_a_row": 1000}
     config = config_of(
-        tmp_path, scaling={"min_workers": 2, "max_workers": 2}, train={"steps": 10_000}, recovery=recovery
+        tmp_path,
+        scaling={"min_workers": 2, "max_workers": 2},
+        train={"steps": 10_000},
+        telemetry=TelemetryConfig(every=2),
+        recovery=recovery,
     )
     lead = Lead(config, ProcessCluster({"a": 2}, FaultyMember), tmp_path)
     measured: list[list[dict[str, int]]] = []
