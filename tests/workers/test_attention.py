@@ -106,5 +106,5 @@ def test_logits_that_blow_up_are_kept_at_the_threshold(tmp_path, model):
     )
     first = next(step for step, logit in enumerate(free) if logit > 100)
     assert kept[: first + 1] == free[: first + 1], "nothing is clipped before"
-    assert free[-1] > 400, "without it they grow on"
-    assert max(kept) < 160 and 95 < max(kept[-10:]) < 120, "with it they stay"
+    assert free[-1] > 300, "without it they grow on"
+    assert max(kept) < 200 and 90 < max(kept[-10:]) < 130, "with it they stay"
