@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from optim.config import OptimConfig
 from orchestrator.commits import Commits
 from orchestrator.config import RecoveryConfig, RunConfig, ScalingConfig, task_of
@@ -21,6 +23,8 @@ from orchestrator.run_log import RunLog
 from orchestrator.stop import StopSignal
 from tests.processes import ProcessCluster
 from tests.workers.test_moonlight import TINY
+from workers.checkpoint.manifest import Manifest
+from workers.checkpoint.shards import CheckpointReader
 from workers.config import CheckpointConfig, DataConfig, TrainConfig
 from workers.data.corpus import prepare
 from workers.reports import Report, StepDone, Validated
@@ -41,6 +45,13 @@ def config_of(folder: Path, *, recovery: dict[str, Any] | None = None, **changes
         seed=3,
     )
     return replace(config, **changes)
+
+
+def tensors_of(url: str, manifest: Manifest | None = None) -> dict[tuple[str, str], np.ndarray]:
+    """Return every tensor of a run's checkpoint, of the newest unless another is given, by kind and name."""
+    store = Store(url)
+    reader = CheckpointReader(store, manifest or RunLog(store).manifest())
+    return {(kind, name): reader.tensor(kind, name) for kind in reader.kinds for name in reader.names(kind)}
 
 
 @dataclass

@@ -13,11 +13,13 @@ from optim.config import OptimConfig
 from optim.newton_schulz import newton_schulz
 from tests.optim.test_zero1_oracle import CONFIG, SHAPES, reference, sharded
 from tests.ranks import run_ranks
+from tests.trainer import trainer_of
 from tests.workers.test_moonlight import TINY, tiny
 from workers.config import CheckpointConfig, DataConfig, TelemetryConfig, TrainConfig
 from workers.data.corpus import prepare
 from workers.models import attention as attention_module
 from workers.models.attention import CausalAttention, take_logits, watch
+from workers.reports import StepDone
 from workers.task import Task
 
 pytestmark = [
@@ -96,13 +98,6 @@ def test_qk_clip_and_telemetry_on_the_gpu(tmp_path):
 
 
 def train_bf16(rank: int, world_size: int, folder: str, qk_clip: float = 0.0) -> dict:
-    from workers.controls import Controls
-    from workers.engine import build_engine, default_device
-    from workers.loop import Trainer
-    from workers.reports import StepDone
-    from workers.state import Counters
-    from workers.task import Membership
-
     train = TrainConfig(steps=30, global_batch=8, micro_batch=4, seq_len=128, precision="bf16", sample_prompt="")
     data = DataConfig(prepared_url=f"{folder}/data")
     task = Task(
@@ -118,15 +113,15 @@ def train_bf16(rank: int, world_size: int, folder: str, qk_clip: float = 0.0) ->
         attempt=1,
         manifest=None,
     )
-    rows: list[dict] = []
-    engine = build_engine(task.model, task.optim, train, 0, default_device())
-    report = lambda kind, **fields: rows.append(fields) if kind is StepDone else None  # noqa: E731
-    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
-    outcome = Trainer(task, member, engine, Counters(), Controls(report=report)).run()
-    kinds = {p.dtype for p in engine.model.parameters()}
-    biases = {b.dtype for n, b in engine.model.named_buffers() if n.endswith("correction_bias")}
-    losses, measured = [row["loss"] for row in rows], [row["measured"] for row in rows]
-    return {"outcome": outcome, "losses": losses, "measured": measured, "weights": str(kinds), "biases": str(biases)}
+    trainer, told = trainer_of(rank, world_size, task)
+    outcome, model, rows = trainer.run(), trainer.engine.model, told.of(StepDone)
+    return {
+        "outcome": outcome,
+        "losses": [row["loss"] for row in rows],
+        "measured": [row["measured"] for row in rows],
+        "weights": str({p.dtype for p in model.parameters()}),
+        "biases": str({b.dtype for name, b in model.named_buffers() if name.endswith("correction_bias")}),
+    }
 
 
 def test_bf16_training_learns(tmp_path):

@@ -9,29 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+from orchestrator.run_log import RunLog
 from tests.faults import FaultyMember
-from tests.leading import Lead, Notes, config_of
+from tests.leading import Lead, Notes, config_of, tensors_of
 from tests.ledger import assert_every_sample_once
 from tests.processes import ProcessCluster
 from tests.ranks import run_ranks
-from workers.checkpoint.shards import CheckpointReader
+from tests.trainer import trainer_of
 from workers.errors import TrainingError
+from workers.reports import StepDone
 from workers.storage import Store
 
 THREE = {"min_workers": 3, "max_workers": 3}
 STEPS = 24
 
 
-def final_state(folder) -> dict:
-    from orchestrator.run_log import RunLog
-
-    manifest = RunLog(Store(str(folder / "run"))).manifest()
-    reader = CheckpointReader(Store(str(folder / "run")), manifest)
-    return {(kind, name): reader.tensor(kind, name) for kind in reader.kinds for name in reader.names(kind)}
-
-
 def assert_equal_states(a, b) -> None:
-    first, second = final_state(a), final_state(b)
+    first, second = (tensors_of(f"{folder}/run") for folder in (a, b))
     assert first.keys() == second.keys()
     assert [key for key, tensor in first.items() if not np.array_equal(tensor, second[key])] == []
 
@@ -263,24 +257,11 @@ def test_announced_changes_of_the_world_size_touch_no_storage(tmp_path):
 
 def next_loss(rank: int, world_size: int, folder: str, step: int, task) -> float:
     """Train one step from the checkpoint of `step` at another world size."""
-    from orchestrator.run_log import RunLog
-    from workers.controls import Controls
-    from workers.engine import build_engine, default_device
-    from workers.loop import Trainer
-    from workers.reports import StepDone
-    from workers.task import Membership
-    from workers.training import take_state
-
     manifest = RunLog(Store(f"{folder}/run")).manifest(step)
-    task = replace(task, manifest=manifest)
-    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
-    engine = build_engine(task.model, task.optim, task.train, None, default_device())
-    counters, _ = take_state(engine, task, member)
-    losses = []
-    controls = Controls(report=lambda kind, **fields: losses.append(fields["loss"]) if kind is StepDone else None)
-    Trainer(task, member, engine, counters, controls)._step()
-    total = engine.all_reduce(torch.tensor([sum(losses)], dtype=torch.float64))
-    return total.item()
+    trainer, told = trainer_of(rank, world_size, replace(task, manifest=manifest), restore=True)
+    trainer._step()
+    losses = sum(row["loss"] for row in told.of(StepDone))
+    return trainer.engine.all_reduce(torch.tensor([losses], dtype=torch.float64)).item()
 
 
 def test_the_sudden_death_of_four_of_five_finds_storage(tmp_path):

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.leading import Lead, config_of
+from tests.leading import Lead, config_of, tensors_of
 from tests.processes import ProcessCluster
 from tests.ranks import run_ranks
-from workers.checkpoint.manifest import BUFFER, Manifest
-from workers.checkpoint.shards import CheckpointReader
-from workers.storage import Store
+from tests.trainer import trainer_of
+from workers.checkpoint.manifest import BUFFER
+from workers.reports import StepDone
 
 WORLDS = (1, 2, 3, 4)
 SAVED, STEPS = 4, 7
@@ -42,7 +42,7 @@ def test_every_tensor_is_the_same_and_training_goes_on_alike(runs, after):
     tasks = {before: task for before, (task, _) in runs.items()}
     ranks = run_ranks(after, resumed, tasks)
     for before, (task, expected) in runs.items():
-        truth, loaded = stored(task.run_url, task.manifest), {}
+        truth, loaded = tensors_of(task.run_url, task.manifest), {}
         for rank in ranks:
             for key, start, values in rank[before]["pieces"]:
                 whole = loaded.setdefault(key, np.full(truth[key].size, np.nan, np.float32))
@@ -53,35 +53,22 @@ def test_every_tensor_is_the_same_and_training_goes_on_alike(runs, after):
         assert ranks[0][before]["losses"] == pytest.approx(expected, rel=1e-5), f"{before} -> {after}"
 
 
-def stored(url: str, manifest: Manifest) -> dict[tuple[str, str], np.ndarray]:
-    reader = CheckpointReader(Store(url), manifest)
-    return {(kind, name): reader.tensor(kind, name).ravel() for kind in reader.kinds for name in reader.names(kind)}
-
-
 def resumed(rank: int, world_size: int, tasks: dict) -> dict:
     """Load each checkpoint into an engine; return what is in it, by kind, name and first element, and train on."""
-    from workers.controls import Controls
-    from workers.engine import build_engine, default_device
-    from workers.loop import Trainer
-    from workers.reports import StepDone
     from workers.state import replicated_tensors, shard_map, shard_tensors
-    from workers.task import Membership
-    from workers.training import take_state
 
     results = {}
     for before, task in tasks.items():
-        member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
-        engine = build_engine(task.model, task.optim, task.train, None, default_device())
-        counters, _ = take_state(engine, task, member)
+        trainer, told = trainer_of(rank, world_size, task, restore=True)
+        engine = trainer.engine
         tensors = [*shard_tensors(engine), *replicated_tensors(engine)]
         flat = np.concatenate([tensor.detach().numpy().ravel() for tensor in tensors])
         pieces = [
             ((kind, f.name), f.start, flat[f.offset : f.offset + f.length].copy())
             for kind, f in shard_map(engine, world_size, rank).fragments
         ]
-        losses: list[float] = []
-        controls = Controls(report=lambda kind, **fields: losses.append(fields["loss"]) if kind is StepDone else None)  # noqa: B023
-        Trainer(task, member, engine, counters, controls).run()
+        trainer.run()
         engine.destroy()
-        results[before] = {"pieces": pieces, "losses": losses}
+        results[before] = {"pieces": pieces, "losses": [row["loss"] for row in told.of(StepDone)]}
+        del trainer, engine
     return results

@@ -10,10 +10,9 @@ from jobs.checkpoints import list_checkpoints, verify
 from optim.config import OptimConfig
 from orchestrator.retention import Janitor
 from orchestrator.run_log import RunLog
-from tests.leading import Lead, config_of
+from tests.leading import Lead, config_of, tensors_of
 from tests.processes import ProcessCluster
 from tests.servers import rclone, unreliable
-from workers.checkpoint.shards import CheckpointReader
 from workers.config import CheckpointConfig, StorageConfig
 from workers.errors import Interrupted
 from workers.storage import Store, configure_s3
@@ -41,18 +40,12 @@ def lead(folder, url: str, steps: int, **changes) -> Lead:
     return Lead(config, ProcessCluster({"a": 2}), folder, url)
 
 
-def tensors(url: str) -> dict:
-    log = RunLog(Store(f"{url}/run"))
-    reader = CheckpointReader(log.store, log.manifest())
-    return {(kind, name): reader.tensor(kind, name) for kind in reader.kinds for name in reader.names(kind)}
-
-
 @pytest.mark.parametrize("server", SERVERS)
 def test_killed_during_a_save_and_gone_on_with(tmp_path, server):
     # Long enough that two checkpoints count well before its end, however fast steps are beside uploads.
     with lead(tmp_path, str(tmp_path), STEPS) as calm:
         calm.wait()
-    expected = tensors(str(tmp_path))
+    expected = tensors_of(f"{tmp_path}/run")
     with served(server, tmp_path / "served") as endpoint:
         # A shard takes a third of a second, so most of the time one is on its way.
         slow = StorageConfig(s3_endpoint=endpoint, max_upload_mb_per_s=calm.log.manifest().size / 2 * 3 / 1e6)
@@ -84,7 +77,7 @@ def test_killed_during_a_save_and_gone_on_with(tmp_path, server):
             assert verify(row["url"]).damaged == []
         held = [*second.log.store.files("shards"), *second.log.store.files("manifests")]
         assert len(held) == 2 * (2 + 1), "nothing is left of the dead attempt"
-        found = tensors(URL)
+        found = tensors_of(f"{URL}/run")
         assert [key for key in expected if not np.array_equal(expected[key], found[key])] == []
 
 

@@ -11,8 +11,8 @@ from orchestrator.events import Fallback
 from orchestrator.lease import await_free
 from orchestrator.retention import Janitor
 from orchestrator.run_log import FencedError, RunLog
-from tests.leading import Lead, config_of
-from tests.orchestrator.test_recovery import assert_equal_states, final_state
+from tests.leading import Lead, config_of, tensors_of
+from tests.orchestrator.test_recovery import assert_equal_states
 from tests.processes import ProcessCluster
 from workers.checkpoint.manifest import WEIGHT
 from workers.config import CheckpointConfig, StorageConfig
@@ -155,7 +155,7 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path):
     train = {"steps": 2, "init": f"{origin}@6", "validate_every": 1}
     with lead(tmp_path / "second", scaling=one, optim=still, train=train) as second:
         notes = second.wait()
-    before, after = final_state(tmp_path / "first"), final_state(tmp_path / "second")
+    before, after = (tensors_of(f"{tmp_path}/{name}/run") for name in ("first", "second"))
     for (kind, name), tensor in before.items():
         if kind == WEIGHT:
             assert np.abs(after[kind, name] - tensor).max() < 1e-6, name

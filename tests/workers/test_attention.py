@@ -7,12 +7,14 @@ import torch
 
 from optim.config import OptimConfig
 from tests.ranks import run_ranks
+from tests.trainer import trainer_of
 from tests.workers.test_llama import TINY as LLAMA
 from tests.workers.test_loop import task_of
 from tests.workers.test_moonlight import TINY as MOONLIGHT
-from workers.config import ModelConfig
+from workers.config import ModelConfig, TelemetryConfig
 from workers.models import build
 from workers.models.attention import CausalAttention, take_logits, watch
+from workers.reports import StepDone
 
 ONE_KEY_PER_HEAD = replace(LLAMA, num_kv_heads=LLAMA.num_heads)
 MODELS = {"moonlight": MOONLIGHT, "llama": LLAMA, "llama without groups": ONE_KEY_PER_HEAD}
@@ -73,27 +75,12 @@ def test_each_heads_rows_scale_its_logits_and_no_others(model):
 
 def peaks(rank: int, world_size: int, folder: str, model: ModelConfig, qk_clip: float) -> list[float]:
     """Train with nothing that holds the weights back, and return each step's largest logit."""
-    from workers.controls import Controls
-    from workers.engine import build_engine, default_device
-    from workers.loop import Trainer
-    from workers.reports import StepDone
-    from workers.state import Counters
-    from workers.task import Membership
-
     schedule: dict = {"schedule": "wsd", "decay_fraction": 0.5, "final_lr_fraction": 0.01}
     optim = OptimConfig(lr=0.2, weight_decay=0.0, qk_clip=qk_clip, **schedule)
-    task = replace(task_of(folder, steps=60, global_batch=48, micro_batch=12), model=model, optim=optim)
-    task = replace(task, telemetry=replace(task.telemetry, every=1, spectra=0))
-    engine = build_engine(model, optim, task.train, 0, default_device())
-    seen: list[float] = []
-
-    def report(kind, **fields):
-        if kind is StepDone:
-            seen.append(fields["measured"]["attention/max_logit"])
-
-    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
-    assert Trainer(task, member, engine, Counters(), Controls(report=report)).run() == "finished"
-    return seen
+    task = replace(task_of(folder, steps=60, global_batch=48, micro_batch=12), model=model, optim=optim, seed=0)
+    trainer, told = trainer_of(rank, world_size, replace(task, telemetry=TelemetryConfig(every=1, spectra=0)))
+    assert trainer.run() == "finished"
+    return [row["measured"]["attention/max_logit"] for row in told.of(StepDone)]
 
 
 @pytest.mark.parametrize("model", ["moonlight", "llama"])

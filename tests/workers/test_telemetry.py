@@ -9,42 +9,31 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from tests.trainer import trainer_of
 from tests.workers.test_llama import TINY as LLAMA
 from tests.workers.test_loop import task_of
 from tests.workers.test_moonlight import TINY as MOONLIGHT
 from workers.config import LlamaConfig, MoonlightConfig, TelemetryConfig
+from workers.controls import Pause
 from workers.gpus import BF16_TFLOPS, peak_tflops
 from workers.models import build_empty
+from workers.reports import Profiled, StepDone
 from workers.task import Task
 from workers.telemetry import KINDS, kind_of, svd_entropy
 
 
 def measured(rank: int, world_size: int, task: Task) -> dict:
-    """Train and return what rank 0 tells, and all weights before and after the step that was measured."""
-    from workers.controls import Controls
-    from workers.engine import build_engine, default_device
-    from workers.loop import Trainer
-    from workers.reports import Profiled, StepDone
-    from workers.state import Counters
-    from workers.task import Membership
+    """Train; return what was told, and all weights before each call of the optimizer and at the end."""
+    trainer, told = trainer_of(rank, world_size, task)
+    weights = []
 
-    engine = build_engine(task.model, task.optim, task.train, task.seed, default_device())
-    rows, traces, weights = [], [], []
+    def copy(*_) -> None:
+        weights.append({name: p.detach().clone() for name, p in trainer.engine.model.named_parameters()})
 
-    def copy() -> None:
-        weights.append({name: p.detach().clone() for name, p in engine.model.named_parameters()})
-
-    def report(kind, **fields):
-        if kind is StepDone:
-            rows.append(fields)
-        if kind is Profiled:
-            traces.append(fields)
-
-    engine.optimizer.register_step_pre_hook(lambda *_: copy())
-    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
-    Trainer(task, member, engine, Counters(), Controls(report=report)).run()
+    trainer.engine.optimizer.register_step_pre_hook(copy)
+    trainer.run()
     copy()
-    return {"rows": rows, "traces": traces, "weights": weights}
+    return {"rows": told.of(StepDone), "traces": told.of(Profiled), "weights": weights}
 
 
 def of_kind(weights: dict, kind: str) -> list[torch.Tensor]:
@@ -107,25 +96,12 @@ def test_chosen_steps_are_traced_by_rank_0(tmp_path):
 
 def paused_and_on(rank: int, world_size: int, task: Task) -> list[int]:
     """Leave in the middle of a trace, go on in the same process, and return the steps of the traces."""
-    from workers.controls import Controls, Pause
-    from workers.engine import build_engine, default_device
-    from workers.loop import Trainer
-    from workers.reports import Profiled
-    from workers.state import Counters
-    from workers.task import Membership
-
-    traces: list[int] = []
-    for start, leave in ((0, 3), (1, 99)):
-        engine = build_engine(task.model, task.optim, task.train, task.seed, default_device())
-        member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
-        counters = Counters(step=start)
-        controls = Controls(
-            report=lambda kind, **fields: traces.append(fields["step"]) if kind is Profiled else None,
-            pause=lambda counters=counters, leave=leave: Pause(leave=counters.step + 1 >= leave),
-        )
-        Trainer(task, member, engine, counters, controls).run()
-        engine.destroy()
-    return traces
+    broken_off, first = trainer_of(rank, world_size, task, pause=lambda: Pause(leave=broken_off.counters.step == 2))
+    assert broken_off.run() == "paused"
+    broken_off.engine.destroy()
+    again, second = trainer_of(rank, world_size, task, step=1)
+    again.run()
+    return [trace["step"] for told in (first, second) for trace in told.of(Profiled)]
 
 
 def test_a_trace_that_was_broken_off_is_begun_anew(tmp_path):
