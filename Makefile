@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test chaos test-gpu lint format curves studies bench bench-recovery bench-optimizer bench-checkpoint lock clean
+.PHONY: help install demo test chaos test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-checkpoint lock clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,13 @@ lint: $(INSTALLED) ## ruff, pyright, import-linter
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+lint-infra: $(INSTALLED) ## checkov over infra/, from a venv of its own: its pins are not ours
+	$(PYTHON) -m venv build/checkov
+	build/checkov/bin/pip install --quiet checkov==3.3.30
+	mkdir -p build/pods
+	$(BIN)/python -m tests.infra.manifests > build/pods/pods.yaml
+	build/checkov/bin/checkov --config-file infra/checkov.yaml --directory infra --directory build/pods
 
 format: $(INSTALLED) ## format the code
 	$(BIN)/ruff check --fix .
