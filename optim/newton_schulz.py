@@ -38,7 +38,7 @@ class Workspace:
 
 def newton_schulz(
     x: Tensor,
-    polynomials: Sequence[Quintic] = coefficients("quintic", 5),
+    polynomials: tuple[Quintic, ...] = coefficients("quintic", 5),
     form: Form | None = None,
     dtype: torch.dtype | None = None,
     workspace: Workspace | None = None,
@@ -66,7 +66,6 @@ def newton_schulz(
     torch.mul(batch, torch.where(norm > 0, 1 / norm, 0.0), out=left)
     if rows > columns:  # The Gram matrix is taken on the shorter side.
         left, right = left.mT, right.mT
-    polynomials = tuple(polynomials)
     beginnings, blocks = restarts(polynomials, PRECISIONS[dtype]), _blocks(left)
     share = (blocks + 1) / (2 * blocks)
     if (form or form_of(rows, columns, len(polynomials), beginnings, share)) == "standard":

@@ -62,16 +62,10 @@ class Engine:
         """DeepSpeed's ZeRO wrapper around our optimizer."""
         return self.engine.optimizer
 
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """Sum `values` (fp64) over all ranks."""
+    def all_reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """Sum `values` over all ranks, or combine them as `op` says."""
         on_device = values.to(self.device)
-        dist.all_reduce(on_device)
-        return on_device.cpu()
-
-    def all_max(self, values: Tensor) -> Tensor:
-        """Return the largest of each of `values` over all ranks."""
-        on_device = values.to(self.device)
-        dist.all_reduce(on_device, dist.ReduceOp.MAX)
+        dist.all_reduce(on_device, op)
         return on_device.cpu()
 
     def publish_weights(self) -> None:

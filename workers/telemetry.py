@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from workers.config import ModelConfig, MoonlightConfig, TelemetryConfig, TrainConfig
 from workers.engine import Engine
@@ -100,8 +101,7 @@ class Telemetry:
         self.config, self.engine, self.tick, self.report = config, engine, tick, report
         self.clock = StepClock(engine.device)
         self.clips = engine.optimizer.config.qk_clip > 0
-        if config.every or self.clips:
-            compile_watched(engine.model.config, train, next(engine.model.parameters()).dtype, engine.device)
+        warm_up(config, engine.model.config, train, engine)
         self.due = False
         self.profiler: torch.profiler.profile | None = None
         self.flops_per_step = train.global_batch * train.seq_len * engine.model.flops_per_token(train.seq_len)
@@ -134,7 +134,7 @@ class Telemetry:
             return
         logits = take_logits(self.engine.model)
         self._logits = logits if counts else Logits.none(logits)
-        self.engine.optimizer.max_logits = self.engine.all_max(self._logits.largest).tolist()
+        self.engine.optimizer.max_logits = self.engine.all_reduce(self._logits.largest, ReduceOp.MAX).tolist()
         if self.due:
             self.clock.part("")
             # On the host: a GPU may have no room for another copy of its weights.
@@ -211,12 +211,13 @@ class Telemetry:
         decay = 1 - lr * self.engine.optimizer.config.weight_decay
         for before, state in zip(self._before, self._flat_state(), strict=True):
             for fragment in state.fragments:
+                row = sums[rows[kind_of(fragment.name)]]
                 for first in range(fragment.offset, fragment.offset + fragment.length, CHUNK):
                     last = min(first + CHUNK, fragment.offset + fragment.length)
                     now = state.tensors["weight"][first:last]
                     update = (before[first:last].to(device) * decay - now) / lr
                     counted = now.new_tensor(last - first, dtype=torch.float64)
-                    sums[rows[kind_of(fragment.name)]] += torch.stack(
+                    row += torch.stack(
                         [update.square().sum(dtype=torch.float64), now.square().sum(dtype=torch.float64), counted]
                     )
         return sums.cpu()
@@ -246,11 +247,22 @@ class Telemetry:
         return self.engine.optimizer.flat_state(self.engine.rank)
 
 
+def warm_up(config: TelemetryConfig, model: ModelConfig, train: TrainConfig, engine: Engine) -> None:
+    """Compile the attention of `model` that will be watched: in a step that would be taken for a hang.
+
+    Args:
+        config: whether anything is measured.
+        model: that will be trained.
+        train: batch and length.
+        engine: any on the device, in the precision and with the optimizer's settings of the training.
+    """
+    watches = config.every or engine.optimizer.config.qk_clip
+    if watches and engine.device.type == "cuda":
+        _compile_watched(model, train, next(engine.model.parameters()).dtype, engine.device)
+
+
 @functools.cache
-def compile_watched(config: ModelConfig, train: TrainConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile the attention that is watched, once in a process: in a step it would be taken for a hang."""
-    if device.type != "cuda":
-        return
+def _compile_watched(config: ModelConfig, train: TrainConfig, dtype: torch.dtype, device: torch.device) -> None:
     config = replace(config, num_layers=1, vocab_size=256)
     if isinstance(config, MoonlightConfig):
         config = replace(config, num_dense_layers=1)

@@ -17,7 +17,7 @@ from workers.snapshots.reader import SnapshotReader
 from workers.state import Counters, WeightsOnly, load_state, shard_map
 from workers.storage import Store
 from workers.task import Membership, Task
-from workers.telemetry import compile_watched
+from workers.telemetry import warm_up
 
 
 def join(member: Membership, task: Task, rendezvous: dist.Store | None = None) -> Engine:
@@ -108,8 +108,7 @@ def rehearse(task: Task) -> None:
         tokens = torch.zeros(1, 16, dtype=torch.int64, device=device)
         engine.engine.backward(engine.engine(tokens).float().square().mean(), scale_wrt_gas=False)
         engine.engine.step()
-        if task.telemetry.every or task.optim.qk_clip:
-            compile_watched(task.model, task.train, next(engine.model.parameters()).dtype, device)
+        warm_up(task.telemetry, task.model, task.train, engine)
         engine.destroy()
     finally:
         del engine

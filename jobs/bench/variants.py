@@ -13,6 +13,7 @@ from typing import Any
 from jobs.bench.process import torchrun
 from jobs.load import load, plain_yaml
 
+SHORT = ["train.steps=150", "train.validate_every=0", "train.sample_prompt=''", "telemetry.every=0"]
 PLAIN = ["optim.wire_dtype=fp32", "optim.ns_dtype=fp32", "optim.ns_form=auto"]
 VARIANTS = {
     "plain: fp32 wire, fp32 quintic, adjusted lr": [],
@@ -44,7 +45,7 @@ def variants(overrides: list[str], seeds: int, table: Path | None, say: Callable
     with tempfile.TemporaryDirectory(prefix="raymuon-variants-") as folder:
         for seed in range(seeds):
             for name, settings in VARIANTS.items():
-                config = load("demo", [*_SHORT, *PLAIN, *settings, f"seed={seed}", *overrides])
+                config = load("demo", [*SHORT, *PLAIN, *settings, f"seed={seed}", *overrides])
                 path = Path(folder) / "config.yaml"
                 path.write_text(plain_yaml(config))
                 losses[name].append(torchrun(WORLD_SIZE, "jobs.bench.plain", path, f"{folder}/run")["val_loss"])
@@ -61,9 +62,6 @@ def variants(overrides: list[str], seeds: int, table: Path | None, say: Callable
     if table is not None:
         table.write_text(_markdown(report))
     return report
-
-
-_SHORT = ["train.steps=150", "train.validate_every=0", "train.sample_prompt=''", "telemetry.every=0"]
 
 
 def _spread(name: str, values: list[float]) -> dict[str, float]:
