@@ -17,7 +17,7 @@ from rich.console import Console
 from jobs.load import load, plain_yaml
 from jobs.watch import TerminalWatcher
 from orchestrator.config import RunConfig, absolute
-from orchestrator.driver import RunResult, run
+from orchestrator.driver import Options, RunResult, run
 from orchestrator.stop import StopSignal
 from workers.errors import Interrupted
 from workers.storage import storage_errors
@@ -42,12 +42,14 @@ def train(
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.request())
     plots: list[Path] = []
-
-    def artifacts(result: RunResult, record: Any) -> None:
-        plots.append(_write_artifacts(run_config, result, record))
-
+    options = Options(
+        files={"config.yaml": plain_yaml(run_config).encode()},
+        artifacts=lambda result, record: plots.append(_keep_curve(run_config, result, record)),
+        take_over=take_over,
+        kill_after=kill_worker,
+    )
     with TerminalWatcher(run_config.train.global_batch * run_config.train.seq_len) as watcher:
-        result = run(run_config, resume, address, watcher, stop, artifacts, kill_worker, take_over)
+        result = run(run_config, resume, address, watcher, stop, options)
     summary = _summary(run_config, result, plots[0] if plots else None)
     _print(summary, Console(stderr=as_json, highlight=False))
     if as_json:
@@ -59,16 +61,13 @@ def train(
         )
 
 
-def _write_artifacts(config: RunConfig, result: RunResult, record: Any) -> Path:
-    """Put the resolved config and the loss curve into the MLflow run; keep the picture under runs/plots."""
+def _keep_curve(config: RunConfig, result: RunResult, record: Any) -> Path:
+    """Put the loss curve into the MLflow run, and keep it under runs/plots."""
     from jobs.curves import plot_losses  # matplotlib takes a second to import.
 
     kept = Path("runs") / "plots" / f"{result.run_id}.png"
     # A full disk here, or in the temporary folder, must not look like a failed training.
     with storage_errors(str(kept)), tempfile.TemporaryDirectory() as folder:
-        resolved = Path(folder) / "config.yaml"
-        resolved.write_text(plain_yaml(config))
-        record.artifact(resolved)
         picture = Path(folder) / "loss.png"
         plot_losses({config.run.name: result.losses}, picture)
         record.artifact(picture)

@@ -1,5 +1,6 @@
 """Ray itself: join a cluster or start a local one, and reach its slots, nodes and processes."""
 
+import json
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|has been marked dead")
 
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.state import state as global_state
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import (
@@ -71,6 +73,13 @@ def connected(address: str | None) -> Iterator[bool]:
         yield local
     finally:
         ray.shutdown()
+
+
+def job_place() -> tuple[str, str]:
+    """Return this driver's submission id and the cluster's dashboard; empty where it is no job, or there is none."""
+    told = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR) or "{}")
+    dashboard = ray._private.worker.get_dashboard_url()
+    return told.get("metadata", {}).get("job_submission_id", ""), f"http://{dashboard}" if dashboard else ""
 
 
 class RayHandle:

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from orchestrator.commits import Commits
 from orchestrator.config import RunConfig
 from orchestrator.events import (
-    DriverStarted,
     Event,
     Fallback,
     Fault,
@@ -39,7 +38,7 @@ from orchestrator.policy import (
     newest_snapshot,
     should_grow,
 )
-from orchestrator.pool import Pool, PoolWorker
+from orchestrator.pool import NodeUsage, Pool, PoolWorker
 from orchestrator.run_log import FencedError
 from orchestrator.stop import StopSignal
 from orchestrator.worker_group import WorkerGroup
@@ -84,6 +83,9 @@ class Recorder(Protocol):
 
     def stack(self, name: str, text: str) -> None:
         """What a worker that hung was doing."""
+
+    def usage(self, usage: NodeUsage) -> None:
+        """How busy a node is."""
 
     def slow(self, ranks: dict[int, float]) -> None:
         """Ranks that are slower than the others, and how many times."""
@@ -170,7 +172,6 @@ class Controller:
         Raises:
             RaymuonError: with the exit code of what went wrong.
         """
-        self._event(DriverStarted(**self._now(), attempt=self.task.attempt))
         while not self.outcome:
             members = self._assemble(stop)
             group = self._form(members)
@@ -328,7 +329,7 @@ class Controller:
         if going:
             return _Change("preemption", f"node {going[0][:8]} goes away in {self.pool.draining[going[0]]:.0f} s")
         spare = [worker for worker in self.pool.candidates if worker.number not in numbers]
-        if not spare or not self._begun or self.progress.step + 2 >= self.config.train.steps:
+        if not spare or not self._begun or self.progress.step + 2 >= self.task.last_step:
             self._spare_since = None
             return None
         self._spare_since = self._spare_since or time.monotonic()
@@ -450,6 +451,8 @@ class Controller:
         self.lease.check()
         self.pool.refresh()
         self._take_all(self.pool.take_reports())
+        for usage in self.pool.take_usage():
+            self.recorder.usage(usage)
 
     def _take_all(self, reports: list[Report]) -> None:
         for report in reports:
@@ -532,7 +535,7 @@ class Controller:
         if manifest is not None:
             self.policy.saved()
             self.progress.committed = manifest.step
-            self.task = replace(self.task, manifest=manifest)
+            self.task = replace(self.task, manifest=manifest, manifest_url="")
             self.recorder.committed(manifest.step)
 
     def _fall_back(self, report: CheckpointDamaged) -> None:
@@ -540,6 +543,8 @@ class Controller:
         damaged = self.task.manifest
         if damaged is None:
             raise DamagedError(f"train.init={self.config.train.init}: {report.error}")
+        if self.task.manifest_url:  # The replayed run's: it is not ours to go back in.
+            raise DamagedError(f"{self.task.manifest_url}@{damaged.step}: {report.error}")
         if damaged.step != report.step:
             return  # Another rank has said so already.
         try:

@@ -5,16 +5,17 @@ Then the controller leads; the driver is never in the step's path.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from orchestrator.cluster import RayCluster, connected
+from orchestrator.cluster import RayCluster, connected, job_place
 from orchestrator.commits import Commits
 from orchestrator.config import RunConfig, flatten, task_of
 from orchestrator.controller import Controller, Progress
+from orchestrator.events import DriverStarted
 from orchestrator.journal import Journal
 from orchestrator.keeper import new_token
 from orchestrator.lease import Lease
@@ -30,10 +31,13 @@ from orchestrator.preflight import (
     in_background,
     run_store,
 )
+from orchestrator.provenance import Provenance, provenance
 from orchestrator.recorder import RunRecorder, Watcher, go_on_with
+from orchestrator.report import Links
 from orchestrator.retention import Janitor
 from orchestrator.run_log import FencedError, RunLog
 from orchestrator.stop import StopSignal
+from orchestrator.stretch import Stretch
 from workers.errors import ClusterError, Interrupted, StorageError
 from workers.storage import configure_s3
 
@@ -73,15 +77,29 @@ class RunResult:
     """Training and validation losses of the whole run, `(step, nats per token)`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What most runs do without."""
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Become artifacts of the run at its beginning, by name."""
+    artifacts: Callable[[RunResult, Any], None] = lambda result, record: None
+    """Called with the result and the MLflow record before the record is closed."""
+    take_over: bool = False
+    """Take the run from a driver that leads it."""
+    stretch: Stretch | None = None
+    """What to train once more of another run."""
+    kill_after: int | None = None
+    """For demonstrations: SIGKILL one worker after this step."""
+
+
 def run(
     config: RunConfig,
     resume: str,
     address: str | None,
     watcher: Watcher,
     stop: StopSignal,
-    artifacts: Callable[[RunResult, Any], None] = lambda result, record: None,
-    kill_after: int | None = None,
-    take_over: bool = False,
+    options: Options = Options(),
 ) -> RunResult:
     """Train a run from its start, or from where it is, to its end.
 
@@ -91,9 +109,7 @@ def run(
         address: of a Ray cluster; None starts a local one, unless RAY_ADDRESS is set.
         watcher: shows what happens.
         stop: tells when a person wants it to end.
-        artifacts: called with the result and the MLflow record before the record is closed.
-        kill_after: for demonstrations: SIGKILL one worker after this step.
-        take_over: take the run from a driver that leads it.
+        options: what most runs do without.
 
     Returns:
         The result; `status` is `finished` or `interrupted`.
@@ -102,11 +118,13 @@ def run(
         RaymuonError: with the exit code of what went wrong.
     """
     configure_s3(config.storage.s3_endpoint)
-    inputs = _await(in_background(lambda: check_inputs(config), may_be_torn=True), stop)
+    stretch = options.stretch
+    corpus = stretch and stretch.corpus
+    inputs = _await(in_background(lambda: check_inputs(config, corpus), may_be_torn=True), stop)
     if inputs.warning:
         watcher.warn(inputs.warning)
     found = in_background(lambda: find_run(config, inputs.corpus, resume), may_be_torn=False)
-    free = in_background(lambda: take_over or await_free_run(config, found.result()), may_be_torn=True)
+    free = in_background(lambda: options.take_over or await_free_run(config, found.result()), may_be_torn=True)
 
     def check() -> None:
         stop.check()
@@ -128,7 +146,7 @@ def run(
                 pool.refresh()
                 time.sleep(0.02)
             _await(free, stop)
-            return _lead(config, inputs, _await(found, stop), pool, watcher, stop, artifacts, kill_after)
+            return _lead(config, inputs, _await(found, stop), pool, watcher, stop, options)
 
 
 def _await(future: Future[T], stop: StopSignal) -> T:
@@ -176,8 +194,7 @@ def _lead(
     pool: Pool,
     watcher: Watcher,
     stop: StopSignal,
-    artifacts: Callable[[RunResult, Any], None],
-    kill_after: int | None,
+    options: Options,
 ) -> RunResult:
     """Make or take over the run, train, and close the record whatever happens."""
     from orchestrator.tracking import RunRecord
@@ -186,9 +203,9 @@ def _lead(
     record = RunRecord(found.tracking, run_id)
     try:
         with Lease(run_store(config, run_id), strict=bool(inputs.warning)) as lease:
-            result = _attempt(config, inputs, found, record, lease, pool, watcher, stop, kill_after)
+            result = _attempt(config, inputs, found, record, lease, pool, watcher, stop, options)
         try:
-            artifacts(result, record)
+            options.artifacts(result, record)
         except StorageError as error:  # The training is done and saved: a missing picture does not undo it.
             watcher.warn(str(error))
     except FencedError:
@@ -211,7 +228,7 @@ def _attempt(
     pool: Pool,
     watcher: Watcher,
     stop: StopSignal,
-    kill_after: int | None,
+    options: Options,
 ) -> RunResult:
     """Take the run over, lead it to its end, and say what it came to."""
     # The log is read anew: since the preflight another driver may have come and gone.
@@ -219,16 +236,21 @@ def _attempt(
     url, run_identity = log.store.url, identity(config, inputs.corpus)
     if log.identity is not None:
         check_identity(log, run_identity)
-    manifest = log.newest_good()
+    manifest, manifest_url = log.newest_good(), ""
+    if manifest is None and options.stretch is not None:
+        manifest, manifest_url = options.stretch.manifest, options.stretch.run_url
     for text in log.damaged:
         watcher.warn(f"{text}; it does not count")
     attempt = log.take_over(run_identity, inputs.warning)
-    record.tag("raymuon.checkpoint_url", url)
-    record.tag("raymuon.store_fences", str(not inputs.warning).lower())
+    code, (job, dashboard) = provenance(), job_place()
+    links = Links(url, code, job, dashboard)
+    for key, value in {**links.tags(), "raymuon.store_fences": str(not inputs.warning).lower()}.items():
+        record.tag(key, value)
     journal = Journal(log.store, attempt)
     restored = manifest.step if manifest else 0
-    tally = go_on_with(record, journal, restored, time.time(), watcher.warn)
-    recorder = RunRecorder(config, record, journal, watcher, url, tally)
+    tally, events = go_on_with(record, journal, restored, time.time(), watcher.warn)
+    last_step = options.stretch.last_step if options.stretch else config.train.steps
+    recorder = RunRecorder(config, record, journal, watcher, links, last_step, tally, events)
     progress = Progress(
         step=max(restored, record.marks["train"]),
         tokens=manifest.counters["tokens"] if manifest else 0,
@@ -242,7 +264,10 @@ def _attempt(
     with Janitor(log, config.checkpoint, commits.bad, watcher.warn) as janitor:
         commits.after = janitor.wake
         task = task_of(config, inputs.corpus, url, attempt, manifest, found.origin)
-        controller = Controller(config, pool, commits, task, progress, recorder, tally, lease, kill_after)
+        task = replace(task, manifest_url=manifest_url, until=last_step)
+        controller = Controller(config, pool, commits, task, progress, recorder, tally, lease, options.kill_after)
+        recorder.event(_started(config, inputs, code, attempt, progress.step))
+        recorder.keep(options.files)
         try:
             with stop.during_training():
                 status = controller.run(stop)
@@ -270,3 +295,14 @@ def _attempt(
         if result.losses[1][0][0] == 0:
             result.val_loss_start = result.losses[1][0][1]
     return result
+
+
+def _started(config: RunConfig, inputs: Inputs, code: Provenance, attempt: int, step: int) -> DriverStarted:
+    return DriverStarted(
+        time=time.time(),
+        step=step,
+        attempt=attempt,
+        config=asdict(config),
+        provenance=asdict(code),
+        corpus=inputs.corpus.url,
+    )

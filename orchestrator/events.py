@@ -87,9 +87,15 @@ class Fallback(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverStarted(Event):
-    """A driver took the run over, as its attempt `attempt`."""
+    """A driver took the run over, as its attempt `attempt`; what a replay has to know of it."""
 
     attempt: int
+    config: dict[str, Any] = field(default_factory=dict)
+    """Resolved, of this attempt: steps, learning rate and places may change between attempts."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """`orchestrator.provenance.Provenance`."""
+    corpus: str = ""
+    """URL of the prepared corpus."""
 
 
 @dataclass

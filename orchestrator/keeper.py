@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from orchestrator.usage import Usage
 from workers.checkpoint.manifest import BUFFER, Entry, place_of
 from workers.checkpoint.shards import write_shard
 from workers.config import StorageConfig
@@ -78,6 +79,7 @@ class Keeper:
         self._own: dict[tuple[int, int], _Held] = {}
         self._copies: dict[tuple[int, int], _Held] = {}
         self._fence = 0
+        self._usage = Usage()
         self._outbox: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._bandwidth = Bandwidth(storage.max_upload_mb_per_s * 1e6 if storage.max_upload_mb_per_s else None)
         self._uploads = ThreadPoolExecutor(UPLOADS, thread_name_prefix="upload")
@@ -95,6 +97,10 @@ class Keeper:
             while True:
                 found.append(self._outbox.get_nowait())
         return found
+
+    def usage(self) -> dict[str, float]:
+        """Return how busy the node is, by the names of MLflow's system metrics."""
+        return self._usage.sample()
 
     def inventory(self, fence: int) -> list[KeptShard]:
         """Return every whole snapshot that is here, and listen no more to generations before `fence`."""

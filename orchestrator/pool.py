@@ -27,6 +27,8 @@ POLL_S = 1.0
 DRAIN_LOOK_S = 0.5
 REVIVE_S = 1.0
 """Between two tries to start a keeper on a node."""
+USAGE_S = 10.0
+"""Between two looks at how busy a node is; MLflow's own interval."""
 STILLBORN = 3
 """Workers of a slot that may die in a row before they are ready."""
 
@@ -55,6 +57,18 @@ class PoolKeeper:
     address: Address | None = None
     polling: Future[list[Report]] | None = None
     heard: float = field(default_factory=time.monotonic)
+    measuring: Future[dict[str, float]] | None = None
+    measured: float = 0.0
+    """When its node's usage was asked for last."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeUsage:
+    """How busy a node is at a time (seconds since the epoch), by MLflow's names of system metrics."""
+
+    node: str
+    time: float
+    values: dict[str, float]
 
 
 class Pool:
@@ -95,6 +109,7 @@ class Pool:
         self._next_number = 0
         self._stillborn: dict[str, int] = {}
         self._reports: list[Report] = []
+        self._usage: list[NodeUsage] = []
 
     def __enter__(self) -> "Pool":
         return self
@@ -136,6 +151,11 @@ class Pool:
         """Return what the keepers have told since the last call."""
         reports, self._reports = self._reports, []
         return reports
+
+    def take_usage(self) -> list["NodeUsage"]:
+        """Return how busy the nodes were, as their keepers have told since the last call."""
+        usage, self._usage = self._usage, []
+        return usage
 
     # -- housekeeping --------------------------------------------------------------------------------------------------
 
@@ -225,11 +245,19 @@ class Pool:
                 keeper.polling, keeper.heard = None, now
             if keeper.polling is None:
                 keeper.polling = keeper.handle.call("poll", POLL_S)
+            self._ask_for_usage(keeper, now)
             if now - keeper.heard > self.hang_s:
                 keeper.handle.kill()
                 raise Gone(f"no answer for {now - keeper.heard:.1f} s")
         except Gone as error:
             self.lose_keeper(keeper, str(error))
+
+    def _ask_for_usage(self, keeper: PoolKeeper, now: float) -> None:
+        if keeper.measuring is not None and keeper.measuring.done():
+            self._usage.append(NodeUsage(keeper.node, time.time(), keeper.measuring.result()))
+            keeper.measuring = None
+        if keeper.measuring is None and now - keeper.measured >= USAGE_S:
+            keeper.measuring, keeper.measured = keeper.handle.call("usage"), now
 
     # -- losses --------------------------------------------------------------------------------------------------------
 

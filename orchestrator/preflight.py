@@ -37,8 +37,12 @@ class Inputs:
     """That the store does not honour conditional creates, on which fencing rests; empty where it does."""
 
 
-def check_inputs(config: RunConfig) -> Inputs:
+def check_inputs(config: RunConfig, corpus: Corpus | None = None) -> Inputs:
     """Check that tracking and storage can be reached and that there is enough data.
+
+    Args:
+        config: of the run.
+        corpus: to train on; None prepares what the config names.
 
     Raises:
         ConfigError: the corpus is missing, empty or too small.
@@ -48,7 +52,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     url = config.checkpoint.url
     fences = Store(url).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
-    corpus = prepare(config.data)
+    corpus = corpus or prepare(config.data)
     if problems := check_corpus(corpus, config.train.seq_len, config.train.global_batch):
         raise ConfigError("\n".join(problems))
     return Inputs(corpus, "" if fences else warning)

@@ -1,16 +1,22 @@
 """What becomes of everything that happens in a run: MLflow, the journal, and the person who watches."""
 
+import json
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.config import RunConfig
 from orchestrator.events import DriverStarted, Event, Fault, Membership, Recovery, Tally
 from orchestrator.journal import Journal, read_journal
+from orchestrator.pool import NodeUsage
+from orchestrator.report import DESCRIPTION, Links, describe, recovery_report
 from workers.errors import StorageError
 from workers.reports import Profiled, Report, Sampled, StepDone, Validated
+
+BULKY = ("config", "provenance")
+"""Keys of events that stay in the journal alone."""
 
 
 class Watcher(Protocol):
@@ -43,15 +49,25 @@ class RunRecorder:
         record: its MLflow run (an `orchestrator.tracking.RunRecord`, whose import takes seconds).
         journal: of this attempt.
         watcher: shows what happens.
-        url: of the run's folder.
+        links: where everything of the run is.
+        last_step: after which it ends.
         tally: what adds up.
+        events: of earlier attempts.
     """
 
     def __init__(
-        self, config: RunConfig, record: Any, journal: Journal, watcher: Watcher, url: str, tally: Tally
+        self,
+        config: RunConfig,
+        record: Any,
+        journal: Journal,
+        watcher: Watcher,
+        links: Links,
+        last_step: int,
+        tally: Tally,
+        events: list[dict[str, Any]],
     ) -> None:
         self.config, self.record, self.journal, self.watcher = config, record, journal, watcher
-        self.url, self.tally = url, tally
+        self.links, self.last_step, self.tally, self.events = links, last_step, tally, events
         self.val_loss: float | None = None
         self.sample = ""
         self.checkpoint = ""
@@ -103,14 +119,15 @@ class RunRecorder:
         self.watcher.report(report)
 
     def event(self, event: Event) -> None:
-        """Journal an event, and show it in MLflow on the loss's axis."""
+        """Journal an event, and show it in MLflow: on the loss's axis, and in the run's description."""
         self.journal.add(event.record())
+        self.events.append(_slim(event.record()))
+        self.record.tag_later(DESCRIPTION, describe(self.config, self.record.run_id, self.links, self.events))
         self.watcher.event(event)
         match event:
             case Membership() if not self._begun:
                 self._begun = True
-                steps = self.config.train.steps
-                self.watcher.begin(self.record.run_id, event.restored_step, steps, event.world_size)
+                self.watcher.begin(self.record.run_id, event.restored_step, self.last_step, event.world_size)
             case Fault():
                 self._faults += 1
                 self.record.note(event.step, event.time, {"faults": self._faults})
@@ -131,6 +148,17 @@ class RunRecorder:
         """Keep what a worker that hung was doing beside the run."""
         self._put(f"{name}.txt", text.encode(), "stacks")
 
+    def usage(self, usage: NodeUsage) -> None:
+        """Show how busy a node is, on the loss's axis."""
+        step, _ = self._losses.get("loss", (0, 0.0))
+        values = {f"system/{usage.node[:8]}/{name}": value for name, value in usage.values.items()}
+        self.record.note(step, usage.time, values)
+
+    def keep(self, files: Mapping[str, bytes]) -> None:
+        """Make files artifacts of the run."""
+        for name, content in files.items():
+            self._put(name, content)
+
     def slow(self, ranks: dict[int, float]) -> None:
         """Name the ranks that are slower than the others, when they change."""
         if ranks.keys() != self._slow:
@@ -140,7 +168,8 @@ class RunRecorder:
 
     def committed(self, step: int) -> None:
         """Note the newest checkpoint."""
-        self.checkpoint = f"{self.url}@{step}"
+        self.checkpoint = f"{self.links.url}@{step}"
+        self.record.tag_later("raymuon.checkpoint", self.checkpoint)
         self.watcher.committed(step, self.checkpoint)
 
     def notice(self, text: str) -> None:
@@ -159,6 +188,8 @@ class RunRecorder:
 
     def close(self, now: float) -> None:
         """Put down the rest, and what it all adds up to."""
+        report = recovery_report(self.events, self.tally, now)
+        self.keep({"recovery.md": report.encode(), "events.json": json.dumps(self.events, indent=1).encode()})
         for thread in self._artifacts:
             thread.join()
         self._try(lambda: self.record.tag("raymuon.goodput", f"{self.tally.goodput(now):.4f}"))
@@ -170,7 +201,7 @@ class RunRecorder:
         self.record.log(series, step, at, values)
         self.journal.add({"series": series, "step": step, "time": at, "values": values})
 
-    def _put(self, name: str, content: bytes, folder: str) -> None:
+    def _put(self, name: str, content: bytes, folder: str | None = None) -> None:
         """Make a file an artifact of the run; nobody waits for MLflow."""
 
         def put() -> None:
@@ -189,7 +220,9 @@ class RunRecorder:
             self.watcher.warn(str(error))
 
 
-def go_on_with(record: Any, journal: Journal, last_step: int, now: float, warn: Callable[[str], object]) -> Tally:
+def go_on_with(
+    record: Any, journal: Journal, last_step: int, now: float, warn: Callable[[str], object]
+) -> tuple[Tally, list[dict[str, Any]]]:
     """Give MLflow the rows that earlier drivers journalled and could not log, and add up what has happened so far.
 
     Args:
@@ -198,10 +231,16 @@ def go_on_with(record: Any, journal: Journal, last_step: int, now: float, warn: 
         last_step: rows after it are of steps that will be trained again.
         now: seconds since the epoch.
         warn: told of damage.
+
+    Returns:
+        What adds up, and the events.
     """
     tally = Tally(now)
+    events: list[dict[str, Any]] = []
     seen: set[int] = set()
     for line in read_journal(journal.store, warn):
+        if "event" in line:
+            events.append(_slim(line))
         if line.get("event") == DriverStarted.__name__:
             tally.began = min(tally.began, line["time"])
         elif line.get("event") == Recovery.__name__:
@@ -211,4 +250,8 @@ def go_on_with(record: Any, journal: Journal, last_step: int, now: float, warn: 
             if line["series"] == "train" and line["step"] not in seen:
                 seen.add(line["step"])
                 tally.step(line["values"]["step_seconds"])
-    return tally
+    return tally, events
+
+
+def _slim(event: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key not in BULKY}

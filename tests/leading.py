@@ -17,7 +17,7 @@ from orchestrator.events import Event, Fault, Membership, Recovery, Tally
 from orchestrator.journal import Journal
 from orchestrator.keeper import new_token
 from orchestrator.lease import Lease
-from orchestrator.pool import Pool
+from orchestrator.pool import NodeUsage, Pool
 from orchestrator.preflight import find_origin, identity
 from orchestrator.run_log import RunLog
 from orchestrator.stop import StopSignal
@@ -62,6 +62,7 @@ class Notes:
     worlds: list[int] = field(default_factory=list)
     validations: list[Validated] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    usages: list[NodeUsage] = field(default_factory=list)
     stacks: dict[str, str] = field(default_factory=dict)
     slow_ranks: list[dict[int, float]] = field(default_factory=list)
     commits: list[int] = field(default_factory=list)
@@ -85,6 +86,9 @@ class Notes:
 
     def stack(self, name: str, text: str) -> None:
         self.stacks[name] = text
+
+    def usage(self, usage: NodeUsage) -> None:
+        self.usages.append(usage)
 
     def slow(self, ranks: dict[int, float]) -> None:
         self.slow_ranks.append(ranks)

@@ -138,18 +138,18 @@ class Trainer:
             self.telemetry.close()
 
     def _run(self) -> str:
-        steps = self.task.train.steps
+        last_step = self.task.last_step
         self._duties()
-        while self.counters.step < steps:
+        while self.counters.step < last_step:
             pause = self._step()
             self._duties(save=pause.save)
-            if pause.leave and self.counters.step < steps:
+            if pause.leave and self.counters.step < last_step:
                 self._snapshot()
                 self.snapshots.close()
                 return PAUSED
         self.snapshots.close()
         train = self.task.train
-        if self.engine.rank == 0 and train.sample_prompt and train.sample_bytes:
+        if self.engine.rank == 0 and train.sample_prompt and train.sample_bytes and last_step == train.steps:
             text = generate(self.engine.model, train.sample_prompt, train.sample_bytes, train.seq_len, self.task.seed)
             self.controls.report(Sampled, text=text)
         return FINISHED
@@ -329,8 +329,8 @@ class Trainer:
         return yes.item() == self.engine.world_size
 
     def _save_is_due(self, step: int) -> bool:
-        every, steps = self.task.checkpoint.every, self.task.train.steps
-        return step == steps or bool(every and step % every == 0)
+        every = self.task.checkpoint.every
+        return step == self.task.last_step or bool(every and step % every == 0)
 
     def _duties(self, save: bool = False) -> None:
         """Do what belongs to this step and is not on record yet.
@@ -343,7 +343,7 @@ class Trainer:
             self._validate()
             self.validated = step
         if self.member.keepers and (save or self._save_is_due(step)) and step > max(0, self.saved):
-            self._save(step, last=save or step == train.steps)
+            self._save(step, last=save or step == self.task.last_step)
             self.saved = step
 
     def _save(self, step: int, last: bool) -> None:

@@ -35,9 +35,18 @@ class Task:
     """Which take-over of the run this is; 1 is the first."""
     manifest: Manifest | None
     """The newest checkpoint: where to go on from if no snapshot is at hand; None starts anew."""
+    manifest_url: str = ""
+    """The folder of the run whose checkpoint that is, where it is another: a replay begins with the replayed run's."""
+    until: int = 0
+    """Step after which a replay ends, with a checkpoint; 0: the last one."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     origin: Origin | None = None
     """Where the weights of a run that starts anew come from; None draws them."""
+
+    @property
+    def last_step(self) -> int:
+        """The step after which training ends; the schedule's last one is `train.steps`."""
+        return self.until or self.train.steps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def take_state(engine: Engine, task: Task, member: Membership) -> tuple[Counters
     Returns:
         Where the run is, and how many bytes were read from storage.
     """
-    checkpoint = CheckpointReader(Store(task.run_url), task.manifest) if task.manifest else None
+    checkpoint = CheckpointReader(Store(task.manifest_url or task.run_url), task.manifest) if task.manifest else None
     if (snapshot := member.snapshot) is not None:
         rest = checkpoint if snapshot.saved else None
         reader = SnapshotReader(snapshot, lambda world, rank: shard_map(engine, world, rank), member.links.keeper, rest)
