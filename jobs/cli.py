@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.config import DEFAULT_TRACKING_URI
 from workers.errors import RaymuonError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -34,6 +35,8 @@ S3Endpoint = Annotated[str, typer.Option(help="Of an S3 store that is not AWS.",
 Config = Annotated[str, typer.Argument(help="A YAML file, or a built-in config by name: demo.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance optim.lr=1e-2.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on the last line of stdout.")]
+Run = Annotated[str, typer.Argument(help="A run's id or name in MLflow, or the URL of its folder.")]
+TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Of the MLflow that has the run.")]
 CheckpointUrl = Annotated[str, typer.Argument(help="A run's folder, its newest checkpoint, or FOLDER@STEP.")]
 
 
@@ -63,15 +66,38 @@ def train(
 
 
 @app.command()
+def replay(
+    run: Run,
+    overrides: Overrides = None,
+    steps: Annotated[
+        str, typer.Option(help="A:B; without A from the newest checkpoint before B, without B to the last on record.")
+    ] = "",
+    workers: Annotated[int | None, typer.Option(min=1, help="As many as the run had, where it is not given.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Relative difference of a loss that is borne; ten times that of a norm.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")
+    ] = None,
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    s3_endpoint: Annotated[str, typer.Option(help="Of an S3 store that is not AWS; else the run's own.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Train a stretch of a run once more, and compare losses and gradient norms with its record."""
+    from jobs.replay import Request, replay
+
+    request = Request(run, steps, tracking_uri, s3_endpoint, address, workers, tolerance, tuple(overrides or []))
+    replay(request, as_json)
+
+
+@app.command()
 def export(
     url: CheckpointUrl,
     to: Annotated[str, typer.Option(help="A new folder, or an fsspec URL.")],
     dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or float32.")] = "bfloat16",
     series: Annotated[bool, typer.Option("--series", help="All checkpoints, each in a folder of its own.")] = False,
     register: Annotated[str, typer.Option(help="Make it a version of this model in MLflow's registry.")] = "",
-    tracking_uri: Annotated[
-        str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Of the registry.")
-    ] = "sqlite:///runs/mlflow.db",
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
     as_json: AsJson = False,
     s3_endpoint: S3Endpoint = "",
 ) -> None:

@@ -29,11 +29,24 @@ def load(config: str, overrides: list[str]) -> RunConfig:
     Raises:
         ConfigError: with every problem that was found.
     """
-    values = _read(config, overrides)
+    return load_values(_read(config), overrides, config)
+
+
+def load_values(values: Any, overrides: list[str], name: str) -> RunConfig:
+    """Return the RunConfig of nested values, as a run has put them down, with the overrides on top.
+
+    Args:
+        values: nested dicts, or what OmegaConf has made of them.
+        overrides: `key=value`.
+        name: of the config, for messages.
+
+    Raises:
+        ConfigError: with every problem that was found.
+    """
     problems: list[str] = []
-    result = _build(RunConfig, values, "", problems)
+    result = _build(RunConfig, _merge(values, overrides, name), "", problems)
     if problems or result is None:
-        raise ConfigError(f"config {config}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems))
+        raise ConfigError(f"config {name}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems))
     return result
 
 
@@ -58,26 +71,29 @@ def plain_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
-def _read(config: str, overrides: list[str]) -> dict[str, Any]:
+def _read(config: str) -> Any:
     path = Path(config)
     if not path.is_file() and path.name == config and (CONFIGS / f"{config}.yaml").exists():
         path = CONFIGS / f"{config}.yaml"
     try:
-        loaded = OmegaConf.load(path)
+        return OmegaConf.load(path)
     except FileNotFoundError as error:
         known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise ConfigError(f"{config}: no such config; give a YAML file or one of {known}") from error
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{config}: cannot be read as YAML: {error}") from error
+
+
+def _merge(values: Any, overrides: list[str], name: str) -> dict[str, Any]:
     if wrong := [override for override in overrides if "=" not in override or override.startswith("=")]:
         raise ConfigError(f"override(s) {', '.join(wrong)}: write them as key=value, for instance optim.lr=1e-3")
     try:
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.merge(values, OmegaConf.from_dotlist(overrides))
         container = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ConfigError(f"{config}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from error
     if not isinstance(container, dict):
-        raise ConfigError(f"{config}: must hold keys and values, not a list")
+        raise ConfigError(f"{name}: must hold keys and values, not a list")
     return {str(key): value for key, value in container.items()}
 
 

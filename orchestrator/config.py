@@ -120,11 +120,14 @@ class RecoveryConfig:
         return None if limit < 0 else limit
 
 
+DEFAULT_TRACKING_URI = "sqlite:///runs/mlflow.db"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig:
     """Where MLflow keeps the record."""
 
-    uri: str = "sqlite:///runs/mlflow.db"
+    uri: str = DEFAULT_TRACKING_URI
     """MLflow tracking URI; a password belongs into MLFLOW_TRACKING_PASSWORD, not here."""
     experiment: str = "raymuon"
     """MLflow experiment."""

@@ -239,6 +239,7 @@ class Controller:
                 reason=change.reason,
                 nodes=tuple(nodes),
                 pids=tuple(member.ready.pid for member in members if member.ready),
+                devices=tuple(sorted({member.ready.device for member in members if member.ready})),
                 source=self.source,
                 restored_step=self.restored,
             )

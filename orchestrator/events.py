@@ -48,6 +48,8 @@ class Membership(Event):
     nodes: tuple[str, ...]
     pids: tuple[int, ...]
     """Where each rank is."""
+    devices: tuple[str, ...] = ()
+    """Each once: names of GPUs, or `cpu`."""
     source: Source
     restored_step: int
 

@@ -8,17 +8,15 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlparse
 
 from orchestrator.config import RunConfig, flatten
 from orchestrator.lease import await_free
-from orchestrator.reach import reach
+from orchestrator.reach import reach_tracking
 from orchestrator.run_log import RunLog, find_commit
 from workers.checkpoint.manifest import Manifest
 from workers.data.corpus import Corpus, check_corpus, prepare
-from workers.errors import ConfigError, StorageError
+from workers.errors import ConfigError
 from workers.storage import Store
 from workers.task import Origin
 
@@ -48,7 +46,7 @@ def check_inputs(config: RunConfig, corpus: Corpus | None = None) -> Inputs:
         ConfigError: the corpus is missing, empty or too small.
         StorageError: a server does not answer, or storage cannot be written.
     """
-    _reach(config.tracking.uri)
+    reach_tracking(config.tracking.uri)
     url = config.checkpoint.url
     fences = Store(url).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
@@ -175,9 +173,18 @@ def check_identity(log: RunLog, wanted: dict[str, Any]) -> None:
     Raises:
         ConfigError: going on would make another run of it, silently.
     """
-    if differences := _differences(log.identity or {}, wanted):
+    refuse_other(log.store.url, log.identity or {}, wanted)
+
+
+def refuse_other(url: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to go on from what has another identity; name every difference.
+
+    Raises:
+        ConfigError: it has.
+    """
+    if differences := _differences(saved, wanted):
         raise ConfigError(
-            f"the run at {log.store.url} cannot go on with this config:\n"
+            f"the run at {url} cannot go on with this config:\n"
             + "\n".join(differences)
             + "\nmake them equal, or start a new run with --resume never"
         )
@@ -191,21 +198,3 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         for key, value in flatten(wanted).items()
         if has.get(key) != value
     ]
-
-
-def _reach(uri: str) -> None:
-    """Find out whether there is a tracking server, or a folder for the database."""
-    parsed = urlparse(uri)
-    if parsed.scheme in ("http", "https"):
-        try:
-            reach(parsed.hostname or "", parsed.port or {"http": 80, "https": 443}[parsed.scheme])
-        except (OSError, ValueError) as error:  # A port that is none, or a name that cannot be one.
-            raise StorageError(
-                f"tracking.uri={uri}: no server answers there ({error}); start it, or check the address"
-            ) from error
-    elif parsed.scheme == "sqlite":
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"tracking.uri={uri}: the folder cannot be made ({error})") from error

@@ -1,6 +1,10 @@
 """Whether anybody listens at an address, found out in seconds: the clients of MLflow and Ray would try for minutes."""
 
 import socket
+from pathlib import Path
+from urllib.parse import urlparse
+
+from workers.errors import StorageError
 
 REACH_S = 5.0
 """How long a server may take to accept a connection."""
@@ -13,3 +17,25 @@ def reach(host: str, port: int) -> None:
         OSError: nobody answered.
     """
     socket.create_connection((host, port), timeout=REACH_S).close()
+
+
+def reach_tracking(uri: str) -> None:
+    """Find out whether there is a tracking server, or a folder for the database.
+
+    Raises:
+        StorageError: there is none.
+    """
+    parsed = urlparse(uri)
+    if parsed.scheme in ("http", "https"):
+        try:
+            reach(parsed.hostname or "", parsed.port or {"http": 80, "https": 443}[parsed.scheme])
+        except (OSError, ValueError) as error:  # A port that is none, or a name that cannot be one.
+            raise StorageError(
+                f"tracking.uri={uri}: no server answers there ({error}); start it, or check the address"
+            ) from error
+    elif parsed.scheme == "sqlite":
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"tracking.uri={uri}: the folder cannot be made ({error})") from error

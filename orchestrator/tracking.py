@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Metric, Param, RunStatus
+from mlflow.entities import Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 
 from orchestrator.config import TrackingConfig
@@ -39,8 +39,7 @@ class Tracking:
 
     def __init__(self, config: TrackingConfig) -> None:
         self.uri = config.uri
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        _be_brief()
         with tracking_errors(config.uri):
             self.client = mlflow.MlflowClient(config.uri)
             self.experiment_id = self._experiment(config)
@@ -114,6 +113,38 @@ class Tracking:
         # A server has its own place for artifacts; beside a database file they go into a folder next to it.
         artifacts = _beside(config.uri)
         return self.client.create_experiment(config.experiment, artifact_location=artifacts)
+
+
+def look_up(uri: str, run: str) -> Run:
+    """Return the run with this id, or the newest with this name in any experiment; nothing is made.
+
+    Raises:
+        ConfigError: there is none.
+        StorageError: the store does not answer.
+    """
+    hint = "name the server or database that has it with --tracking-uri"
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise ConfigError(f"run {run}: there is no MLflow database at {uri}; {hint}")
+    _be_brief()
+    with tracking_errors(uri):
+        client = mlflow.MlflowClient(uri)
+        try:
+            return client.get_run(run)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+        everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+        named = f"attributes.run_name = {_quoted(run)}"
+        found = client.search_runs(everywhere, named, max_results=1, order_by=["attributes.start_time DESC"])
+    if not found:
+        raise ConfigError(f"run {run}: {uri} has no run of that id or name; {hint}")
+    return found[0]
+
+
+def _be_brief() -> None:
+    """Have MLflow's client give up on a server within seconds; by itself it would try for minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 
 @dataclass

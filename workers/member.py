@@ -43,6 +43,8 @@ class Ready:
 
     host: str
     pid: int
+    device: str = "cpu"
+    """Name of its GPU, or `cpu`."""
 
 
 class Member:
@@ -84,7 +86,10 @@ class Member:
             rehearse(task)
         gc.collect()
         gc.freeze()  # A million objects of the imports, which every later collection would walk through.
-        return Ready(host=self._host, pid=os.getpid())
+        import torch
+
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        return Ready(host=self._host, pid=os.getpid(), device=device)
 
     def ping(self) -> bool:
         """Tell whether the training thread is out of its generation."""

@@ -1,0 +1,265 @@
+"""`raymuon replay`: train a stretch of a run once more, on this machine, and compare it with the record.
+
+The config, the data and the checkpoint before the stretch come from the run; nothing is written where the run is. At
+the run's own world size, on the same kind of hardware and with the same code, every loss and every gradient norm is the
+same float. Otherwise they are equal within a tolerance, or the first step that is not is named.
+"""
+
+import json
+import math
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.load import load_values
+from jobs.record import OTHER_PRECISION, TOLERANCE, Attempt, Comparison, Record, attempt_of, compare, read_record
+from jobs.runs import Found, find
+from jobs.watch import TerminalWatcher
+from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, absolute
+from orchestrator.driver import Options, RunResult, run
+from orchestrator.journal import read_journal
+from orchestrator.preflight import identity, refuse_other
+from orchestrator.provenance import changes, provenance
+from orchestrator.run_log import RunLog
+from orchestrator.stop import StopSignal
+from orchestrator.stretch import Stretch
+from workers.checkpoint.manifest import Manifest
+from workers.data import corpus as corpora
+from workers.data.corpus import Corpus
+from workers.errors import ConfigError, StorageError, TrainingError
+from workers.reports import Report, StepDone, Validated
+from workers.storage import configure_s3
+
+FOLDER = "runs/replays"
+EXPERIMENT = "raymuon-replays"
+SHOWN = 12
+"""Rows of the table."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asks for."""
+
+    run: str
+    steps: str = ""
+    """`A:B`; one side may be missing."""
+    tracking_uri: str = DEFAULT_TRACKING_URI
+    """Of the MLflow that has the run."""
+    s3_endpoint: str = ""
+    address: str | None = None
+    workers: int | None = None
+    tolerance: float | None = None
+    overrides: tuple[str, ...] = ()
+
+
+def replay(request: Request, as_json: bool) -> None:
+    """Replay, and say how it compares; with `as_json` as one JSON object on the last line of stdout.
+
+    Raises:
+        ConfigError: there is nothing to replay, or not here.
+        TrainingError: a step differs by more than the tolerance.
+        RaymuonError: whatever else goes wrong in a training.
+    """
+    console = Console(stderr=as_json, highlight=False)
+    found = find(request.run, request.tracking_uri, request.s3_endpoint)
+    record = read_record(read_journal(found.store, lambda text: console.print(f"[yellow]{text}[/yellow]")))
+    first, last = stretch_of(request.steps, record, RunLog(found.store))
+    manifest = _checkpoint_before(RunLog(found.store), first)
+    begin = manifest.step + 1 if manifest else 1
+    attempt = attempt_of(record, begin, last)
+    config = _config(request, found, record, attempt, begin)
+    corpus = _corpus(config, attempt)
+    same = identity(config, corpus)
+    if manifest is not None:
+        refuse_other(f"{found.url}@{manifest.step}", manifest.identity, same)
+    for line in changes(attempt.provenance, provenance()):
+        console.print(f"[yellow]the code is not the run's: {line}[/yellow]")
+    source = f"the checkpoint of step {manifest.step}" if manifest else "the run's start"
+    console.print(f"steps {first} to {last} of run {found.run_id}, from {source}, {_workers(config)}", soft_wrap=True)
+
+    tolerance = request.tolerance or _tolerance(record, config, begin)
+    stop, replayed = StopSignal(), Record()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.request())
+    options = Options(
+        stretch=Stretch(run_url=found.url, manifest=manifest, corpus=corpus, last_step=last),
+        artifacts=lambda result, run_record: _keep(run_record, found, compare(record, replayed, tolerance)),
+    )
+    with _Listener(config.train.global_batch * config.train.seq_len, replayed) as watcher:
+        result = run(config, "never", request.address, watcher, stop, options)
+    comparison = compare(record, replayed, tolerance)
+    _show(console, comparison, first, last)
+    summary = _summary(found, result, record, comparison, first, last, begin)
+    if as_json:
+        print(json.dumps(summary), flush=True)  # noqa: T201
+    if (beyond := comparison.first_beyond) is not None:
+        raise TrainingError(
+            f"the replay differs: {beyond.metric} of step {beyond.step} is {beyond.replayed:.9g}, on record is "
+            f"{beyond.recorded:.9g}, a relative difference of {beyond.relative:.2g} (allowed: "
+            f"{comparison.allowed(beyond.metric):.2g})"
+        )
+
+
+def stretch_of(steps: str, record: Record, log: RunLog) -> tuple[int, int]:
+    """Return the first and the last step of `A:B`; what is missing is from the newest checkpoint to the last step.
+
+    Raises:
+        ConfigError: it says something else.
+    """
+    if not record.steps:
+        raise ConfigError(f"{log.store.url}: no step is on record yet; a run puts its steps down with each checkpoint")
+    newest = max(record.steps)
+    before = [commit.step for commit in log.commits if commit.step < newest]
+    given_first, colon, given_last = steps.partition(":")
+    try:
+        last = int(given_last or newest) if colon or not given_first else int(given_first)
+        first = int(given_first or max((step for step in before if step < last), default=0) + 1)
+    except ValueError:
+        first, last = 1, 0
+    if not 1 <= first <= last:
+        raise ConfigError(f"--steps {steps}: write it as A:B, with 1 <= A <= B, for instance 101:120")
+    return first, last
+
+
+def _checkpoint_before(log: RunLog, first: int) -> Manifest | None:
+    """Return the newest checkpoint from which step `first` can be reached; None for the start."""
+    commits = [commit for commit in log.commits if commit.step < first]
+    newest = max(commits, key=lambda commit: (commit.step, commit.number), default=None)
+    return newest and Manifest.read(log.store, newest.manifest, newest.sha256)
+
+
+def _config(request: Request, found: Found, record: Record, attempt: Attempt, begin: int) -> RunConfig:
+    """Return the run's config with places, workers and record of this machine."""
+    config = load_values(attempt.config, list(request.overrides), f"of run {found.run_id}")
+    world_size = request.workers or int(record.steps[begin]["world_size"])
+    local = not request.address and not os.environ.get("RAY_ADDRESS")
+    cpus = config.scaling.cpus_per_worker
+    if local:  # Any world size on any machine: with fewer processors it takes longer.
+        cpus = min(cpus, math.floor(100 * len(os.sched_getaffinity(0)) / world_size) / 100)
+    endpoint = request.s3_endpoint or config.storage.s3_endpoint
+    return absolute(
+        replace(
+            config,
+            run=replace(config.run, name=f"replay of {config.run.name}"),
+            data=replace(config.data, ledger=""),
+            scaling=replace(
+                config.scaling,
+                min_workers=world_size,
+                max_workers=world_size,
+                standby=0,
+                accelerator="auto",
+                cpus_per_worker=cpus,
+            ),
+            checkpoint=replace(config.checkpoint, url=FOLDER, every=0),
+            storage=replace(config.storage, s3_endpoint=endpoint),
+            tracking=replace(config.tracking, uri=DEFAULT_TRACKING_URI, experiment=EXPERIMENT),
+        )
+    )
+
+
+def _corpus(config: RunConfig, attempt: Attempt) -> Corpus:
+    """Return the run's own prepared corpus; where it cannot be read, the same text prepared here will do.
+
+    Whether it is the same is the checkpoint's to say, which has its hash.
+    """
+    configure_s3(config.storage.s3_endpoint)
+    try:
+        return corpora.load(attempt.corpus)
+    except StorageError:
+        return corpora.prepare(replace(config.data, prepared_url=str(Path("runs/data").resolve())))
+
+
+def _workers(config: RunConfig) -> str:
+    count = config.scaling.max_workers
+    return f"{count} worker{'s' if count > 1 else ''}"
+
+
+def _tolerance(record: Record, config: RunConfig, begin: int) -> float:
+    """Return the tolerance for what is known of the hardware on both sides."""
+    from torch.cuda import is_available
+
+    was_gpu = any(device != "cpu" for device in record.devices.get(begin, ()))
+    same = config.train.precision != "auto" or was_gpu == is_available()
+    return TOLERANCE if same else OTHER_PRECISION
+
+
+class _Listener(TerminalWatcher):
+    """Shows the replay, and puts its rows down."""
+
+    def __init__(self, tokens_per_step: int, into: Record) -> None:
+        super().__init__(tokens_per_step)
+        self.into = into
+
+    def report(self, report: Report) -> None:
+        match report:
+            case StepDone():
+                self.into.steps[report.step] = {"loss": report.loss, "grad_norm": report.grad_norm}
+            case Validated():
+                self.into.validations[report.step] = report.loss
+        super().report(report)
+
+
+def _keep(record: Any, found: Found, comparison: Comparison) -> None:
+    """Put the comparison beside the replay's own MLflow run."""
+    record.tag("raymuon.replay_of", found.run_id)
+    record.tag("raymuon.replay", _verdict(comparison))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "replay.json"
+        path.write_text(json.dumps([asdict(one) for one in comparison.differences], indent=1))
+        record.artifact(path)
+
+
+def _verdict(comparison: Comparison) -> str:
+    if comparison.bitwise_equal:
+        return "bitwise equal"
+    return "different" if comparison.first_beyond else "equal within the tolerance"
+
+
+def _show(console: Console, comparison: Comparison, first: int, last: int) -> None:
+    """Print the steps that say most, and the verdict."""
+    table = Table("step", "metric", "on record", "replayed", "relative difference")
+    rows = [one for one in comparison.differences if first <= one.step <= last]
+    if (different := comparison.first_different) is not None:
+        rows = [one for one in comparison.differences if one.step >= different.step]
+    for one in rows[:SHOWN]:
+        told = "bitwise equal" if one.equal else f"{one.relative:.2g}"
+        table.add_row(str(one.step), one.metric, f"{one.recorded:.9g}", f"{one.replayed:.9g}", told)
+    console.print(table)
+    if len(rows) > SHOWN:
+        console.print(f"[dim]and {len(rows) - SHOWN} more numbers[/dim]")
+    for largest in filter(None, map(comparison.largest, ("loss", "grad_norm", "val_loss"))):
+        if not largest.equal:
+            console.print(f"largest relative difference of {largest.metric}: {largest.relative:.2g} at {largest.step}")
+    if comparison.bitwise_equal:
+        console.print(f"[green]bitwise equal[/green]: {len(comparison.differences)} numbers")
+    elif comparison.first_beyond is None:
+        console.print(f"[green]equal within the tolerance[/green] of {comparison.tolerance:g}")
+
+
+def _summary(
+    found: Found, result: RunResult, record: Record, comparison: Comparison, first: int, last: int, begin: int
+) -> dict[str, Any]:
+    told: Callable[[Any], Any] = lambda one: one and {**asdict(one), "relative": one.relative}  # noqa: E731
+    return {
+        "run": found.run_id,
+        "steps": [first, last],
+        "trained_from": begin - 1,
+        "world_size": result.world_size,
+        "recorded_world_sizes": sorted({int(record.steps[step]["world_size"]) for step in range(begin, last + 1)}),
+        "verdict": _verdict(comparison),
+        "bitwise_equal": comparison.bitwise_equal,
+        "compared": len(comparison.differences),
+        "tolerance": comparison.tolerance,
+        "first_different": told(comparison.first_different),
+        "largest_loss": told(comparison.largest("loss")),
+        "largest_grad_norm": told(comparison.largest("grad_norm")),
+        "replay": result.run_id,
+        "checkpoint": result.checkpoint,
+    }
