@@ -37,6 +37,17 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for inst
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on the last line of stdout.")]
 Run = Annotated[str, typer.Argument(help="A run's id or name in MLflow, or the URL of its folder.")]
 TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Of the MLflow that has the run.")]
+RunEndpoint = Annotated[str, typer.Option("--s3-endpoint", help="Of an S3 store that is not AWS; else the run's own.")]
+DEFAULT_HEAD = "http://127.0.0.1:8265"
+Head = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")]
+JobHead = Annotated[str, typer.Option("--address", help="URL of the cluster's dashboard; else where it was submitted.")]
+Follow = Annotated[bool, typer.Option("--follow", help="Hand on what the job writes, until it ends.")]
+ClientTracking = Annotated[
+    str, typer.Option("--tracking-uri", help="The config's tracking.uri as this machine reaches it, if that differs.")
+]
+Image = Annotated[str, typer.Option(help="Container image for the job, where the nodes can start one.")]
+Pin = Annotated[bool, typer.Option("--pin", help="Have the nodes install this machine's versions of everything.")]
+AllowOpen = Annotated[bool, typer.Option("--allow-open-head", help="Use a head that asks nobody for a token.")]
 CheckpointUrl = Annotated[str, typer.Argument(help="A run's folder, its newest checkpoint, or FOLDER@STEP.")]
 
 
@@ -80,7 +91,7 @@ def replay(
         str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")
     ] = None,
     tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
-    s3_endpoint: Annotated[str, typer.Option(help="Of an S3 store that is not AWS; else the run's own.")] = "",
+    s3_endpoint: RunEndpoint = "",
     as_json: AsJson = False,
 ) -> None:
     """Train a stretch of a run once more, and compare losses and gradient norms with its record."""
@@ -88,6 +99,104 @@ def replay(
 
     request = Request(run, steps, tracking_uri, s3_endpoint, address, workers, tolerance, tuple(overrides or []))
     replay(request, as_json)
+
+
+@app.command()
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    address: Head = DEFAULT_HEAD,
+    follow: Follow = False,
+    tracking_uri: ClientTracking = "",
+    image: Image = "",
+    pin: Pin = False,
+    allow_open_head: AllowOpen = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a new run as a job to a Ray cluster."""
+    from jobs.submit import Target, submit
+
+    target = Target(address=address, tracking_uri=tracking_uri, image=image, pin=pin, allow_open=allow_open_head)
+    submit(config, overrides or [], target, follow, as_json)
+
+
+@app.command()
+def resume(
+    run: Run,
+    overrides: Overrides = None,
+    address: Head = DEFAULT_HEAD,
+    follow: Follow = False,
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    image: Image = "",
+    pin: Pin = False,
+    allow_open_head: AllowOpen = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job that goes on with a run."""
+    from jobs.runs import find
+    from jobs.submit import Target, resume
+
+    target = Target(address=address, image=image, pin=pin, allow_open=allow_open_head)
+    resume(find(run, tracking_uri), overrides or [], target, follow, as_json)
+
+
+@app.command()
+def status(
+    run: Run,
+    address: JobHead = "",
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    allow_open_head: AllowOpen = False,
+    as_json: AsJson = False,
+    s3_endpoint: RunEndpoint = "",
+) -> None:
+    """Show where a run is: step, losses, workers, checkpoint, job."""
+    from jobs.control import status
+    from jobs.runs import find
+
+    status(find(run, tracking_uri, s3_endpoint), address, allow_open_head, as_json)
+
+
+@app.command()
+def logs(
+    run: Run,
+    follow: Follow = False,
+    address: JobHead = "",
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    allow_open_head: AllowOpen = False,
+) -> None:
+    """Print the log of a run's newest job."""
+    from jobs.control import logs
+    from jobs.runs import find
+
+    logs(find(run, tracking_uri), address, allow_open_head, follow)
+
+
+@app.command()
+def stop(
+    run: Run,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for its end.")] = 600.0,
+    address: JobHead = "",
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    allow_open_head: AllowOpen = False,
+) -> None:
+    """Ask a run's job to finish its step, save and end; it can go on later."""
+    from jobs.control import stop
+    from jobs.runs import find
+
+    stop(find(run, tracking_uri), address, allow_open_head, wait)
+
+
+@app.command()
+def stack(
+    folder: Annotated[str, typer.Option(help="For all its files; what is there is gone on with.")] = "runs/stack",
+    nodes: Annotated[int, typer.Option(min=1, help="Of Ray, beside the head.")] = 2,
+    gpus: Annotated[int, typer.Option(min=0, help="Logical GPUs of each node.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processors of each node, as Ray counts.")] = 1,
+) -> None:
+    """Run Ray with several nodes, MLflow and S3 on this machine until Ctrl-C, without containers."""
+    from jobs.stack.local import stack
+
+    stack(folder, nodes, gpus, workers, "demo")
 
 
 @app.command()

@@ -24,6 +24,12 @@ class Found:
     """The last value of each."""
 
     @property
+    def step(self) -> int | None:
+        """The last finished step, of which the tokens tell; None before the first."""
+        batch = int(self.params.get("train.global_batch", 0)) * int(self.params.get("train.seq_len", 0))
+        return int(self.metrics["tokens"]) // batch if batch and "tokens" in self.metrics else None
+
+    @property
     def store(self) -> Store:
         """The run's folder.
 

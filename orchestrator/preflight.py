@@ -99,25 +99,17 @@ def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
     tracking = Tracking(config.tracking)
     if resume == "never":
         return Found(tracking, origin=origin)
-    log = _log_of(tracking, config, resume)
-    if log is None:
-        return Found(tracking, origin=find_origin(config))
+    run_id = tracking.unfinished(config.run.name) if resume == "auto" else tracking.find(resume)
+    log = run_id and RunLog(run_store(config, run_id))
+    if not log or log.identity is None:
+        if resume == "auto":  # There is none, or its files are elsewhere: it is not ours to go on with.
+            return Found(tracking, origin=find_origin(config))
+        if tracking.submitted(run_id):
+            return Found(tracking, run_id, find_origin(config))
+        raise ConfigError(f"--resume {resume}: nothing of run {run_id} is under checkpoint.url={config.checkpoint.url}")
     check_identity(log, identity(config, corpus))
     # A run with checkpoints has no more need of its origin, which may be gone by now.
     return Found(tracking, log.run_id, None if log.commits else find_origin(config))
-
-
-def _log_of(tracking: "Tracking", config: RunConfig, resume: str) -> RunLog | None:
-    """Return the log of the run to go on with; None where `auto` finds none."""
-    run_id = tracking.unfinished(config.run.name) if resume == "auto" else tracking.find(resume)
-    if run_id is None:
-        return None
-    log = RunLog(run_store(config, run_id))
-    if log.identity is not None:
-        return log
-    if resume == "auto":  # A run of that name whose files are elsewhere is not ours to go on with.
-        return None
-    raise ConfigError(f"--resume {resume}: nothing of run {run_id} is under checkpoint.url={config.checkpoint.url}")
 
 
 def await_free_run(config: RunConfig, found: Found) -> None:

@@ -7,6 +7,7 @@ and go out with the next flush; `close` raises if some could not be written at a
 
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ METRICS_PER_BATCH = 1000
 MARKS = {"train": "loss", "validation": "val_loss"}
 """The metric of each series whose last step is the series' high-water mark."""
 PARAM_LIMIT = 6000
+SUBMITTED = "raymuon.submitted"
+"""The tag of a run that was made before its first driver."""
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
@@ -44,17 +47,47 @@ class Tracking:
             self.client = mlflow.MlflowClient(config.uri)
             self.experiment_id = self._experiment(config)
 
-    def create(self, name: str, params: Mapping[str, Any]) -> str:
-        """Make a run and return its id; the params are logged once, with the run."""
+    def create(self, name: str, params: Mapping[str, Any], begins: bool = True) -> str:
+        """Make a run and return its id; the params are logged once, with the run.
+
+        Args:
+            name: for people.
+            params: of the run.
+            begins: it begins now; otherwise a job will begin it, and it is marked so.
+        """
         logged = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()]
         with tracking_errors(self.uri):
             run_id = self.client.create_run(self.experiment_id, run_name=name).info.run_id
             try:
                 self.client.log_batch(run_id, params=logged)
+                if not begins:
+                    self.client.set_tag(run_id, SUBMITTED, "true")
+                    self.client.update_run(run_id, status=RunStatus.to_string(RunStatus.SCHEDULED))
             except Exception:
                 self.client.delete_run(run_id)  # No half run.
                 raise
         return run_id
+
+    def discard(self, run_id: str) -> None:
+        """Delete a run that nothing will come of."""
+        with tracking_errors(self.uri):
+            self.client.delete_run(run_id)
+
+    def submitted(self, run_id: str) -> bool:
+        """Tell whether a run was made before its first driver."""
+        with tracking_errors(self.uri):
+            return SUBMITTED in self.client.get_run(run_id).data.tags
+
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        with tracking_errors(self.uri):
+            for key, value in tags.items():
+                self.client.set_tag(run_id, key, value)
+
+    def keep(self, run_id: str, name: str, text: str) -> None:
+        """Make a text an artifact of a run."""
+        with tracking_errors(self.uri):
+            self.client.log_text(run_id, text, name)
 
     def register(self, model: str, source: str, run_id: str, tags: Mapping[str, Any]) -> str:
         """Make the folder at `source` the next version of a registered model, and return its number.
@@ -139,6 +172,17 @@ def look_up(uri: str, run: str) -> Run:
     if not found:
         raise ConfigError(f"run {run}: {uri} has no run of that id or name; {hint}")
     return found[0]
+
+
+def read_artifact(uri: str, run_id: str, name: str) -> str:
+    """Return the text of a run's artifact.
+
+    Raises:
+        StorageError: there is none, or the store does not answer.
+    """
+    _be_brief()
+    with tracking_errors(uri), tempfile.TemporaryDirectory() as folder:
+        return Path(mlflow.MlflowClient(uri).download_artifacts(run_id, name, folder)).read_text()
 
 
 def _be_brief() -> None:

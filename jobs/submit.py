@@ -1,0 +1,197 @@
+"""`raymuon submit` and `raymuon resume`: a run as a job on a Ray cluster.
+
+Everything that can be refused is refused here, before the run exists: the config, a head that others could use, places
+that the cluster's nodes cannot reach. Then the MLflow run is made, so that its id is known from the first moment on;
+the job goes on with that very run however often a cluster starts it again.
+"""
+
+import json
+import secrets
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from jobs.environment import CONFIG, pins, working_directory
+from jobs.load import load, load_values, plain_yaml
+from jobs.ray_jobs import ENDED, RUN_ID, Jobs
+from jobs.runs import Found
+from orchestrator.config import RunConfig, flatten
+from orchestrator.provenance import COMMIT_VARIABLE, provenance
+from orchestrator.reach import reach_tracking
+from workers.errors import BY_EXIT_CODE, ClusterError, ConfigError, Interrupted
+
+if TYPE_CHECKING:
+    from orchestrator.tracking import Tracking
+
+STOP_WAIT_S = 600
+"""How long a job that is asked to stop may take: it finishes its step and saves. Ray would kill it after 3 s."""
+JOB, ADDRESS = "raymuon.job_id", "raymuon.job_address"
+"""Tags of a run: its newest job, and where that was submitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where a job goes, and in what."""
+
+    address: str
+    """URL of the head's dashboard."""
+    tracking_uri: str = ""
+    """The config's tracking server as this machine reaches it; empty where that is the same URL."""
+    image: str = ""
+    """Container image for the job, on a cluster whose nodes can start one."""
+    pin: bool = False
+    """Have the nodes install our versions of everything."""
+    allow_open: bool = False
+    """Use a head that asks nobody for a token though others can reach it."""
+
+
+def submit(config: str, overrides: list[str], target: Target, follow: bool, as_json: bool) -> None:
+    """Submit a new run, say where everything is, and follow its log where that is asked for.
+
+    Raises:
+        ConfigError: the config, the head or a place is refused.
+        ClusterError: the cluster cannot be reached, or refuses the job.
+        StorageError: the tracking server does not answer.
+    """
+    run_config = load(config, overrides)
+    check_places(run_config)
+    jobs = Jobs(target.address, target.allow_open)
+    tracking = _tracking(target.tracking_uri or run_config.tracking.uri, run_config)
+    run_id = tracking.create(run_config.run.name, flatten(asdict(run_config)), begins=False)
+    try:
+        job = _start(jobs, target, run_config, run_id, tracking)
+    except BaseException:
+        tracking.discard(run_id)  # No run without a job.
+        raise
+    _tell(jobs, run_config, run_id, job, tracking.uri, as_json)
+    if follow:
+        watch(jobs, job, run_id)
+
+
+def resume(found: Found, overrides: list[str], target: Target, follow: bool, as_json: bool) -> None:
+    """Submit a job that goes on with a run, with the config that it had and the code that is here.
+
+    Raises:
+        ConfigError: the run is finished, a job leads it, or the config is refused.
+        ClusterError: the cluster cannot be reached, or refuses the job.
+    """
+    if found.status == "FINISHED" and not any(override.startswith("train.steps=") for override in overrides):
+        raise ConfigError(f"run {found.run_id} is finished; to train it further give it more steps: train.steps=N")
+    from orchestrator.tracking import read_artifact
+
+    values = OmegaConf.create(read_artifact(found.tracking_uri, found.run_id, CONFIG))
+    run_config = load_values(values, overrides, f"of run {found.run_id}")
+    check_places(run_config)
+    jobs = Jobs(target.address, target.allow_open)
+    tracking = _tracking(found.tracking_uri, run_config)
+    if running := [job for job in jobs.of_run(found.run_id) if jobs.info(job)["status"] not in ENDED]:
+        raise ConfigError(f"run {found.run_id}: job {running[-1]} leads it; first: raymuon stop {found.run_id}")
+    job = _start(jobs, target, run_config, found.run_id, tracking)
+    _tell(jobs, run_config, found.run_id, job, tracking.uri, as_json)
+    if follow:
+        watch(jobs, job, found.run_id)
+
+
+def check_places(config: RunConfig) -> None:
+    """Refuse places that would lie in the job's temporary folder on the head, which goes with the job.
+
+    Raises:
+        ConfigError: with every such key.
+    """
+    places = {
+        "checkpoint.url": config.checkpoint.url,
+        "data.prepared_url": config.data.prepared_url,
+        "data.ledger": config.data.ledger,
+        "train.init": config.train.init,
+        "tracking.uri": config.tracking.uri.removeprefix("sqlite:///"),
+    }
+    if relative := {key: url for key, url in places.items() if url and "://" not in url and not url.startswith("/")}:
+        told = "\n".join(f"  {key}={url}" for key, url in relative.items())
+        raise ConfigError(
+            f"a job's working directory goes with the job, and these lie in it:\n{told}\n"
+            "name places that all nodes reach: s3://bucket/..., http://server:5000, or an absolute path that they share"
+        )
+
+
+def watch(jobs: Jobs, job: str, run_id: str) -> None:
+    """Hand on a job's output until it ends, and end as it did.
+
+    Raises:
+        Interrupted: a person stops watching; the job goes on.
+        RaymuonError: the job failed, with the exit code of its own error.
+    """
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        jobs.follow(job, write)
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"the job goes on; watch it with: raymuon logs {run_id} --follow, stop it with: raymuon stop {run_id}"
+        ) from error
+    ended = jobs.info(job)
+    if ended["status"] == "STOPPED":
+        raise Interrupted(f"job {job} was stopped; go on with: raymuon resume {run_id}")
+    if ended["status"] != "SUCCEEDED":
+        error = BY_EXIT_CODE.get(ended["exit_code"], ClusterError)
+        raise error(f"job {job} ended with {ended['status']} (exit code {ended['exit_code']}); its log is above")
+
+
+def _start(jobs: Jobs, target: Target, config: RunConfig, run_id: str, tracking: "Tracking") -> str:
+    """Submit a job that trains the run, or goes on with it; return the job's id."""
+    code, resolved = provenance(), plain_yaml(config)
+    tracking.keep(run_id, CONFIG, resolved)
+    job = f"raymuon-{run_id[:12]}-{secrets.token_hex(3)}"
+    variables = {COMMIT_VARIABLE: code.commit, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    with working_directory(resolved) as folder:
+        runtime_env: dict[str, Any] = {
+            "working_dir": str(folder),
+            "env_vars": {key: value for key, value in variables.items() if value},
+        }
+        if target.image:
+            runtime_env["image_uri"] = target.image
+        if target.pin:
+            runtime_env["pip"] = {"packages": pins(), "pip_check": False}
+        entrypoint = f"python -m jobs.cli train {CONFIG} --resume {run_id} --address auto"
+        jobs.submit(job, entrypoint, runtime_env, {RUN_ID: run_id, "name": config.run.name})
+    tracking.tag(
+        run_id,
+        {
+            JOB: job,
+            ADDRESS: jobs.address,
+            "raymuon.commit": code.commit or "unknown",
+            "raymuon.code": code.digest,
+            "raymuon.checkpoint_url": f"{config.checkpoint.url.rstrip('/')}/{run_id}",
+        },
+    )
+    return job
+
+
+def _tracking(uri: str, config: RunConfig) -> "Tracking":
+    reach_tracking(uri)
+    from orchestrator.tracking import Tracking  # MLflow takes seconds to import.
+
+    return Tracking(replace(config.tracking, uri=uri))
+
+
+def _tell(jobs: Jobs, config: RunConfig, run_id: str, job: str, uri: str, as_json: bool) -> None:
+    """Say where everything is."""
+    told = {
+        "run_id": run_id,
+        "job": job,
+        "dashboard": f"{jobs.address}/#/jobs/{job}",
+        "checkpoints": f"{config.checkpoint.url.rstrip('/')}/{run_id}",
+        "mlflow": f"{uri}/#/runs/{run_id}" if uri.startswith("http") else uri,
+    }
+    if as_json:
+        print(json.dumps(told), flush=True)  # noqa: T201
+        return
+    console = Console(highlight=False)
+    for key, text in told.items():
+        console.print(f"{key.replace('_', ' '):12} {text}", soft_wrap=True)
+    console.print(f"\nwatch it with: raymuon logs {run_id} --follow; see also raymuon status, stop, resume, replay")
