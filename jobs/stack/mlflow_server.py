@@ -13,7 +13,7 @@ from pathlib import Path
 from workers.errors import ConfigError, StorageError
 
 ADMIN = "admin"
-START_S = 120.0
+START_S = 300.0
 
 AUTH_CONFIG = """[mlflow]
 default_permission = READ
@@ -52,6 +52,7 @@ def mlflow_server(folder: Path, port: int, artifacts: str, password: str, secret
         "MLFLOW_FLASK_SERVER_SECRET_KEY": os.urandom(32).hex(),
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         environment.pop(variable, None)  # They are for clients.
@@ -85,7 +86,7 @@ def _await(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     deadline = time.monotonic() + START_S
     while server.poll() is None and time.monotonic() < deadline:
         try:
-            urllib.request.urlopen(f"{url}/health", timeout=2)
+            urllib.request.urlopen(f"{url}/health", timeout=10)
             return
         except (OSError, urllib.error.URLError):
             time.sleep(0.3)
