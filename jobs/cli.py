@@ -506,3 +506,7 @@ def main() -> None:
         sys.stderr.write(f"raymuon: {error.format_message()}; see raymuon --help\n")
         code = 2
     sys.exit(code)
+
+
+if __name__ == "__main__":  # How a submitted job starts: it has our code in its working directory.
+    main()

@@ -4,7 +4,9 @@ A job's metadata, environment and working directory are shown to whoever may see
 """
 
 import asyncio
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,8 @@ from workers.errors import ClusterError, ConfigError
 
 RUN_ID = "raymuon.run_id"
 """The key of a job's metadata that names its run."""
+AGENT_S = 60.0
+"""How long a head may take to be ready for jobs after its dashboard answers."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -32,6 +36,7 @@ class Jobs:
     def __init__(self, address: str, allow_open: bool = False) -> None:
         self.address = address.rstrip("/")
         _admit(head_access(self.address), allow_open)
+        logging.getLogger("ray").setLevel(logging.WARNING)  # It would tell of every file that it packs.
         from ray.job_submission import JobSubmissionClient  # A second's import, after the quick refusals.
 
         with cluster_errors(self.address):
@@ -43,8 +48,18 @@ class Jobs:
         Raises:
             ClusterError: it is refused.
         """
+        deadline = time.monotonic() + AGENT_S
         with cluster_errors(self.address):
-            self.client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env=runtime_env, metadata=metadata)
+            while True:
+                try:
+                    self.client.submit_job(
+                        entrypoint=entrypoint, submission_id=job, runtime_env=runtime_env, metadata=metadata
+                    )
+                    return
+                except RuntimeError as error:  # A head that has just started is not yet complete.
+                    if "No available agent" not in str(error) or time.monotonic() > deadline:
+                        raise
+                    time.sleep(1.0)
 
     def of_run(self, run_id: str) -> list[str]:
         """Return the submission ids of a run's jobs, oldest first."""

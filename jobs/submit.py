@@ -66,7 +66,7 @@ def submit(config: str, overrides: list[str], target: Target, follow: bool, as_j
     except BaseException:
         tracking.discard(run_id)  # No run without a job.
         raise
-    _tell(jobs, run_config, run_id, job, tracking.uri, as_json)
+    _tell(jobs, run_config, run_id, job, tracking, as_json)
     if follow:
         watch(jobs, job, run_id)
 
@@ -90,7 +90,7 @@ def resume(found: Found, overrides: list[str], target: Target, follow: bool, as_
     if running := [job for job in jobs.of_run(found.run_id) if jobs.info(job)["status"] not in ENDED]:
         raise ConfigError(f"run {found.run_id}: job {running[-1]} leads it; first: raymuon stop {found.run_id}")
     job = _start(jobs, target, run_config, found.run_id, tracking)
-    _tell(jobs, run_config, found.run_id, job, tracking.uri, as_json)
+    _tell(jobs, run_config, found.run_id, job, tracking, as_json)
     if follow:
         watch(jobs, job, found.run_id)
 
@@ -179,14 +179,14 @@ def _tracking(uri: str, config: RunConfig) -> "Tracking":
     return Tracking(replace(config.tracking, uri=uri))
 
 
-def _tell(jobs: Jobs, config: RunConfig, run_id: str, job: str, uri: str, as_json: bool) -> None:
+def _tell(jobs: Jobs, config: RunConfig, run_id: str, job: str, tracking: "Tracking", as_json: bool) -> None:
     """Say where everything is."""
     told = {
         "run_id": run_id,
         "job": job,
         "dashboard": f"{jobs.address}/#/jobs/{job}",
         "checkpoints": f"{config.checkpoint.url.rstrip('/')}/{run_id}",
-        "mlflow": f"{uri}/#/runs/{run_id}" if uri.startswith("http") else uri,
+        "mlflow": tracking.page(run_id),
     }
     if as_json:
         print(json.dumps(told), flush=True)  # noqa: T201

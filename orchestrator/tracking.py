@@ -73,6 +73,12 @@ class Tracking:
         with tracking_errors(self.uri):
             self.client.delete_run(run_id)
 
+    def page(self, run_id: str) -> str:
+        """Return where the UI shows a run; of a database, its URI."""
+        with tracking_errors(self.uri):
+            experiment = self.client.get_run(run_id).info.experiment_id
+        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}" if "http" in self.uri else self.uri
+
     def submitted(self, run_id: str) -> bool:
         """Tell whether a run was made before its first driver."""
         with tracking_errors(self.uri):

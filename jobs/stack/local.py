@@ -2,9 +2,9 @@
 
 Ray with token authentication and several nodes, an MLflow server with a password, an S3 store with keys.
 
-All of it listens on loopback, and all secrets are drawn anew and lie in one folder that only its owner can read.
-`env.sh` there gives them to a shell. What lies in the folder is kept, so that a stack that is started there again has
-its runs.
+Ray's dashboard, MLflow and S3 listen on loopback alone; Ray's nodes find each other at the machine's address, where
+they ask for the token. All secrets are drawn anew and lie in one folder that only its owner can read. `env.sh` there
+gives them to a shell. What lies in the folder is kept, so that a stack that is started there again has its runs.
 """
 
 import json
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jobs.bench.seaweed import BUCKET, free_port, seaweedfs
 from jobs.stack.mlflow_server import ADMIN, mlflow_server
@@ -165,16 +166,20 @@ def _ray(environment: dict[str, str], nodes: int, gpus: int, workers: int) -> It
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
         "dashboard_port": port,
-        "object_store_memory": STORE_BYTES,
     }
     cluster = Cluster()
     try:
         try:
-            cluster.add_node(**head)
+            cluster.add_node(**head, **_node())
             for _ in range(nodes):
-                cluster.add_node(num_cpus=max(workers, gpus), num_gpus=gpus, object_store_memory=STORE_BYTES)
+                cluster.add_node(num_cpus=max(workers, gpus), num_gpus=gpus, **_node())
         except Exception as error:  # Ray raises bare ones.
             raise ClusterError(f"Ray did not start on this machine: {error}") from error
         yield cluster.address, f"http://127.0.0.1:{port}"
     finally:
         cluster.shutdown()
+
+
+def _node() -> dict[str, Any]:
+    """Return what every node has; other Rays on this machine may have Ray's own choice of port."""
+    return {"dashboard_agent_listen_port": free_port(), "object_store_memory": STORE_BYTES}
