@@ -1,0 +1,166 @@
+"""The whole way of a run, on the local stack: submitted from another folder, hurt, stopped, resumed, replayed.
+
+`make e2e` runs it at length; here it is short. The stack, and all clients, are processes as a person starts them.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+
+from tests.e2e.conftest import RAYMUON
+from tests.secrets_search import places_of
+
+BATCH = ["train.global_batch=8", "train.micro_batch=4", "train.validate_every=40"]
+SECRETS = ("s3_key", "s3_secret", "mlflow_password", "ray_token")
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A terminal in which somebody has sourced the stack's `env.sh`."""
+
+    folder: Path
+    stack: Path
+    process: subprocess.Popen
+    environment: dict[str, str]
+    overrides: list[str]
+
+    def run(self, *arguments: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [RAYMUON, *arguments],
+            cwd=self.folder,
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stdout + done.stderr
+        return done.stdout
+
+    def json(self, *arguments: str) -> dict:
+        return json.loads(self.run(*arguments, "--json").splitlines()[-1])
+
+    @property
+    def mlflow(self) -> mlflow.MlflowClient:
+        return mlflow.MlflowClient(self.environment["MLFLOW_TRACKING_URI"])
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Find processes of the stack by their title."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory) -> Iterator[Shell]:
+    stack, folder = tmp_path_factory.mktemp("stack"), tmp_path_factory.mktemp("elsewhere")
+    command = [RAYMUON, "stack", "--folder", str(stack), "--nodes", "3"]
+    with (stack / "stack.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        while not (stack / "env.sh").exists():
+            assert process.poll() is None, (stack / "stack.log").read_text()
+            time.sleep(0.2)
+        lines = (stack / "env.sh").read_text().splitlines()
+        environment = dict(line.removeprefix("export ").split("=", 1) for line in lines)
+        told = next(line for line in (stack / "stack.log").read_text().splitlines() if "raymuon submit" in line)
+        overrides = [word for word in told.split() if "=" in word]
+        with pytest.MonkeyPatch.context() as patched:
+            for name, value in environment.items():
+                patched.setenv(name, value)
+            yield Shell(folder, stack, process, environment, overrides)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def wait_for(shell: Shell, run_id: str, step: int) -> None:
+    """Wait until MLflow has a step of a run."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        tokens = shell.mlflow.get_run(run_id).data.metrics.get("tokens", 0)
+        if tokens >= step * 8 * 256:
+            return
+        time.sleep(0.3)
+    raise AssertionError(f"step {step} never came:\n{shell.run('logs', run_id)}")
+
+
+def kill_node(shell: Shell) -> None:
+    """SIGKILL a node that has a worker, with everything on it."""
+    victim = next(
+        raylet
+        for raylet in shell.processes("raylet/raylet")
+        if any("ray::Worker" in " ".join(child.cmdline()) for child in raylet.children())
+    )
+    for process in [*victim.children(recursive=True), victim]:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def finished(shell, request) -> str:
+    """A run that has lost a worker and a node, was stopped, and went on to its end."""
+    steps = request.config.getoption("--e2e-steps")
+    options = [*shell.overrides, f"train.steps={steps}", "recovery.hang_s=30", *BATCH, "checkpoint.every=10"]
+    run_id = shell.json("submit", "demo", *options)["run_id"]
+    wait_for(shell, run_id, steps // 3)
+    shell.processes("ray::Worker")[0].kill()
+    wait_for(shell, run_id, steps // 2)
+    kill_node(shell)
+    wait_for(shell, run_id, 2 * steps // 3)
+    shell.run("stop", run_id)
+    stopped = shell.json("status", run_id)
+    assert stopped["status"] == "KILLED" and "STOPPED" in stopped["job"]
+    shell.json("resume", run_id)
+    shell.run("logs", run_id, "--follow")
+    return run_id
+
+
+def test_a_submitted_run_survives_and_is_on_record_once(shell, finished, request):
+    steps = request.config.getoption("--e2e-steps")
+    told = shell.json("status", finished)
+    assert told["status"] == "FINISHED" and told["step"] == f"{steps} of {steps}" and int(told["recoveries"]) >= 2
+    assert told["checkpoint"] == f"s3://raymuon/runs/{finished}@{steps}"
+    history = shell.mlflow.get_metric_history(finished, "loss")
+    assert sorted(metric.step for metric in history) == list(range(1, steps + 1))
+
+
+def test_mlflow_is_the_monitor(shell, finished):
+    run = shell.mlflow.get_run(finished)
+    assert {"world_size", "recovery_seconds", "goodput"} <= run.data.metrics.keys()
+    nodes = {name.split("/")[1] for name in run.data.metrics if name.startswith("system/")}
+    assert len(nodes) >= 2, "a node that had no worker has no keeper"
+    files = {artifact.path for artifact in shell.mlflow.list_artifacts(finished)}
+    assert {"config.yaml", "events.json", "loss.png", "recovery.md"} <= files
+    description = run.data.tags["mlflow.note.content"]
+    assert finished in description and "fault (" in description and run.data.tags["raymuon.job_id"] in description
+    assert run.data.tags["raymuon.commit"] and run.data.tags["raymuon.code"]
+
+
+def test_a_replay_is_bitwise_the_record_and_after_a_fault_within_the_tolerance(shell, finished, request):
+    third = request.config.getoption("--e2e-steps") // 3
+    calm = shell.json("replay", finished, "--steps", f"{third // 2}:{third - 2}")
+    assert calm["verdict"] == "bitwise equal" and calm["recorded_world_sizes"] == [calm["world_size"]] == [2]
+    hurt = shell.json("replay", finished, "--steps", f"{third - 2}:{2 * third - 2}", "--workers", "1")
+    assert hurt["verdict"] in ("bitwise equal", "equal within the tolerance") and hurt["world_size"] == 1
+    assert len(hurt["recorded_world_sizes"]) == 2, "the faults changed the group"
+
+
+def test_no_secret_is_anywhere(shell, finished):
+    """Each secret of the stack is looked for in every file and answer that the run has left."""
+    drawn = json.loads((shell.stack / "secrets.json").read_text())
+    secrets = {name: drawn[name] for name in SECRETS}
+    found = places_of(shell, finished, secrets)
+    assert found.searched > 50 and not found.places
