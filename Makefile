@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test chaos test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-checkpoint lock clean
+.PHONY: help install demo test e2e chaos test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-checkpoint lock clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: $(INSTALLED) ## run the tests
 chaos: $(INSTALLED) ## 200 random faults without Ray, 20 through Ray, 10,000 operations on storage (half an hour)
 	$(BIN)/pytest -s tests/orchestrator/test_storage_machine.py tests/orchestrator/test_chaos.py tests/e2e/test_chaos.py \
 		--storage-steps 10000 --chaos-faults 200 --chaos-ray-faults 20 $(ARGS)
+
+e2e: $(INSTALLED) ## the whole way of a run on a local stack: submit, faults, stop, resume, replay; needs Debian's chromium
+	$(BIN)/pytest -s tests/e2e/test_stack.py tests/e2e/ui.py --e2e-steps 400 $(ARGS)
 
 test-gpu: $(INSTALLED) ## run what needs a GPU
 	$(BIN)/pytest -m gpu tests/gpu $(ARGS)
