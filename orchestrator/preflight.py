@@ -44,7 +44,8 @@ def check_inputs(config: RunConfig) -> Inputs:
         ConfigError: the corpus is missing, empty or too small.
         StorageError: a server does not answer, or storage cannot be written.
     """
-    _reach(config.tracking.uri)
+    reach_tracking(config.tracking.uri)
+    _make_folder(config.tracking.uri)
     url = config.checkpoint.url
     fences = Store(url).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
@@ -189,8 +190,12 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     ]
 
 
-def _reach(uri: str) -> None:
-    """Find out whether there is a tracking server, or a folder for the database."""
+def reach_tracking(uri: str) -> None:
+    """Find out within seconds whether the tracking server answers, where there is one.
+
+    Raises:
+        StorageError: it does not.
+    """
     parsed = urlparse(uri)
     if parsed.scheme in ("http", "https"):
         try:
@@ -199,7 +204,11 @@ def _reach(uri: str) -> None:
             raise StorageError(
                 f"tracking.uri={uri}: no server answers there ({error}); start it, or check the address"
             ) from error
-    elif parsed.scheme == "sqlite":
+
+
+def _make_folder(uri: str) -> None:
+    """Make the folder of a tracking database."""
+    if uri.startswith("sqlite:"):
         folder = Path(uri.removeprefix("sqlite:///")).parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
