@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 # Ray prints paragraphs on stdout about each worker and node that dies; the driver tells of them in a line. Ray reads
@@ -38,9 +39,19 @@ PLACED_S = 0.1
 """How old the list of slots with a node may be."""
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A Ray that this process has joined."""
+
+    local: bool
+    """It was started for this process, and ends with it."""
+    dashboard_url: str
+    """As the head tells it: of a loopback address where only the head itself is listened to; empty without one."""
+
+
 @contextmanager
-def connected(address: str | None) -> Iterator[bool]:
-    """Join the cluster at `address` (or RAY_ADDRESS), or start a local Ray; yield whether it is local.
+def connected(address: str | None) -> Iterator[Joined]:
+    """Join the cluster at `address` (or RAY_ADDRESS), or start a local Ray.
 
     Raises:
         ClusterError: no cluster answers there.
@@ -51,7 +62,7 @@ def connected(address: str | None) -> Iterator[bool]:
     on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own in its place.
     try:
         # "local" keeps Ray from joining whatever cluster happens to run on this machine.
-        ray.init(
+        context = ray.init(
             address,
             include_dashboard=False if local else None,
             log_to_driver=False,
@@ -68,7 +79,8 @@ def connected(address: str | None) -> Iterator[bool]:
             raise ClusterError(f"a local Ray could not be started: {error}") from error
         raise _no_answer(address, error) from error
     try:
-        yield local
+        dashboard = context.address_info.get("webui_url")
+        yield Joined(local, f"http://{dashboard}" if dashboard else "")
     finally:
         ray.shutdown()
 

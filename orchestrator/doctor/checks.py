@@ -122,8 +122,9 @@ def check_memory(
         memory_error: why an anonymous file of the snapshots' size could not be made.
     """
     found, node = [], machine.node
-    told = f"snapshots take {size(snapshots)}, and {size(saving)} more while they are saved; "
-    told += f"{size(seen.available)} of {size(seen.memory)} are available"
+    told = f"{size(seen.available)} of {size(seen.memory)} are available"
+    if snapshots:
+        told = f"snapshots take {size(snapshots)}, and {size(saving)} more while they are saved; {told}"
     more = "use more nodes or machines with more memory; a container's limit counts, too"
     if memory_error:
         told, mend = f"memfd_create of {size(snapshots)}: {memory_error}", "raise `ulimit -f` or the container's limits"

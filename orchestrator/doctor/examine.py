@@ -26,7 +26,6 @@ from orchestrator.doctor.slots import Slots, ask, told
 from orchestrator.doctor.tracking_probe import look_at_tracking
 from orchestrator.preflight import in_background
 from orchestrator.stop import StopSignal
-from workers.errors import ClusterError
 
 ANSWER_S = 60.0
 """How long a node may take to start a process and answer."""
@@ -82,9 +81,9 @@ def examine(
     if scope.tracking:  # A run in MLflow must not be left half made: the thread is waited for.
         looking = in_background(lambda: look_at_tracking(config.tracking), may_be_torn=False)
     phase("joining the cluster")
-    with connected(address), _Round(config, stop) as round_:
+    with connected(address) as joined, _Round(config, stop) as round_:
         phase(f"looking at {len(round_.machines)} node(s)")
-        found = round_.look()
+        found = round_.look(joined.dashboard_url)
         if scope.storage:
             phase(f"using {config.checkpoint.url} from {len(round_.machines)} node(s)")
             found += round_.storage()
@@ -150,7 +149,7 @@ class _Round:
         for probe in self.probes.values():
             probe.kill()
 
-    def look(self) -> list[Finding]:
+    def look(self, dashboard_url: str) -> list[Finding]:
         """Look at every node; whoever does not answer is asked for nothing more."""
         found, answers = [], self._ask(ANSWER_S, "look")
         for name, answer in answers.items():
@@ -161,10 +160,10 @@ class _Round:
             mend = "install raymuon and its libraries there, or let the job bring them (working_dir); see Ray's logs"
             found.append(Finding("nodes", name, "failure", f"no process of ours runs there: {told(answer)}", mend))
         for name in self.probes:
-            found += checks.check_clock(name, self._clock(name))
-        url, access, no_answer = _dashboard_url(), None, ""
-        if url and self.head in self.probes:
-            (answer,) = ask({"": self.probes[self.head].call("access", url)}, ANSWER_S, self.stop).values()
+            found += self._clock(name)
+        access, no_answer = None, ""
+        if dashboard_url and self.head in self.probes:
+            (answer,) = ask({"": self.probes[self.head].call("access", dashboard_url)}, ANSWER_S, self.stop).values()
             access, no_answer = (answer, "") if isinstance(answer, Access) else (None, told(answer))
         return found + checks.check_token(access, no_answer, self.seen)
 
@@ -184,7 +183,7 @@ class _Round:
         """See whether what the driver prepares can be read everywhere."""
         url = self._begin(self.config.data.prepared_url)
         if error := ask({"": self._on_driver("mark", url, self._mark, "driver")}, PLACE_S, self.stop)[""]:
-            return [Finding("data", "driver", "failure", told(error), "name another data.prepared_url")]
+            return [Finding("data", "driver", "failure", told(error), places.mend_place(told(error)))]
         return self._shared("data", url, ["driver"], list(self.probes))
 
     def judge(self, slots: Slots, wanted: int) -> list[Finding]:
@@ -220,19 +219,20 @@ class _Round:
         }
         return places.check_shared(check, url, written, seen)
 
-    def _clock(self, name: str) -> ClockSeen:
+    def _clock(self, name: str) -> list[Finding]:
         """Compare a node's clock with ours, as NTP does: half of the round trip is taken for the way there."""
         tries = []
         for _ in range(CLOCK_TRIES):
             asked = time.time()
-            (answer,) = ask({"": self.probes[name].call("clock")}, ANSWER_S, self.stop, step_s=1.0).values()
+            (answer,) = ask({"": self.probes[name].call("clock")}, ANSWER_S, self.stop).values()
             heard = time.time()
-            if isinstance(answer, float):
-                tries.append((heard - asked, answer - (asked + heard) / 2))
-        if not tries:
-            raise ClusterError(f"{name}: the node stopped answering; see Ray's logs there")
+            if not isinstance(answer, float):
+                return [
+                    Finding("nodes", name, "failure", f"it answers no more: {told(answer)}", "see Ray's logs there")
+                ]
+            tries.append((heard - asked, answer - (asked + heard) / 2))
         round_trip, offset = min(tries)
-        return ClockSeen(offset_s=offset, round_trip_s=round_trip)
+        return checks.check_clock(name, ClockSeen(offset_s=offset, round_trip_s=round_trip))
 
     def _ask(self, limit_s: float, method: str, *arguments: Any, on_driver: bool = False) -> dict[str, Any]:
         """Call a method of all probes at the same time; `use` gets the name of whom it leaves a mark for."""
@@ -256,12 +256,6 @@ def _names(nodes: list[dict[str, Any]]) -> dict[str, str]:
     """Return a name for people for every node's id: its address, and a part of the id where several share that."""
     addresses = [node["NodeManagerAddress"] for node in nodes]
     return {
-        node["NodeID"]: address if addresses.count(address) == 1 else f"{address}/{node['NodeID'][:6]}"
+        node["NodeID"]: address if addresses.count(address) == 1 else f"{address}-{node['NodeID'][:6]}"
         for node, address in zip(nodes, addresses, strict=True)
     }
-
-
-def _dashboard_url() -> str:
-    """Return the dashboard's URL as the head tells it: of a loopback address where it listens only there."""
-    told = ray.init(ignore_reinit_error=True).address_info["webui_url"]  # What joining has told, again.
-    return f"http://{told}" if told else ""

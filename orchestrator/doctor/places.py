@@ -15,7 +15,7 @@ def check_place(url: str, seen: Mapping[str, PlaceSeen]) -> list[Finding]:
     found = []
     for name, place in seen.items():
         if place.error:
-            found.append(Finding("storage", name, "failure", place.error, _mend_place(place.error)))
+            found.append(Finding("storage", name, "failure", place.error, mend_place(place.error)))
             continue
         found.append(Finding("storage", name, "ok", f"{url}: files can be created, read, listed and deleted"))
         if not place.fences:
@@ -40,8 +40,8 @@ def check_place(url: str, seen: Mapping[str, PlaceSeen]) -> list[Finding]:
     return found
 
 
-def _mend_place(error: str) -> str:
-    """Return what to do where the error itself does not say it."""
+def mend_place(error: str) -> str:
+    """Return what to do about a store's error, where that does not say it itself."""
     if "Read-only" in error or "Permission denied" in error:
         return "mount it for writing, or name another checkpoint.url"
     if "Connect" in error or "connect" in error or "timeout" in error.lower():
@@ -80,9 +80,10 @@ def check_tracking(seen: TrackingSeen) -> list[Finding]:
         mend = {
             401: "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) rightly",
             403: "give this user the right to edit the experiment (tracking.experiment), and to create it",
-        }.get(seen.status, "start the server, check tracking.uri, or look into the server's log")
+        }.get(seen.status, "start the server, or check tracking.uri" if seen.unreachable else "see the server's log")
         words = {401: "the credentials are wrong or missing", 403: "this user has not the right"}.get(seen.status)
-        told = f"{seen.uri}: {seen.doing}: {f'{words} (HTTP {seen.status})' if words else seen.error}"
+        text = f"{words} (HTTP {seen.status})" if words else seen.error
+        told = f"{seen.uri}: {text if seen.unreachable else f'{seen.doing}: {text}'}"
         return [Finding("tracking", "driver", "failure", told, mend)]
     did = seen.note or "run and artifact created, read back and deleted"
     found.append(Finding("tracking", "driver", "ok", f"{seen.uri}: {did} ({seen.seconds:.1f} s)"))

@@ -100,7 +100,7 @@ class TrackingSeen:
     status: int = 0
     """HTTP status of a refusal; 0 where there was none."""
     doing: str = ""
-    """What was being tried when it went wrong."""
+    """What was being tried when it went wrong; empty where nobody was reached."""
     seconds: float = 0.0
     """For all that was tried."""
     server: str = ""
@@ -110,3 +110,8 @@ class TrackingSeen:
     """What could not be deleted."""
     note: str = ""
     """What was not tried, and why."""
+
+    @property
+    def unreachable(self) -> bool:
+        """Tell whether it went wrong before anything was tried."""
+        return bool(self.error) and not self.doing

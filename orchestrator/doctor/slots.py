@@ -23,20 +23,22 @@ from workers.snapshots.region import SLOTS
 
 PLACED_S = 10.0
 """How long to wait for slots on nodes that are up; a slot that is not given by then is taken by somebody else."""
+LOOK_S = 0.1
+"""How often whoever waits looks whether a person wants it to end."""
 IMPORT_S = 180.0
 MEASURE_S = 120.0
 LINK_S = 60.0
 """How long a process group may take to form and to be measured."""
 
 
-def ask(calls: Mapping[str, Future[Any]], limit_s: float, stop: StopSignal, step_s: float = 0.1) -> dict[str, Any]:
+def ask(calls: Mapping[str, Future[Any]], limit_s: float, stop: StopSignal) -> dict[str, Any]:
     """Wait for the answers; an exception, or a TimeoutError after `limit_s`, stands in the place of a missing one.
 
     Raises:
         Interrupted: a person has ended it.
     """
     deadline = time.monotonic() + limit_s
-    while wait(calls.values(), step_s).not_done and time.monotonic() < deadline:
+    while wait(calls.values(), LOOK_S).not_done and time.monotonic() < deadline:
         stop.check()
     stop.check()
     answers: dict[str, Any] = {}

@@ -33,11 +33,11 @@ def look_at_tracking(config: TrackingConfig) -> TrackingSeen:
     try:
         reach_tracking(config.uri)
     except StorageError as error:
-        return replace(seen, error=str(error).removeprefix(f"tracking.uri={config.uri}: "), doing="connecting")
+        return replace(seen, error=str(error).removeprefix(f"tracking.uri={config.uri}: ").partition(";")[0])
     if config.uri.startswith(SQLITE) and not (file := Path(config.uri.removeprefix(SQLITE))).exists():
         folder = next(parent for parent in file.absolute().parents if parent.exists())
         if not os.access(folder, os.W_OK):
-            return replace(seen, error=f"{folder} cannot be written", doing="looking for the database")
+            return replace(seen, error=f"{folder} cannot be written")
         return replace(seen, note=f"{file.name} is not there yet; the first run makes it")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
