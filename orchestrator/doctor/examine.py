@@ -141,8 +141,8 @@ class _Round:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        wait_for(self._calls, LINGER_S)
         if self._urls:
+            wait_for(self._calls, LINGER_S)
             tidying = [probe.call("tidy", self._urls, self._mark) for probe in self.probes.values()]
             wait_for(tidying, LINGER_S)
             self.driver.tidy(self._urls, self._mark)
