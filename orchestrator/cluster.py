@@ -79,7 +79,7 @@ def connected(address: str | None) -> Iterator[Joined]:
             raise ClusterError(f"a local Ray could not be started: {error}") from error
         raise _no_answer(address, error) from error
     try:
-        dashboard = context.address_info.get("webui_url")
+        dashboard = getattr(context, "address_info", {}).get("webui_url")  # Ray Client tells of none.
         yield Joined(local, f"http://{dashboard}" if dashboard else "")
     finally:
         ray.shutdown()

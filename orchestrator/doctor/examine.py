@@ -21,7 +21,7 @@ from orchestrator.config import RunConfig
 from orchestrator.doctor import checks, places
 from orchestrator.doctor.findings import Check, Finding, merged
 from orchestrator.doctor.node_probe import NodeProbe
-from orchestrator.doctor.seen import ClockSeen, Machine, NodeSeen, PlaceSeen
+from orchestrator.doctor.seen import ClockSeen, Machine, NodeSeen, PlaceSeen, TrackingSeen
 from orchestrator.doctor.slots import Slots, ask, told
 from orchestrator.doctor.tracking_probe import look_at_tracking
 from orchestrator.preflight import in_background
@@ -30,7 +30,7 @@ from orchestrator.stop import StopSignal
 ANSWER_S = 60.0
 """How long a node may take to start a process and answer."""
 PLACE_S = 180.0
-"""How long a node may take with a store; a store's client tries a dead one several times."""
+"""How long a node may take with a store, or the driver with tracking; a client tries a dead store several times."""
 CLOCK_TRIES = 8
 """The exchange with the shortest round trip counts."""
 LINGER_S = 10.0
@@ -102,7 +102,10 @@ def examine(
                 calibration = slots.calibrate()
         if looking is not None:
             phase(f"using {config.tracking.uri}")
-            found += places.check_tracking(ask({"": looking}, ANSWER_S, stop)[""])
+            answer = ask({"": looking}, PLACE_S, stop)[""]
+            if not isinstance(answer, TrackingSeen):
+                answer = TrackingSeen(uri=config.tracking.uri, error=told(answer), doing="using it")
+            found += places.check_tracking(answer)
         order = {check: number for number, check in enumerate(Check.__args__)}  # type: ignore[attr-defined]
         return Examined(sorted(merged(found, len(round_.machines)), key=lambda one: order[one.check]), calibration)
 

@@ -1,5 +1,6 @@
 """A process in a worker's place: the same reservation, imports and process group, but it only measures."""
 
+import importlib
 import os
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ class SlotProbe(Member):
         cuda = device.type == "cuda"
         libraries = {}
         if cuda:
-            nccl = ".".join(map(str, torch.cuda.nccl.version()))
+            nccl = ".".join(map(str, importlib.import_module("torch.cuda.nccl").version()))
             libraries = {"CUDA": str(torch.version.cuda), "NCCL": nccl}
         return SlotSeen(
             node=node,

@@ -134,7 +134,7 @@ def _server_version(uri: str) -> str:
 
     with suppress(Exception):
         answer = http_request(get_default_host_creds(uri), "/version", "GET", timeout=5, max_retries=0)
-        return answer.text.strip() if answer.status_code == 200 else ""
+        return answer.text.strip() if answer is not None and answer.status_code == 200 else ""
     return ""
 
 
