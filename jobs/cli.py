@@ -290,6 +290,28 @@ def plan(
     Console().print(table)
 
 
+@app.command()
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(help="Of the run that is meant to start. None: the cluster alone.")
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")
+    ] = None,
+    storage: Annotated[str, typer.Option(help="Folder (fsspec URL) to check in checkpoint.url's place.")] = "",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Write what was measured for `raymuon plan --calibration`.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a cluster, storage and tracking before money is spent: exit code 3 or 5 where something would fail."""
+    from jobs.doctor import doctor
+
+    if code := doctor(config, overrides or [], address, storage, calibration, as_json):
+        raise typer.Exit(code)
+
+
 @checkpoints_app.command("ls")
 def checkpoints_ls(
     url: Annotated[str, typer.Argument(help="A run's folder, or the folder over all runs.")],

@@ -59,8 +59,7 @@ def find(run: str, tracking_uri: str, s3_endpoint: str = "") -> Found:
         if not Store(url).names("log"):
             raise ConfigError(f"{run}: no run's folder (there is no log/ in it)")
         return Found(url.rsplit("/", 1)[-1], url)
-    if tracking_uri.startswith("http"):
-        reach_tracking(tracking_uri)
+    reach_tracking(tracking_uri)
     from orchestrator.tracking import look_up  # MLflow takes seconds to import.
 
     known = look_up(tracking_uri, run)

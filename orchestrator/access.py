@@ -123,7 +123,7 @@ def _is_loopback(url: str) -> bool:
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would take the token with it, to whatever host it names."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
 
 

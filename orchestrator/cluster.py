@@ -5,9 +5,10 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 # Ray prints paragraphs on stdout about each worker and node that dies; the driver tells of them in a line. Ray reads
@@ -40,9 +41,19 @@ PLACED_S = 0.1
 """How old the list of slots with a node may be."""
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A Ray that this process has joined."""
+
+    local: bool
+    """It was started for this process, and ends with it."""
+    dashboard_url: str
+    """As the head tells it: of a loopback address where only the head itself is listened to; empty without one."""
+
+
 @contextmanager
-def connected(address: str | None) -> Iterator[bool]:
-    """Join the cluster at `address` (or RAY_ADDRESS), or start a local Ray; yield whether it is local.
+def connected(address: str | None) -> Iterator[Joined]:
+    """Join the cluster at `address` (or RAY_ADDRESS), or start a local Ray.
 
     Raises:
         ClusterError: no cluster answers there.
@@ -53,7 +64,7 @@ def connected(address: str | None) -> Iterator[bool]:
     on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own in its place.
     try:
         # "local" keeps Ray from joining whatever cluster happens to run on this machine.
-        ray.init(
+        context = ray.init(
             address,
             include_dashboard=False if local else None,
             log_to_driver=False,
@@ -70,7 +81,8 @@ def connected(address: str | None) -> Iterator[bool]:
             raise ClusterError(f"a local Ray could not be started: {error}") from error
         raise _no_answer(address, error) from error
     try:
-        yield local
+        dashboard = getattr(context, "address_info", {}).get("webui_url")  # Ray Client tells of none.
+        yield Joined(local, f"http://{dashboard}" if dashboard else "")
     finally:
         ray.shutdown()
 
@@ -94,7 +106,7 @@ class RayHandle:
         try:
             answer = getattr(self._actor, method).remote(*arguments).future()
         except RayError as error:
-            future.set_exception(Gone(_reason(error)))
+            future.set_exception(_gone(error))
             return future
 
         def settle(answer: Future[Any]) -> None:
@@ -104,7 +116,7 @@ class RayHandle:
             elif isinstance(error, RayTaskError):
                 future.set_exception(error.cause if isinstance(error.cause, Exception) else error)
             else:
-                future.set_exception(Gone(_reason(error)))
+                future.set_exception(_gone(error))
 
         answer.add_done_callback(settle)
         return future
@@ -159,22 +171,29 @@ class RayCluster:
 
     def start_worker(self, slot: str) -> RayHandle:
         """Start a worker actor in a slot."""
-        actor = Worker.options(
-            num_cpus=self.scaling.cpus_per_worker,
-            num_gpus=1 if self.gpu else 0,
-            max_concurrency=8,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=self._groups[slot]),
-        ).remote()
-        return RayHandle(actor)
+        return self.start_in_slot(slot, Worker)
 
     def start_keeper(self, node: str, token: str, storage: StorageConfig) -> RayHandle:
         """Start a keeper actor on a node; it takes none of the resources that workers reserve."""
         self._look()
         host = self._alive.get(node, "127.0.0.1")
+        return self.start_on_node(node, ray.remote(max_restarts=0, max_task_retries=0)(Keeper), host, token, storage)
+
+    def start_in_slot(self, slot: str, actor: Any) -> RayHandle:
+        """Start an actor with all that a slot reserves; `actor` is a class that `ray.remote` has made."""
+        options = actor.options(
+            num_cpus=self.scaling.cpus_per_worker,
+            num_gpus=1 if self.gpu else 0,
+            max_concurrency=8,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=self._groups[slot]),
+        )
+        return RayHandle(options.remote())
+
+    def start_on_node(self, node: str, actor: Any, *arguments: Any) -> RayHandle:
+        """Start an actor on a node, without reserving anything."""
         strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-        actor = ray.remote(max_restarts=0, max_task_retries=0)(Keeper)
         options = actor.options(num_cpus=0, max_concurrency=8, scheduling_strategy=strategy)
-        return RayHandle(options.remote(host, token, storage))
+        return RayHandle(options.remote(*arguments))
 
     def alive(self, node: str) -> bool:
         """Tell whether Ray takes the node for alive."""
@@ -192,10 +211,11 @@ class RayCluster:
 
     def room(self) -> int:
         """Return how many workers the nodes could hold if they were empty."""
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        return sum(
-            min(int(node["Resources"].get(kind, 0) / amount) for kind, amount in self.bundle.items()) for node in nodes
-        )
+        return sum(self.room_of(node) for node in ray.nodes() if node["Alive"])
+
+    def room_of(self, node: Mapping[str, Any]) -> int:
+        """Return how many workers a node, as `ray.nodes` tells of it, could hold if it were empty."""
+        return min(int(node["Resources"].get(kind, 0) / amount) for kind, amount in self.bundle.items())
 
     def _look(self) -> None:
         if time.monotonic() - self._looked > LOOK_S:
@@ -203,10 +223,12 @@ class RayCluster:
             self._alive = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
 
 
-def _reason(error: BaseException) -> str:
-    """Return one line: Ray tells several, with identifiers and advice."""
+def _gone(error: BaseException) -> Gone:
+    """Return one line, and Ray's own error as its cause: that tells several, with identifiers and advice."""
     name = type(error).__name__.removeprefix("Ray").removesuffix("Error")
-    return {"ActorDied": "its process died", "ActorUnavailable": "it cannot be reached"}.get(name, name)
+    gone = Gone({"ActorDied": "its process died", "ActorUnavailable": "it cannot be reached"}.get(name, name))
+    gone.__cause__ = error
+    return gone
 
 
 def uses_gpu(scaling: ScalingConfig) -> bool:

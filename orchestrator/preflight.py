@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.config import RunConfig, flatten
@@ -16,7 +17,7 @@ from orchestrator.reach import reach_tracking
 from orchestrator.run_log import RunLog, find_commit
 from workers.checkpoint.manifest import Manifest
 from workers.data.corpus import Corpus, check_corpus, prepare
-from workers.errors import ConfigError
+from workers.errors import ConfigError, StorageError
 from workers.storage import Store
 from workers.task import Origin
 
@@ -47,6 +48,7 @@ def check_inputs(config: RunConfig, corpus: Corpus | None = None) -> Inputs:
         StorageError: a server does not answer, or storage cannot be written.
     """
     reach_tracking(config.tracking.uri)
+    _make_folder(config.tracking.uri)
     url = config.checkpoint.url
     fences = Store(url).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
@@ -190,3 +192,13 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         for key, value in flatten(wanted).items()
         if has.get(key) != value
     ]
+
+
+def _make_folder(uri: str) -> None:
+    """Make the folder of a tracking database."""
+    if uri.startswith("sqlite:"):
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"tracking.uri={uri}: the folder cannot be made ({error})") from error

@@ -1,7 +1,6 @@
 """Whether anybody listens at an address, found out in seconds: the clients of MLflow and Ray would try for minutes."""
 
 import socket
-from pathlib import Path
 from urllib.parse import urlparse
 
 from workers.errors import StorageError
@@ -20,10 +19,10 @@ def reach(host: str, port: int) -> None:
 
 
 def reach_tracking(uri: str) -> None:
-    """Find out whether there is a tracking server, or a folder for the database.
+    """Find out within seconds whether the tracking server answers, where there is one.
 
     Raises:
-        StorageError: there is none.
+        StorageError: it does not.
     """
     parsed = urlparse(uri)
     if parsed.scheme in ("http", "https"):
@@ -33,9 +32,3 @@ def reach_tracking(uri: str) -> None:
             raise StorageError(
                 f"tracking.uri={uri}: no server answers there ({error}); start it, or check the address"
             ) from error
-    elif parsed.scheme == "sqlite":
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"tracking.uri={uri}: the folder cannot be made ({error})") from error

@@ -1,0 +1,106 @@
+"""`raymuon doctor`: what the probes have found, as a table or as JSON, and the exit code that it comes to."""
+
+import json
+import signal
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs.load import load
+from orchestrator.config import RunConfig, absolute
+from orchestrator.doctor.examine import Scope, examine
+from orchestrator.doctor.findings import Finding, exit_code
+from orchestrator.stop import StopSignal
+from workers.errors import Interrupted
+from workers.storage import storage_errors
+
+COLOURS = {"ok": "green", "warning": "yellow", "failure": "red"}
+
+
+def doctor(
+    config: str | None,
+    overrides: list[str],
+    address: str | None,
+    storage: str,
+    calibration: Path | None,
+    as_json: bool,
+) -> int:
+    """Examine, say what was found, and return the exit code: 0 without a failure, 3 for the cluster's, 5 for others'.
+
+    Args:
+        config: of the run; None, or already the first override, for the cluster alone.
+        overrides: of the config; without one, those that name a place have it checked.
+        address: of a Ray cluster; None starts a local one.
+        storage: folder to check in the place of checkpoint.url; empty for that.
+        calibration: file for what was measured.
+        as_json: as one JSON object on the last line of stdout.
+
+    Raises:
+        ConfigError: the config is wrong.
+        ClusterError: no cluster answers.
+        Interrupted: a person has ended it.
+    """
+    run_config, scope = asked_for(config, overrides, storage, calibration is not None)
+    stop = StopSignal()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.request())
+    console = Console(stderr=True, highlight=False)
+    try:
+        examined = examine(
+            run_config, scope, address, stop, lambda text: console.print(f"[dim]{text} ...[/dim]", soft_wrap=True)
+        )
+    except Interrupted:
+        raise Interrupted("interrupted; nothing is left behind") from None
+    if calibration is not None and examined.calibration:
+        with storage_errors(str(calibration)):
+            calibration.parent.mkdir(parents=True, exist_ok=True)
+            calibration.write_text(examined.calibration)
+    code = exit_code(examined.findings)
+    show(examined.findings, Console(stderr=as_json, highlight=False))
+    if as_json:
+        told = {"exit_code": code, "findings": [asdict(finding) for finding in examined.findings]}
+        print(json.dumps(told), flush=True)  # noqa: T201
+    return code
+
+
+def asked_for(config: str | None, overrides: list[str], storage: str, calibrate: bool) -> tuple[RunConfig, Scope]:
+    """Return the config, with absolute paths, and what is looked at."""
+    given = config is not None and "=" not in config
+    changes = overrides if given or config is None else [config, *overrides]
+    run_config = load(config if given and config else "demo", changes)
+    if storage:
+        run_config = replace(run_config, checkpoint=replace(run_config.checkpoint, url=storage))
+
+    def named(key: str) -> bool:
+        return given or any(change.startswith(key) for change in changes)
+
+    return absolute(run_config), Scope(
+        storage=bool(storage) or named("checkpoint.url="),
+        data=named("data.prepared_url="),
+        tracking=named("tracking."),
+        all_slots=not given and not named("scaling.max_workers="),
+        calibrate=calibrate,
+    )
+
+
+def show(findings: list[Finding], console: Console) -> None:
+    """Print a table, grouped by check, and a line that sums it up."""
+    table = Table("check", "", "node", "seen, and what to do", box=SIMPLE)
+    table.columns[2].overflow = table.columns[3].overflow = "fold"
+    for check, group in groupby(findings, key=lambda finding: finding.check):
+        for number, finding in enumerate(group):
+            seen = Text(finding.seen)
+            if finding.mend:
+                seen.append(f"\n-> {finding.mend}", style="dim")
+            status = Text(finding.status, style=COLOURS[finding.status])
+            table.add_row("" if number else check, status, finding.node, seen)
+        table.add_section()
+    console.print(table)
+    failures, warnings = (sum(one.status == status for one in findings) for status in ("failure", "warning"))
+    colour = COLOURS["failure" if failures else "warning" if warnings else "ok"]
+    console.print(f"{failures} failure(s), {warnings} warning(s)", style=colour)

@@ -1,0 +1,94 @@
+"""The doctor's round on a real cluster, real stores and a real database: what it tells, and what it leaves."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import mlflow
+import s3fs
+
+from jobs.bench.seaweed import client, s3_environment
+from orchestrator.config import TrackingConfig
+from orchestrator.doctor.node_probe import NodeProbe
+from orchestrator.doctor.tracking_probe import look_at_tracking
+from tests.e2e.conftest import RAYMUON
+from tests.servers import rclone
+
+CLUSTER_CHECKS = ["nodes", "versions", "memory", "clock", "token", "matrix products", "collectives"]
+
+
+def start(place, *arguments):
+    command = [RAYMUON, "doctor", "tiny.yaml", *arguments, "--address", place.address]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=place.folder, env={**os.environ, **s3_environment()}, **pipes)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def objects(endpoint, word):
+    return [path for path in client(endpoint).find("raymuon") if word in path]
+
+
+def test_a_round_in_which_only_the_tracking_server_is_missing(place, s3_endpoint):
+    options = ["checkpoint.url=s3://raymuon/doctor", "data.prepared_url=s3://raymuon/doctor-data"]
+    options += [f"storage.s3_endpoint={s3_endpoint}", "tracking.uri=http://127.0.0.1:1"]
+    before = files(place.folder)
+    process = start(place, *options, "--json")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 5 and "Traceback" not in err, err
+    told = json.loads(out.splitlines()[-1])
+    findings = told["findings"]
+    assert list(dict.fromkeys(one["check"] for one in findings)) == [*CLUSTER_CHECKS, "storage", "data", "tracking"]
+    (failure,) = [one for one in findings if one["status"] == "failure"]
+    assert told["exit_code"] == 5 and failure["check"] == "tracking" and "no server answers there" in failure["seen"]
+    seen = {one["check"]: one["seen"] for one in reversed(findings)}
+    assert "2 slot(s) of a CPU" in seen["matrix products"] and "over 2 slot(s) with gloo" in seen["collectives"]
+    assert "4 slot(s)" in seen["nodes"] and "alike on the driver and all nodes" in seen["versions"]
+    assert "1 failure(s)" in err, "the table is for people"
+    assert files(place.folder) == before and objects(s3_endpoint, "doctor") == [], "nothing is left"
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing(place, s3_endpoint):
+    process = start(place, "checkpoint.url=s3://raymuon/stopped", f"storage.s3_endpoint={s3_endpoint}")
+    for line in process.stderr:
+        if line.startswith("using s3://raymuon/stopped"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and out == "" and "nothing is left behind" in err and "Traceback" not in err
+    assert objects(s3_endpoint, "stopped") == []
+
+
+def test_stores_that_are_lacking(tmp_path, s3_endpoint, monkeypatch):
+    for name, value in s3_environment().items():
+        monkeypatch.setenv(name, value)
+    probe = NodeProbe(s3_endpoint)
+    assert "create the bucket" in probe.use("s3://no-such-bucket/x", ".doctor", "a").error
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert "check the keys" in probe.use("s3://raymuon/x", ".doctor", "a").error
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_environment()["AWS_SECRET_ACCESS_KEY"])
+    s3fs.S3FileSystem.clear_instance_cache()
+    (tmp_path / "store").mkdir()
+    with rclone(tmp_path / "store") as endpoint:
+        probe = NodeProbe(endpoint)
+        seen = probe.use("s3://raymuon/x", ".doctor", "a")
+        probe.tidy(["s3://raymuon/x"], ".doctor")
+        assert seen.error == "" and not seen.fences, "it ignores If-None-Match"
+        assert objects(endpoint, "doctor") == []
+
+
+def test_a_database_is_used_and_left_as_it_was(tmp_path, database):
+    shutil.copy(database, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    seen = look_at_tracking(TrackingConfig(uri=uri, experiment="new"))
+    assert (seen.error, seen.left, seen.note) == ("", "", "")
+    tracking = mlflow.MlflowClient(uri)
+    assert [one.name for one in tracking.search_experiments()] == ["Default"], "a run may still make its own"
+    seen = look_at_tracking(TrackingConfig(uri=uri, experiment="Default"))
+    assert (seen.error, seen.left) == ("", "") and not tracking.search_runs(["0"])
+    assert files(tmp_path) == ["mlflow.db"]
