@@ -1,0 +1,327 @@
+"""What one device and one process group really do: the figures with which `raymuon plan` computes a step's time.
+
+A device is described by rates over sizes, as no single number is right: a small product or a short vector runs at a
+fraction of the peak. Each curve is measured on the ops that training runs, with fresh results as autograd makes them,
+so that what the allocator costs is part of it. Medians: what slows this machine down now slows training down, too.
+"""
+
+import json
+import math
+import platform
+import statistics
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.errors import ConfigError
+
+FORMAT = 1
+KINDS = ("matmul", "attention", "attention_backward", "elementwise", "special", "gather")
+"""Of work: products, fused causal attention and its backward pass (operations per second); sums and products of
+elements, functions such as exponentials, and reads at given rows (bytes per second)."""
+MIB = 1 << 20
+SECONDS_PER_POINT = 0.03
+_ATTENTION_HEADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A rate over sizes; between the points it is interpolated, outside of them it is that of the nearest one."""
+
+    sizes: tuple[float, ...]
+    """In rising order. Of products the harmonic mean of their three sides, of the rest the bytes read and written."""
+    rates: tuple[float, ...]
+    """Operations or bytes per second."""
+
+    def rate(self, size: float) -> float:
+        """Return the rate at a size, straight between points on logarithmic axes."""
+        sizes, rates = self.sizes, self.rates
+        if size <= sizes[0]:
+            return rates[0]
+        if size >= sizes[-1]:
+            return rates[-1]
+        after = bisect_right(sizes, size)
+        low, high = sizes[after - 1], sizes[after]
+        share = math.log(size / low) / math.log(high / low)
+        return rates[after - 1] * (rates[after] / rates[after - 1]) ** share
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """What a collective costs at a world size: `latency_s + bytes that a rank sends / bytes_per_s`.
+
+    The bytes are those of the ring algorithms (`workers/traffic.py`).
+    """
+
+    name: str
+    world_size: int
+    latency_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """One worker's device as it was measured, and the collectives of the group that it was in."""
+
+    device: str
+    """Name, for people."""
+    kind: str
+    """`cpu` or `cuda`."""
+    precision: str
+    """Of the products: `fp32` or `bf16`."""
+    memory_bytes: int
+    """Of a GPU; of a CPU, the machine's."""
+    seconds_per_op: float
+    """Cost of calling an op in a training step, however small it is, its share of autograd included."""
+    curves: dict[str, Curve]
+    """By `KINDS`."""
+    host_bytes_per_s: float
+    """At which a shard is copied into the keeper's memory."""
+    collectives: tuple[Collective, ...] = ()
+
+    def to_json(self) -> str:
+        """Return the file's text."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+
+    @staticmethod
+    def from_json(text: str, where: str = "calibration") -> "Calibration":
+        """Read the file's text.
+
+        Args:
+            text: as `to_json` wrote it.
+            where: the file, for the message.
+
+        Raises:
+            ConfigError: it is not one, or of a format that is not known here.
+        """
+        try:
+            found = json.loads(text)
+            version = found.pop("format")
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"{where}: not a calibration; make one with raymuon doctor --calibration FILE") from error
+        if version != FORMAT:
+            raise ConfigError(f"{where}: format {version}; this raymuon reads {FORMAT}; measure anew")
+        try:
+            curves = {
+                kind: Curve(tuple(curve["sizes"]), tuple(curve["rates"])) for kind, curve in found.pop("curves").items()
+            }
+            collectives = tuple(Collective(**one) for one in found.pop("collectives"))
+            made = Calibration(curves=curves, collectives=collectives, **found)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{where}: damaged calibration ({error}); measure anew") from error
+        if missing := [kind for kind in KINDS if kind not in curves or not curves[kind].sizes]:
+            raise ConfigError(f"{where}: damaged calibration, it lacks {', '.join(missing)}; measure anew")
+        return made
+
+    def with_collectives(self, collectives: Sequence[Collective]) -> "Calibration":
+        """Return it with collectives added; those of the same name and world size are replaced."""
+        new = {(one.name, one.world_size): one for one in (*self.collectives, *collectives)}
+        return replace(self, collectives=tuple(new.values()))
+
+    def with_speed_of(self, others: Sequence["Calibration"]) -> "Calibration":
+        """Return the median of several measurements of like devices, point by point."""
+        every = (self, *others)
+
+        def median(pick: Callable[["Calibration"], float]) -> float:
+            return statistics.median(pick(one) for one in every)
+
+        curves = {
+            kind: Curve(
+                curve.sizes,
+                tuple(median(lambda one: one.curves[kind].rates[i]) for i in range(len(curve.sizes))),  # noqa: B023
+            )
+            for kind, curve in self.curves.items()
+        }
+        by_place: dict[tuple[str, int], list[Collective]] = {}
+        for one in every:
+            for collective in one.collectives:
+                by_place.setdefault((collective.name, collective.world_size), []).append(collective)
+        return replace(
+            self,
+            seconds_per_op=median(lambda one: one.seconds_per_op),
+            host_bytes_per_s=median(lambda one: one.host_bytes_per_s),
+            curves=curves,
+            collectives=tuple(
+                Collective(
+                    name,
+                    world_size,
+                    statistics.median(one.latency_s for one in same),
+                    statistics.median(one.bytes_per_s for one in same),
+                )
+                for (name, world_size), same in by_place.items()
+            ),
+        )
+
+
+def harmonic(*sides: float) -> float:
+    """Return the harmonic mean: the size of a product, as its memory traffic over its work is `sum(1 / side)`."""
+    return len(sides) / sum(1 / side for side in sides)
+
+
+def measure_device(device: torch.device) -> Calibration:
+    """Measure this process's device with its present number of threads; about five seconds on a CPU.
+
+    Workers that share a machine should measure at the same time: they share its memory while they train.
+    """
+    cuda = device.type == "cuda"
+    if cuda:
+        name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        name = f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+        memory = psutil.virtual_memory().total
+    return Calibration(
+        device=name,
+        kind=device.type,
+        precision="bf16" if cuda else "fp32",
+        memory_bytes=memory,
+        seconds_per_op=_seconds_per_op(device),
+        curves=_curves(device, torch.bfloat16 if cuda else torch.float32),
+        host_bytes_per_s=_host_bytes_per_s(device),
+    )
+
+
+def measure_collectives(group: dist.ProcessGroup | None, device: torch.device) -> tuple[Collective, ...]:
+    """Measure the process group's collectives; all its ranks call this together and get the same figures.
+
+    Args:
+        group: None for the default one.
+        device: that the group's backend works on.
+    """
+    size = dist.get_world_size(group)
+    if size == 1:
+        return ()
+    large = 64 * MIB if device.type == "cuda" else 8 * MIB
+    calls: dict[str, Callable[[Tensor], Any]] = {
+        "all_reduce": lambda flat: dist.all_reduce(flat, group=group),
+        "reduce": lambda flat: dist.reduce(flat, group=group, group_dst=0),
+        "all_gather": lambda flat: dist.all_gather_into_tensor(flat, flat.chunk(size)[0].clone(), group=group),
+        "all_to_all": lambda flat: dist.all_to_all_single(torch.empty_like(flat), flat, group=group),
+    }
+    rounds = {"all_reduce": 2}
+    found = []
+    for name, call in calls.items():
+        seconds = []
+        for total in (256 * size, large):
+            flat = torch.zeros(total // 4 // size * size, device=device)
+            # As many calls on every rank: a rank that makes one more would wait for ever.
+            spent = torch.tensor(_times(lambda: call(flat), device, rounds=15))  # noqa: B023
+            spent = spent.to(device)
+            dist.all_reduce(spent, dist.ReduceOp.MAX, group=group)
+            seconds.append(spent.median().item())
+        sent = rounds.get(name, 1) * large * (size - 1) / size
+        found.append(Collective(name, size, seconds[0], sent / max(seconds[1] - seconds[0], 1e-9)))
+    return tuple(found)
+
+
+def _times(call: Callable[[], Any], device: torch.device, rounds: int = 0) -> list[float]:
+    """Return the seconds of each of several calls: `rounds` of them, or as many as the time for a point allows."""
+    spent: list[float] = []
+    total = 0.0
+    for _ in range(2):
+        call()
+    while len(spent) < (rounds or 5) or (not rounds and total < SECONDS_PER_POINT and len(spent) < 1000):
+        _wait(device)
+        clock = time.perf_counter()
+        call()
+        _wait(device)
+        spent.append(time.perf_counter() - clock)
+        total += spent[-1]
+    return spent
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _seconds_per_op(device: torch.device) -> float:
+    """Return what a tiny product of elements costs, forward and backward, by op: three ops for each."""
+    x = torch.ones(16, device=device, requires_grad=True)
+    chain = 50
+
+    def call() -> None:
+        y = x
+        for _ in range(chain):
+            y = y * x
+        y.sum().backward()
+        x.grad = None
+
+    # In the backward pass each product is two products and an addition of gradients.
+    return statistics.median(_times(call, device)) / (4 * chain)
+
+
+def _curves(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:
+    cuda = device.type == "cuda"
+
+    def curve(sizes: Sequence[float], prepare: Callable[[int], tuple[Callable[[], Any], float, float]]) -> Curve:
+        """Measure each of `sizes`; `prepare` gives what to call, its work and its size on the axis."""
+        points = []
+        for size in sizes:
+            call, work, place = prepare(int(size))
+            points.append((place, work / statistics.median(_times(call, device))))
+        return Curve(tuple(place for place, _ in points), tuple(rate for _, rate in points))
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def matmul(side: int) -> tuple[Callable[[], Any], float, float]:
+        batch = max(1, 2 * (64 // side) ** 2)  # So many that calling it counts for little.
+        a, b = random(batch, side, side), random(batch, side, side)
+        return (lambda: torch.bmm(a, b)), 2.0 * batch * side**3, side
+
+    def heads(time_: int) -> list[Tensor]:
+        return [random(1, _ATTENTION_HEADS, time_, 64).requires_grad_() for _ in range(3)]
+
+    def attention(time_: int) -> tuple[Callable[[], Any], float, float]:
+        q, k, v = heads(time_)
+        work = 2.0 * _ATTENTION_HEADS * time_**2 * 64
+        return (lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)), work, harmonic(time_, time_, 64)
+
+    def attention_backward(time_: int) -> tuple[Callable[[], Any], float, float]:
+        q, k, v = heads(time_)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        gradient = torch.ones_like(out)
+        work = 2.5 * 2.0 * _ATTENTION_HEADS * time_**2 * 64
+        call = lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)  # noqa: E731
+        return call, work, harmonic(time_, time_, 64)
+
+    def of_elements(call: Callable[..., Tensor], arguments: int) -> Callable[[int], Any]:
+        def prepare(nbytes: int) -> tuple[Callable[[], Any], float, float]:
+            elements = nbytes // (dtype.itemsize * (arguments + 1))
+            given = [random(elements) for _ in range(arguments)]
+            return (lambda: call(*given)), float(nbytes), nbytes
+
+        return prepare
+
+    def gather(nbytes: int) -> tuple[Callable[[], Any], float, float]:
+        width = 256
+        rows = max(1, nbytes // (2 * width * dtype.itemsize))
+        table, places = random(rows, width), torch.randperm(rows, device=device)
+        return (lambda: table[places]), float(nbytes), nbytes
+
+    sizes = [1 << power for power in ((16, 20, 24, 28, 30) if cuda else (14, 16, 18, 20, 22, 24, 26, 28))]
+    sides = (64, 128, 256, 512, 1024, 2048, 4096, 8192) if cuda else (16, 32, 64, 128, 256, 512, 1024)
+    times = (512, 2048, 8192) if cuda else (64, 256, 1024)
+    return {
+        "matmul": curve(sides, matmul),
+        "attention": curve(times, attention),
+        "attention_backward": curve(times, attention_backward),
+        "elementwise": curve(sizes, of_elements(torch.mul, 2)),
+        "special": curve(sizes[:-2], of_elements(F.silu, 1)),
+        "gather": curve(sizes[:-2], gather),
+    }
+
+
+def _host_bytes_per_s(device: torch.device) -> float:
+    """Return the speed of copying from the device into host memory that is used again and again."""
+    source = torch.ones(16 * MIB, device=device)
+    target = torch.empty_like(source, device="cpu")
+    return source.nbytes / statistics.median(_times(lambda: target.copy_(source), device))
