@@ -2,15 +2,20 @@
 
 A device is described by rates over sizes, as no single number is right: a small product or a short vector runs at a
 fraction of the peak. Each curve is measured on the ops that training runs, with fresh results as autograd makes them,
-so that what the allocator costs is part of it. Medians: what slows this machine down now slows training down, too.
+so that what the allocator costs is part of it.
+
+On a CPU with other work, a short op is mostly left in peace and a step of a second never: so ops are timed in the
+thread's own processor time, and how much of the wall time that was, `share`, is told beside them.
 """
 
+import itertools
 import json
 import math
 import platform
 import statistics
 import time
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -29,7 +34,11 @@ KINDS = ("matmul", "attention", "attention_backward", "elementwise", "special", 
 elements, functions such as exponentials, and reads at given rows (bytes per second)."""
 MIB = 1 << 20
 SECONDS_PER_POINT = 0.03
-_ATTENTION_HEADS = 4
+POOL_BYTES = 96 * MIB
+"""Over which elements are streamed."""
+_ATTENTION_HEADS, _ROW = 4, 256
+_Point = tuple[Callable[[], Any], float, float]
+"""What is called, its work, and its place on the axis of sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +94,10 @@ class Calibration:
     """By `KINDS`."""
     host_bytes_per_s: float
     """At which a shard is copied into the keeper's memory."""
+    share: float = 1.0
+    """Of the wall time in which the process got its processor while it was measured; 1 on a machine of its own."""
     collectives: tuple[Collective, ...] = ()
+    """By name and world size, in wall time."""
 
     def to_json(self) -> str:
         """Return the file's text."""
@@ -147,6 +159,7 @@ class Calibration:
         return replace(
             self,
             seconds_per_op=median(lambda one: one.seconds_per_op),
+            share=median(lambda one: one.share),
             host_bytes_per_s=median(lambda one: one.host_bytes_per_s),
             curves=curves,
             collectives=tuple(
@@ -177,7 +190,8 @@ def measure_device(device: torch.device) -> Calibration:
     else:
         name = f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
         memory = psutil.virtual_memory().total
-    return Calibration(
+    wall, own = time.perf_counter(), _clock(device)()
+    found = Calibration(
         device=name,
         kind=device.type,
         precision="bf16" if cuda else "fp32",
@@ -186,6 +200,7 @@ def measure_device(device: torch.device) -> Calibration:
         curves=_curves(device, torch.bfloat16 if cuda else torch.float32),
         host_bytes_per_s=_host_bytes_per_s(device),
     )
+    return replace(found, share=min(1.0, (_clock(device)() - own) / (time.perf_counter() - wall)))
 
 
 def measure_collectives(group: dist.ProcessGroup | None, device: torch.device) -> tuple[Collective, ...]:
@@ -211,8 +226,7 @@ def measure_collectives(group: dist.ProcessGroup | None, device: torch.device) -
         seconds = []
         for total in (256 * size, large):
             flat = torch.zeros(total // 4 // size * size, device=device)
-            # As many calls on every rank: a rank that makes one more would wait for ever.
-            spent = torch.tensor(_times(lambda: call(flat), device, rounds=15))  # noqa: B023
+            spent = torch.tensor(_wall_times(lambda: call(flat), device))  # noqa: B023
             spent = spent.to(device)
             dist.all_reduce(spent, dist.ReduceOp.MAX, group=group)
             seconds.append(spent.median().item())
@@ -221,20 +235,37 @@ def measure_collectives(group: dist.ProcessGroup | None, device: torch.device) -
     return tuple(found)
 
 
-def _times(call: Callable[[], Any], device: torch.device, rounds: int = 0) -> list[float]:
-    """Return the seconds of each of several calls: `rounds` of them, or as many as the time for a point allows."""
+def _times(call: Callable[[], Any], device: torch.device) -> list[float]:
+    """Return the seconds of each of several calls: five, or as many more as the time for a point allows."""
     spent: list[float] = []
-    total = 0.0
+    now = _clock(device)
     for _ in range(2):
         call()
-    while len(spent) < (rounds or 5) or (not rounds and total < SECONDS_PER_POINT and len(spent) < 1000):
+    while len(spent) < 5 or (sum(spent) < SECONDS_PER_POINT and len(spent) < 300):
+        _wait(device)
+        clock = now()
+        call()
+        _wait(device)
+        spent.append(now() - clock)
+    return spent
+
+
+def _wall_times(call: Callable[[], Any], device: torch.device, rounds: int = 15) -> list[float]:
+    """Return the seconds of each of so many calls that wait for other ranks: as many calls on every rank."""
+    spent = []
+    for _ in range(rounds + 2):
         _wait(device)
         clock = time.perf_counter()
         call()
         _wait(device)
         spent.append(time.perf_counter() - clock)
-        total += spent[-1]
-    return spent
+    return spent[2:]
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Return the clock of work: that of the thread on one core, the wall's where others work for it."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
 
 
 def _wait(device: torch.device) -> None:
@@ -261,61 +292,74 @@ def _seconds_per_op(device: torch.device) -> float:
 def _curves(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:
     cuda = device.type == "cuda"
 
-    def curve(sizes: Sequence[float], prepare: Callable[[int], tuple[Callable[[], Any], float, float]]) -> Curve:
-        """Measure each of `sizes`; `prepare` gives what to call, its work and its size on the axis."""
+    def curve(sizes: Sequence[Any], prepare: Callable[[Any], _Point]) -> Curve:
         points = []
         for size in sizes:
-            call, work, place = prepare(int(size))
+            call, work, place = prepare(size)
             points.append((place, work / statistics.median(_times(call, device))))
         return Curve(tuple(place for place, _ in points), tuple(rate for _, rate in points))
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
-    def matmul(side: int) -> tuple[Callable[[], Any], float, float]:
+    def matmul(side: int) -> _Point:
         batch = max(1, 2 * (64 // side) ** 2)  # So many that calling it counts for little.
-        a, b = random(batch, side, side), random(batch, side, side)
-        return (lambda: torch.bmm(a, b)), 2.0 * batch * side**3, side
+        elements, work = batch * side**2, 2.0 * batch * side**3
 
-    def heads(time_: int) -> list[Tensor]:
-        return [random(1, _ATTENTION_HEADS, time_, 64).requires_grad_() for _ in range(3)]
+        def call(a: Tensor, b: Tensor) -> Tensor:
+            return torch.bmm(a.view(batch, side, side), b.view(batch, side, side))
 
-    def attention(time_: int) -> tuple[Callable[[], Any], float, float]:
-        q, k, v = heads(time_)
-        work = 2.0 * _ATTENTION_HEADS * time_**2 * 64
-        return (lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)), work, harmonic(time_, time_, 64)
+        return streamed(call, 2, elements, 3 * elements * dtype.itemsize, work, side)
 
-    def attention_backward(time_: int) -> tuple[Callable[[], Any], float, float]:
-        q, k, v = heads(time_)
+    def heads(time_: int, width: int) -> tuple[list[Tensor], float, float]:
+        """Return queries, keys and values, the operations of the forward pass, and the place on the axis."""
+        batch = max(1, 2048 // time_)
+        qkv = [random(batch, _ATTENTION_HEADS, time_, width).requires_grad_() for _ in range(3)]
+        return qkv, 2.0 * batch * _ATTENTION_HEADS * time_**2 * width, harmonic(time_, time_, width)
+
+    def attention(shape: tuple[int, int]) -> _Point:
+        (q, k, v), work, place = heads(*shape)
+        return (lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)), work, place
+
+    def attention_backward(shape: tuple[int, int]) -> _Point:
+        (q, k, v), work, place = heads(*shape)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         gradient = torch.ones_like(out)
-        work = 2.5 * 2.0 * _ATTENTION_HEADS * time_**2 * 64
-        call = lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)  # noqa: E731
-        return call, work, harmonic(time_, time_, 64)
+        return (lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)), 2.5 * work, place
 
-    def of_elements(call: Callable[..., Tensor], arguments: int) -> Callable[[int], Any]:
-        def prepare(nbytes: int) -> tuple[Callable[[], Any], float, float]:
-            elements = nbytes // (dtype.itemsize * (arguments + 1))
-            given = [random(elements) for _ in range(arguments)]
-            return (lambda: call(*given)), float(nbytes), nbytes
+    def streamed(
+        call: Callable[..., Tensor], arrays: int, elements: int, nbytes: float, work: float = 0.0, place: float = 0.0
+    ) -> _Point:
+        """Call it on other elements each time, as training does: what was read last lies in no near cache."""
+        pool = random(max(POOL_BYTES // dtype.itemsize, arrays * elements))
+        chunks = itertools.cycle(pool.split(elements)[: len(pool) // elements // arrays * arrays])
+        results: deque[Tensor] = deque(maxlen=max(1, int(POOL_BYTES // 2 / nbytes)))
+        run = lambda: results.append(call(*itertools.islice(chunks, arrays)))  # noqa: E731
+        for _ in range(results.maxlen or 0):  # The allocator's memory is found once, not in every step.
+            run()
+        return run, work or nbytes, place or nbytes
 
-        return prepare
+    def elementwise(nbytes: int) -> _Point:
+        return streamed(torch.mul, 2, nbytes // dtype.itemsize // 3, nbytes)
 
-    def gather(nbytes: int) -> tuple[Callable[[], Any], float, float]:
-        width = 256
-        rows = max(1, nbytes // (2 * width * dtype.itemsize))
-        table, places = random(rows, width), torch.randperm(rows, device=device)
-        return (lambda: table[places]), float(nbytes), nbytes
+    def special(nbytes: int) -> _Point:
+        return streamed(F.silu, 1, nbytes // dtype.itemsize // 2, nbytes)
+
+    def gather(nbytes: int) -> _Point:
+        rows = max(1, nbytes // (2 * _ROW * dtype.itemsize))
+        places = torch.randperm(rows, device=device)
+        return streamed(lambda flat: flat.view(-1, _ROW)[places], 1, rows * _ROW, nbytes)
 
     sizes = [1 << power for power in ((16, 20, 24, 28, 30) if cuda else (14, 16, 18, 20, 22, 24, 26, 28))]
     sides = (64, 128, 256, 512, 1024, 2048, 4096, 8192) if cuda else (16, 32, 64, 128, 256, 512, 1024)
-    times = (512, 2048, 8192) if cuda else (64, 256, 1024)
+    small, large = ((256, 16), (256, 32), (256, 64), (1024, 64)), ((512, 64), (2048, 64), (4096, 128), (8192, 128))
+    heads_of = large if cuda else small
     return {
         "matmul": curve(sides, matmul),
-        "attention": curve(times, attention),
-        "attention_backward": curve(times, attention_backward),
-        "elementwise": curve(sizes, of_elements(torch.mul, 2)),
-        "special": curve(sizes[:-2], of_elements(F.silu, 1)),
+        "attention": curve(heads_of, attention),
+        "attention_backward": curve(heads_of, attention_backward),
+        "elementwise": curve(sizes, elementwise),
+        "special": curve(sizes[:-2], special),
         "gather": curve(sizes[:-2], gather),
     }
 
