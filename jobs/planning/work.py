@@ -9,9 +9,10 @@ Three functions are met before torch takes them apart, as the kernels that devic
 device would show: attention, grouped products and, on a GPU, RMSNorm.
 """
 
+import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from workers.calibrate import harmonic
-from workers.config import ModelConfig, TrainConfig
+from workers.config import ModelConfig
 from workers.models import build_empty
-from workers.models.attention import take_logits, watch
+from workers.models.attention import watch
 
 aten = torch.ops.aten
 _SPECIAL = {
@@ -70,10 +71,12 @@ class MicroBatch:
 
     forward: Works
     backward: Works
+    accumulation: Works
+    """What every micro-batch of a step but the first does besides: its gradients are added to those that are there."""
     peak: int
-    """Bytes of activations, logits and new gradients at the worst moment."""
-    kept: int
-    """Bytes that are left: the gradients."""
+    """Bytes of activations, logits and gradients at the worst moment, where there are no gradients before."""
+    peak_beside_gradients: int
+    """Bytes at the worst moment where all gradients are there: what is added to one of them is all that is new."""
 
 
 def elementwise(*nbytes: float) -> Work:
@@ -99,8 +102,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.works: Works = Counter()
-        self.live = self.peak = 0
-        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._events: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -124,21 +127,30 @@ class Recorder(TorchDispatchMode):
         found, self.works = self.works, Counter()
         return found
 
+    def peak(self, passing: Iterable[Tensor] = ()) -> int:
+        """Return the bytes at the worst moment so far.
+
+        Args:
+            passing: tensors that count from their birth to that of the next of them, and not to their end.
+        """
+        short = {self._numbers[tensor.untyped_storage()] for tensor in passing}
+        live = peak = last = 0
+        for number, nbytes in self._events:
+            if number in short:
+                live, last = live - last, nbytes
+            live += nbytes
+            peak = max(peak, live)
+        return peak
+
     def _is_fresh(self, tensor: Tensor, given: list[Tensor]) -> bool:
         storage = tensor.untyped_storage()._cdata
         return all(other.untyped_storage()._cdata != storage for other in given)
 
     def _take(self, storage: Any) -> None:
-        if storage in self._known:
-            return
-        nbytes = storage.nbytes()
-        self._known[storage] = nbytes
-        self.live += nbytes
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._give, nbytes)
-
-    def _give(self, nbytes: int) -> None:
-        self.live -= nbytes
+        if storage not in self._numbers:
+            self._numbers[storage] = number = len(self._events)
+            self._events.append((number, storage.nbytes()))
+            weakref.finalize(storage, self._events.append, (number, -storage.nbytes()))
 
 
 def _work_of(packet: Any, given: list[Tensor], made: list[Tensor], touched: bool) -> Work:
@@ -259,14 +271,16 @@ class _RmsNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight), None
 
 
-def micro_batches(
-    config: ModelConfig, train: TrainConfig, dtype: torch.dtype, cuda: bool, watched: bool = False
-) -> tuple[MicroBatch, MicroBatch]:
-    """Run the model without data and return what the first micro-batch of a step takes, and every other one.
+@functools.lru_cache(maxsize=32)
+def micro_batch_of(
+    config: ModelConfig, micro_batch: int, seq_len: int, dtype: torch.dtype, cuda: bool, watched: bool = False
+) -> MicroBatch:
+    """Run the model without data and return what a micro-batch takes.
 
     Args:
         config: the model.
-        train: batch and length.
+        micro_batch: sequences.
+        seq_len: tokens of each.
         dtype: of the weights.
         cuda: with a GPU's kernels, not a CPU's.
         watched: attention's largest logits are kept, for which a CPU writes all scores.
@@ -274,20 +288,24 @@ def micro_batches(
     with torch.device("meta"):
         model = build_empty(config).to(dtype)
         watch(model, watched and not cuda)
-        tokens = torch.zeros(train.micro_batch, train.seq_len + 1, dtype=torch.int64)
-    found = []
-    for _ in range(2):
-        recorder = Recorder()
-        with recorder, _Kernels(recorder, cuda):
-            logits = model(tokens[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
-            forward = recorder.take_works()
-            del logits
-            loss.backward()
-            del loss
-        take_logits(model)
-        found.append(MicroBatch(forward, recorder.take_works(), recorder.peak, recorder.live))
-    return found[0], found[1]
+        tokens = torch.zeros(micro_batch, seq_len + 1, dtype=torch.int64)
+    recorder = Recorder()
+    with recorder, _Kernels(recorder, cuda):
+        logits = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
+        forward = recorder.take_works()
+        del logits
+        loss.backward()
+        del loss
+    parameters = list(model.parameters())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return MicroBatch(
+        forward,
+        recorder.take_works(),
+        accumulation=Counter(elementwise(3 * gradient.nbytes) for gradient in gradients),
+        peak=recorder.peak(),
+        peak_beside_gradients=recorder.peak(gradients),
+    )
 
 
 @contextmanager
@@ -296,11 +314,3 @@ def recorded() -> Iterator[Recorder]:
     recorder = Recorder()
     with recorder:
         yield recorder
-
-
-def scaled(works: Works, factor: float, into: Callable[[], Works] = Counter) -> Works:
-    """Return so many times the work."""
-    result = into()
-    for work, count in works.items():
-        result[work] = count * factor  # type: ignore[assignment]
-    return result
