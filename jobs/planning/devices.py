@@ -59,7 +59,7 @@ def calibration_of(gpu_type: str, gpus: int, gpus_per_node: int, network_gbit: f
     latency = LATENCY_S + LATENCY_BETWEEN_NODES_S * math.log2(nodes)
     calls = ("all_reduce", "reduce", "all_gather", "all_to_all")
     return Calibration(
-        device=f"{name}, as its data sheet says",
+        device=f"{name} (data sheet)",
         kind="cuda",
         precision="bf16",
         memory_bytes=gpu.memory_gb * 10**9,

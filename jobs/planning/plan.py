@@ -214,7 +214,7 @@ def plan_run(
     hours = days * 24 * machines.gpus
     peak = device.curves["matmul"].rates[-1]
     if machines.gpu_type:
-        peak = max(gpu.tflops for name, gpu in GPUS.items() if device.device.startswith(f"{name},")) * 1e12
+        peak = max(gpu.tflops for name, gpu in GPUS.items() if device.device.startswith(f"{name} (")) * 1e12
     return Plan(
         config=config,
         machines=machines,
