@@ -34,8 +34,8 @@ KINDS = ("matmul", "attention", "attention_backward", "elementwise", "special", 
 elements, functions such as exponentials, and reads at given rows (bytes per second)."""
 MIB = 1 << 20
 SECONDS_PER_POINT = 0.03
-POOL_BYTES = 96 * MIB
-"""Over which elements are streamed."""
+POOL_BYTES = 192 * MIB
+"""Over which elements are streamed; two operands of the largest size have room in it."""
 _ATTENTION_HEADS, _ROW = 4, 256
 _Point = tuple[Callable[[], Any], float, float]
 """What is called, its work, and its place on the axis of sizes."""
@@ -302,6 +302,8 @@ def _curves(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
+    pool = random(POOL_BYTES // dtype.itemsize)
+
     def matmul(side: int) -> _Point:
         batch = max(1, 2 * (64 // side) ** 2)  # So many that calling it counts for little.
         elements, work = batch * side**2, 2.0 * batch * side**3
@@ -331,9 +333,8 @@ def _curves(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:
         call: Callable[..., Tensor], arrays: int, elements: int, nbytes: float, work: float = 0.0, place: float = 0.0
     ) -> _Point:
         """Call it on other elements each time, as training does: what was read last lies in no near cache."""
-        pool = random(max(POOL_BYTES // dtype.itemsize, arrays * elements))
         chunks = itertools.cycle(pool.split(elements)[: len(pool) // elements // arrays * arrays])
-        results: deque[Tensor] = deque(maxlen=max(1, int(POOL_BYTES // 2 / nbytes)))
+        results: deque[Tensor] = deque(maxlen=max(1, int(POOL_BYTES // 4 / nbytes)))
         run = lambda: results.append(call(*itertools.islice(chunks, arrays)))  # noqa: E731
         for _ in range(results.maxlen or 0):  # The allocator's memory is found once, not in every step.
             run()
@@ -350,7 +351,7 @@ def _curves(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:
         places = torch.randperm(rows, device=device)
         return streamed(lambda flat: flat.view(-1, _ROW)[places], 1, rows * _ROW, nbytes)
 
-    sizes = [1 << power for power in ((16, 20, 24, 28, 30) if cuda else (14, 16, 18, 20, 22, 24, 26, 28))]
+    sizes = [1 << power for power in ((14, 16, 20, 24, 26, 28) if cuda else (14, 16, 18, 20, 22, 24, 26, 28))]
     sides = (64, 128, 256, 512, 1024, 2048, 4096, 8192) if cuda else (16, 32, 64, 128, 256, 512, 1024)
     small, large = ((256, 16), (256, 32), (256, 64), (1024, 64)), ((512, 64), (2048, 64), (4096, 128), (8192, 128))
     heads_of = large if cuda else small

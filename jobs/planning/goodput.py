@@ -110,14 +110,17 @@ def goodput(
         extra = 0.0 if checkpoints % snapshots == 0 else snapshot_s
         return useful_share(checkpoints * step_s, extra, failures.head_mtbf_s, failures.head_recovery_s, 1 / inner)
 
-    best_snapshots = max(1, round(best_interval(snapshot_s, failures.worker_mtbf_s) / step_s))
-    wait = max(best_interval(snapshot_s, failures.head_mtbf_s) if best_snapshots > 1 else 0.0, upload_s)
-    best_checkpoints = max(1, math.ceil(wait / step_s / best_snapshots)) * best_snapshots
+    # Any snapshot can become a checkpoint: so they are as frequent as one or the other kind of failure wants them.
+    wanted = [best_interval(snapshot_s, mtbf) / step_s for mtbf in (failures.worker_mtbf_s, failures.head_mtbf_s)]
+    pairs = []
+    for every in {min(steps, max(1, round(interval))) for interval in wanted}:
+        pairs.append((every, every * max(1, math.ceil(upload_s / step_s / every))))
+    best = max(pairs, key=lambda pair: share(*pair))
     return Goodput(
         share=share(snapshot_every, checkpoint_every or steps),
-        best_share=share(best_snapshots, best_checkpoints),
-        best_snapshot_every=best_snapshots,
-        best_checkpoint_every=best_checkpoints,
+        best_share=share(*best),
+        best_snapshot_every=best[0],
+        best_checkpoint_every=best[1],
         worker_losses_per_day=86400 / failures.worker_mtbf_s,
         head_losses_per_day=86400 / failures.head_mtbf_s,
     )

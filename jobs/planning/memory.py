@@ -8,7 +8,7 @@ DeepSpeed's code (`runtime/zero/stage_1_and_2.py` of 0.19.8), the activations th
 from dataclasses import dataclass
 
 from jobs.planning.state import Layout
-from jobs.planning.work import MicroBatch
+from jobs.planning.work import HEAP_BLOCK, MicroBatch
 from optim.config import OptimConfig
 from optim.exchange import BATCH_ELEMENTS
 from optim.plan import OrthogonalizePlan
@@ -17,8 +17,11 @@ from workers.snapshots.region import SLOTS
 
 LARGEST_BUCKET = 500_000_000
 """Elements of DeepSpeed's bucket at most (`workers/engine.py`)."""
-FIXED_BYTES = {"cpu": 0, "cuda": 2 * 1024**3}
-"""Beside what is counted. Assumed for a GPU: CUDA context, cuBLAS workspaces and NCCL's buffers."""
+FIXED_BYTES = {"cpu": 48 * 10**6, "cuda": 2 * 1024**3}
+"""Beside what is counted. On a CPU what libraries take with the first engine and steps, measured. Assumed for a GPU:
+CUDA context, cuBLAS workspaces and NCCL's buffers."""
+PROCESS_BYTES = 700 * 10**6
+"""Of a process on a CPU that has torch and DeepSpeed loaded and nothing else, measured."""
 FRAGMENTED = {"cpu": 0.0, "cuda": 0.05}
 """Share of what changes within a step that the allocator cannot use. Assumed for a GPU."""
 
@@ -42,13 +45,8 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Return the bytes of the worst moment."""
-        return self.growth + self.fixed
-
-    @property
-    def growth(self) -> int:
-        """Return the peak without what is there before the engine is built."""
-        return sum(self.state.values()) + sum(self.phases[self.worst_phase].values())
+        """Return the bytes of the worst moment; on a CPU beside what the process has before it builds the engine."""
+        return sum(self.state.values()) + sum(self.phases[self.worst_phase].values()) + self.fixed
 
     def parts(self) -> dict[str, int]:
         """Return what makes up the peak."""
@@ -88,23 +86,22 @@ def memory_of(
     backward = {"gradients": parameters, "activations and logits": micro.peak - parameters}
     if train.slots > ranks:  # More than one micro-batch: all gradients are there while the next one runs.
         backward["activations and logits"] = micro.peak_beside_gradients
-    if kind == "cuda":  # A CPU finds the bucket's pages when it is written, after the backward pass.
-        backward["reduction bucket"] = bucket
     whole = itemsize * max(layout.whole_in_partition(rank) for rank in {0, ranks // 2, ranks - 1})
-    largest = max(max(group.layout.numels) for group in layout.groups)
-    reduction = {
-        "gradients": parameters if kind == "cuda" else max(0, parameters - bucket) + itemsize * largest,
-        "reduction bucket": bucket,
-        "partition's gradients": whole,
-        "sent together": partition if ranks > 1 else 0,
-    }
-    update = {
-        "partition's gradients": whole,
-        "gradients in fp32": 4 * max(group.layout.partition for group in layout.groups),
-        "orthogonalization": workspace_bytes(plan, optim, kind) if plan else 0,
-    }
+    largest = max(group.layout.partition for group in layout.groups)
+    # The gradients leave for the bucket; packed for their owners they are gone before an owner keeps its own.
+    reduction = {"gradients": parameters, "reduction bucket": bucket}
+    reduction["partition's gradients"] = max(whole, partition if ranks > 1 else 0)
+    update = {"partition's gradients": whole, "gradients in fp32": 4 * largest}
     if kind == "cuda":
-        update["gradients in fp32"] += 2 * max(group.layout.partition for group in layout.groups)
+        backward["reduction bucket"] = bucket  # A CPU finds its pages when it is written, after the backward pass.
+        update["gradients in fp32"] += itemsize * largest
+        update["orthogonalization"] = workspace_bytes(plan, optim, kind) if plan else 0
+    else:
+        for phase in (reduction, update):
+            phase.pop("gradients", None)
+            for name in phase:  # Small blocks come from what is kept.
+                phase[name] = phase[name] if phase[name] >= HEAP_BLOCK else 0
+            phase["kept by the allocator"] = micro.heap
     # The model is made in fp32. A GPU's is cast before it is laid out flat; master weights and state come after.
     made = 4 * layout.parameters + (flat if kind == "cpu" else 0)
     build = {"the model in fp32, beside all that": max(0, made - sum(state.values()))}

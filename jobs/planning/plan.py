@@ -12,7 +12,7 @@ import torch
 from jobs.planning.devices import NETWORK_GBIT, calibration_of
 from jobs.planning.goodput import UPLOAD_BYTES_PER_S, Goodput, failures_of, goodput
 from jobs.planning.matrices import OrthogonalizationPlan, shared_out
-from jobs.planning.memory import Memory, memory_of
+from jobs.planning.memory import PROCESS_BYTES, Memory, memory_of
 from jobs.planning.state import layout_of, orthogonalization_of
 from jobs.planning.timing import StepTime, step_time
 from jobs.planning.traffic import boundary_bytes, snapshot_bytes, traffic_of
@@ -87,10 +87,7 @@ class Plan:
     @property
     def needed(self) -> int:
         """Return the bytes of device memory; of processors, of a whole machine with its keeper."""
-        if self.device.kind == "cuda":
-            return self.memory.peak
-        ranks = min(self.machines.gpus, self.machines.gpus_per_node)
-        return ranks * self.memory.peak + self.memory.keeper_bytes_per_node
+        return _needed(self.memory, self.machines, self.device)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
@@ -106,7 +103,6 @@ class Plan:
                 "device_bytes": self.device.memory_bytes,
                 "needed_bytes": self.needed,
                 "peak_bytes": self.memory.peak,
-                "growth_bytes": self.memory.growth,
                 "worst_phase": self.memory.worst_phase,
                 "state": self.memory.state,
                 "phases": self.memory.phases,
@@ -251,15 +247,19 @@ def _memory(config: RunConfig, machines: Machines, device: Calibration) -> Memor
     return memory_of(layout, plan, micro, config.train, config.optim, device.kind, ranks_per_node)
 
 
+def _needed(memory: Memory, machines: Machines, device: Calibration) -> int:
+    if device.kind == "cuda":
+        return memory.peak
+    ranks = min(machines.gpus, machines.gpus_per_node)
+    return ranks * (memory.peak + PROCESS_BYTES) + memory.keeper_bytes_per_node
+
+
 def what_would_fit(config: RunConfig, machines: Machines) -> Iterator[str]:
     """Plan other micro-batches, numbers of GPUs and types, and yield the smallest change of each kind that fits."""
 
     def fits(changed: RunConfig, on: Machines) -> bool:
         device = on.device()
-        need = _memory(changed, on, device)
-        ranks = min(on.gpus, on.gpus_per_node)
-        total = need.peak if device.kind == "cuda" else ranks * need.peak + need.keeper_bytes_per_node
-        return total <= device.memory_bytes
+        return _needed(_memory(changed, on, device), on, device) <= device.memory_bytes
 
     def with_micro_batch(size: int) -> RunConfig:
         return replace(config, train=replace(config.train, micro_batch=size))

@@ -10,6 +10,7 @@ device would show: attention, grouped products and, on a GPU, RMSNorm.
 """
 
 import functools
+import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -44,6 +45,10 @@ _UNTOUCHED = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, a
 _META_ONLY = {torch.ops.prim.device}
 """Questions that tensors without data are asked."""
 
+HEAP_BLOCK = 32 * 1024**2
+"""Larger blocks go back to the system when they are freed, smaller ones stay with the process once it has freed some:
+the largest that glibc's threshold for `mmap` gets by itself (`mallopt`, M_MMAP_THRESHOLD)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -77,6 +82,9 @@ class MicroBatch:
     """Bytes of activations, logits and gradients at the worst moment, where there are no gradients before."""
     peak_beside_gradients: int
     """Bytes at the worst moment where all gradients are there: what is added to one of them is all that is new."""
+    heap: int
+    """Bytes in blocks that a CPU's allocator keeps when they are freed, where gradients find no room in the holes that
+    activations leave."""
 
 
 def elementwise(*nbytes: float) -> Work:
@@ -127,15 +135,18 @@ class Recorder(TorchDispatchMode):
         found, self.works = self.works, Counter()
         return found
 
-    def peak(self, passing: Iterable[Tensor] = ()) -> int:
+    def peak(self, passing: Iterable[Tensor] = (), below: float = math.inf) -> int:
         """Return the bytes at the worst moment so far.
 
         Args:
             passing: tensors that count from their birth to that of the next of them, and not to their end.
+            below: smaller blocks alone.
         """
         short = {self._numbers[tensor.untyped_storage()] for tensor in passing}
         live = peak = last = 0
         for number, nbytes in self._events:
+            if abs(nbytes) >= below:
+                continue
             if number in short:
                 live, last = live - last, nbytes
             live += nbytes
@@ -305,6 +316,7 @@ def micro_batch_of(
         accumulation=Counter(elementwise(3 * gradient.nbytes) for gradient in gradients),
         peak=recorder.peak(),
         peak_beside_gradients=recorder.peak(gradients),
+        heap=recorder.peak(gradients, HEAP_BLOCK) + sum(g.nbytes for g in gradients if g.nbytes < HEAP_BLOCK),
     )
 
 
