@@ -1,13 +1,15 @@
 """The plan against reality: five configs, alone and with two ranks, on this machine without a GPU.
 
 Steps and calibrations are made in turns in the same processes, and each turn's steps are held against the plan from
-the calibration that followed them: the machine's speed drifts, and other work takes its share. Ratios are plan over
-reality; the median of the turns counts.
+the calibration that followed them, with the share of the processors that the ranks had during these very steps: the
+machine's speed drifts, and other work on it comes and goes. Ratios are plan over reality; the median of the turns
+counts.
 """
 
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,9 @@ def _compare(name: str, built_in: str, overrides: list[str], ranks: int, turns: 
         real = torchrun(ranks, "jobs.bench.plan_rank", path, f"{folder}/run", turns)
         config = load(str(path), [])
     steps, ratios = [], []
-    for seconds, text in zip(real["seconds"], real["calibrations"], strict=True):
-        machines = Machines(gpus=ranks, gpus_per_node=ranks, calibration=Calibration.from_json(text))
+    for seconds, shares, text in zip(real["seconds"], real["shares"], real["calibrations"], strict=True):
+        measured = replace(Calibration.from_json(text), share=min(shares))
+        machines = Machines(gpus=ranks, gpus_per_node=ranks, calibration=measured)
         plan = plan_run(config, machines)
         steps.append(statistics.median(seconds))
         ratios.append(plan.time.training / steps[-1])
@@ -110,7 +113,7 @@ def _compare(name: str, built_in: str, overrides: list[str], ranks: int, turns: 
         "step_seconds": statistics.median(steps),
         "step_ratio": statistics.median(ratios),
         "step_ratios": ratios,
-        "share": [Calibration.from_json(text).share for text in real["calibrations"]],
+        "shares": real["shares"],
     }
 
 

@@ -16,7 +16,13 @@ from torch.distributed import Store, rendezvous
 from jobs.bench.process import tell
 from jobs.load import load
 from orchestrator.config import absolute, task_of
-from workers.calibrate import Calibration, measure_collectives, measure_device
+from workers.calibrate import (
+    Calibration,
+    measure_collectives,
+    measure_device,
+    processor_seconds,
+    processor_share,
+)
 from workers.controls import Controls, Pause
 from workers.data.corpus import prepare
 from workers.engine import Engine
@@ -38,35 +44,50 @@ def main(config_path: str, run_url: str, turns: int) -> None:
     task = task_of(config, prepare(config.data), run_url, attempt=1, manifest=None)
     before = _memory("VmRSS")
     engine, counters = join(member, task, store), Counters()
-    seconds, calibrations, growth = [], [], 0
+    seconds, shares, calibrations, growth = [], [], [], 0
     for turn in range(turns):
-        spent: list[float] = []
-        Trainer(task, member, engine, counters, _controls(spent)).run()
+        watch = Watch()
+        Trainer(task, member, engine, counters, Controls(report=watch.report, pause=watch.pause)).run()
         growth = growth or _memory("VmHWM") - before
-        seconds.append(spent[WARMUP_STEPS:])
+        seconds.append(watch.seconds[WARMUP_STEPS:])
+        share = processor_share(watch.marks[WARMUP_STEPS - 1], watch.marks[-1])
+        shares.append([float(text) for text in _gather(store, f"share/{turn}", rank, world_size, str(share))])
         found = measure_device(engine.device).with_collectives(measure_collectives(None, engine.device))
         texts = _gather(store, f"calibration/{turn}", rank, world_size, found.to_json())
         ours, *others = (Calibration.from_json(text) for text in texts)
         calibrations.append(ours.with_speed_of(others).to_json())
     grown = [int(text) for text in _gather(store, "growth", rank, world_size, str(growth))]
     if rank == 0:
-        tell({"seconds": seconds, "calibrations": calibrations, "growth": max(grown), "state": _state_bytes(engine)})
+        tell(
+            {
+                "seconds": seconds,
+                "shares": shares,
+                "calibrations": calibrations,
+                "growth": max(grown),
+                "state": _state_bytes(engine),
+            }
+        )
     engine.destroy()
 
 
-def _controls(spent: list[float]) -> Controls:
-    """Note the seconds of each step, and leave when there are enough of them; one rank's word is everybody's."""
-    began = time.perf_counter()
+class Watch:
+    """One turn: the seconds of its steps, on rank 0, and what every rank had of its processor by each step's end."""
 
-    def report(kind: type[Report], **fields: Any) -> None:
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.seconds: list[float] = []
+        self.marks: list[tuple[float, float]] = []
+
+    def report(self, kind: type[Report], **fields: Any) -> None:
+        """Take a report of the step loop."""
         if kind is StepDone:
-            spent.append(fields["seconds"])
+            self.seconds.append(fields["seconds"])
 
-    def pause() -> Pause:
-        enough = len(spent) + 1 >= WARMUP_STEPS + LEAST_STEPS and time.perf_counter() - began > LEAST_SECONDS
-        return Pause(leave=enough)
-
-    return Controls(report=report, pause=pause)
+    def pause(self) -> Pause:
+        """Leave when there are enough steps; one rank's word is everybody's."""
+        self.marks.append(processor_seconds())
+        enough = len(self.marks) >= WARMUP_STEPS + LEAST_STEPS
+        return Pause(leave=enough and time.perf_counter() - self.began > LEAST_SECONDS)
 
 
 def _gather(store: Store, key: str, rank: int, world_size: int, text: str) -> list[str]:
