@@ -255,39 +255,25 @@ def plan(
     gpus: Annotated[
         list[int] | None, typer.Option(min=1, help="Data-parallel ranks; may be given several times.")
     ] = None,
+    gpu_type: Annotated[str, typer.Option(help="A GPU of the table in docs/commands/plan.md, for instance H100.")] = "",
+    calibration: Annotated[
+        Path | None, typer.Option(help="What raymuon doctor --calibration has measured, in the place of --gpu-type.")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="That share a node's memory and network.")] = 8,
+    network: Annotated[float, typer.Option(help="Gbit/s of a node, with --gpu-type.")] = 400.0,
+    price: Annotated[float | None, typer.Option(help="Money per GPU-hour, of any currency.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="To train on, in the place of train.steps.")] = None,
+    mtbf: Annotated[
+        float | None, typer.Option(help="Mean hours between failures of one GPU with its share of a node.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how the optimizer shares its matrices out, and what travels for it."""
+    """Show what a run needs before it is started: memory, traffic, time, money; refuse what cannot fit."""
     from jobs.load import load
-    from jobs.plan import orthogonalization
+    from jobs.planning.command import show
 
     loaded = load(config, overrides or [])
-    plans = [orthogonalization(loaded, count) for count in gpus or [loaded.scaling.max_workers]]
-    if as_json:
-        typer.echo(json.dumps([{**asdict(one), "imbalance": one.imbalance} for one in plans]))
-        return
-    table = Table(
-        "GPUs",
-        "matrices",
-        "straddlers",
-        "MB each way",
-        "of the all-gather",
-        "TFLOP in all",
-        "worst rank's",
-        "over the mean",
-    )
-    for one in plans:
-        table.add_row(
-            f"{one.gpus:,}",
-            f"{one.matrices:,}",
-            f"{one.straddlers:,}",
-            f"{one.bytes_each_way / 1e6:,.1f}",
-            f"{one.worst_share_of_all_gather:.3%}",
-            f"{one.operations / 1e12:,.3f}",
-            f"{one.worst_operations / 1e12:,.3f}",
-            f"{one.imbalance:.2f}",
-        )
-    Console().print(table)
+    show(loaded, gpus or [], gpu_type, calibration, gpus_per_node, network, price, tokens, mtbf, as_json)
 
 
 @app.command()
@@ -477,6 +463,19 @@ def bench_optimizer(
     from jobs.bench.optimizer import optimizer
 
     _print_result(optimizer(overrides or [], rounds, _say), as_json)
+
+
+@bench_app.command("plan")
+def bench_plan(
+    overrides: Overrides = None,
+    turns: Annotated[int, typer.Option(min=1, help="Of calibration and steps, for each config and world size.")] = 3,
+    only: Annotated[str, typer.Option(help="One config by name; without it all of them.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """The plan's memory and step time against what a run takes on this machine."""
+    from jobs.bench.plan import against_reality
+
+    _print_result(against_reality(overrides or [], turns, only, _say), as_json)
 
 
 @bench_app.command("variants")

@@ -5,7 +5,7 @@ fraction of the peak. Each curve is measured on the ops that training runs, with
 so that what the allocator costs is part of it.
 
 On a CPU with other work, a short op is mostly left in peace and a step of a second never: so ops are timed in the
-thread's own processor time, and how much of the wall time that was, `share`, is told beside them.
+thread's own processor time, and the share of it in the time in which the thread wanted a processor is told beside them.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -95,7 +96,8 @@ class Calibration:
     host_bytes_per_s: float
     """At which a shard is copied into the keeper's memory."""
     share: float = 1.0
-    """Of the wall time in which the process got its processor while it was measured; 1 on a machine of its own."""
+    """Of the time in which the process wanted a processor and had one, while it was measured; 1 on a machine of its
+    own."""
     collectives: tuple[Collective, ...] = ()
     """By name and world size, in wall time."""
 
@@ -179,6 +181,21 @@ def harmonic(*sides: float) -> float:
     return len(sides) / sum(1 / side for side in sides)
 
 
+def processor_seconds() -> tuple[float, float]:
+    """Return the seconds in which this thread has had a processor and has waited for one, as Linux counts them."""
+    try:
+        own, waited, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    except OSError:
+        return time.thread_time(), 0.0
+    return int(own) / 1e9, int(waited) / 1e9
+
+
+def processor_share(before: tuple[float, float], after: tuple[float, float]) -> float:
+    """Return the share of the time between two calls in which the thread wanted a processor and had one."""
+    own, waited = after[0] - before[0], after[1] - before[1]
+    return own / (own + waited) if own > 0 else 1.0
+
+
 def measure_device(device: torch.device) -> Calibration:
     """Measure this process's device with its present number of threads; about five seconds on a CPU.
 
@@ -190,7 +207,7 @@ def measure_device(device: torch.device) -> Calibration:
     else:
         name = f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
         memory = psutil.virtual_memory().total
-    wall, own = time.perf_counter(), _clock(device)()
+    began = processor_seconds()
     found = Calibration(
         device=name,
         kind=device.type,
@@ -200,7 +217,7 @@ def measure_device(device: torch.device) -> Calibration:
         curves=_curves(device, torch.bfloat16 if cuda else torch.float32),
         host_bytes_per_s=_host_bytes_per_s(device),
     )
-    return replace(found, share=min(1.0, (_clock(device)() - own) / (time.perf_counter() - wall)))
+    return found if cuda else replace(found, share=processor_share(began, processor_seconds()))
 
 
 def measure_collectives(group: dist.ProcessGroup | None, device: torch.device) -> tuple[Collective, ...]:

@@ -1,32 +1,48 @@
-"""How fast devices multiply matrices."""
+"""How fast devices multiply matrices, and what their data sheets say."""
 
 import functools
 import re
 import time
+from dataclasses import dataclass
 
 import torch
 
-BF16_TFLOPS = {
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200 NVL": 835.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H800": 989.0,
-    "H20": 148.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "RTX 4090": 165.0,
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A type of GPU as its data sheet has it."""
+
+    tflops: float
+    """Peak of dense products in bf16 with fp32 sums, without sparsity."""
+    memory_gb: int
+    memory_gb_per_s: float
+    link_gb_per_s: float
+    """To the other GPUs of its node, both directions together: NVLink, or else PCI Express."""
+
+
+GPUS = {
+    "B200": Gpu(2250.0, 180, 8000.0, 1800.0),
+    "GH200": Gpu(989.0, 96, 4000.0, 900.0),
+    "H200 NVL": Gpu(835.0, 141, 4800.0, 900.0),
+    "H200": Gpu(989.0, 141, 4800.0, 900.0),
+    "H100 PCIe": Gpu(756.0, 80, 2000.0, 128.0),
+    "H100 NVL": Gpu(835.0, 94, 3900.0, 600.0),
+    "H100": Gpu(989.0, 80, 3350.0, 900.0),
+    "H800": Gpu(989.0, 80, 3350.0, 400.0),
+    "H20": Gpu(148.0, 96, 4000.0, 900.0),
+    "A100": Gpu(312.0, 80, 2039.0, 600.0),
+    "A800": Gpu(312.0, 80, 2039.0, 400.0),
+    "L40S": Gpu(362.0, 48, 864.0, 64.0),
+    "L40": Gpu(181.0, 48, 864.0, 64.0),
+    "L4": Gpu(121.0, 24, 300.0, 64.0),
+    "A10G": Gpu(70.0, 24, 600.0, 64.0),
+    "A10": Gpu(125.0, 24, 600.0, 64.0),
+    "RTX 4090": Gpu(165.0, 24, 1008.0, 64.0),
 }
-"""Peak of dense products in bf16 with fp32 sums, by words of the device's name (NVIDIA's data sheets, without
-sparsity); the first that is there counts."""
+"""By words of the device's name; the first that is there counts. From NVIDIA's data sheets and product pages; of types
+with several sizes of memory the larger (A100, A800: 80 GB on SXM), of GH200 that with HBM3."""
+BF16_TFLOPS = {name: gpu.tflops for name, gpu in GPUS.items()}
+"""Peaks alone."""
 
 
 def peak_tflops(device: torch.device) -> float:

@@ -1,9 +1,10 @@
-"""`raymuon plan`: what the optimizer will do at a number of GPUs, before one is rented."""
+"""How the optimizer shares its matrices out over the ranks."""
 
 from dataclasses import dataclass
 
-from optim.layout import GroupLayout
-from optim.plan import matrices_of, plan_orthogonalization
+from jobs.planning.state import Layout, layout_of, orthogonalization_of
+from optim.config import OptimConfig
+from optim.plan import OrthogonalizePlan
 from orchestrator.config import RunConfig
 from workers.errors import ConfigError
 
@@ -35,28 +36,25 @@ class OrthogonalizationPlan:
 
 
 def orthogonalization(config: RunConfig, gpus: int) -> OrthogonalizationPlan:
-    """Plan the matrices of the config's model over so many ranks.
+    """Plan the matrices of the config's model over so many GPUs.
 
     Raises:
         ConfigError: there is nothing to plan.
     """
-    import torch
-
-    from optim.routing import parameter_groups
-    from workers.models import build_empty
-
-    with torch.device("meta"):
-        model = build_empty(config.model)
-    groups = parameter_groups(model.named_parameters(), config.optim.name, model.matrix_parts(config.optim.split))
-    group = next((group for group in groups if group["method"] == "muon"), None)
-    if group is None:
+    layout = layout_of(config.model, config.optim, config.train.seq_len, gpus)
+    plan = orthogonalization_of(layout, config.optim)
+    if plan is None:
         raise ConfigError(f"optim.name={config.optim.name}: no matrix is orthogonalized")
-    layout = GroupLayout.of(group["names"], [p.numel() for p in group["params"]], gpus)
-    cost = config.optim.operations
-    plan = plan_orthogonalization(layout, matrices_of(layout, group["matrices"]), cost)
-    sent, wire = plan.elements_sent(), WIRE_BYTES[config.optim.wire_dtype]
-    work = [sum(cost(rows, columns) for rows, columns in plan.matrices(rank)) for rank in range(gpus)]
-    gathered = PARAMETER_BYTES * (layout.partition * (gpus - 1))
+    return shared_out(layout, plan, config.optim)
+
+
+def shared_out(layout: Layout, plan: OrthogonalizePlan, optim: OptimConfig) -> OrthogonalizationPlan:
+    """Return the figures of a plan over GPUs."""
+    gpus = len(plan.local)
+    sent, wire = plan.elements_sent(), WIRE_BYTES[optim.wire_dtype]
+    work = [sum(optim.operations(rows, columns) for rows, columns in plan.matrices(rank)) for rank in range(gpus)]
+    partition = next(group.layout.partition for group in layout.groups if group.method == "muon")
+    gathered = PARAMETER_BYTES * partition * (gpus - 1)
     return OrthogonalizationPlan(
         gpus=gpus,
         matrices=sum(1 for rank in range(gpus) for _ in plan.matrices(rank)),

@@ -3,7 +3,7 @@
 import pytest
 
 from jobs.load import load
-from jobs.plan import orthogonalization
+from jobs.planning.matrices import orthogonalization
 from workers.errors import ConfigError
 
 

@@ -1,0 +1,136 @@
+"""The memory of one rank, by part and by phase of a step, and that of a node's keeper. Pure Python.
+
+The peak is that of the worst phase, not the sum of all parts: activations are gone before the gradients are reduced,
+and DeepSpeed's bucket before Newton-Schulz begins. State and weights are exact, to the byte; the phases follow
+DeepSpeed's code (`runtime/zero/stage_1_and_2.py` of 0.19.8), the activations the model's own code (`work.py`).
+"""
+
+from dataclasses import dataclass
+
+from jobs.planning.state import Layout
+from jobs.planning.work import HEAP_BLOCK, MicroBatch
+from optim.config import OptimConfig
+from optim.exchange import BATCH_ELEMENTS
+from optim.plan import OrthogonalizePlan
+from workers.config import TrainConfig
+from workers.snapshots.region import SLOTS
+
+LARGEST_BUCKET = 500_000_000
+"""Elements of DeepSpeed's bucket at most (`workers/engine.py`)."""
+FIXED_BYTES = {"cpu": 48 * 10**6, "cuda": 2 * 1024**3}
+"""Beside what is counted. On a CPU what libraries take with the first engine and steps, measured. Assumed for a GPU:
+CUDA context, cuBLAS workspaces and NCCL's buffers."""
+PROCESS_BYTES = 700 * 10**6
+"""Of a process on a CPU that has torch and DeepSpeed loaded and nothing else, measured."""
+FRAGMENTED = {"cpu": 0.0, "cuda": 0.05}
+"""Share of what changes within a step that the allocator cannot use. Assumed for a GPU."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the rank that needs most."""
+
+    state: dict[str, int]
+    """What is there all the time, by part: exact."""
+    phases: dict[str, dict[str, int]]
+    """What each phase of the run needs beside that, by part."""
+    fixed: int
+    keeper_bytes_per_node: int
+    """Host memory for the node's own snapshots and its buddy's, both double-buffered."""
+
+    @property
+    def worst_phase(self) -> str:
+        """Return the phase that needs most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak(self) -> int:
+        """Return the bytes of the worst moment; on a CPU beside what the process has before it builds the engine."""
+        return sum(self.state.values()) + sum(self.phases[self.worst_phase].values()) + self.fixed
+
+    def parts(self) -> dict[str, int]:
+        """Return what makes up the peak."""
+        return {**self.state, **self.phases[self.worst_phase], "context and libraries": self.fixed}
+
+
+def memory_of(
+    layout: Layout,
+    plan: OrthogonalizePlan | None,
+    micro: MicroBatch,
+    train: TrainConfig,
+    optim: OptimConfig,
+    kind: str,
+    ranks_per_node: int,
+) -> Memory:
+    """Return the memory of the rank that holds most.
+
+    Args:
+        layout: of the parameters.
+        plan: of the matrices.
+        micro: what a micro-batch takes.
+        train: batch and length.
+        optim: the optimizer's settings.
+        kind: `cpu` or `cuda`.
+        ranks_per_node: that share a keeper.
+    """
+    ranks, itemsize = layout.groups[0].layout.world_size, 2 if kind == "cuda" else 4
+    flat = itemsize * layout.partition * ranks
+    parameters = itemsize * layout.parameters
+    partition = itemsize * layout.partition
+    bucket = itemsize * min(LARGEST_BUCKET, layout.parameters + layout.parameters % 2)
+    state = {
+        "weights": flat + layout.buffer_bytes,
+        "master weights": 4 * layout.partition,
+        "optimizer state": layout.state_bytes - 4 * layout.partition,
+    }
+    backward = {"gradients": parameters, "activations and logits": micro.peak - parameters}
+    if train.slots > ranks:  # More than one micro-batch: all gradients are there while the next one runs.
+        backward["activations and logits"] = micro.peak_beside_gradients
+    whole = itemsize * max(layout.whole_in_partition(rank) for rank in {0, ranks // 2, ranks - 1})
+    largest = max(group.layout.partition for group in layout.groups)
+    # The gradients leave for the bucket; packed for their owners they are gone before an owner keeps its own.
+    reduction = {"gradients": parameters, "reduction bucket": bucket}
+    reduction["partition's gradients"] = max(whole, partition if ranks > 1 else 0)
+    update = {"partition's gradients": whole, "gradients in fp32": 4 * largest}
+    if kind == "cuda":
+        backward["reduction bucket"] = bucket  # A CPU finds its pages when it is written, after the backward pass.
+        update["gradients in fp32"] += itemsize * largest
+        update["orthogonalization"] = workspace_bytes(plan, optim, kind) if plan else 0
+    else:
+        for phase in (reduction, update):
+            phase.pop("gradients", None)
+            for name in phase:  # Small blocks come from what is kept.
+                phase[name] = phase[name] if phase[name] >= HEAP_BLOCK else 0
+            phase["kept by the allocator"] = micro.heap
+    # The model is made in fp32. A GPU's is cast before it is laid out flat; master weights and state come after.
+    made = 4 * layout.parameters + (flat if kind == "cpu" else 0)
+    build = {"the model in fp32, beside all that": max(0, made - sum(state.values()))}
+    phases = {"build": build, "backward": backward, "reduction": reduction, "update": update}
+    fragments = {name: int(FRAGMENTED[kind] * sum(parts.values())) for name, parts in phases.items()}
+    for name, nbytes in fragments.items():
+        if nbytes:
+            phases[name]["fragmented"] = nbytes
+    own = ranks_per_node * SLOTS * (layout.state_bytes + 4 * layout.replicated_elements)
+    buddy = own if ranks > ranks_per_node else 0
+    return Memory(state, phases, FIXED_BYTES[kind], own + buddy)
+
+
+def workspace_bytes(plan: OrthogonalizePlan, optim: OptimConfig, kind: str) -> int:
+    """Return the memory of Newton-Schulz and of the straddlers' pieces on the rank that needs most."""
+    size = 2 if optim.ns_dtype == "bf16" or (optim.ns_dtype == "auto" and kind == "cuda") else 4
+    wire = 2 if optim.wire_dtype == "bf16" or (optim.wire_dtype == "auto" and kind == "cuda") else 4
+
+    def of_batch(count: int, rows: int, columns: int) -> int:
+        # Two of the batch's size and four squares (`optim/newton_schulz.py`).
+        return size * count * (2 * rows * columns + 4 * min(rows, columns) ** 2)
+
+    need = [0] * len(plan.local)
+    for rank, batches in enumerate(plan.local):
+        for batch in batches:
+            at_once = min(batch.count, max(1, BATCH_ELEMENTS[kind] // (batch.rows * batch.columns)))
+            need[rank] = max(need[rank], of_batch(at_once, batch.rows, batch.columns))
+    for rank, elements in enumerate(plan.elements_sent()):
+        need[rank] += 2 * wire * elements
+    for matrix in plan.straddlers:  # Gathered in fp32, and the result is kept until it is sent.
+        need[matrix.owner] += 4 * matrix.rows * matrix.columns + of_batch(1, matrix.rows, matrix.columns)
+    return max(need)

@@ -1,0 +1,297 @@
+"""The whole plan of a run on so many devices, and the refusal of what cannot fit, with what would.
+
+Nothing is started and no Ray is imported: `raymuon plan`, `raymuon submit` and the driver call it alike.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from jobs.planning.devices import NETWORK_GBIT, calibration_of
+from jobs.planning.goodput import UPLOAD_BYTES_PER_S, Goodput, failures_of, goodput
+from jobs.planning.matrices import OrthogonalizationPlan, shared_out
+from jobs.planning.memory import PROCESS_BYTES, Memory, memory_of
+from jobs.planning.state import layout_of, orthogonalization_of
+from jobs.planning.timing import StepTime, step_time
+from jobs.planning.traffic import boundary_bytes, snapshot_bytes, traffic_of
+from jobs.planning.work import micro_batch_of
+from orchestrator.config import RunConfig
+from workers.calibrate import Calibration
+from workers.errors import ConfigError
+from workers.gpus import GPUS
+
+GPUS_PER_NODE = 8
+MOST_GPUS = 65536
+"""Beyond which nothing is looked for that would fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """On what a run is planned."""
+
+    gpus: int
+    """Data-parallel ranks: GPUs, or processors."""
+    gpus_per_node: int = GPUS_PER_NODE
+    gpu_type: str = ""
+    """A name of the table of data sheets, where nothing is measured."""
+    calibration: Calibration | None = None
+    network_gbit: float = NETWORK_GBIT
+    """Per second and node; for `gpu_type` alone."""
+
+    def device(self) -> Calibration:
+        """Return the device's figures.
+
+        Raises:
+            ConfigError: neither or both are given, or the type is unknown.
+        """
+        if bool(self.gpu_type) == (self.calibration is not None):
+            raise ConfigError("a plan needs --gpu-type NAME or --calibration FILE, and not both")
+        if self.calibration is not None:
+            return self.calibration
+        return calibration_of(self.gpu_type, self.gpus, self.gpus_per_node, self.network_gbit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs."""
+
+    config: RunConfig
+    machines: Machines
+    device: Calibration
+    parameters: int
+    memory: Memory
+    sent: dict[str, float]
+    """Bytes that the mean rank sends in DeepSpeed's step, by collective."""
+    boundary_bytes: float
+    snapshot_bytes: int
+    """That a node's keeper gets for each snapshot; as many go to its buddy on another node."""
+    matrices: OrthogonalizationPlan | None
+    time: StepTime
+    tokens_per_second: float
+    mfu: float
+    """The model's operations over the device's rate of large products."""
+    tokens: int
+    days: float
+    """With the expected goodput, where a failure rate is given."""
+    gpu_hours: float
+    money: float | None
+    goodput: Goodput | None
+
+    @property
+    def fits(self) -> bool:
+        """Tell whether the worst phase fits into the device's memory."""
+        return self.needed <= self.device.memory_bytes
+
+    @property
+    def needed(self) -> int:
+        """Return the bytes of device memory; of processors, of a whole machine with its keeper."""
+        return _needed(self.memory, self.machines, self.device)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        machines = {key: value for key, value in vars(self.machines).items() if key != "calibration"}
+        matrices = self.matrices and {**asdict(self.matrices), "imbalance": self.matrices.imbalance}
+        return {
+            "name": self.config.run.name,
+            "device": self.device.device,
+            **machines,
+            "parameters": self.parameters,
+            "fits": self.fits,
+            "memory": {
+                "device_bytes": self.device.memory_bytes,
+                "needed_bytes": self.needed,
+                "peak_bytes": self.memory.peak,
+                "worst_phase": self.memory.worst_phase,
+                "state": self.memory.state,
+                "phases": self.memory.phases,
+                "fixed_bytes": self.memory.fixed,
+                "keeper_bytes_per_node": self.memory.keeper_bytes_per_node,
+            },
+            "bytes_sent": {
+                **self.sent,
+                "boundary": self.boundary_bytes,
+                "snapshot_per_node": self.snapshot_bytes,
+            },
+            "matrices": matrices,
+            "seconds": self.time.as_dict(),
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "tokens": self.tokens,
+            "days": self.days,
+            "gpu_hours": self.gpu_hours,
+            "money": self.money,
+            "goodput": self.goodput and asdict(self.goodput),
+        }
+
+    def summary(self) -> str:
+        """Return one line for a terminal or a log."""
+        return (
+            f"{self.machines.gpus} x {self.device.device}: {gigabytes(self.needed)} of "
+            f"{gigabytes(self.device.memory_bytes)}, {self.time.total:.3g} s a step, "
+            f"{self.tokens_per_second:,.0f} tokens/s, {self.days:.3g} days"
+        )
+
+    def require_fit(self) -> None:
+        """Refuse what cannot fit.
+
+        Raises:
+            ConfigError: it needs more memory than there is; with its parts, and with what would fit.
+        """
+        if self.fits:
+            return
+        parts = sorted(self.memory.parts().items(), key=lambda part: -part[1])
+        lines = [
+            f"{self.config.run.name} does not fit: {gigabytes(self.needed)} are needed in its worst phase "
+            f"({self.memory.worst_phase}), {self.device.device} has {gigabytes(self.device.memory_bytes)}",
+            "  " + ", ".join(f"{name} {gigabytes(nbytes)}" for name, nbytes in parts if nbytes),
+        ]
+        found = list(what_would_fit(self.config, self.machines))
+        lines += [f"  would fit: {text}" for text in found]
+        if not found:
+            lines.append(
+                "  nothing that only changes train.micro_batch, the number of GPUs or their type would fit; "
+                "make the model or train.seq_len smaller"
+            )
+        raise ConfigError("\n".join(lines))
+
+
+def plan_run(
+    config: RunConfig,
+    machines: Machines,
+    price: float | None = None,
+    tokens: int | None = None,
+    mtbf_hours: float | None = None,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: of the run.
+        machines: on which.
+        price: money per GPU-hour; None: money is not told.
+        tokens: to train on; None for those of the config.
+        mtbf_hours: mean hours between failures of one GPU with its share of a node; None: goodput is not told.
+
+    Raises:
+        ConfigError: the device is unknown.
+    """
+    train, optim, device = config.train, config.optim, machines.device()
+    cuda, itemsize = device.kind == "cuda", 2 if device.kind == "cuda" else 4
+    layout = layout_of(config.model, optim, train.seq_len, machines.gpus)
+    matrices = orthogonalization_of(layout, optim)
+    memory = _memory(config, machines, device)
+    wire = {"auto": itemsize, "bf16": 2, "fp32": 4}[optim.wire_dtype]
+    sent = traffic_of(layout, matrices, itemsize, wire)
+    micro = _micro_batch(config, cuda, watched=optim.qk_clip > 0)
+    time = step_time(layout, matrices, micro, sent, train, optim, config.checkpoint, device)
+
+    per_step = train.global_batch * train.seq_len
+    tokens = tokens or train.steps * per_step
+    speed = per_step / time.total
+    expected = None
+    ranks_per_node = min(machines.gpus, machines.gpus_per_node)
+    if mtbf_hours is not None:
+        failures = failures_of(
+            mtbf_hours, machines.gpus, ranks_per_node, layout.state_bytes, device.host_bytes_per_s * device.share
+        )
+        expected = goodput(
+            failures,
+            time.training + time.validation,
+            time.snapshot * time.snapshot_every,
+            time.snapshot_every,
+            config.checkpoint.every,
+            train.steps,
+            upload_s=ranks_per_node * layout.state_bytes / UPLOAD_BYTES_PER_S,
+        )
+    # Goodput counts snapshots as lost time; the speed has them already.
+    useful = expected.share * time.total / (time.training + time.validation) if expected else 1.0
+    days = tokens / speed / useful / 86400 if useful else float("inf")
+    hours = days * 24 * machines.gpus
+    peak = device.curves["matmul"].rates[-1]
+    if machines.gpu_type:
+        peak = max(gpu.tflops for name, gpu in GPUS.items() if device.device.startswith(f"{name} (")) * 1e12
+    return Plan(
+        config=config,
+        machines=machines,
+        device=device,
+        parameters=layout.parameters,
+        memory=memory,
+        sent=sent,
+        boundary_bytes=boundary_bytes(layout),
+        snapshot_bytes=snapshot_bytes(layout, ranks_per_node)[0],
+        matrices=shared_out(layout, matrices, optim) if matrices else None,
+        time=time,
+        tokens_per_second=speed,
+        mfu=layout.flops_per_token * speed / machines.gpus / peak,
+        tokens=tokens,
+        days=days,
+        gpu_hours=hours,
+        money=None if price is None else price * hours,
+        goodput=expected,
+    )
+
+
+def _micro_batch(config: RunConfig, cuda: bool, watched: bool) -> Any:
+    dtype = torch.bfloat16 if cuda else torch.float32
+    return micro_batch_of(config.model, config.train.micro_batch, config.train.seq_len, dtype, cuda, watched)
+
+
+def _memory(config: RunConfig, machines: Machines, device: Calibration) -> Memory:
+    """Return the memory alone; on a CPU a step that is measured writes all attention scores."""
+    layout = layout_of(config.model, config.optim, config.train.seq_len, machines.gpus)
+    cuda, plan = device.kind == "cuda", orthogonalization_of(layout, config.optim)
+    watched = not cuda and bool(config.telemetry.every or config.optim.qk_clip)
+    micro = _micro_batch(config, cuda, watched)
+    ranks_per_node = min(machines.gpus, machines.gpus_per_node)
+    return memory_of(layout, plan, micro, config.train, config.optim, device.kind, ranks_per_node)
+
+
+def _needed(memory: Memory, machines: Machines, device: Calibration) -> int:
+    if device.kind == "cuda":
+        return memory.peak
+    ranks = min(machines.gpus, machines.gpus_per_node)
+    return ranks * (memory.peak + PROCESS_BYTES) + memory.keeper_bytes_per_node
+
+
+def what_would_fit(config: RunConfig, machines: Machines) -> Iterator[str]:
+    """Plan other micro-batches, numbers of GPUs and types, and yield the smallest change of each kind that fits."""
+
+    def fits(changed: RunConfig, on: Machines) -> bool:
+        device = on.device()
+        return _needed(_memory(changed, on, device), on, device) <= device.memory_bytes
+
+    def with_micro_batch(size: int) -> RunConfig:
+        return replace(config, train=replace(config.train, micro_batch=size))
+
+    train = config.train
+    smaller = [size for size in range(train.micro_batch - 1, 0, -1) if train.global_batch % size == 0]
+    if found := next((size for size in smaller if fits(with_micro_batch(size), machines)), None):
+        yield f"train.micro_batch={found} instead of {train.micro_batch}, on as many GPUs"
+    least = with_micro_batch(1)
+    for changed, note in ((config, ""), (least, " and train.micro_batch=1")):
+        gpus = machines.gpus
+        while gpus < MOST_GPUS:
+            gpus *= 2
+            on = replace(machines, gpus=gpus)
+            if fits(changed, on):
+                yield f"{gpus} GPUs{note}"
+                break
+            if _memory(changed, on, on.device()).state["weights"] > on.device().memory_bytes:
+                break  # Weights are on every GPU, however many there are.
+        else:
+            continue
+        if gpus < MOST_GPUS or train.micro_batch == 1:
+            break
+    if machines.gpu_type:
+        larger = sorted(GPUS, key=lambda name: (GPUS[name].memory_gb, name))
+        for changed, note in ((config, ""), (least, " and train.micro_batch=1")):
+            for name in larger:
+                if fits(changed, replace(machines, gpu_type=name)):
+                    yield f"{machines.gpus} x {name} ({GPUS[name].memory_gb} GB){note}"
+                    return
+
+
+def gigabytes(nbytes: float) -> str:
+    """Return bytes for people."""
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"

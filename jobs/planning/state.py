@@ -1,0 +1,95 @@
+"""The run's parameters as ZeRO-1 lays them out: what memory, traffic and optimizer work are computed from."""
+
+from dataclasses import dataclass
+
+import torch
+
+from optim.config import OptimConfig
+from optim.layout import GroupLayout
+from optim.plan import OrthogonalizePlan, matrices_of, plan_orthogonalization
+from optim.routing import parameter_groups
+from workers.config import ModelConfig
+from workers.models import build_empty
+
+STATES = {"muon": 1, "adamw": 2}
+"""Flat fp32 tensors of a partition's size that a method keeps beside the master weights."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """An optimizer group over all ranks."""
+
+    method: str
+    layout: GroupLayout
+    matrices: tuple[tuple[tuple[int, int], ...], ...]
+    """Rows and columns of the matrices in each parameter."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All groups, and what is beside them."""
+
+    groups: tuple[Group, ...]
+    buffer_bytes: int
+    """Of what the module keeps beside its parameters."""
+    replicated_elements: int
+    """Of the buffers that training changes and checkpoints hold."""
+    flops_per_token: float
+    """Of training, without recomputation."""
+    expert_loads: int
+    """Numbers of tokens per expert, in all layers."""
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all parameters."""
+        return sum(sum(group.layout.numels) for group in self.groups)
+
+    @property
+    def partition(self) -> int:
+        """Elements of a rank's part of all groups, padding included."""
+        return sum(group.layout.partition for group in self.groups)
+
+    @property
+    def tensors(self) -> int:
+        """Parameters, counted as tensors."""
+        return sum(len(group.layout.names) for group in self.groups)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of fp32 master weights and optimizer state on every rank."""
+        return sum(4 * group.layout.partition * (1 + STATES[group.method]) for group in self.groups)
+
+    def whole_in_partition(self, rank: int) -> int:
+        """Return the elements of all parameters of which the rank holds anything, counted whole."""
+        return sum(
+            dict(zip(group.layout.names, group.layout.numels, strict=True))[fragment.name]
+            for group in self.groups
+            for fragment in group.layout.fragments(rank)
+        )
+
+
+def layout_of(model_config: ModelConfig, optim: OptimConfig, seq_len: int, world_size: int) -> Layout:
+    """Lay the model's parameters out over so many ranks."""
+    with torch.device("meta"):
+        model = build_empty(model_config)
+    kept = model.state_dict().keys()
+    groups = []
+    for group in parameter_groups(model.named_parameters(), optim.name, model.matrix_parts(optim.split)):
+        layout = GroupLayout.of(group["names"], [p.numel() for p in group["params"]], world_size)
+        groups.append(Group(group["method"], layout, tuple(tuple(held) for held in group["matrices"])))
+    return Layout(
+        tuple(groups),
+        buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
+        replicated_elements=sum(buffer.numel() for name, buffer in model.named_buffers() if name in kept),
+        flops_per_token=model.flops_per_token(seq_len),
+        expert_loads=model.expert_load().numel(),
+    )
+
+
+def orthogonalization_of(layout: Layout, optim: OptimConfig) -> OrthogonalizePlan | None:
+    """Return who orthogonalizes what; None where nothing is."""
+    for group in layout.groups:
+        if group.method == "muon":
+            matrices = matrices_of(group.layout, group.matrices)
+            return plan_orthogonalization(group.layout, matrices, optim.operations)
+    return None

@@ -1,0 +1,201 @@
+"""A step's seconds: the slowest rank's micro-batches, DeepSpeed's passes over the gradients, the optimizer, the wire.
+
+What DeepSpeed does to a step's gradients is written down as passes over memory, in the order of its code; the
+optimizer's work is that of the plan's busiest rank, for which Newton-Schulz itself is run without data.
+"""
+
+import math
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from jobs.planning.cost import seconds
+from jobs.planning.state import STATES, Layout
+from jobs.planning.traffic import boundary_bytes
+from jobs.planning.work import MicroBatch, Work, Works, elementwise, recorded
+from optim.config import OptimConfig
+from optim.exchange import BATCH_ELEMENTS
+from optim.newton_schulz import Workspace, newton_schulz
+from optim.plan import OrthogonalizePlan
+from optim.polynomials import coefficients
+from workers.calibrate import Calibration, Collective
+from workers.config import CheckpointConfig, TrainConfig
+from workers.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, by part; the parts do not overlap."""
+
+    forward: float
+    backward: float
+    reduction: float
+    """DeepSpeed's passes over the gradients and their way to their owners."""
+    optimizer: float
+    gather: float
+    """The weights' all-gather."""
+    boundary: float
+    """The all-reduce in which all ranks agree."""
+    snapshot: float
+    """Mean over the steps between snapshots."""
+    validation: float
+    """Mean over the steps between validations."""
+    snapshot_every: int
+    newton_schulz_share: float
+    """Of the step, on the busiest rank."""
+
+    @property
+    def training(self) -> float:
+        """Return the seconds of a step without snapshots and validations."""
+        return self.forward + self.backward + self.reduction + self.optimizer + self.gather + self.boundary
+
+    @property
+    def total(self) -> float:
+        """Return the seconds of a step, its share of snapshots and validations included."""
+        return self.training + self.snapshot + self.validation
+
+    def as_dict(self) -> dict[str, float]:
+        """Return all of it."""
+        return {**asdict(self), "training": self.training, "total": self.total}
+
+
+def reduction_works(layout: Layout, itemsize: int) -> Works:
+    """Return what DeepSpeed does to the gradients between the backward pass and the optimizer."""
+    works: Works = Counter()
+    ranks = layout.groups[0].layout.world_size
+    for group in layout.groups:
+        share = 1 / ranks
+        for numel in group.layout.numels:
+            works[elementwise(2 * itemsize * numel)] += 1  # into the bucket
+            mine = itemsize * numel
+            works[elementwise(2 * mine)] += share  # into the partition's buffer
+            works[elementwise(mine + 16 * numel)] += share  # the norm, in fp64
+        flat = itemsize * group.layout.partition
+        if ranks > 1:
+            works[elementwise(2 * flat)] += ranks + 1  # packed for each owner, unpacked by it
+        works[elementwise(2 * flat)] += 1  # laid out flat
+        works[elementwise(8 * group.layout.partition)] += 1  # clipped
+        if itemsize == 2:
+            works[elementwise(6 * group.layout.partition)] += 1  # cast to fp32
+            works[elementwise(flat)] += 2  # whether it is finite
+        works[elementwise((4 + itemsize) * group.layout.partition)] += 1  # the new weights
+    works[elementwise(2 * itemsize * layout.parameters)] += 1  # divided by the number of ranks
+    works[Work("call")] += 30 * layout.tensors  # hooks, views and bookkeeping for each tensor
+    return works
+
+
+def update_works(layout: Layout, plan: OrthogonalizePlan | None, optim: OptimConfig, kind: str) -> tuple[Works, Works]:
+    """Return the busiest rank's passes over its shard, and its Newton-Schulz."""
+    passes: Works = Counter()
+    products: Works = Counter()
+    for group in layout.groups:
+        if group.method == "adamw":
+            # Weights and both moments read and written, the gradient read.
+            passes[elementwise(4 * group.layout.partition * (2 * (1 + STATES["adamw"]) + 1))] += 1
+    if plan is None:
+        return passes, products
+    loads = [sum(optim.operations(*shape) for shape in plan.matrices(rank)) for rank in range(len(plan.local))]
+    rank = loads.index(max(loads))
+    batches: Counter[tuple[int, int, int]] = Counter()
+    for batch in plan.local[rank]:
+        most = max(1, BATCH_ELEMENTS[kind] // (batch.rows * batch.columns))
+        batches[min(most, batch.count), batch.rows, batch.columns] += max(1, batch.count // most)
+        if batch.count > most and batch.count % most:
+            batches[batch.count % most, batch.rows, batch.columns] += 1
+    for matrix in plan.straddlers:
+        if matrix.owner == rank:
+            batches[1, matrix.rows, matrix.columns] += 1
+    for (count, rows, columns), times in batches.items():
+        nbytes = 4 * count * rows * columns
+        # Momentum and look-ahead read two and write one each; decay one and one; the update two and one.
+        for moved in (3, 3, 2, 3):
+            passes[elementwise(moved * nbytes)] += times
+        passes[Work("call")] += 6 * times
+        for work, each in _newton_schulz_works(count, rows, columns, optim, kind).items():
+            products[work] += each * times
+    return passes, products
+
+
+def _newton_schulz_works(count: int, rows: int, columns: int, optim: OptimConfig, kind: str) -> Works:
+    """Run Newton-Schulz without data."""
+    auto = torch.bfloat16 if kind == "cuda" else torch.float32
+    dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[optim.ns_dtype]
+    polynomials = coefficients(optim.ns_coefficients, optim.ns_steps)
+    # A CPU's symmetric products are cut into blocks, so the tensors have to say that they are there.
+    with FakeTensorMode() if kind == "cpu" else nullcontext():
+        x = torch.empty(count, rows, columns, device="cpu" if kind == "cpu" else "meta")
+        workspace = Workspace()
+        newton_schulz(x, polynomials, optim.form, dtype, workspace)
+        with recorded() as recorder:
+            newton_schulz(x, polynomials, optim.form, dtype, workspace)
+    return recorder.take_works()
+
+
+def wire_seconds(calibration: Calibration, name: str, ranks: int, nbytes: float, calls: int = 1) -> float:
+    """Return the seconds of a collective: a latency for each call and the bytes at its speed.
+
+    Raises:
+        ConfigError: none of its kind has been measured.
+    """
+    if ranks == 1 or not calls:
+        return 0.0
+    known = [one for one in calibration.collectives if one.name == name]
+    if not known:
+        raise ConfigError(
+            f"the calibration of {calibration.device} has no {name}, for {ranks} GPUs; measure with two workers or more"
+        )
+    near: Collective = min(known, key=lambda one: abs(math.log(one.world_size / ranks)))
+    # A ring's latency grows with its ranks, what each sends hardly.
+    latency = near.latency_s * max(1.0, math.log2(ranks) / math.log2(near.world_size))
+    return calls * latency + nbytes / near.bytes_per_s
+
+
+def step_time(
+    layout: Layout,
+    plan: OrthogonalizePlan | None,
+    micro: MicroBatch,
+    sent: dict[str, float],
+    train: TrainConfig,
+    optim: OptimConfig,
+    checkpoint: CheckpointConfig,
+    calibration: Calibration,
+) -> StepTime:
+    """Return the seconds of a step on the slowest rank."""
+    ranks, itemsize = layout.groups[0].layout.world_size, 2 if calibration.precision == "bf16" else 4
+    rounds = max(1, -(-train.slots // ranks))
+
+    def wire(name: str, calls: int) -> float:
+        return wire_seconds(calibration, name, ranks, sent.get(name, 0.0), calls if name in sent else 0)
+
+    forward = rounds * seconds(micro.forward, calibration)
+    backward = rounds * seconds(micro.backward, calibration)
+    backward += (rounds - 1) * seconds(micro.accumulation, calibration)
+    reduction = seconds(reduction_works(layout, itemsize), calibration) + wire("reduce", ranks)
+    reduction += wire("all_reduce", len(layout.groups))
+    passes, products = update_works(layout, plan, optim, calibration.kind)
+    orthogonalization = seconds(products, calibration)
+    optimizer = seconds(passes, calibration) + orthogonalization + wire("all_to_all", 2)
+    gather = wire("all_gather", len(layout.groups))
+    boundary = wire_seconds(calibration, "all_reduce", ranks, boundary_bytes(layout))
+    training = forward + backward + reduction + optimizer + gather + boundary
+
+    cost = (layout.state_bytes + 4 * layout.replicated_elements) / calibration.host_bytes_per_s / calibration.share
+    every = checkpoint.snapshot_every or max(1, math.ceil(cost / (checkpoint.snapshot_share * training)))
+    chunks = -(-train.validate_sequences // train.micro_batch)
+    validations = (train.steps // train.validate_every if train.validate_every else 1) + 1
+    validation = -(-chunks // ranks) * seconds(micro.forward, calibration) * validations / train.steps
+    return StepTime(
+        forward=forward,
+        backward=backward,
+        reduction=reduction,
+        optimizer=optimizer,
+        gather=gather,
+        boundary=boundary,
+        snapshot=cost / every,
+        validation=validation,
+        snapshot_every=every,
+        newton_schulz_share=orthogonalization / training,
+    )

@@ -1,0 +1,223 @@
+"""The plan against real engines, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from jobs.load import load
+from jobs.planning.cost import seconds, seconds_of
+from jobs.planning.plan import Machines, plan_run
+from jobs.planning.state import layout_of, orthogonalization_of
+from jobs.planning.traffic import traffic_of
+from jobs.planning.work import Work, micro_batch_of, product
+from orchestrator.config import RunConfig
+from tests.ranks import run_ranks
+from workers.calibrate import KINDS, Calibration, Collective, Curve
+from workers.errors import ConfigError
+
+CPU = Calibration(
+    device="a test's CPU",
+    kind="cpu",
+    precision="fp32",
+    memory_bytes=64 * 10**9,
+    seconds_per_op=1e-6,
+    curves={kind: Curve((1.0,), (1e10,)) for kind in KINDS},
+    host_bytes_per_s=1e9,
+    collectives=tuple(Collective(name, 2, 1e-4, 1e9) for name in ("all_reduce", "reduce", "all_gather", "all_to_all")),
+)
+SMALL = ["train.global_batch=4", "train.micro_batch=1", "train.seq_len=32"]
+
+
+def real_step(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, dict[str, int]]:
+    """Return bytes of state and weights, and what a step sends."""
+    from workers.engine import build_engine
+    from workers.traffic import Traffic
+
+    built = build_engine(config.model, config.optim, config.train, 0, torch.device("cpu"))
+    with Traffic() as traffic:
+        tokens = torch.zeros(1, 32, dtype=torch.int64)
+        built.engine.backward(built.engine(tokens).square().mean(), scale_wrt_gas=False)
+        built.engine.step()
+    state = sum(tensor.nbytes for group in built.optimizer.flat_state(rank) for tensor in group.tensors.values())
+    weights = sum(flat.nbytes for flat in built.zero.bit16_groups_flat)
+    weights += sum(buffer.nbytes for buffer in built.model.buffers())
+    return state, weights, dict(traffic.sent)
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("demo", 1), ("demo", 2), ("demo", 4), ("demo-llama", 3)])
+def test_state_and_traffic_are_those_of_the_engine(name, world_size):
+    config = load(name, SMALL)
+    results = run_ranks(world_size, real_step, config)
+    plan = plan_run(config, Machines(gpus=world_size, calibration=CPU))
+    for state, weights, _ in results:
+        assert plan.memory.state["master weights"] + plan.memory.state["optimizer state"] == state
+        assert plan.memory.state["weights"] == weights
+    for collective, planned in plan.sent.items():
+        assert sum(sent[collective] for *_, sent in results) / world_size == pytest.approx(planned, abs=4), collective
+    assert set(plan.sent) == {name for name, nbytes in results[0][2].items() if nbytes}
+
+
+def test_traffic_of_a_gpu_has_half_the_bytes():
+    config = load("demo", [])
+    layout = layout_of(config.model, config.optim, 256, 4)
+    matrices = orthogonalization_of(layout, config.optim)
+    full, half = traffic_of(layout, matrices, 4, 4), traffic_of(layout, matrices, 2, 2)
+    for name in ("reduce", "all_gather", "all_to_all"):
+        assert full[name] == 2 * half[name]
+
+
+def held_and_flops(rank: int, world_size: int, config: RunConfig) -> tuple[int, int]:
+    """Return the bytes that a real forward pass keeps for the backward one, and the operations of both."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from workers.models import build
+
+    model = build(config.model)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(256, (config.train.micro_batch, config.train.seq_len))
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(tokens).float().logsumexp(-1).sum()
+        loss.backward()
+    return sum(kept.values()), counter.get_total_flops()
+
+
+def test_activations_and_operations_are_those_of_a_real_pass():
+    config = load("demo-llama", ["train.micro_batch=2", "train.seq_len=128", "train.global_batch=2"])
+    ((kept, flops),) = run_ranks(1, held_and_flops, config)
+    micro = micro_batch_of(config.model, 2, 128, torch.float32, cuda=False)
+    assert kept <= micro.peak <= 1.35 * kept, "at the peak there is little but what is kept for the backward pass"
+    products = sum(
+        work.amount * count
+        for works in (micro.forward, micro.backward)
+        for work, count in works.items()
+        if work.kind == "matmul"
+    )
+    assert products == flops, "torch's counter knows no attention on a CPU"
+
+
+def test_gradients_count_once_where_they_are_there_before():
+    config = load("demo-llama", SMALL)
+    micro = micro_batch_of(config.model, 1, 32, torch.float32, cuda=False)
+    parameters = 4 * layout_of(config.model, config.optim, 32, 1).parameters
+    largest = 4 * 480 * 128
+    assert micro.peak > parameters
+    assert micro.peak_beside_gradients <= micro.peak <= parameters + micro.peak_beside_gradients
+    assert micro.peak_beside_gradients >= largest
+
+
+def test_a_longer_run_on_more_machines_takes_no_other_arithmetic():
+    config = load("demo", SMALL)
+    one, two = (plan_run(config, Machines(gpus=gpus, calibration=CPU), price=3.0) for gpus in (1, 2))
+    assert two.time.forward == pytest.approx(one.time.forward / 2)
+    assert one.time.gather == 0 < two.time.gather
+    assert one.tokens == 400 * 4 * 32 and one.days * 86400 == pytest.approx(one.tokens / one.tokens_per_second)
+    assert one.money == pytest.approx(3 * one.gpu_hours) and two.gpu_hours == pytest.approx(48 * two.days)
+    failing = plan_run(config, Machines(gpus=2, calibration=CPU), mtbf_hours=100.0)
+    assert failing.goodput is not None and failing.days > two.days
+    longer = plan_run(config, Machines(gpus=1, calibration=CPU), tokens=10 * one.tokens)
+    assert longer.days == pytest.approx(10 * one.days)
+
+
+def test_the_roofline_takes_the_longer_of_both():
+    curves = {**CPU.curves, "matmul": Curve((16.0, 64.0), (1e9, 4e9)), "elementwise": Curve((1.0,), (1e9,))}
+    device = replace(CPU, curves=curves, seconds_per_op=0.0)
+    wide, thin = product(1, 64, 64, 64, 4), product(1, 2048, 1, 2048, 4)
+    assert seconds_of(wide, device) == pytest.approx(2 * 64**3 / 4e9)
+    assert seconds_of(thin, device) == pytest.approx(4 * (2048 * 2 + 2048**2) / 1e9)
+    assert device.curves["matmul"].rate(32.0) == pytest.approx(2e9), "straight on logarithmic axes"
+    assert seconds({wide: 3}, replace(device, share=0.5)) == pytest.approx(6 * seconds_of(wide, device))
+    gpu = replace(device, kind="cuda", seconds_per_op=1.0)
+    assert seconds_of(Work("call"), gpu) == seconds_of(wide, gpu) == 1.0
+
+
+def test_a_calibration_survives_its_file(tmp_path):
+    assert Calibration.from_json(CPU.to_json()) == CPU
+    for text, problem in (
+        ("no json", "not a calibration"),
+        (CPU.to_json().replace('"format": 1', '"format": 9'), "format 9; this raymuon reads 1"),
+        (CPU.to_json().replace("gather", "gathering"), "lacks gather"),
+        (CPU.to_json().replace('"share"', '"shares"'), "damaged calibration"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            Calibration.from_json(text)
+    median = CPU.with_speed_of([replace(CPU, seconds_per_op=3e-6), replace(CPU, seconds_per_op=2e-6)])
+    assert median == replace(CPU, seconds_per_op=2e-6)
+
+
+def refused(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    error = result.exception
+    assert isinstance(error, ConfigError)
+    return error.exit_code, str(error)
+
+
+def test_what_cannot_fit_is_refused_with_what_would():
+    code, text = refused("moonlight-16b", "--gpus", "8", "--gpu-type", "l4")
+    assert code == 2
+    assert "does not fit: 146.8 GB" in text and "L4 (data sheet) has 24.0 GB" in text
+    assert "weights 31.9 GB" in text and "gradients 31.9 GB" in text
+    assert "would fit: 8 x B200 (180 GB)" in text
+
+
+def test_the_smallest_change_comes_first():
+    # Room for six sequences' activations, so for four as a divisor of the batch of eight.
+    config = load("demo-llama", ["train.global_batch=8", "train.micro_batch=8", "telemetry.every=0"])
+    gpu = replace(CPU, kind="cuda", precision="bf16")
+
+    def plan(memory: int, **train: int) -> None:
+        changed = replace(config, train=replace(config.train, **train))
+        plan_run(changed, Machines(gpus=1, calibration=replace(gpu, memory_bytes=memory))).require_fit()
+
+    need = plan_run(config, Machines(gpus=1, calibration=gpu)).memory.peak
+    four = plan_run(replace(config, train=replace(config.train, micro_batch=4)), Machines(gpus=1, calibration=gpu))
+    plan(need)
+    with pytest.raises(ConfigError) as refusal:
+        plan((need + four.memory.peak) // 2)
+    first = str(refusal.value).splitlines()[2]
+    assert first == "  would fit: train.micro_batch=4 instead of 8, on as many GPUs"
+    plan((need + four.memory.peak) // 2, micro_batch=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--gpu-type", "H101"], "H101: not in the table; known are B200"),
+        (["--calibration", "no-such-file"], "cannot be read"),
+        (["--gpu-type", "H100", "--price", "-1"], "--price must be greater than 0"),
+    ],
+)
+def test_wrong_options_are_told(arguments, problem):
+    code, text = refused("demo", *arguments)
+    assert code == 2 and problem in text
+
+
+def test_both_forms_of_the_command(tmp_path):
+    file = tmp_path / "calibration.json"
+    file.write_text(CPU.to_json())
+    arguments = ["plan", "demo", *SMALL, "--gpus", "2", "--calibration", str(file), "--mtbf", "100", "--price", "1"]
+    table = CliRunner().invoke(app, arguments)
+    assert table.exit_code == 0
+    assert "master weights" in table.output and "goodput expected" in table.output
+    told = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
+    assert told["fits"] and told["memory"]["peak_bytes"] > 0 and told["bytes_sent"]["reduce"] > 0
+    assert told["seconds"]["total"] > 0 and told["goodput"]["share"] < 1 and told["money"] > 0
+    assert told["matrices"]["straddlers"] == 1
+
+
+def test_a_plan_starts_neither_ray_nor_deepspeed():
+    code = "import sys, jobs.planning.plan; sys.exit(bool({'ray', 'deepspeed', 'mlflow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
