@@ -48,6 +48,10 @@ ClientTracking = Annotated[
 Image = Annotated[str, typer.Option(help="Container image for the job, where the nodes can start one.")]
 Pin = Annotated[bool, typer.Option("--pin", help="Have the nodes install this machine's versions of everything.")]
 AllowOpen = Annotated[bool, typer.Option("--allow-open-head", help="Use a head that asks nobody for a token.")]
+GpuType = Annotated[str, typer.Option(help="A GPU of the table in docs/commands/plan.md, for instance H100.")]
+CalibrationFile = Annotated[
+    Path | None, typer.Option(help="What raymuon doctor --calibration has measured, in the place of --gpu-type.")
+]
 CheckpointUrl = Annotated[str, typer.Argument(help="A run's folder, its newest checkpoint, or FOLDER@STEP.")]
 
 
@@ -110,13 +114,23 @@ def submit(
     tracking_uri: ClientTracking = "",
     image: Image = "",
     pin: Pin = False,
+    gpu_type: GpuType = "",
+    calibration: CalibrationFile = None,
     allow_open_head: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a new run as a job to a Ray cluster."""
+    """Plan a new run, and submit it as a job to a Ray cluster."""
     from jobs.submit import Target, submit
 
-    target = Target(address=address, tracking_uri=tracking_uri, image=image, pin=pin, allow_open=allow_open_head)
+    target = Target(
+        address=address,
+        tracking_uri=tracking_uri,
+        image=image,
+        pin=pin,
+        allow_open=allow_open_head,
+        gpu_type=gpu_type,
+        calibration=calibration,
+    )
     submit(config, overrides or [], target, follow, as_json)
 
 
@@ -255,10 +269,8 @@ def plan(
     gpus: Annotated[
         list[int] | None, typer.Option(min=1, help="Data-parallel ranks; may be given several times.")
     ] = None,
-    gpu_type: Annotated[str, typer.Option(help="A GPU of the table in docs/commands/plan.md, for instance H100.")] = "",
-    calibration: Annotated[
-        Path | None, typer.Option(help="What raymuon doctor --calibration has measured, in the place of --gpu-type.")
-    ] = None,
+    gpu_type: GpuType = "",
+    calibration: CalibrationFile = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="That share a node's memory and network.")] = 8,
     network: Annotated[float, typer.Option(help="Gbit/s of a node, with --gpu-type.")] = 400.0,
     price: Annotated[float | None, typer.Option(help="Money per GPU-hour, of any currency.")] = None,

@@ -79,6 +79,10 @@ def replay(request: Request, as_json: bool) -> None:
     same = identity(config, corpus)
     if manifest is not None:
         refuse_other(f"{found.url}@{manifest.step}", manifest.identity, same)
+    if not request.address and not os.environ.get("RAY_ADDRESS"):
+        from jobs.planning.plan import require_fit_here  # Imports torch.
+
+        require_fit_here(config, config.scaling.max_workers)
     for line in changes(attempt.provenance, provenance()):
         console.print(f"[yellow]the code is not the run's: {line}[/yellow]")
     source = f"the checkpoint of step {manifest.step}" if manifest else "the run's start"

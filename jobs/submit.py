@@ -9,6 +9,7 @@ import json
 import secrets
 import sys
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -46,6 +47,10 @@ class Target:
     """Have the nodes install our versions of everything."""
     allow_open: bool = False
     """Use a head that asks nobody for a token though others can reach it."""
+    gpu_type: str = ""
+    """Of the cluster, for the plan; empty where `calibration` is given, or nothing is known."""
+    calibration: Path | None = None
+    """What `raymuon doctor` has measured of the cluster, for the plan."""
 
 
 def submit(config: str, overrides: list[str], target: Target, follow: bool, as_json: bool) -> None:
@@ -58,10 +63,12 @@ def submit(config: str, overrides: list[str], target: Target, follow: bool, as_j
     """
     run_config = load(config, overrides)
     check_places(run_config)
+    plan = _plan(run_config, target)
     jobs = Jobs(target.address, target.allow_open)
     tracking = _tracking(target.tracking_uri or run_config.tracking.uri, run_config)
     run_id = tracking.create(run_config.run.name, flatten(asdict(run_config)), begins=False)
     try:
+        tracking.keep(run_id, "plan.json", plan)
         job = _start(jobs, target, run_config, run_id, tracking)
     except BaseException:
         tracking.discard(run_id)  # No run without a job.
@@ -140,6 +147,27 @@ def watch(jobs: Jobs, job: str, run_id: str) -> None:
     if ended["status"] != "SUCCEEDED":
         error = BY_EXIT_CODE.get(ended["exit_code"], ClusterError)
         raise error(f"job {job} ended with {ended['status']} (exit code {ended['exit_code']}); its log is above")
+
+
+def _plan(config: RunConfig, target: Target) -> str:
+    """Return the plan of the run on all its workers as JSON: without a known device, how its matrices are shared out.
+
+    Raises:
+        ConfigError: it does not fit, and what would.
+    """
+    from jobs.planning.command import read_calibration
+    from jobs.planning.matrices import orthogonalization
+    from jobs.planning.plan import Machines, plan_run
+
+    gpus = config.scaling.max_workers
+    if not target.gpu_type and target.calibration is None:
+        told = asdict(orthogonalization(config, gpus)) if config.optim.name == "muon" else {"gpus": gpus}
+        return json.dumps(told, indent=1)
+    calibration = read_calibration(target.calibration) if target.calibration else None
+    plan = plan_run(config, Machines(gpus=gpus, gpu_type=target.gpu_type, calibration=calibration))
+    plan.require_fit()
+    Console(stderr=True, highlight=False).print(plan.summary(), soft_wrap=True)
+    return json.dumps(plan.as_dict(), indent=1)
 
 
 def _start(jobs: Jobs, target: Target, config: RunConfig, run_id: str, tracking: "Tracking") -> str:

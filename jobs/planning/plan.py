@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 
 from jobs.planning.devices import NETWORK_GBIT, calibration_of
@@ -139,22 +140,7 @@ class Plan:
         Raises:
             ConfigError: it needs more memory than there is; with its parts, and with what would fit.
         """
-        if self.fits:
-            return
-        parts = sorted(self.memory.parts().items(), key=lambda part: -part[1])
-        lines = [
-            f"{self.config.run.name} does not fit: {gigabytes(self.needed)} are needed in its worst phase "
-            f"({self.memory.worst_phase}), {self.device.device} has {gigabytes(self.device.memory_bytes)}",
-            "  " + ", ".join(f"{name} {gigabytes(nbytes)}" for name, nbytes in parts if nbytes),
-        ]
-        found = list(what_would_fit(self.config, self.machines))
-        lines += [f"  would fit: {text}" for text in found]
-        if not found:
-            lines.append(
-                "  nothing that only changes train.micro_batch, the number of GPUs or their type would fit; "
-                "make the model or train.seq_len smaller"
-            )
-        raise ConfigError("\n".join(lines))
+        _require_fit(self.config, self.machines, self.device, self.memory)
 
 
 def plan_run(
@@ -230,6 +216,48 @@ def plan_run(
         money=None if price is None else price * hours,
         goodput=expected,
     )
+
+
+def require_fit_here(config: RunConfig, world_size: int) -> None:
+    """Refuse a run whose workers do not fit into this machine: its GPU, or the memory that it has free.
+
+    Raises:
+        ConfigError: it needs more; with its parts, and with what would fit.
+    """
+    cuda = torch.cuda.is_available()
+    name, room = "this machine", psutil.virtual_memory().available
+    if cuda:
+        name, room = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    device = Calibration(
+        device=name,
+        kind="cuda" if cuda else "cpu",
+        precision="bf16" if cuda else "fp32",
+        memory_bytes=room,
+        seconds_per_op=0.0,  # Nothing is timed.
+        curves={},
+        host_bytes_per_s=1.0,
+    )
+    machines = Machines(gpus=world_size, gpus_per_node=world_size, calibration=device)
+    _require_fit(config, machines, device, _memory(config, machines, device))
+
+
+def _require_fit(config: RunConfig, machines: Machines, device: Calibration, memory: Memory) -> None:
+    if (needed := _needed(memory, machines, device)) <= device.memory_bytes:
+        return
+    parts = sorted(memory.parts().items(), key=lambda part: -part[1])
+    lines = [
+        f"{config.run.name} does not fit: {gigabytes(needed)} are needed in its worst phase "
+        f"({memory.worst_phase}), {device.device} has {gigabytes(device.memory_bytes)}",
+        "  " + ", ".join(f"{name} {gigabytes(nbytes)}" for name, nbytes in parts if nbytes),
+    ]
+    found = list(what_would_fit(config, machines))
+    lines += [f"  would fit: {text}" for text in found]
+    if not found:
+        lines.append(
+            "  nothing that only changes train.micro_batch, the number of GPUs or their type would fit; "
+            "make the model or train.seq_len smaller"
+        )
+    raise ConfigError("\n".join(lines))
 
 
 def _micro_batch(config: RunConfig, cuda: bool, watched: bool) -> Any:
