@@ -28,7 +28,7 @@ chaos: $(INSTALLED) ## 200 random faults without Ray, 20 through Ray, 10,000 ope
 		--storage-steps 10000 --chaos-faults 200 --chaos-ray-faults 20 $(ARGS)
 
 e2e: $(INSTALLED) ## the whole way of a run on a local stack: submit, faults, stop, resume, replay; needs Debian's chromium
-	$(BIN)/pytest -s tests/e2e/test_stack.py tests/e2e/ui.py --e2e-steps 400 $(ARGS)
+	$(BIN)/pytest tests/e2e/test_stack.py --e2e-steps 400 --screenshot docs/mlflow.png $(ARGS)
 
 test-gpu: $(INSTALLED) ## run what needs a GPU
 	$(BIN)/pytest -m gpu tests/gpu $(ARGS)

@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ import pytest
 from tests.e2e.conftest import RAYMUON
 from tests.secrets_search import places_of
 
+CHROMIUM = shutil.which("chromium")
 BATCH = ["train.global_batch=8", "train.micro_batch=4", "train.validate_every=40"]
 SECRETS = ("s3_key", "s3_secret", "mlflow_password", "ray_token")
 
@@ -164,3 +166,32 @@ def test_no_secret_is_anywhere(shell, finished):
     secrets = {name: drawn[name] for name in SECRETS}
     found = places_of(shell, finished, secrets)
     assert found.searched > 50 and not found.places
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+def test_the_page_of_the_run_shows_how_it_went(shell, finished, request):
+    """MLflow's own UI, in a browser: loss, world size and recovery on one page, and the description with the events."""
+    from playwright.sync_api import sync_playwright
+
+    credentials = {
+        "username": shell.environment["MLFLOW_TRACKING_USERNAME"],
+        "password": shell.environment["MLFLOW_TRACKING_PASSWORD"],
+    }
+    experiment = shell.mlflow.get_run(finished).info.experiment_id
+    page_of_run = f"{shell.environment['MLFLOW_TRACKING_URI']}/#/experiments/{experiment}/runs/{finished}"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(http_credentials=credentials, viewport={"width": 1500, "height": 1250})
+        page.goto(page_of_run)
+        page.get_by_text("training again after").first.wait_for(timeout=120_000)
+        page.goto(f"{page_of_run}/model-metrics")
+        search = page.get_by_placeholder("Search metric charts").first
+        search.wait_for(timeout=120_000)
+        search.fill("^(loss|world_size|recovery_seconds|goodput|tokens_per_second|faults)$")
+        for metric in ("loss", "world_size", "recovery_seconds", "goodput"):
+            page.get_by_text(metric, exact=True).first.wait_for(timeout=120_000)
+        page.locator(".js-plotly-plot .trace, .js-plotly-plot .bars").first.wait_for(timeout=120_000, state="attached")
+        if picture := request.config.getoption("--screenshot"):
+            page.wait_for_timeout(3000)  # Plotly's animation.
+            page.screenshot(path=picture)
+        browser.close()
