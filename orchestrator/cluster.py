@@ -76,7 +76,7 @@ def connected(address: str | None) -> Iterator[Joined]:
         signal.signal(signal.SIGTERM, on_sigterm)
     except SystemExit as error:  # What Ray's own handler makes of a SIGTERM.
         raise Interrupted("interrupted; nothing had begun") from error
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises bare ones, too, for instance where a node does not start in time.
         if local:
             raise ClusterError(f"a local Ray could not be started: {error}") from error
         raise _no_answer(address, error) from error
