@@ -93,13 +93,14 @@ def _compare(name: str, built_in: str, overrides: list[str], ranks: int, turns: 
         path.write_text(plain_yaml(load(built_in, overrides)))
         real = torchrun(ranks, "jobs.bench.plan_rank", path, f"{folder}/run", turns)
         config = load(str(path), [])
-    steps, ratios = [], []
-    for seconds, shares, text in zip(real["seconds"], real["shares"], real["calibrations"], strict=True):
+    plans = []
+    for shares, text in zip(real["shares"], real["calibrations"], strict=True):
         measured = replace(Calibration.from_json(text), share=min(shares))
         machines = Machines(gpus=ranks, gpus_per_node=ranks, calibration=measured)
-        plan = plan_run(config, machines)
-        steps.append(statistics.median(seconds))
-        ratios.append(plan.time.training / steps[-1])
+        plans.append(plan_run(config, machines))
+    steps = [statistics.median(seconds) for seconds in real["seconds"]]
+    ratios = [plan.time.training / step for plan, step in zip(plans, steps, strict=True)]
+    plan = plans[0]
     return {
         "config": name,
         "world_size": ranks,

@@ -24,7 +24,7 @@ from workers.errors import ConfigError
 from workers.gpus import GPUS
 
 GPUS_PER_NODE = 8
-MOST_GPUS = 65536
+MOST_GPUS = 8192
 """Beyond which nothing is looked for that would fit."""
 
 
@@ -284,40 +284,36 @@ def _needed(memory: Memory, machines: Machines, device: Calibration) -> int:
 
 def what_would_fit(config: RunConfig, machines: Machines) -> Iterator[str]:
     """Plan other micro-batches, numbers of GPUs and types, and yield the smallest change of each kind that fits."""
+    device, train = machines.device(), config.train
+    least = replace(config, train=replace(train, micro_batch=1))
 
-    def fits(changed: RunConfig, on: Machines) -> bool:
-        device = on.device()
-        return _needed(_memory(changed, on, device), on, device) <= device.memory_bytes
+    def needs(changed: RunConfig, gpus: int) -> int:
+        on = replace(machines, gpus=gpus)
+        return _needed(_memory(changed, on, device), on, device)
 
-    def with_micro_batch(size: int) -> RunConfig:
-        return replace(config, train=replace(config.train, micro_batch=size))
-
-    train = config.train
-    smaller = [size for size in range(train.micro_batch - 1, 0, -1) if train.global_batch % size == 0]
-    if found := next((size for size in smaller if fits(with_micro_batch(size), machines)), None):
-        yield f"train.micro_batch={found} instead of {train.micro_batch}, on as many GPUs"
-    least = with_micro_batch(1)
-    for changed, note in ((config, ""), (least, " and train.micro_batch=1")):
-        gpus = machines.gpus
-        while gpus < MOST_GPUS:
-            gpus *= 2
-            on = replace(machines, gpus=gpus)
-            if fits(changed, on):
-                yield f"{gpus} GPUs{note}"
+    for size in range(train.micro_batch - 1, 0, -1):
+        if train.global_batch % size == 0:
+            smaller = replace(config, train=replace(train, micro_batch=size))
+            if needs(smaller, machines.gpus) <= device.memory_bytes:
+                yield f"train.micro_batch={size} instead of {train.micro_batch}, on as many GPUs"
                 break
-            if _memory(changed, on, on.device()).state["weights"] > on.device().memory_bytes:
-                break  # Weights are on every GPU, however many there are.
-        else:
-            continue
-        if gpus < MOST_GPUS or train.micro_batch == 1:
+    variants = [(config, "")] if train.micro_batch == 1 else [(config, ""), (least, " with train.micro_batch=1")]
+    for changed, note in variants:
+        # What does not shrink with the number of GPUs is what the largest number still needs.
+        if needs(changed, MOST_GPUS) <= device.memory_bytes:
+            gpus = machines.gpus * 2
+            while gpus < MOST_GPUS and needs(changed, gpus) > device.memory_bytes:
+                gpus *= 2
+            yield f"{gpus} GPUs{note}"
             break
     if machines.gpu_type:
-        larger = sorted(GPUS, key=lambda name: (GPUS[name].memory_gb, name))
-        for changed, note in ((config, ""), (least, " and train.micro_batch=1")):
-            for name in larger:
-                if fits(changed, replace(machines, gpu_type=name)):
-                    yield f"{machines.gpus} x {name} ({GPUS[name].memory_gb} GB){note}"
-                    return
+        for changed, note in variants:
+            need = needs(changed, machines.gpus)
+            large = [name for name in GPUS if GPUS[name].memory_gb * 10**9 >= need]
+            if large:
+                name = min(large, key=lambda name: (GPUS[name].memory_gb, -GPUS[name].tflops))
+                yield f"{machines.gpus} x {name} ({GPUS[name].memory_gb} GB){note}"
+                break
 
 
 def gigabytes(nbytes: float) -> str:

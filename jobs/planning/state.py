@@ -1,6 +1,7 @@
 """The run's parameters as ZeRO-1 lays them out: what memory, traffic and optimizer work are computed from."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -68,6 +69,7 @@ class Layout:
         )
 
 
+@lru_cache(maxsize=32)
 def layout_of(model_config: ModelConfig, optim: OptimConfig, seq_len: int, world_size: int) -> Layout:
     """Lay the model's parameters out over so many ranks."""
     with torch.device("meta"):

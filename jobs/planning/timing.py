@@ -67,12 +67,10 @@ def reduction_works(layout: Layout, itemsize: int) -> Works:
     works: Works = Counter()
     ranks = layout.groups[0].layout.world_size
     for group in layout.groups:
-        share = 1 / ranks
         for numel in group.layout.numels:
             works[elementwise(2 * itemsize * numel)] += 1  # into the bucket
-            mine = itemsize * numel
-            works[elementwise(2 * mine)] += share  # into the partition's buffer
-            works[elementwise(mine + 16 * numel)] += share  # the norm, in fp64
+            works[elementwise(2 * itemsize * numel / ranks)] += 1  # into the partition's buffer
+            works[elementwise((itemsize + 16) * numel / ranks)] += 1  # the norm, in fp64
         flat = itemsize * group.layout.partition
         if ranks > 1:
             works[elementwise(2 * flat)] += ranks + 1  # packed for each owner, unpacked by it

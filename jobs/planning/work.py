@@ -221,7 +221,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         q, k, v, out, _ = ctx.saved_tensors
         ctx.recorder.note(_attention("attention_backward", 2.5, q, k, v, out))
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
@@ -246,7 +246,7 @@ class _GroupedProduct(torch.autograd.Function):
         return _grouped(recorder, cuda, experts, len(x), k, n, x, len(x), n)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         x, weights = ctx.saved_tensors
         experts, k, n = weights.shape
         rows = x.size(0)
@@ -276,7 +276,7 @@ class _RmsNorm(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         x, weight, _ = ctx.saved_tensors
         ctx.recorder.note(elementwise(4 * _nbytes(x)))
         return torch.empty_like(x), torch.empty_like(weight), None
