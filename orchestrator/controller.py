@@ -291,7 +291,7 @@ class Controller:
         stopping = False
         while not group.over and not group.broken:
             stop.check()
-            reports = group.reports(0.1, self._keeper_polls())
+            reports = group.reports(0.1)
             # Before anything else: what follows may wait for MLflow or storage, and silence meanwhile is our own.
             for suspect in self.watchdog.suspects(time.monotonic()):
                 self._end_hung(group, suspect)
@@ -442,9 +442,6 @@ class Controller:
             self.pool.end(group.members[-1].number, evidence=False)
 
     # -- reports -------------------------------------------------------------------------------------------------------
-
-    def _keeper_polls(self) -> list[Future[Any]]:
-        return [keeper.polling for keeper in self.pool.keepers.values() if keeper.polling is not None]
 
     def _look_after_pool(self) -> None:
         self.lease.check()

@@ -128,7 +128,7 @@ def run(
                 pool.refresh()
                 time.sleep(0.02)
             _await(free, stop)
-            return _lead(config, inputs, _await(found, stop), pool, watcher, stop, artifacts, kill_after)
+            return lead(config, inputs, _await(found, stop), pool, watcher, stop, artifacts, kill_after)
 
 
 def _await(future: Future[T], stop: StopSignal) -> T:
@@ -169,7 +169,7 @@ def _await_slots(pool: Pool, cluster: RayCluster, watcher: Watcher, check: Calla
         time.sleep(0.02)
 
 
-def _lead(
+def lead(
     config: RunConfig,
     inputs: Inputs,
     found: Found,
@@ -179,7 +179,7 @@ def _lead(
     artifacts: Callable[[RunResult, Any], None],
     kill_after: int | None,
 ) -> RunResult:
-    """Make or take over the run, train, and close the record whatever happens."""
+    """Make or take over the run, train with the pool's workers, and close the record whatever happens."""
     from orchestrator.tracking import RunRecord
 
     run_id = found.run_id or found.tracking.create(config.run.name, flatten(asdict(config)))

@@ -7,6 +7,7 @@ for alive by the cluster for many seconds, and whatever is sent there dies.
 Nothing here blocks; `refresh` looks at everything once.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -87,6 +88,8 @@ class Pool:
         """What newcomers and standbys rehearse; the first members have no time to lose, and rehearse by training."""
         self.training = False
         """Whether a generation has been formed."""
+        self.news = threading.Event()
+        """Set where a member or a keeper has told something, or is gone; cleared by whoever takes it in."""
         self.draining: dict[str, float] = {}
         self._orphans: dict[str, float] = {}
         """Nodes that have lost their keeper, and when to start another."""
@@ -225,11 +228,16 @@ class Pool:
                 keeper.polling, keeper.heard = None, now
             if keeper.polling is None:
                 keeper.polling = keeper.handle.call("poll", POLL_S)
+                keeper.polling.add_done_callback(self._tell)
             if now - keeper.heard > self.hang_s:
                 keeper.handle.kill()
                 raise Gone(f"no answer for {now - keeper.heard:.1f} s")
         except Gone as error:
             self.lose_keeper(keeper, str(error))
+
+    def _tell(self, poll: "Future[list[Report]]") -> None:
+        if poll.exception() is not None or poll.result():
+            self.news.set()
 
     # -- losses --------------------------------------------------------------------------------------------------------
 

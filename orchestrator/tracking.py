@@ -145,6 +145,8 @@ class RunRecord:
         self._closing = threading.Event()
         self.failure: str | None = None
         """Why the last flush failed, if it did."""
+        self.most_waiting = 0
+        """The most rows that have ever waited."""
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -152,13 +154,13 @@ class RunRecord:
         """Record a step of `train` or `validation` at most once; `at` in seconds since the epoch."""
         if step > self.marks[series]:
             self.marks[series] = step
-            with self._lock:
-                self._rows.append(_Row(step, int(at * 1000), values))
+            self.note(step, at, values)
 
     def note(self, step: int, at: float, values: dict[str, float]) -> None:
         """Record something that happened besides the series, as often as it happens."""
         with self._lock:
             self._rows.append(_Row(step, int(at * 1000), values))
+            self.most_waiting = max(self.most_waiting, len(self._rows))
 
     def flush(self) -> bool:
         """Write all rows that wait; on a failure keep them, note why, and return False."""

@@ -1,11 +1,10 @@
 """The members of one generation: their ranks and rendezvous, the stream of what they tell, and how they end."""
 
 import time
-from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from queue import SimpleQueue
 
 from orchestrator.handles import Gone
 from orchestrator.policy import Suspect, Watchdog
@@ -44,7 +43,9 @@ class WorkerGroup:
         """The last step whose row has come."""
         self._started: set[int] = set()
         """Ranks that were told to train: whoever was not has nothing to leave."""
-        self._polls: dict[Future[Pulse], int] = {}
+        self._polls: dict[int, Future[Pulse]] = {}
+        """By rank."""
+        self._answered: SimpleQueue[tuple[int, Future[Pulse]]] = SimpleQueue()
         self._links: dict[int, KeeperLinks] = {}
 
     @property
@@ -86,17 +87,20 @@ class WorkerGroup:
             self._started.add(rank)
             self._poll(rank)
 
-    def reports(self, timeout_s: float, others: Iterable[Future[Any]] = ()) -> list[Report]:
-        """Return what the members have told, of this generation only; wait up to `timeout_s` for the first.
+    def reports(self, timeout_s: float) -> list[Report]:
+        """Return what the members have told, of this generation only; wait up to `timeout_s` for the first news.
 
-        Args:
-            timeout_s: to wait.
-            others: what also ends the waiting.
+        News is a report, of a member or of a keeper, or a loss. A mere heartbeat wakes nobody, for with a thousand
+        members there is always one: it is taken in with the next news, or when the time is up.
         """
-        wait([*self._polls, *others], timeout_s, FIRST_COMPLETED)
+        self.pool.news.wait(timeout_s)
+        self.pool.news.clear()  # Before the look, so that what comes during it is seen by the next one.
         now, found = time.monotonic(), []
-        for poll in [poll for poll in self._polls if poll.done()]:
-            rank = self._polls.pop(poll)
+        for _ in range(self._answered.qsize()):
+            rank, poll = self._answered.get()
+            if self._polls.get(rank) is not poll:
+                continue  # Of a member that is lost.
+            del self._polls[rank]
             try:
                 pulse = poll.result()
             except Gone as error:
@@ -166,14 +170,20 @@ class WorkerGroup:
         return sorted(self._started - self.gone.keys() - self.ended.keys())
 
     def _poll(self, rank: int) -> None:
-        self._polls[self.members[rank].handle.call("poll", POLL_S, self.told)] = rank
+        def answered(poll: Future[Pulse]) -> None:
+            self._answered.put((rank, poll))
+            if poll.exception() is not None or poll.result().reports:
+                self.pool.news.set()
+
+        poll: Future[Pulse] = self.members[rank].handle.call("poll", POLL_S, self.told)
+        self._polls[rank] = poll
+        poll.add_done_callback(answered)
 
     def _lose(self, rank: int, reason: str) -> None:
         self.gone.setdefault(rank, reason)
         self.watchdog.forget(rank)
         self.pool.lose(self.members[rank].number)
-        for poll in [poll for poll, of in self._polls.items() if of == rank]:
-            del self._polls[poll]
+        self._polls.pop(rank, None)
 
 
 def _answered(ping: "Future[bool]") -> bool:
