@@ -276,12 +276,13 @@ class Controller:
         # The notes have served; the workers need the counters alone.
         return replace(snapshot, shards=tuple(replace(shard, notes={}) for shard in snapshot.shards))
 
-    def _links(self, group: WorkerGroup) -> list[KeeperLinks]:
-        nodes = [member.node for member in group.members]
-        buddy = buddies(node for node in nodes if self.pool.keeper_of(node))
-        return [
-            KeeperLinks(keeper=self.pool.keeper_of(node), buddy=self.pool.keeper_of(buddy.get(node))) for node in nodes
-        ]
+    def _links(self, group: WorkerGroup) -> dict[str, KeeperLinks]:
+        """Return the keepers of the ranks on each node."""
+        buddy = buddies(node for node in group.nodes if self.pool.keeper_of(node))
+        return {
+            node: KeeperLinks(keeper=self.pool.keeper_of(node), buddy=self.pool.keeper_of(buddy.get(node)))
+            for node in group.nodes
+        }
 
     # -- leading it ----------------------------------------------------------------------------------------------------
 
@@ -327,7 +328,7 @@ class Controller:
         going = [member.node for member in group.members if member.node in self.pool.draining]
         if going:
             return _Change("preemption", f"node {going[0][:8]} goes away in {self.pool.draining[going[0]]:.0f} s")
-        spare = [worker for worker in self.pool.candidates if worker.number not in numbers]
+        spare = [worker for worker in self.pool.free if worker.number not in numbers]
         if not spare or not self._begun or self.progress.step + 2 >= self.config.train.steps:
             self._spare_since = None
             return None

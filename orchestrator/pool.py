@@ -112,13 +112,18 @@ class Pool:
     # -- what is there -------------------------------------------------------------------------------------------------
 
     @property
-    def candidates(self) -> list[Candidate]:
+    def free(self) -> list[PoolWorker]:
         """The workers that could train now."""
         return [
-            Candidate(worker.number, worker.node)
+            worker
             for worker in self.workers.values()
             if worker.ready and not worker.leaving and worker.node not in self.draining
         ]
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The same, as the policy knows them."""
+        return [Candidate(worker.number, worker.node) for worker in self.free]
 
     @property
     def num_starting(self) -> int:

@@ -12,6 +12,9 @@ from orchestrator.journal import Journal, read_journal
 from workers.errors import StorageError
 from workers.reports import Profiled, Report, Sampled, StepDone, Validated
 
+HURRY_S = 2.0
+"""How long a commit waits for MLflow to take the rows before it: the journal has them."""
+
 
 class Watcher(Protocol):
     """Whoever shows a run to a person; called from the driver's loop, so it must be quick. This one shows nothing."""
@@ -153,7 +156,7 @@ class RunRecorder:
         Returns:
             The losses of that step.
         """
-        self.record.flush()
+        self.record.hurry(HURRY_S)
         self.journal.ship()
         return {name: loss for name, (at, loss) in self._losses.items() if at == step}
 

@@ -34,6 +34,7 @@ class WorkerGroup:
 
     def __init__(self, generation: int, members: list[PoolWorker], pool: Pool, watchdog: Watchdog) -> None:
         self.generation, self.members, self.pool, self.watchdog = generation, members, pool, watchdog
+        self.nodes = frozenset(member.node for member in members)
         self.ended: dict[int, Ended] = {}
         self.gone: dict[int, str] = {}
         """Why, for each rank whose process is dead or had to be killed."""
@@ -46,7 +47,7 @@ class WorkerGroup:
         self._polls: dict[int, Future[Pulse]] = {}
         """By rank."""
         self._answered: SimpleQueue[tuple[int, Future[Pulse]]] = SimpleQueue()
-        self._links: dict[int, KeeperLinks] = {}
+        self._links: dict[str, KeeperLinks] = {}
 
     @property
     def world_size(self) -> int:
@@ -63,13 +64,13 @@ class WorkerGroup:
         """Tell whether nobody trains any more."""
         return not self._present()
 
-    def start(self, task: Task, membership: Membership, links: list[KeeperLinks]) -> None:
+    def start(self, task: Task, membership: Membership, links: dict[str, KeeperLinks]) -> None:
         """Form the group and let it train.
 
         Args:
             task: what to train.
             membership: what is alike for all ranks.
-            links: each rank's keepers.
+            links: the keepers of each node's ranks.
         """
         self.watchdog.begin(range(self.world_size), time.monotonic())
         first = self.members[0]
@@ -80,9 +81,9 @@ class WorkerGroup:
         except (Gone, TimeoutError) as error:
             self._lose(0, str(error) or "does not answer")
             return
-        self._links = dict(enumerate(links))
+        self._links = links
         for rank, member in enumerate(self.members):
-            place = replace(membership, rank=rank, host=first.ready.host, port=port, links=links[rank])
+            place = replace(membership, rank=rank, host=first.ready.host, port=port, links=links[member.node])
             member.handle.call("start", place, task)  # A member that is gone fails its poll, too.
             self._started.add(rank)
             self._poll(rank)
@@ -122,12 +123,15 @@ class WorkerGroup:
         for member in self.members:
             member.handle.call("pause", self.generation, save)
 
-    def relink(self, links: list[KeeperLinks]) -> None:
+    def relink(self, links: dict[str, KeeperLinks]) -> None:
         """Tell the members of keepers that have been replaced."""
-        for rank, link in enumerate(links):
-            if self._links.get(rank) != link and rank not in self.gone:
-                self._links[rank] = link
-                self.members[rank].handle.call("relink", self.generation, link)
+        if links == self._links:
+            return
+        changed = {node for node, link in links.items() if self._links.get(node) != link}
+        self._links = links
+        for rank, member in enumerate(self.members):
+            if member.node in changed and rank not in self.gone:
+                member.handle.call("relink", self.generation, links[member.node])
 
     def kill(self, suspect: Suspect, evidence: bool) -> None:
         """End a member that hangs; with `evidence`, keep what it was doing in `stacks`."""

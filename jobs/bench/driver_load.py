@@ -31,7 +31,6 @@ from workers.reports import Report, StepDone
 
 RATE = 50.0
 """Steps per second at which the members train, on their clock."""
-PACED_S = 20
 ACTOR_STEPS = 300
 WARMUP_STEPS = 20
 TINY = (
@@ -47,12 +46,13 @@ def driver_load(
 ) -> dict[str, Any]:
     """Load the driver in four ways and return what each comes to.
 
-    `sqlite` and `server`: simulated members, as fast as the driver takes what they tell, and MLflow in a database file
-    or behind its server. `paced`: the same members in real time. `actors`: real ones, on a local Ray.
+    `paced`: simulated members at 50 steps per second, MLflow in a database file. `sqlite` and `server`: the same as fast
+    as the driver takes what they tell, MLflow in a database file or behind its server. `actors`: real ones, on a local
+    Ray.
 
     Args:
         overrides: of the demo's config.
-        steps: of `sqlite` and `server`.
+        steps: of the simulated members.
         workers: simulated members.
         actors: real ones.
         say: takes a line about each.
@@ -61,13 +61,13 @@ def driver_load(
     with tempfile.TemporaryDirectory(prefix="raymuon-load-") as temporary:
         folder = Path(temporary)
         database = f"sqlite:///{folder}/mlflow.db"
-        report["sqlite"] = simulated(folder, database, workers, steps, False, overrides)
+        report["paced"] = simulated(folder, database, workers, steps, overrides, real_time=True)
+        say(f"paced: {report['paced']}")
+        report["sqlite"] = simulated(folder, database, workers, steps, overrides)
         say(f"sqlite: {report['sqlite']}")
         with mlflow_server(folder) as uri:
-            report["server"] = simulated(folder, uri, workers, steps, False, overrides)
+            report["server"] = simulated(folder, uri, workers, steps, overrides)
         say(f"server: {report['server']}")
-        report["paced"] = simulated(folder, database, workers, int(RATE * PACED_S), True, overrides)
-        say(f"paced: {report['paced']}")
         if actors:
             report["actors"] = real(folder, database, actors, overrides)
             say(f"actors: {report['actors']}")
@@ -75,7 +75,14 @@ def driver_load(
 
 
 def simulated(
-    folder: Path, uri: str, workers: int, steps: int, real_time: bool, overrides: list[str], every: int = 100
+    folder: Path,
+    uri: str,
+    workers: int,
+    steps: int,
+    overrides: list[str],
+    real_time: bool = False,
+    rate: float = RATE,
+    every: int = 100,
 ) -> dict[str, Any]:
     """Lead a run of simulated members to its end, in this process.
 
@@ -84,8 +91,9 @@ def simulated(
         uri: of MLflow.
         workers: members.
         steps: of the run.
-        real_time: or as fast as the driver takes what they tell.
         overrides: of the demo's config.
+        real_time: not as fast as the driver takes what they tell.
+        rate: steps per second of the members' time.
         every: steps between checkpoints, with which the journal is shipped.
 
     Raises:
@@ -101,7 +109,7 @@ def simulated(
     inputs = check_inputs(config)
     found = find_run(config, inputs.corpus, "never")
     with (
-        SimulatedCluster(RATE, real_time) as cluster,
+        SimulatedCluster(rate, real_time) as cluster,
         Pool(cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, watch.warn) as pool,
     ):
         while not pool.num_slots or pool.num_starting:

@@ -9,7 +9,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,13 @@ class SimulatedCluster:
 
     Args:
         rate: steps per second that the group trains. Polls are held open as real members and keepers hold them.
-        real_time: those seconds are real ones; otherwise the clock jumps from one thing to the next, and the driver
-            sets the pace.
+        real_time: those seconds are real ones; otherwise their clock skips to what is due next as long as the driver
+            keeps up, so that the driver sets the pace.
     """
 
     def __init__(self, rate: float, real_time: bool) -> None:
         self.rate = rate
-        self.timer = _Timer(real_time, self._keeps_up)
+        self.timer = _Timer(lambda: not real_time and self._keeps_up())
         self.step = 0
         """The last step that the group has finished."""
         self.began = 0.0
@@ -57,10 +57,12 @@ class SimulatedCluster:
         """The same on the simulation's clock."""
         self.polls = 0
         """Of workers, answered."""
+        self.ended = False
         self.open = 0
         """Polls of workers that wait for an answer."""
         self._slots = itertools.count()
         self._keepers: dict[str, _Keeper] = {}
+        self._writer = ThreadPoolExecutor(1, "shards")
         self._nodes: dict[int, str] = {}
         """By rank."""
 
@@ -69,6 +71,7 @@ class SimulatedCluster:
 
     def __exit__(self, *_: object) -> None:
         self.timer.end()
+        self._writer.shutdown()
 
     def reserve(self) -> str:
         """Give a slot, at once."""
@@ -99,8 +102,8 @@ class SimulatedCluster:
         return {}
 
     def _keeps_up(self) -> bool:
-        """Tell whether the driver polls at least half of the members: where it does not, time stands still for it."""
-        return self.open >= len(self._nodes) // 2
+        """Tell whether the driver polls at least half of the members."""
+        return self.ended or self.open >= len(self._nodes) // 2
 
     def join(self, rank: int, node: str, task: Task) -> None:
         """Note where a rank is; training goes on from the task's checkpoint."""
@@ -114,7 +117,7 @@ class SimulatedCluster:
         step, every = self.step, task.checkpoint.every
         if step == task.train.steps or (every and step % every == 0):
             for rank, node in self._nodes.items():
-                self._keepers[node].write(task, place, rank, step)
+                self._writer.submit(self._keepers[node].write, task, place, rank, step)
         measures = task.telemetry.every and step % task.telemetry.every == 0
         return StepDone(
             generation=place.generation,
@@ -189,6 +192,7 @@ class _Worker:
                 if task.train.validates(done.step):
                     reports.append(Validated(**common, step=done.step, loss=done.loss))
         if cluster.step == task.train.steps:
+            cluster.ended = True
             reports.append(Ended(**common, outcome="finished", step=cluster.step))
         mark = Mark(generation=place.generation, step=cluster.step + 1, phase="compute", age_s=1e-3, busy_s=1e-3, cpu=1)
         return Pulse(reports=reports, mark=mark)
@@ -257,16 +261,15 @@ class _Keeper:
 
 
 class _Timer:
-    """Calls back at given times, from a thread of its own.
+    """Calls back at given times, from a thread of its own. Its clock is the real one, and skips what nobody waits for.
 
     Args:
-        real: waits until it is time; otherwise its clock jumps to whatever is due next.
-        may_jump: tells whether it may do so now.
+        may_skip: tells whether it may do so now.
     """
 
-    def __init__(self, real: bool, may_jump: Callable[[], bool]) -> None:
-        self.real, self.may_jump = real, may_jump
-        self._now = time.monotonic()
+    def __init__(self, may_skip: Callable[[], bool]) -> None:
+        self.may_skip = may_skip
+        self._skipped = 0.0
         self._due: list[tuple[float, int, Callable[[], object]]] = []
         self._numbers = itertools.count()
         self._changed = threading.Condition()
@@ -277,7 +280,7 @@ class _Timer:
     @property
     def now(self) -> float:
         """Seconds on its clock."""
-        return time.monotonic() if self.real else self._now
+        return time.monotonic() + self._skipped
 
     def after(self, seconds: float, call: Callable[[], object]) -> None:
         """Call back in so many seconds."""
@@ -298,10 +301,9 @@ class _Timer:
                 if self._ended:
                     return
                 wait = self._due[0][0] - self.now if self._due else None
-                if wait is None or (wait > 0 and (self.real or not self.may_jump())):
-                    wait = wait if self.real else None
+                if wait is None or (wait > 0 and not self.may_skip()):
                     self._changed.wait(wait)
                     continue
-                at, _, call = heapq.heappop(self._due)
-                self._now = max(self._now, at)
+                self._skipped += max(0.0, wait)
+                call = heapq.heappop(self._due)[2]
             call()
