@@ -503,6 +503,20 @@ def bench_variants(
     _print_result(variants(overrides or [], seeds, table, _say), as_json)
 
 
+@bench_app.command("load")
+def bench_load(
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=100, help="Of the simulated members.")] = 10_000,
+    workers: Annotated[int, typer.Option(min=2, help="Simulated members.")] = 1024,
+    actors: Annotated[int, typer.Option(min=0, help="Real ones on a local Ray; 0: without them.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """What the driver bears: steps per second of a thousand simulated workers, and what real ones cost it."""
+    from jobs.bench.driver_load import driver_load
+
+    _print_result(driver_load(overrides or [], steps, workers, actors, _say), as_json)
+
+
 @bench_app.command("curves")
 def bench_curves(
     overrides: Overrides = None,

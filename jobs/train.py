@@ -110,4 +110,6 @@ def _print(summary: dict[str, Any], console: Console) -> None:
     console.print(f"loss curve: {summary['loss_curve']}", soft_wrap=True)
     console.print(f"checkpoint: {summary['checkpoint']}", soft_wrap=True)
     uri = summary["mlflow_tracking_uri"]
-    console.print(f"MLflow:     {'' if uri.startswith('http') else 'mlflow ui --backend-store-uri '}{uri}", soft_wrap=True)
+    console.print(
+        f"MLflow:     {'' if uri.startswith('http') else 'mlflow ui --backend-store-uri '}{uri}", soft_wrap=True
+    )

@@ -278,12 +278,13 @@ class Controller:
         # The notes have served; the workers need the counters alone.
         return replace(snapshot, shards=tuple(replace(shard, notes={}) for shard in snapshot.shards))
 
-    def _links(self, group: WorkerGroup) -> list[KeeperLinks]:
-        nodes = [member.node for member in group.members]
-        buddy = buddies(node for node in nodes if self.pool.keeper_of(node))
-        return [
-            KeeperLinks(keeper=self.pool.keeper_of(node), buddy=self.pool.keeper_of(buddy.get(node))) for node in nodes
-        ]
+    def _links(self, group: WorkerGroup) -> dict[str, KeeperLinks]:
+        """Return the keepers of the ranks on each node."""
+        buddy = buddies(node for node in group.nodes if self.pool.keeper_of(node))
+        return {
+            node: KeeperLinks(keeper=self.pool.keeper_of(node), buddy=self.pool.keeper_of(buddy.get(node)))
+            for node in group.nodes
+        }
 
     # -- leading it ----------------------------------------------------------------------------------------------------
 
@@ -293,7 +294,7 @@ class Controller:
         stopping = False
         while not group.over and not group.broken:
             stop.check()
-            reports = group.reports(0.1, self._keeper_polls())
+            reports = group.reports(0.1)
             # Before anything else: what follows may wait for MLflow or storage, and silence meanwhile is our own.
             for suspect in self.watchdog.suspects(time.monotonic()):
                 self._end_hung(group, suspect)
@@ -329,7 +330,7 @@ class Controller:
         going = [member.node for member in group.members if member.node in self.pool.draining]
         if going:
             return _Change("preemption", f"node {going[0][:8]} goes away in {self.pool.draining[going[0]]:.0f} s")
-        spare = [worker for worker in self.pool.candidates if worker.number not in numbers]
+        spare = [worker for worker in self.pool.free if worker.number not in numbers]
         if not spare or not self._begun or self.progress.step + 2 >= self.task.last_step:
             self._spare_since = None
             return None
@@ -444,9 +445,6 @@ class Controller:
             self.pool.end(group.members[-1].number, evidence=False)
 
     # -- reports -------------------------------------------------------------------------------------------------------
-
-    def _keeper_polls(self) -> list[Future[Any]]:
-        return [keeper.polling for keeper in self.pool.keepers.values() if keeper.polling is not None]
 
     def _look_after_pool(self) -> None:
         self.lease.check()

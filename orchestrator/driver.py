@@ -146,7 +146,7 @@ def run(
                 pool.refresh()
                 time.sleep(0.02)
             _await(free, stop)
-            return _lead(config, inputs, _await(found, stop), pool, watcher, stop, options)
+            return lead(config, inputs, _await(found, stop), pool, watcher, stop, options)
 
 
 def _await(future: Future[T], stop: StopSignal) -> T:
@@ -187,7 +187,7 @@ def _await_slots(pool: Pool, cluster: RayCluster, watcher: Watcher, check: Calla
         time.sleep(0.02)
 
 
-def _lead(
+def lead(
     config: RunConfig,
     inputs: Inputs,
     found: Found,
@@ -196,7 +196,7 @@ def _lead(
     stop: StopSignal,
     options: Options,
 ) -> RunResult:
-    """Make or take over the run, train, and close the record whatever happens."""
+    """Make or take over the run, train with the pool's workers, and close the record whatever happens."""
     from orchestrator.tracking import RunRecord
 
     run_id = found.run_id or found.tracking.create(config.run.name, flatten(asdict(config)))

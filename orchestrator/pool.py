@@ -7,6 +7,7 @@ for alive by the cluster for many seconds, and whatever is sent there dies.
 Nothing here blocks; `refresh` looks at everything once.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -101,6 +102,8 @@ class Pool:
         """What newcomers and standbys rehearse; the first members have no time to lose, and rehearse by training."""
         self.training = False
         """Whether a generation has been formed."""
+        self.news = threading.Event()
+        """Set where a member or a keeper has told something, or is gone; cleared by whoever takes it in."""
         self.draining: dict[str, float] = {}
         self._orphans: dict[str, float] = {}
         """Nodes that have lost their keeper, and when to start another."""
@@ -124,13 +127,18 @@ class Pool:
     # -- what is there -------------------------------------------------------------------------------------------------
 
     @property
-    def candidates(self) -> list[Candidate]:
+    def free(self) -> list[PoolWorker]:
         """The workers that could train now."""
         return [
-            Candidate(worker.number, worker.node)
+            worker
             for worker in self.workers.values()
             if worker.ready and not worker.leaving and worker.node not in self.draining
         ]
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The same, as the policy knows them."""
+        return [Candidate(worker.number, worker.node) for worker in self.free]
 
     @property
     def num_starting(self) -> int:
@@ -245,6 +253,7 @@ class Pool:
                 keeper.polling, keeper.heard = None, now
             if keeper.polling is None:
                 keeper.polling = keeper.handle.call("poll", POLL_S)
+                keeper.polling.add_done_callback(self._tell)
             self._ask_for_usage(keeper, now)
             if now - keeper.heard > self.hang_s:
                 keeper.handle.kill()
@@ -258,6 +267,10 @@ class Pool:
             keeper.measuring = None
         if keeper.measuring is None and now - keeper.measured >= USAGE_S:
             keeper.measuring, keeper.measured = keeper.handle.call("usage"), now
+
+    def _tell(self, poll: "Future[list[Report]]") -> None:
+        if poll.exception() is not None or poll.result():
+            self.news.set()
 
     # -- losses --------------------------------------------------------------------------------------------------------
 

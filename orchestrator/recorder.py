@@ -17,6 +17,8 @@ from workers.reports import Profiled, Report, Sampled, StepDone, Validated
 
 BULKY = ("config", "provenance")
 """Keys of events that stay in the journal alone."""
+HURRY_S = 2.0
+"""How long a commit waits for MLflow to take the rows before it: the journal has them."""
 
 
 class Watcher(Protocol):
@@ -182,7 +184,7 @@ class RunRecorder:
         Returns:
             The losses of that step.
         """
-        self.record.flush()
+        self.record.hurry(HURRY_S)
         self.journal.ship()
         return {name: loss for name, (at, loss) in self._losses.items() if at == step}
 

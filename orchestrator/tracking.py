@@ -223,9 +223,13 @@ class RunRecord:
         self._tags: dict[str, str] = {}
         self._lock = threading.Lock()  # Guards _rows; _flushing keeps the order of the rows that are on their way.
         self._flushing = threading.Lock()
-        self._closing = threading.Event()
+        self._wake, self._closing = threading.Event(), False
+        self._hurried: list[threading.Event] = []
+        """Who waits for the next flush."""
         self.failure: str | None = None
         """Why the last flush failed, if it did."""
+        self.most_waiting = 0
+        """The most rows that have ever waited."""
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -233,13 +237,13 @@ class RunRecord:
         """Record a step of `train` or `validation` at most once; `at` in seconds since the epoch."""
         if step > self.marks[series]:
             self.marks[series] = step
-            with self._lock:
-                self._rows.append(_Row(step, int(at * 1000), values))
+            self.note(step, at, values)
 
     def note(self, step: int, at: float, values: dict[str, float]) -> None:
         """Record something that happened besides the series, as often as it happens."""
         with self._lock:
             self._rows.append(_Row(step, int(at * 1000), values))
+            self.most_waiting = max(self.most_waiting, len(self._rows))
 
     def flush(self) -> bool:
         """Write all rows that wait; on a failure keep them, note why, and return False."""
@@ -247,8 +251,10 @@ class RunRecord:
             with self._lock:
                 rows, tags = list(self._rows), dict(self._tags)
             try:
-                for metrics in _batches(rows):
+                for number, metrics in _batches(rows):
                     self.client.log_batch(self.run_id, metrics=metrics)
+                    with self._lock:  # At once: a failure among many batches must not send them all again.
+                        del self._rows[:number]
                 for key, value in tags.items():
                     self.client.set_tag(self.run_id, key, value)
             except Exception as error:  # Whatever a store's driver raises: training goes on.
@@ -256,9 +262,19 @@ class RunRecord:
                 return False
             self.failure = None
             with self._lock:
-                del self._rows[: len(rows)]
                 self._tags = {key: value for key, value in self._tags.items() if tags.get(key) != value}
             return True
+
+    def hurry(self, timeout_s: float) -> None:
+        """Have the rows that wait written now, and wait for that; after `timeout_s` no longer.
+
+        The driver calls this, and must not stand still because MLflow does.
+        """
+        written = threading.Event()
+        with self._lock:
+            self._hurried.append(written)
+        self._wake.set()
+        written.wait(timeout_s)
 
     def tag_later(self, key: str, value: str) -> None:
         """Set a tag of the run with the next flush; of several values the last counts."""
@@ -284,8 +300,7 @@ class RunRecord:
         """Stop writing and leave the run as it is: it is led by somebody else."""
         with self._lock:
             self._rows.clear()
-        self._closing.set()
-        self._thread.join()
+        self._end_thread()
 
     def close(self, status: str) -> None:
         """Write what is left and set the run's status: FINISHED, FAILED or KILLED.
@@ -293,8 +308,7 @@ class RunRecord:
         Raises:
             StorageError: rows could not be written.
         """
-        self._closing.set()
-        self._thread.join()
+        self._end_thread()
         written = self.flush()
         with tracking_errors(self.uri):
             self.client.set_terminated(self.run_id, status)
@@ -302,19 +316,33 @@ class RunRecord:
             raise StorageError(f"{len(self._rows)} rows could not be written to the MLflow run: {self.failure}")
 
     def _run(self) -> None:
-        while not self._closing.wait(FLUSH_S):
-            self.flush()
+        while not self._closing:
+            self._wake.wait(FLUSH_S)
+            self._wake.clear()
+            with self._lock:
+                hurried, self._hurried = self._hurried, []
+            if not self._closing:
+                self.flush()
+            for written in hurried:
+                written.set()
+
+    def _end_thread(self) -> None:
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
 
 
-def _batches(rows: Iterable[_Row]) -> Iterator[list[Metric]]:
-    batch: list[Metric] = []
+def _batches(rows: Iterable[_Row]) -> Iterator[tuple[int, list[Metric]]]:
+    """Yield how many rows are in a batch, and their metrics."""
+    number, batch = 0, list[Metric]()
     for row in rows:
         if len(batch) + len(row.values) > METRICS_PER_BATCH:
-            yield batch
-            batch = []
+            yield number, batch
+            number, batch = 0, []
+        number += 1
         batch += [Metric(key, value, row.time_ms, row.step) for key, value in row.values.items()]
-    if batch:
-        yield batch
+    if number:
+        yield number, batch
 
 
 @contextmanager

@@ -1,11 +1,10 @@
 """The members of one generation: their ranks and rendezvous, the stream of what they tell, and how they end."""
 
 import time
-from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from queue import SimpleQueue
 
 from orchestrator.handles import Gone
 from orchestrator.policy import Suspect, Watchdog
@@ -35,6 +34,7 @@ class WorkerGroup:
 
     def __init__(self, generation: int, members: list[PoolWorker], pool: Pool, watchdog: Watchdog) -> None:
         self.generation, self.members, self.pool, self.watchdog = generation, members, pool, watchdog
+        self.nodes = frozenset(member.node for member in members)
         self.ended: dict[int, Ended] = {}
         self.gone: dict[int, str] = {}
         """Why, for each rank whose process is dead or had to be killed."""
@@ -44,8 +44,10 @@ class WorkerGroup:
         """The last step whose row has come."""
         self._started: set[int] = set()
         """Ranks that were told to train: whoever was not has nothing to leave."""
-        self._polls: dict[Future[Pulse], int] = {}
-        self._links: dict[int, KeeperLinks] = {}
+        self._polls: dict[int, Future[Pulse]] = {}
+        """By rank."""
+        self._answered: SimpleQueue[tuple[int, Future[Pulse]]] = SimpleQueue()
+        self._links: dict[str, KeeperLinks] = {}
 
     @property
     def world_size(self) -> int:
@@ -62,13 +64,13 @@ class WorkerGroup:
         """Tell whether nobody trains any more."""
         return not self._present()
 
-    def start(self, task: Task, membership: Membership, links: list[KeeperLinks]) -> None:
+    def start(self, task: Task, membership: Membership, links: dict[str, KeeperLinks]) -> None:
         """Form the group and let it train.
 
         Args:
             task: what to train.
             membership: what is alike for all ranks.
-            links: each rank's keepers.
+            links: the keepers of each node's ranks.
         """
         self.watchdog.begin(range(self.world_size), time.monotonic())
         first = self.members[0]
@@ -79,24 +81,27 @@ class WorkerGroup:
         except (Gone, TimeoutError) as error:
             self._lose(0, str(error) or "does not answer")
             return
-        self._links = dict(enumerate(links))
+        self._links = links
         for rank, member in enumerate(self.members):
-            place = replace(membership, rank=rank, host=first.ready.host, port=port, links=links[rank])
+            place = replace(membership, rank=rank, host=first.ready.host, port=port, links=links[member.node])
             member.handle.call("start", place, task)  # A member that is gone fails its poll, too.
             self._started.add(rank)
             self._poll(rank)
 
-    def reports(self, timeout_s: float, others: Iterable[Future[Any]] = ()) -> list[Report]:
-        """Return what the members have told, of this generation only; wait up to `timeout_s` for the first.
+    def reports(self, timeout_s: float) -> list[Report]:
+        """Return what the members have told, of this generation only; wait up to `timeout_s` for the first news.
 
-        Args:
-            timeout_s: to wait.
-            others: what also ends the waiting.
+        News is a report, of a member or of a keeper, or a loss. A mere heartbeat wakes nobody, for with a thousand
+        members there is always one: it is taken in with the next news, or when the time is up.
         """
-        wait([*self._polls, *others], timeout_s, FIRST_COMPLETED)
+        self.pool.news.wait(timeout_s)
+        self.pool.news.clear()  # Before the look, so that what comes during it is seen by the next one.
         now, found = time.monotonic(), []
-        for poll in [poll for poll in self._polls if poll.done()]:
-            rank = self._polls.pop(poll)
+        for _ in range(self._answered.qsize()):
+            rank, poll = self._answered.get()
+            if self._polls.get(rank) is not poll:
+                continue  # Of a member that is lost.
+            del self._polls[rank]
             try:
                 pulse = poll.result()
             except Gone as error:
@@ -118,12 +123,15 @@ class WorkerGroup:
         for member in self.members:
             member.handle.call("pause", self.generation, save)
 
-    def relink(self, links: list[KeeperLinks]) -> None:
+    def relink(self, links: dict[str, KeeperLinks]) -> None:
         """Tell the members of keepers that have been replaced."""
-        for rank, link in enumerate(links):
-            if self._links.get(rank) != link and rank not in self.gone:
-                self._links[rank] = link
-                self.members[rank].handle.call("relink", self.generation, link)
+        if links == self._links:
+            return
+        changed = {node for node, link in links.items() if self._links.get(node) != link}
+        self._links = links
+        for rank, member in enumerate(self.members):
+            if member.node in changed and rank not in self.gone:
+                member.handle.call("relink", self.generation, links[member.node])
 
     def kill(self, suspect: Suspect, evidence: bool) -> None:
         """End a member that hangs; with `evidence`, keep what it was doing in `stacks`."""
@@ -166,14 +174,20 @@ class WorkerGroup:
         return sorted(self._started - self.gone.keys() - self.ended.keys())
 
     def _poll(self, rank: int) -> None:
-        self._polls[self.members[rank].handle.call("poll", POLL_S, self.told)] = rank
+        def answered(poll: Future[Pulse]) -> None:
+            self._answered.put((rank, poll))
+            if poll.exception() is not None or poll.result().reports:
+                self.pool.news.set()
+
+        poll: Future[Pulse] = self.members[rank].handle.call("poll", POLL_S, self.told)
+        self._polls[rank] = poll
+        poll.add_done_callback(answered)
 
     def _lose(self, rank: int, reason: str) -> None:
         self.gone.setdefault(rank, reason)
         self.watchdog.forget(rank)
         self.pool.lose(self.members[rank].number)
-        for poll in [poll for poll, of in self._polls.items() if of == rank]:
-            del self._polls[poll]
+        self._polls.pop(rank, None)
 
 
 def _answered(ping: "Future[bool]") -> bool:

@@ -1,5 +1,6 @@
 """Against a real SQLite store."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -99,3 +100,38 @@ def test_rows_wait_while_the_store_does_not_answer(tracking, monkeypatch):
     monkeypatch.setattr(record.client, "log_batch", write)
     record.close("FINISHED")
     assert rows(tracking, run_id, "loss") == [(1, 1.0)]
+
+
+def test_a_store_that_stands_still_does_not_hold_the_driver(tracking, monkeypatch):
+    run_id = tracking.create("slow", {})
+    record = RunRecord(tracking, run_id)
+    write, answered = record.client.log_batch, threading.Event()
+    monkeypatch.setattr(record.client, "log_batch", lambda *args, **kwargs: answered.wait() and write(*args, **kwargs))
+    record.log("train", 1, 1.0, {"loss": 1.0})
+    record.hurry(0.1)
+    assert rows(tracking, run_id, "loss") == [], "it went on without"
+    answered.set()
+    record.hurry(60)
+    assert rows(tracking, run_id, "loss") == [(1, 1.0)]
+    record.close("FINISHED")
+
+
+def test_what_was_written_before_a_failure_is_not_sent_again(tracking, monkeypatch):
+    run_id = tracking.create("torn", {})
+    record = RunRecord(tracking, run_id)
+    write, sent = record.client.log_batch, []
+
+    def fail_once(run_id, metrics):
+        sent.append({metric.step for metric in metrics})
+        if len(sent) == 2:
+            raise OSError("the store is away")
+        write(run_id, metrics=metrics)
+
+    with record._flushing:  # So that the writing thread does not come in between.
+        monkeypatch.setattr(record.client, "log_batch", fail_once)
+        for step in range(1, 4):
+            record.log("train", step, 1.0, {"loss": 1.0, **{f"metric/{number}": 1.0 for number in range(600)}})
+    record.hurry(60)
+    record.close("FINISHED")
+    assert sent == [{1}, {2}, {2}, {3}]
+    assert [step for step, _ in rows(tracking, run_id, "loss")] == [1, 2, 3]
