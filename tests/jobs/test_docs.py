@@ -1,0 +1,96 @@
+"""The documentation names every command and option that there is, and no link in it leads nowhere."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from jobs.cli import app
+
+ROOT = Path(__file__).parent.parent.parent
+COMMANDS = ROOT / "docs" / "commands"
+TEXTS = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "infra/README.md")),
+]
+FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def pages() -> dict[str, list[tuple[str, set[str]]]]:
+    """Return the page of each command, with the commands that it documents and their options."""
+    found = {}
+    for page, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        below = getattr(command, "commands", None)
+        named = {f"{page} {name}": one for name, one in below.items()} if below else {page: command}
+        found[page] = [(name, options(one)) for name, one in named.items()]
+    return found
+
+
+def options(command) -> set[str]:
+    """Return the options of a command in their long form; all have --help."""
+    return {
+        option for param in command.params for option in (*param.opts, *param.secondary_opts) if option.startswith("--")
+    } - {"--help"}
+
+
+def anchors(text: str) -> set[str]:
+    """Return what GitHub makes of a page's headings: small letters, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+def broken(page: Path) -> Iterator[str]:
+    for link in LINK.findall(FENCED.sub("", page.read_text())):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        if not target.exists():
+            yield f"{link}: no such file"
+        elif anchor and anchor not in anchors(target.read_text()):
+            yield f"{link}: no such heading"
+
+
+@pytest.mark.parametrize("page", pages())
+def test_every_command_has_a_page_that_names_its_options(page):
+    text = (COMMANDS / f"{page}.md").read_text()
+    words = set(re.findall(r"--[a-z][a-z0-9-]*", text))
+    for name, expected in pages()[page]:
+        assert f"raymuon {name}" in text, f"{name} is not shown"
+        assert not expected - words, f"{name}: not named: {sorted(expected - words)}"
+
+
+@pytest.mark.parametrize("page", pages())
+def test_a_page_names_no_option_that_its_command_lacks(page):
+    """Other programs' options and other commands' may stand in code; the table of options is the command's own."""
+    text = (COMMANDS / f"{page}.md").read_text()
+    tabled = {
+        option
+        for row in re.findall(r"^\| (`--.*?) \|", text, re.MULTILINE)
+        for option in re.findall(r"--[a-z0-9-]+", row)
+    }
+    known = set().union(*(expected for _, expected in pages()[page]))
+    assert not tabled - known, f"not an option any more: {sorted(tabled - known)}"
+
+
+def test_every_page_belongs_to_a_command_and_is_in_the_contents():
+    contents = (ROOT / "docs" / "README.md").read_text()
+    for page in COMMANDS.glob("*.md"):
+        assert page.stem in pages(), f"{page.name}: there is no such command"
+        assert f"commands/{page.name}" in contents
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    assert not list(broken(page))
+
+
+def test_a_broken_link_is_found(tmp_path):
+    (tmp_path / "a.md").write_text(
+        "# One, `two` and three\n[here](#one-two-and-three) [file](b.md) [part](a.md#four)\n"
+    )
+    assert list(broken(tmp_path / "a.md")) == ["b.md: no such file", "a.md#four: no such heading"]
