@@ -90,7 +90,7 @@ def connected(address: str | None) -> Iterator[Joined]:
 def job_place() -> tuple[str, str]:
     """Return this driver's submission id and the cluster's dashboard; empty where it is no job, or there is none."""
     told = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR) or "{}")
-    dashboard = ray._private.worker.get_dashboard_url()
+    dashboard = ray._private.worker.get_dashboard_url() if ray.is_initialized() else None
     return told.get("metadata", {}).get("job_submission_id", ""), f"http://{dashboard}" if dashboard else ""
 
 
