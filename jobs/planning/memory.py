@@ -20,7 +20,7 @@ LARGEST_BUCKET = 500_000_000
 FIXED_BYTES = {"cpu": 100 * 10**6, "cuda": 2 * 1024**3}
 """Beside what is counted. On a CPU libraries, mapped data and the heap's holes: measured with the demo. Of a GPU
 assumed: CUDA context, cuBLAS workspaces and NCCL's buffers."""
-PROCESS_BYTES = 700 * 10**6
+PROCESS_BYTES = 400 * 10**6
 """Of a process on a CPU that has torch and DeepSpeed loaded and nothing else, measured."""
 FRAGMENTED = {"cpu": 0.0, "cuda": 0.05}
 """Share of what changes within a step that the allocator cannot use. Assumed for a GPU."""
