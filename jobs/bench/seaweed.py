@@ -26,13 +26,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def seaweedfs(folder: Path, key: str = KEY, secret: str = SECRET) -> Iterator[str]:
+def seaweedfs(folder: Path, key: str = KEY, secret: str = SECRET, port: int | None = None) -> Iterator[str]:
     """Run SeaweedFS with its files in `folder`, and yield the endpoint of its S3 API, which has the bucket BUCKET.
 
     Args:
         folder: its files.
         key: of its only user.
         secret: of that key.
+        port: of the S3 API; None for any that is free.
 
     Raises:
         ConfigError: it is not installed.
@@ -46,12 +47,12 @@ def seaweedfs(folder: Path, key: str = KEY, secret: str = SECRET) -> Iterator[st
     config = folder / "s3.json"
     config.touch(0o600)
     config.write_text(json.dumps({"identities": [{"name": "local", "credentials": credentials, "actions": actions}]}))
-    port = _free_port_pair()
+    port = port or free_port_pair()
     command = [str(program), "server", f"-dir={folder}", "-ip=127.0.0.1"]
     command += ["-ip.bind=127.0.0.1", "-s3", f"-s3.port={port}", f"-s3.config={config}", "-volume.max=0"]
     command += ["-master.volumeSizeLimitMB=256", "-s3.port.lance=0", "-s3.port.iceberg=0"]
     for service in ("master", "volume", "filer"):
-        command.append(f"-{service}.port={_free_port_pair()}")
+        command.append(f"-{service}.port={free_port_pair()}")
     log = folder / "weed.log"
     with log.open("w") as output:
         # A session of its own: a Ctrl-C at our terminal is ours, and it ends after those who use it.
@@ -88,7 +89,7 @@ def _await(server: "subprocess.Popen[bytes]", store: s3fs.S3FileSystem, log: Pat
     raise StorageError(f"SeaweedFS did not come up:\n{log.read_text()[-3000:]}")
 
 
-def _free_port_pair() -> int:
+def free_port_pair() -> int:
     """Return a free port whose neighbour 10,000 above is free too: SeaweedFS puts its gRPC there."""
     while True:
         port = free_port()

@@ -13,6 +13,7 @@ import os
 import secrets
 import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.bench.seaweed import BUCKET, free_port, seaweedfs
+from jobs.bench.seaweed import BUCKET, free_port, free_port_pair, seaweedfs
 from jobs.stack.mlflow_server import ADMIN, mlflow_server
 from orchestrator.stop import StopSignal
 from workers.errors import ClusterError, ConfigError
@@ -75,10 +76,10 @@ def local_stack(folder: Path, nodes: int, gpus: int, workers: int) -> Iterator[S
     """
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    drawn = _secrets(folder / "secrets.json")
+    drawn, ports = _secrets(folder / "secrets.json"), _ports(folder / "ports.json")
     with ExitStack() as exits:
         (folder / "s3").mkdir(exist_ok=True)
-        endpoint = exits.enter_context(seaweedfs(folder / "s3", drawn["s3_key"], drawn["s3_secret"]))
+        endpoint = exits.enter_context(seaweedfs(folder / "s3", drawn["s3_key"], drawn["s3_secret"], ports["s3"]))
         keys = {
             "AWS_ACCESS_KEY_ID": drawn["s3_key"],
             "AWS_SECRET_ACCESS_KEY": drawn["s3_secret"],
@@ -87,7 +88,7 @@ def local_stack(folder: Path, nodes: int, gpus: int, workers: int) -> Iterator[S
         uri = exits.enter_context(
             mlflow_server(
                 folder,
-                free_port(),
+                ports["mlflow"],
                 f"s3://{BUCKET}/mlflow",
                 drawn["mlflow_password"],
                 {**keys, "MLFLOW_S3_ENDPOINT_URL": endpoint},
@@ -144,6 +145,23 @@ def _secrets(path: Path) -> dict[str, str]:
         path.touch(0o600)
         path.write_text(json.dumps({name: secrets.token_hex(24) for name in names}))
     return json.loads(path.read_text())
+
+
+def _ports(path: Path) -> dict[str, int]:
+    """Return the folder's ports, which its runs have on record; others where those are taken, or there are none."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    ports = {
+        "s3": _if_free(known.get("s3")) or free_port_pair(),
+        "mlflow": _if_free(known.get("mlflow")) or free_port(),
+    }
+    path.write_text(json.dumps(ports))
+    return ports
+
+
+def _if_free(port: int | None) -> int | None:
+    """Return the port where nobody listens on it."""
+    with socket.socket() as probe:
+        return port if port and probe.connect_ex(("127.0.0.1", port)) else None
 
 
 @contextmanager
