@@ -28,6 +28,8 @@ METRICS_PER_BATCH = 1000
 MARKS = {"train": "loss", "validation": "val_loss"}
 """The metric of each series whose last step is the series' high-water mark."""
 PARAM_LIMIT = 6000
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Of our experiment: MLflow's UI shows it as training, not as the evaluation of an application."""
 SUBMITTED = "raymuon.submitted"
 """The tag of a run that was made before its first driver."""
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -151,7 +153,7 @@ class Tracking:
             return found.experiment_id
         # A server has its own place for artifacts; beside a database file they go into a folder next to it.
         artifacts = _beside(config.uri)
-        return self.client.create_experiment(config.experiment, artifact_location=artifacts)
+        return self.client.create_experiment(config.experiment, artifacts, tags=KIND)
 
 
 def look_up(uri: str, run: str) -> Run:
