@@ -42,7 +42,7 @@ def status(found: Found, address: str, allow_open: bool, as_json: bool) -> None:
     """Show where a run is: MLflow's view, its job's, and its newest checkpoint."""
     told: dict[str, Any] = {"run_id": found.run_id, "name": found.name, "status": found.status}
     if found.step is not None:
-        told["step"] = f"{found.step} of {found.params['train.steps']}"
+        told["step"] = f"{found.step} of {found.tags.get('raymuon.steps') or found.params['train.steps']}"
     told |= {key: found.metrics[key] for key in SHOWN if key in found.metrics}
     told |= {
         key: found.tags[f"raymuon.{key}"] for key in ("recoveries", "last_event") if f"raymuon.{key}" in found.tags

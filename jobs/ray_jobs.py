@@ -16,6 +16,8 @@ from workers.errors import ClusterError, ConfigError
 
 RUN_ID = "raymuon.run_id"
 """The key of a job's metadata that names its run."""
+CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+"""Ray's loggers that tell of every package; they set their levels when they are imported."""
 AGENT_S = 60.0
 """How long a head may take to be ready for jobs after its dashboard answers."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -36,9 +38,10 @@ class Jobs:
     def __init__(self, address: str, allow_open: bool = False) -> None:
         self.address = address.rstrip("/")
         _admit(head_access(self.address), allow_open)
-        logging.getLogger("ray").setLevel(logging.WARNING)  # It would tell of every file that it packs.
         from ray.job_submission import JobSubmissionClient  # A second's import, after the quick refusals.
 
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.WARNING)
         with cluster_errors(self.address):
             self.client = JobSubmissionClient(self.address)
 

@@ -58,7 +58,7 @@ def read_record(lines: Iterable[Mapping[str, Any]]) -> Record:
         match line:
             case {"event": "DriverStarted"}:
                 attempt = line["attempt"]
-                if line.get("config"):  # Journals before 0.2 lack it.
+                if line.get("config"):  # Older journals lack it.
                     provenance = Provenance(**line["provenance"])
                     record.attempts[attempt] = Attempt(attempt, line["config"], provenance, line["corpus"])
             case {"event": "Membership"}:

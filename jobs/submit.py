@@ -85,6 +85,8 @@ def resume(found: Found, overrides: list[str], target: Target, follow: bool, as_
         ConfigError: the run is finished, a job leads it, or the config is refused.
         ClusterError: the cluster cannot be reached, or refuses the job.
     """
+    if not found.tracking_uri:
+        raise ConfigError(f"run {found.run_id}: name it by its id in MLflow, not by its folder; its job is known there")
     if found.status == "FINISHED" and not any(override.startswith("train.steps=") for override in overrides):
         raise ConfigError(f"run {found.run_id} is finished; to train it further give it more steps: train.steps=N")
     from orchestrator.tracking import read_artifact

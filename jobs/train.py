@@ -16,6 +16,7 @@ from rich.console import Console
 
 from jobs.load import load, plain_yaml
 from jobs.watch import TerminalWatcher
+from orchestrator.cluster import JOB_VARIABLE
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, RunResult, run
 from orchestrator.stop import StopSignal
@@ -41,7 +42,7 @@ def train(
     stop = StopSignal()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.request())
-    plots: list[Path] = []
+    plots: list[Path | None] = []
     options = Options(
         files={"config.yaml": plain_yaml(run_config).encode()},
         artifacts=lambda result, record: plots.append(_keep_curve(run_config, result, record)),
@@ -61,8 +62,8 @@ def train(
         )
 
 
-def _keep_curve(config: RunConfig, result: RunResult, record: Any) -> Path:
-    """Put the loss curve into the MLflow run, and keep it under runs/plots."""
+def _keep_curve(config: RunConfig, result: RunResult, record: Any) -> Path | None:
+    """Put the loss curve into the MLflow run, and keep it under runs/plots too, unless this is a job."""
     from jobs.curves import plot_losses  # matplotlib takes a second to import.
 
     kept = Path("runs") / "plots" / f"{result.run_id}.png"
@@ -71,6 +72,8 @@ def _keep_curve(config: RunConfig, result: RunResult, record: Any) -> Path:
         picture = Path(folder) / "loss.png"
         plot_losses({config.run.name: result.losses}, picture)
         record.artifact(picture)
+        if JOB_VARIABLE in os.environ:
+            return None  # A job's working directory goes with it.
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(picture.read_bytes())
     return kept.resolve()
@@ -107,7 +110,8 @@ def _print(summary: dict[str, Any], console: Console) -> None:
     if summary["sample"]:
         console.print("sample:")
         console.print("\n".join(f"    {line}" for line in summary["sample"].splitlines()), markup=False)
-    console.print(f"loss curve: {summary['loss_curve']}", soft_wrap=True)
+    if summary["loss_curve"]:
+        console.print(f"loss curve: {summary['loss_curve']}", soft_wrap=True)
     console.print(f"checkpoint: {summary['checkpoint']}", soft_wrap=True)
     uri = summary["mlflow_tracking_uri"]
     console.print(

@@ -243,7 +243,7 @@ def _attempt(
         watcher.warn(f"{text}; it does not count")
     attempt = log.take_over(run_identity, inputs.warning)
     code, (job, dashboard) = provenance(), job_place()
-    links = Links(url, code, job, dashboard)
+    links = Links(url, config.train.steps, code, job, dashboard)
     for key, value in {**links.tags(), "raymuon.store_fences": str(not inputs.warning).lower()}.items():
         record.tag(key, value)
     journal = Journal(log.store, attempt)

@@ -20,6 +20,8 @@ class Links:
 
     url: str
     """Its folder."""
+    steps: int
+    """Of the config in force."""
     code: Provenance
     job: str = ""
     """Submission id of the Ray job that leads it; empty where a terminal does."""
@@ -30,6 +32,7 @@ class Links:
         """Return them as tags of the MLflow run."""
         tags = {
             "raymuon.checkpoint_url": self.url,
+            "raymuon.steps": str(self.steps),
             "raymuon.commit": self.code.commit or "unknown",
             "raymuon.code": self.code.digest,
             "mlflow.source.git.commit": self.code.commit.removesuffix("-dirty"),

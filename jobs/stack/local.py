@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jobs.bench.seaweed import BUCKET, free_port, free_port_pair, seaweedfs
@@ -185,17 +186,20 @@ def _ray(environment: dict[str, str], nodes: int, gpus: int, workers: int) -> It
         "dashboard_host": "127.0.0.1",
         "dashboard_port": port,
     }
-    cluster = Cluster()
-    try:
+    with TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        # A job finds its cluster by what is noted there, and that is the newest: another stack's, or a replay's.
+        os.environ["RAY_TMPDIR"] = folder
+        cluster = Cluster()
         try:
-            cluster.add_node(**head, **_node())
-            for _ in range(nodes):
-                cluster.add_node(num_cpus=max(workers, gpus), num_gpus=gpus, **_node())
-        except Exception as error:  # Ray raises bare ones.
-            raise ClusterError(f"Ray did not start on this machine: {error}") from error
-        yield cluster.address, f"http://127.0.0.1:{port}"
-    finally:
-        cluster.shutdown()
+            try:
+                cluster.add_node(**head, **_node())
+                for _ in range(nodes):
+                    cluster.add_node(num_cpus=max(workers, gpus), num_gpus=gpus, **_node())
+            except Exception as error:  # Ray raises bare ones.
+                raise ClusterError(f"Ray did not start on this machine: {error}") from error
+            yield cluster.address, f"http://127.0.0.1:{port}"
+        finally:
+            cluster.shutdown()
 
 
 def _node() -> dict[str, Any]:
