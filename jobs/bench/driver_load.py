@@ -46,9 +46,9 @@ def driver_load(
 ) -> dict[str, Any]:
     """Load the driver in four ways and return what each comes to.
 
-    `paced`: simulated members at 50 steps per second, MLflow in a database file. `sqlite` and `server`: the same as fast
-    as the driver takes what they tell, MLflow in a database file or behind its server. `actors`: real ones, on a local
-    Ray.
+    `paced`: simulated members at 50 steps per second, MLflow in a database file. `sqlite` and `server`: the same as
+    fast as the driver takes what they tell, MLflow in a database file or behind its server. `actors`: real ones, on a
+    local Ray.
 
     Args:
         overrides: of the demo's config.
@@ -124,6 +124,7 @@ def simulated(
             "most_rows_waiting": int(done["most_waiting"]),
             "rss_mb": watch.rss_mb,
             "rows": _each_step_once(config, result, steps),
+            "checkpoints": watch.checkpoints,
             "faults": result.recoveries,
             "warnings": watch.warnings,
         }
@@ -184,10 +185,14 @@ class _Watch(Watcher):
         self.looks = {max(1, steps * percent // 100): f"{percent}%" for percent in (10, 50, 100)}
         self.rss_mb: dict[str, float] = {}
         self.warnings: list[str] = []
+        self.checkpoints = 0
         self.began = self.cpu_began = self.ended = self.cpu_ended = 0.0
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
+
+    def committed(self, step: int, url: str) -> None:
+        self.checkpoints += 1
 
     def report(self, report: Report) -> None:
         if isinstance(report, StepDone):
