@@ -124,6 +124,7 @@ def simulated(
             "most_rows_waiting": int(done["most_waiting"]),
             "rss_mb": watch.rss_mb,
             "rows": _each_step_once(config, result, steps),
+            "checkpoints": watch.checkpoints,
             "faults": result.recoveries,
             "warnings": watch.warnings,
         }
@@ -184,10 +185,14 @@ class _Watch(Watcher):
         self.looks = {max(1, steps * percent // 100): f"{percent}%" for percent in (10, 50, 100)}
         self.rss_mb: dict[str, float] = {}
         self.warnings: list[str] = []
+        self.checkpoints = 0
         self.began = self.cpu_began = self.ended = self.cpu_ended = 0.0
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
+
+    def committed(self, step: int, url: str) -> None:
+        self.checkpoints += 1
 
     def report(self, report: Report) -> None:
         if isinstance(report, StepDone):

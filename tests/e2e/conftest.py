@@ -119,3 +119,10 @@ def make_place(tmp_path_factory, texts, cluster, database):
 @pytest.fixture
 def place(make_place):
     return make_place("place")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(make_place):
+    """A run of `tiny.yaml` to its end, with which others are compared: its place and its result."""
+    place = make_place("uninterrupted")
+    return place, place.train()

@@ -24,7 +24,7 @@ def keepers() -> list[psutil.Process]:
     return found
 
 
-def test_a_run_survives_random_faults(make_place, request, seed):
+def test_a_run_survives_random_faults(uninterrupted, make_place, request, seed):
     """At a fixed world size the weights are bitwise those of an undisturbed run, and each step is on record once."""
     faults = request.config.getoption("--chaos-ray-faults")
     options = [
@@ -33,8 +33,7 @@ def test_a_run_survives_random_faults(make_place, request, seed):
         "recovery.poison_after=9",
         "checkpoint.snapshot_every=1",
     ]
-    calm_place = make_place("calm")
-    calm = calm_place.train()
+    calm_place, calm = uninterrupted
     dice = random.Random(seed)
     for first in range(0, faults, PER_RUN):
         place = make_place(f"chaos-{first}")

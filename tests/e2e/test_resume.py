@@ -16,12 +16,6 @@ from tests.ledger import ledger
 STEPS, EVERY = 120, 20
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(make_place):
-    place = make_place("uninterrupted")
-    return place, place.train()
-
-
 def wait_for_step(place: Place, step: int, attempt: int) -> None:
     """Wait until the run has begun a step, as its ledger tells."""
     for _ in range(60_000):
