@@ -18,6 +18,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|ha
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as JOB_VARIABLE
 from ray._private.state import state as global_state
+from ray._private.worker import get_dashboard_url
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
@@ -90,7 +91,7 @@ def connected(address: str | None) -> Iterator[Joined]:
 def job_place() -> tuple[str, str]:
     """Return this driver's submission id and the cluster's dashboard; empty where it is no job, or there is none."""
     told = json.loads(os.environ.get(JOB_VARIABLE) or "{}")
-    dashboard = ray._private.worker.get_dashboard_url() if ray.is_initialized() else None
+    dashboard = get_dashboard_url() if ray.is_initialized() else None
     return told.get("metadata", {}).get("job_submission_id", ""), f"http://{dashboard}" if dashboard else ""
 
 

@@ -102,9 +102,11 @@ def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
     if resume == "never":
         return Found(tracking, origin=origin)
     run_id = tracking.unfinished(config.run.name) if resume == "auto" else tracking.find(resume)
-    log = run_id and RunLog(run_store(config, run_id))
-    if not log or log.identity is None:
-        if resume == "auto":  # There is none, or its files are elsewhere: it is not ours to go on with.
+    if run_id is None:
+        return Found(tracking, origin=find_origin(config))
+    log = RunLog(run_store(config, run_id))
+    if log.identity is None:
+        if resume == "auto":  # Its files are elsewhere: it is not ours to go on with.
             return Found(tracking, origin=find_origin(config))
         if tracking.submitted(run_id):
             return Found(tracking, run_id, find_origin(config))

@@ -4,6 +4,7 @@ MLflow's own monitor would have every node talk to the tracking server, and cost
 units are MLflow's, so that its UI shows them under "System metrics".
 """
 
+import importlib
 import time
 from contextlib import suppress
 from typing import Any
@@ -52,8 +53,7 @@ class Usage:
 def _gpus() -> list[tuple[Any, Any]]:
     """Return NVIDIA's library and a handle for each GPU; none where either is missing. Not run on a GPU."""
     try:
-        import pynvml
-
+        pynvml = importlib.import_module("pynvml")  # Of the extra `gpu`.
         pynvml.nvmlInit()
         return [(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
     except Exception:  # No driver: the library has an exception of its own for each way in which that shows.

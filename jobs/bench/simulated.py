@@ -158,9 +158,9 @@ class _Worker:
             case "open_rendezvous":
                 answer.set_result(1)
             case "start":
-                self.place, self.task = arguments
-                self.cluster.join(self.place.rank, self.node, self.task)
-                common = {"generation": self.place.generation, "rank": self.place.rank, "time": time.time()}
+                place, task = self.place, self.task = arguments
+                self.cluster.join(place.rank, self.node, task)
+                common = {"generation": place.generation, "rank": place.rank, "time": time.time()}
                 self._waiting.append(Restored(**common, step=0, storage_bytes=0))
                 answer.set_result(None)
             case "poll":
@@ -210,6 +210,7 @@ class _Keeper:
         self._lock = threading.Lock()
         self._written: list[Report] = []
         self._poll: Future[Any] | None = None
+        self.usage = Usage()
 
     def call(self, method: str, *arguments: Any) -> Future[Any]:
         answer: Future[Any] = Future()
@@ -218,6 +219,8 @@ class _Keeper:
                 answer.set_result(Address("127.0.0.1", 1, self.token))
             case "inventory":
                 answer.set_result([])
+            case "usage":
+                answer.set_result(self.usage.sample())
             case "poll":
                 with self._lock:
                     self._poll = answer

@@ -197,7 +197,7 @@ def _ray(environment: dict[str, str], nodes: int, gpus: int, workers: int) -> It
                     cluster.add_node(num_cpus=max(workers, gpus), num_gpus=gpus, **_node())
             except Exception as error:  # Ray raises bare ones.
                 raise ClusterError(f"Ray did not start on this machine: {error}") from error
-            yield cluster.address, f"http://127.0.0.1:{port}"
+            yield str(cluster.address), f"http://127.0.0.1:{port}"
         finally:
             cluster.shutdown()
 
