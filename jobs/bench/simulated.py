@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from orchestrator.usage import Usage
 from workers.checkpoint.manifest import SHARDS, WEIGHT, Entry, ShardFile, place_of
 from workers.config import StorageConfig
 from workers.member import LINGER_S, Ready
