@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +109,8 @@ def kill_node(shell: Shell) -> None:
         if any("ray::Worker" in " ".join(child.cmdline()) for child in raylet.children())
     )
     for process in [*victim.children(recursive=True), victim]:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture(scope="module")
