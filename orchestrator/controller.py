@@ -296,7 +296,7 @@ class Controller:
             stop.check()
             reports = group.reports(0.1)
             # Before anything else: what follows may wait for MLflow or storage, and silence meanwhile is our own.
-            for suspect in self.watchdog.suspects(time.monotonic()):
+            for suspect in self.watchdog.suspects(self.pool.look()):
                 self._end_hung(group, suspect)
             self._take_all(reports)
             group.told = self.progress.step

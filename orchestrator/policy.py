@@ -246,6 +246,30 @@ SLOW = 1.5
 """A rank is slow that takes this much longer than the median."""
 
 
+@dataclass
+class Attention:
+    """A clock that stands still while the driver does: others' silence during a pause of its own proves nothing.
+
+    A machine that swaps, or a driver that gets no processor for ten seconds, would otherwise find all members silent
+    when it wakes, before the first of their answers has come through, and kill them.
+    """
+
+    now: float = 0.0
+    """Seconds that the driver has paid attention."""
+    looked: float | None = None
+
+    def look(self, at: float) -> float:
+        """Note that the driver is awake at `at`, of any clock that does not jump, and return `now`."""
+        if self.looked is not None:
+            self.now += min(at - self.looked, PAUSE_S)
+        self.looked = at
+        return self.now
+
+
+PAUSE_S = 1.0
+"""More time than this between two looks of the driver is a pause."""
+
+
 @dataclass(frozen=True, slots=True)
 class Suspect:
     """A rank that holds everybody up, why, and for how long it has done so."""

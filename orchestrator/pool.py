@@ -7,15 +7,16 @@ for alive by the cluster for many seconds, and whatever is sent there dies.
 Nothing here blocks; `refresh` looks at everything once.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from orchestrator.config import ScalingConfig
 from orchestrator.handles import Cluster, Gone, Handle
-from orchestrator.policy import Candidate
+from orchestrator.policy import Attention, Candidate
 from workers.config import StorageConfig
 from workers.errors import ClusterError
 from workers.member import Ready
@@ -57,9 +58,10 @@ class PoolKeeper:
     starting: Future[Address]
     address: Address | None = None
     polling: Future[list[Report]] | None = None
-    heard: float = field(default_factory=time.monotonic)
+    heard: float = 0.0
+    """On the driver's clock of attention."""
     measuring: Future[dict[str, float]] | None = None
-    measured: float = 0.0
+    measured: float = -math.inf
     """When its node's usage was asked for last."""
 
 
@@ -102,6 +104,7 @@ class Pool:
         """What newcomers and standbys rehearse; the first members have no time to lose, and rehearse by training."""
         self.training = False
         """Whether a generation has been formed."""
+        self._attention = Attention()
         self.news = threading.Event()
         """Set where a member or a keeper has told something, or is gone; cleared by whoever takes it in."""
         self.draining: dict[str, float] = {}
@@ -123,6 +126,10 @@ class Pool:
             process.handle.kill()
         for slot in self.slots:
             self.cluster.release(slot)
+
+    def look(self) -> float:
+        """Return the time by which the silence of processes is measured: it leaves the driver's own pauses out."""
+        return self._attention.look(time.monotonic())
 
     # -- what is there -------------------------------------------------------------------------------------------------
 
@@ -181,7 +188,7 @@ class Pool:
         for _ in range(self.scaling.max_workers + self.scaling.standby - len(staying)):
             self.slots.append(self.cluster.reserve())
         for keeper in list(self.keepers.values()):
-            self._look_at_keeper(keeper, now)
+            self._look_at_keeper(keeper, self.look())
         for node in list(self._orphans):
             self._revive(node, now)
         occupied = {worker.slot for worker in self.workers.values()}
@@ -206,7 +213,7 @@ class Pool:
 
     def _start_keeper(self, node: str) -> None:
         handle = self.cluster.start_keeper(node, self.token, self.storage)
-        self.keepers[node] = PoolKeeper(node, handle, handle.call("address"))
+        self.keepers[node] = PoolKeeper(node, handle, handle.call("address"), heard=self.look())
 
     def _revive(self, node: str, now: float) -> None:
         if not self.cluster.alive(node):

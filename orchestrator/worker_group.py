@@ -1,6 +1,5 @@
 """The members of one generation: their ranks and rendezvous, the stream of what they tell, and how they end."""
 
-import time
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -72,7 +71,7 @@ class WorkerGroup:
             membership: what is alike for all ranks.
             links: the keepers of each node's ranks.
         """
-        self.watchdog.begin(range(self.world_size), time.monotonic())
+        self.watchdog.begin(range(self.world_size), self.pool.look())
         first = self.members[0]
         assert first.ready is not None
         try:
@@ -96,7 +95,7 @@ class WorkerGroup:
         """
         self.pool.news.wait(timeout_s)
         self.pool.news.clear()  # Before the look, so that what comes during it is seen by the next one.
-        now, found = time.monotonic(), []
+        now, found = self.pool.look(), []
         for _ in range(self._answered.qsize()):
             rank, poll = self._answered.get()
             if self._polls.get(rank) is not poll:
@@ -150,14 +149,14 @@ class WorkerGroup:
         within a second means dead or cut off, and it is killed to free the others.
         """
         found: list[Report] = []
-        began = time.monotonic()
+        began = self.pool.look()
         for rank in self._present():
             self.members[rank].handle.call("abort", self.generation)
         pings = {rank: self.members[rank].handle.call("ping") for rank in self._present()}
         freed = False
         while not self.over:
             found += self.reports(0.05)
-            waited = time.monotonic() - began
+            waited = self.pool.look() - began
             if waited > SUSPECT_S and not freed:
                 freed = True
                 for rank in [rank for rank, ended in self.ended.items() if ended.outcome == "failed"]:

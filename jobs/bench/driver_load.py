@@ -4,6 +4,7 @@ A step counts when its row is in MLflow, so a run's time goes to the end of the 
 driver's own process: their share of its time is in the figures, too.
 """
 
+import logging
 import subprocess
 import sys
 import tempfile
@@ -26,12 +27,14 @@ from orchestrator.pool import Pool
 from orchestrator.preflight import check_inputs, find_run
 from orchestrator.recorder import Watcher
 from orchestrator.stop import StopSignal
-from workers.errors import StorageError, TrainingError
+from workers.errors import ClusterError, StorageError, TrainingError
 from workers.reports import Report, StepDone
 
 RATE = 50.0
 """Steps per second at which the members train, on their clock."""
 ACTOR_STEPS = 300
+MOST_WARNINGS = 5
+"""Are shown."""
 WARMUP_STEPS = 20
 TINY = (
     *("model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.kv_lora_rank=16"),
@@ -126,7 +129,7 @@ def simulated(
             "rows": _each_step_once(config, result, steps),
             "checkpoints": watch.checkpoints,
             "faults": result.recoveries,
-            "warnings": watch.warnings,
+            "warnings": watch.warnings[:MOST_WARNINGS],
         }
 
 
@@ -141,7 +144,10 @@ def real(folder: Path, uri: str, actors: int, overrides: list[str]) -> dict[str,
     batch = [f"train.global_batch={actors}", "train.micro_batch=1", "checkpoint.every=0"]
     config = _config(folder, uri, actors, ACTOR_STEPS, [*TINY, *batch, *overrides])
     watch = _Watch(ACTOR_STEPS, WARMUP_STEPS)
-    ray.init(num_cpus=actors + 1, include_dashboard=False, log_to_driver=False)
+    try:
+        ray.init(num_cpus=actors + 1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises a bare one where the machine is too busy.
+        raise ClusterError(f"a local Ray could not be started: {error}") from error
     try:
         result = run(config, "never", ray.get_runtime_context().gcs_address, watch, StopSignal())
     finally:
@@ -154,7 +160,7 @@ def real(folder: Path, uri: str, actors: int, overrides: list[str]) -> dict[str,
         "driver_cpu_seconds_per_step": (watch.cpu_ended - watch.cpu_began) / steps,
         "driver_cpu_share": (watch.cpu_ended - watch.cpu_began) / seconds,
         "rows": _each_step_once(config, result, ACTOR_STEPS),
-        "warnings": watch.warnings,
+        "warnings": watch.warnings[:MOST_WARNINGS],
     }
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from orchestrator.config import RecoveryConfig, ScalingConfig
 from orchestrator.policy import (
+    Attention,
     Candidate,
     FailurePolicy,
     GiveUp,
@@ -255,3 +256,13 @@ def test_slow_ranks_are_named():
     for rank, busy in enumerate((1.0, 1.1, 0.9, 1.7)):
         dog.observe(rank, mark("compute", 3, busy_s=busy), 1.0)
     assert dog.slow() == {3: pytest.approx(1.7)}
+
+
+def test_a_pause_of_the_driver_is_no_silence_of_the_members():
+    clock, watchdog = Attention(), Watchdog(hang_s=8.0)
+    watchdog.begin([0, 1], clock.look(1000.0))
+    assert watchdog.suspects(clock.look(1060.0)) == [], "the driver slept for a minute; answers come through after it"
+    watchdog.observe(0, None, clock.look(1060.1))
+    for tenth in range(2, 82):
+        found = watchdog.suspects(clock.look(1060.0 + tenth / 10))
+    assert [suspect.rank for suspect in found] == [1], "who is silent while the driver listens is found"
