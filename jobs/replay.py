@@ -107,7 +107,7 @@ def replay(request: Request, as_json: bool) -> None:
         raise TrainingError(
             f"the replay differs: {beyond.metric} of step {beyond.step} is {beyond.replayed:.9g}, on record is "
             f"{beyond.recorded:.9g}, a relative difference of {beyond.relative:.2g} (allowed: "
-            f"{comparison.allowed(beyond.metric):.2g})"
+            f"{comparison.allowed(beyond.metric):.2g}){_hint(summary)}"
         )
 
 
@@ -208,6 +208,18 @@ class _Listener(TerminalWatcher):
             case Validated():
                 self.into.validations[report.step] = report.loss
         super().report(report)
+
+
+def _hint(summary: dict[str, Any]) -> str:
+    """Return what may be behind a difference at another world size, where sums are rounded in another order."""
+    if summary["recorded_world_sizes"] == [summary["world_size"]]:
+        return ""
+    steps = summary["steps"][1] - summary["trained_from"]
+    return (
+        f". The record has {' and '.join(map(str, summary['recorded_world_sizes']))} worker(s) there, and rounding adds up "
+        f"over {steps} step(s), faster once a token's experts change: a shorter stretch, or one with as many workers, "
+        "says more"
+    )
 
 
 def _keep(record: Any, found: Found, comparison: Comparison) -> None:

@@ -22,7 +22,11 @@ from tests.e2e.conftest import RAYMUON
 from tests.secrets_search import places_of
 
 CHROMIUM = shutil.which("chromium")
-BATCH = ["train.global_batch=8", "train.micro_batch=4", "train.validate_every=40"]
+BATCH = 8
+OPTIONS = [
+    *(f"train.global_batch={BATCH}", "train.micro_batch=4", "train.validate_every=40"),
+    *("checkpoint.every=10", "checkpoint.keep_last=0", "recovery.hang_s=30"),
+]
 SECRETS = ("s3_key", "s3_secret", "mlflow_password", "ray_token")
 
 
@@ -95,7 +99,7 @@ def wait_for(shell: Shell, run_id: str, step: int) -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         tokens = shell.mlflow.get_run(run_id).data.metrics.get("tokens", 0)
-        if tokens >= step * 8 * 256:
+        if tokens >= step * BATCH * 256:
             return
         time.sleep(0.3)
     raise AssertionError(f"step {step} never came:\n{shell.run('logs', run_id)}")
@@ -117,8 +121,8 @@ def kill_node(shell: Shell) -> None:
 def finished(shell, request) -> str:
     """A run that has lost a worker and a node, was stopped, and went on to its end."""
     steps = request.config.getoption("--e2e-steps")
-    options = [*shell.overrides, f"train.steps={steps}", "recovery.hang_s=30", *BATCH, "checkpoint.every=10"]
-    run_id = shell.json("submit", "demo", *options)["run_id"]
+    options = [*shell.overrides, f"train.steps={steps}", *OPTIONS]
+    run_id = shell.json("submit", "demo-llama", *options)["run_id"]
     wait_for(shell, run_id, steps // 3)
     shell.processes("ray::Worker")[0].kill()
     wait_for(shell, run_id, steps // 2)
@@ -154,12 +158,14 @@ def test_mlflow_is_the_monitor(shell, finished):
 
 
 def test_a_replay_is_bitwise_the_record_and_after_a_fault_within_the_tolerance(shell, finished, request):
-    third = request.config.getoption("--e2e-steps") // 3
+    steps = request.config.getoption("--e2e-steps")
+    third = steps // 3
     calm = shell.json("replay", finished, "--steps", f"{third // 2}:{third - 2}")
     assert calm["verdict"] == "bitwise equal" and calm["recorded_world_sizes"] == [calm["world_size"]] == [2]
-    hurt = shell.json("replay", finished, "--steps", f"{third - 2}:{2 * third - 2}", "--workers", "1")
+    hurt = shell.json("replay", finished, "--steps", f"{third - 2}:{steps // 2}", "--workers", "1")
     assert hurt["verdict"] in ("bitwise equal", "equal within the tolerance") and hurt["world_size"] == 1
-    assert len(hurt["recorded_world_sizes"]) == 2, "the faults changed the group"
+    assert len(hurt["recorded_world_sizes"]) == 2, "the fault changed the group"
+    assert hurt["trained_from"] >= third - 12, "from the nearest checkpoint"
 
 
 def test_no_secret_is_anywhere(shell, finished):
