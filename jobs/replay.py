@@ -215,10 +215,10 @@ def _hint(summary: dict[str, Any]) -> str:
     if summary["recorded_world_sizes"] == [summary["world_size"]]:
         return ""
     steps = summary["steps"][1] - summary["trained_from"]
+    sizes = " and ".join(map(str, summary["recorded_world_sizes"]))
     return (
-        f". The record has {' and '.join(map(str, summary['recorded_world_sizes']))} worker(s) there, and rounding adds up "
-        f"over {steps} step(s), faster once a token's experts change: a shorter stretch, or one with as many workers, "
-        "says more"
+        f". The record has {sizes} worker(s) there, and rounding adds up over {steps} step(s), faster once a token's "
+        "experts change: a shorter stretch, or one with as many workers, says more"
     )
 
 
