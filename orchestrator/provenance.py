@@ -35,7 +35,7 @@ class Provenance:
     @property
     def digest(self) -> str:
         """One hash over all files."""
-        return hashlib.sha256(repr(sorted(self.files.items())).encode()).hexdigest()[:16]
+        return digest(self.files)
 
 
 def provenance() -> Provenance:
@@ -53,6 +53,11 @@ def source_files() -> dict[str, str]:
     """Return our source files and configs by path, with the first 16 hex digits of their SHA-256."""
     found = (path for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".yaml"))
     return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(found)}
+
+
+def digest(files: dict[str, str]) -> str:
+    """Return one hash, 16 hex digits, over files by path and their hashes."""
+    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
 
 
 def git_commit() -> str:

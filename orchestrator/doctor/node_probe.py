@@ -4,8 +4,6 @@ Without torch: versions are read from what is installed, so a node answers in a 
 a store, and the parents that it had to make for it on a disk, are gone after `tidy`.
 """
 
-import hashlib
-import importlib.util
 import os
 import platform
 import resource
@@ -24,11 +22,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.access import Access, auth_token, head_access
 from orchestrator.doctor.seen import NodeSeen, PlaceSeen
+from orchestrator.provenance import digest, source_files
 from workers.errors import RaymuonError, StorageError
 from workers.storage import Store, configure_s3, storage_errors
 
 LIBRARIES = ("ray", "torch", "deepspeed", "numpy", "safetensors", "fsspec", "s3fs")
-PACKAGES = ("jobs", "orchestrator", "workers", "optim")
 CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 """Files under /sys/fs/cgroup with a container's limit and use: version 2, version 1."""
 TRIED = 64 << 20
@@ -54,7 +52,7 @@ class NodeProbe:
         with suppress(RaymuonError):
             token = auth_token()
         return NodeSeen(
-            versions={"Python": platform.python_version(), **_versions(), "raymuon code": code_digest()},
+            versions={"Python": platform.python_version(), **_versions(), "raymuon code": digest(source_files())},
             cpus=os.cpu_count() or 1,
             memory=memory,
             available=available,
@@ -156,18 +154,6 @@ class NodeProbe:
         for place in sorted(self._made, key=lambda place: len(place.parts), reverse=True):
             with suppress(OSError):  # Something is in it by now.
                 place.rmdir()
-
-
-def code_digest() -> str:
-    """Return twelve hexadecimal digits over the sources of our four packages, as this process imports them."""
-    digest = hashlib.sha256()
-    for package in PACKAGES:
-        found = importlib.util.find_spec(package)
-        for root in (found.submodule_search_locations or ()) if found else ():
-            for file in sorted(Path(root).rglob("*.py")):
-                digest.update(f"{package}/{file.relative_to(root)}\0".encode())
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:12]
 
 
 def _versions() -> dict[str, str]:
