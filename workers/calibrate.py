@@ -35,6 +35,8 @@ KINDS = ("matmul", "attention", "attention_backward", "elementwise", "special", 
 elements, functions such as exponentials, and reads at given rows (bytes per second)."""
 MIB = 1 << 20
 SECONDS_PER_POINT = 0.03
+KEY_BLOCK = {"cpu": 512, "cuda": 128}
+"""Keys of a block of torch's fused attention (`FlashAttentionKernel.cpp`: kvSplitSize), and of FlashAttention 2."""
 POOL_BYTES = 192 * MIB
 """Over which elements are streamed; two operands of the largest size have room in it."""
 _ATTENTION_HEADS, _ROW = 4, 256
@@ -174,6 +176,17 @@ class Calibration:
                 for (name, world_size), same in by_place.items()
             ),
         )
+
+
+def causal_keys(time_: int, kind: str) -> float:
+    """Return the keys that the mean query of a fused causal attention meets: whole blocks, those ahead included.
+
+    Args:
+        time_: tokens of a sequence.
+        kind: of the device, `cpu` or `cuda`.
+    """
+    block = KEY_BLOCK[kind]
+    return float(time_) if time_ <= block else (time_ + block) / 2
 
 
 def harmonic(*sides: float) -> float:
@@ -334,7 +347,8 @@ def _curves(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:
         """Return queries, keys and values, the operations of the forward pass, and the place on the axis."""
         batch = max(1, 2048 // time_)
         qkv = [random(batch, _ATTENTION_HEADS, time_, width).requires_grad_() for _ in range(3)]
-        return qkv, 2.0 * batch * _ATTENTION_HEADS * time_**2 * width, harmonic(time_, time_, width)
+        work = 4.0 * batch * _ATTENTION_HEADS * time_ * causal_keys(time_, device.type) * width
+        return qkv, work, harmonic(time_, time_, width)
 
     def attention(shape: tuple[int, int]) -> _Point:
         (q, k, v), work, place = heads(*shape)

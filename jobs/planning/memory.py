@@ -17,13 +17,14 @@ from workers.snapshots.region import SLOTS
 
 LARGEST_BUCKET = 500_000_000
 """Elements of DeepSpeed's bucket at most (`workers/engine.py`)."""
-FIXED_BYTES = {"cpu": 100 * 10**6, "cuda": 2 * 1024**3}
-"""Beside what is counted. On a CPU libraries, mapped data and the heap's holes: measured with the demo. Of a GPU
-assumed: CUDA context, cuBLAS workspaces and NCCL's buffers."""
+FIXED_BYTES = {"cpu": 50 * 10**6, "cuda": 2 * 1024**3}
+"""Beside what is counted. On a CPU libraries and mapped data, measured. On a GPU CUDA's context, cuBLAS' workspaces and
+NCCL's buffers, assumed."""
 PROCESS_BYTES = 400 * 10**6
 """Of a process on a CPU that has torch and DeepSpeed loaded and nothing else, measured."""
-FRAGMENTED = {"cpu": 0.0, "cuda": 0.05}
-"""Share of what changes within a step that the allocator cannot use. Assumed for a GPU."""
+FRAGMENTED = {"cpu": 0.4, "cuda": 0.05}
+"""What the allocator needs more than what lives in it: on a CPU of the heap, measured (docs/commands/plan.md); on a GPU
+of what changes within a step, assumed."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,10 @@ def memory_of(
         "optimizer state": layout.state_bytes - 4 * layout.partition,
     }
     backward = {"gradients": parameters, "activations and logits": micro.peak - parameters}
+    heap = micro.heap
     if train.slots > ranks:  # More than one micro-batch: all gradients are there while the next one runs.
         backward["activations and logits"] = micro.peak_beside_gradients
+        heap = micro.heap_beside_gradients
     whole = itemsize * max(layout.whole_in_partition(rank) for rank in {0, ranks // 2, ranks - 1})
     largest = max(group.layout.partition for group in layout.groups)
     # The gradients leave for the bucket; packed for their owners they are gone before an owner keeps its own.
@@ -101,15 +104,15 @@ def memory_of(
             phase.pop("gradients", None)
             for name in phase:  # Small blocks come from what is kept.
                 phase[name] = phase[name] if phase[name] >= HEAP_BLOCK else 0
-            phase["kept by the allocator"] = micro.heap
+            phase["kept by the allocator"] = heap
     # The model is made in fp32. A GPU's is cast before it is laid out flat; master weights and state come after.
     made = 4 * layout.parameters + (flat if kind == "cpu" else 0)
     build = {"the model in fp32, beside all that": max(0, made - sum(state.values()))}
-    phases = {"build": build, "backward": backward, "reduction": reduction, "update": update}
-    fragments = {name: int(FRAGMENTED[kind] * sum(parts.values())) for name, parts in phases.items()}
-    for name, nbytes in fragments.items():
-        if nbytes:
-            phases[name]["fragmented"] = nbytes
+    phases = {"backward": backward, "reduction": reduction, "update": update}
+    for parts in phases.values():
+        changing = sum(parts.values()) if kind == "cuda" else heap
+        parts["fragmented"] = int(FRAGMENTED[kind] * changing)
+    phases["build"] = build  # In large blocks, before anything is freed.
     own = ranks_per_node * SLOTS * (layout.state_bytes + 4 * layout.replicated_elements)
     buddy = own if ranks > ranks_per_node else 0
     return Memory(state, phases, FIXED_BYTES[kind], own + buddy)

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from workers.calibrate import harmonic
+from workers.calibrate import causal_keys, harmonic
 from workers.config import ModelConfig
 from workers.models import build_empty
 from workers.models.attention import watch
@@ -83,8 +83,9 @@ class MicroBatch:
     peak_beside_gradients: int
     """Bytes at the worst moment where all gradients are there: what is added to one of them is all that is new."""
     heap: int
-    """Bytes in blocks that a CPU's allocator keeps when they are freed, where gradients find no room in the holes that
-    activations leave."""
+    """Of `peak`, the bytes in blocks that a CPU's allocator keeps when they are freed."""
+    heap_beside_gradients: int
+    """Likewise, of `peak_beside_gradients` and the gradients."""
 
 
 def elementwise(*nbytes: float) -> Work:
@@ -200,7 +201,7 @@ class _Kernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and (self.cuda or args[0].size(-1) == args[2].size(-1)):
-            return _Attention.apply(*args, self.recorder)
+            return _Attention.apply(*args, self.recorder, "cuda" if self.cuda else "cpu")
         if func is torch._grouped_mm:
             return _GroupedProduct.apply(*args[:2], self.recorder, self.cuda)
         if func is F.rms_norm and self.cuda:
@@ -212,27 +213,28 @@ class _Attention(torch.autograd.Function):
     """Causal attention in one kernel: the scores are never written, the backward pass computes them again."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, recorder: Recorder) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, recorder: Recorder, kind: str) -> Tensor:
         out = q.new_empty((*q.shape[:-1], v.size(-1)))
         sums = q.new_empty(q.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, sums)
         ctx.recorder = recorder
-        recorder.note(_attention("attention", 1.0, q, k, v, out))
+        ctx.kind = kind
+        recorder.note(_attention("attention", 1.0, q, k, v, out, kind))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         q, k, v, out, _ = ctx.saved_tensors
-        ctx.recorder.note(_attention("attention_backward", 2.5, q, k, v, out))
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+        ctx.recorder.note(_attention("attention_backward", 2.5, q, k, v, out, ctx.kind))
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
 
-def _attention(kind: str, rounds: float, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Work:
+def _attention(name: str, rounds: float, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kind: str) -> Work:
     batch, heads, time, _ = q.shape
     widths = q.size(-1) + v.size(-1)
     moved = float(rounds * sum(_nbytes(tensor) for tensor in (q, k, v, out)))
-    work = rounds * batch * heads * time**2 * widths  # Of 2 T^2 (dq + dv) operations causality leaves half.
-    return Work(kind, work, harmonic(time, time, widths / 2), moved)
+    work = rounds * 2.0 * batch * heads * time * causal_keys(time, kind) * widths
+    return Work(name, work, harmonic(time, time, widths / 2), moved)
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -316,7 +318,9 @@ def micro_batch_of(
         accumulation=Counter(elementwise(3 * gradient.nbytes) for gradient in gradients),
         peak=recorder.peak(),
         peak_beside_gradients=recorder.peak(gradients),
-        heap=recorder.peak(gradients, HEAP_BLOCK) + sum(g.nbytes for g in gradients if g.nbytes < HEAP_BLOCK),
+        heap=recorder.peak(below=HEAP_BLOCK),
+        heap_beside_gradients=recorder.peak(gradients, HEAP_BLOCK)
+        + sum(gradient.nbytes for gradient in gradients if gradient.nbytes < HEAP_BLOCK),
     )
 
 
