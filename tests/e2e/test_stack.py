@@ -22,9 +22,9 @@ from tests.e2e.conftest import RAYMUON
 from tests.secrets_search import places_of
 
 CHROMIUM = shutil.which("chromium")
-BATCH = 8
+BATCH = 16
 OPTIONS = [
-    *(f"train.global_batch={BATCH}", "train.micro_batch=4", "train.validate_every=40"),
+    *(f"train.global_batch={BATCH}", "train.micro_batch=8", "train.validate_every=40"),
     *("checkpoint.every=10", "checkpoint.keep_last=0", "recovery.hang_s=30"),
 ]
 SECRETS = ("s3_key", "s3_secret", "mlflow_password", "ray_token")
@@ -123,11 +123,11 @@ def finished(shell, request) -> str:
     steps = request.config.getoption("--e2e-steps")
     options = [*shell.overrides, f"train.steps={steps}", *OPTIONS]
     run_id = shell.json("submit", "demo-llama", *options)["run_id"]
-    wait_for(shell, run_id, steps // 3)
+    wait_for(shell, run_id, steps // 6)
     shell.processes("ray::Worker")[0].kill()
-    wait_for(shell, run_id, steps // 2)
+    wait_for(shell, run_id, steps // 3)
     kill_node(shell)
-    wait_for(shell, run_id, 2 * steps // 3)
+    wait_for(shell, run_id, steps // 2)
     shell.run("stop", run_id)
     stopped = shell.json("status", run_id)
     assert stopped["status"] == "KILLED" and "STOPPED" in stopped["job"]
