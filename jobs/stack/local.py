@@ -111,8 +111,10 @@ def local_stack(folder: Path, nodes: int, gpus: int, workers: int) -> Iterator[S
         stack = Stack(dashboard, ray_address, uri, endpoint, environment)
         shell = folder / ENVIRONMENT
         exits.callback(shell.unlink, missing_ok=True)
-        shell.touch(0o600)
-        shell.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in environment.items()))
+        unfinished = shell.with_suffix(".new")
+        unfinished.touch(0o600)
+        unfinished.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in environment.items()))
+        unfinished.replace(shell)  # Whoever waits for the file finds it whole.
         yield stack
 
 

@@ -78,7 +78,7 @@ def shell(tmp_path_factory) -> Iterator[Shell]:
     with (stack / "stack.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        while not (stack / "env.sh").exists():
+        while "Ctrl-C ends it" not in (stack / "stack.log").read_text():
             assert process.poll() is None, (stack / "stack.log").read_text()
             time.sleep(0.2)
         lines = (stack / "env.sh").read_text().splitlines()
