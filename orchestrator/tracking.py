@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -233,6 +234,8 @@ class RunRecord:
         """Why the last flush failed, if it did."""
         self.most_waiting = 0
         """The most rows that have ever waited."""
+        self.written_at = 0.0
+        """When MLflow last took rows, in seconds since the epoch."""
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -256,6 +259,7 @@ class RunRecord:
             try:
                 for number, metrics in _batches(rows):
                     self.client.log_batch(self.run_id, metrics=metrics)
+                    self.written_at = time.time()
                     with self._lock:  # At once: a failure among many batches must not send them all again.
                         del self._rows[:number]
                 for key, value in tags.items():

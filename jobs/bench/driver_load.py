@@ -107,7 +107,7 @@ def simulated(
     done: dict[str, float] = {}
 
     def artifacts(_: RunResult, record: Any) -> None:
-        done.update(at=time.time(), cpu=time.process_time(), most_waiting=record.most_waiting)
+        done.update(at=record.written_at, cpu=time.process_time(), most_waiting=record.most_waiting)
 
     inputs = check_inputs(config)
     found = find_run(config, inputs.corpus, "never")
@@ -123,7 +123,7 @@ def simulated(
             "steps_per_second": steps / seconds,
             "polls_per_second": cluster.polls / seconds,
             "steps_per_cpu_second": steps / (done["cpu"] - watch.cpu_began),
-            "cpu_share": (done["cpu"] - watch.cpu_began) / (done["at"] - watch.began),
+            "cpu_share": (watch.cpu_ended - watch.cpu_began) / (watch.ended - watch.began),
             "most_rows_waiting": int(done["most_waiting"]),
             "rss_mb": watch.rss_mb,
             "rows": _each_step_once(config, result, steps),
@@ -246,15 +246,19 @@ def mlflow_server(folder: Path) -> Iterator[str]:
             [*command, "--artifacts-destination", str(folder / "artifacts")], stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        for _ in range(600):
-            try:
-                urlopen(f"{uri}/health", timeout=1).close()
-                break
-            except OSError:
-                if server.poll() is not None:
-                    raise StorageError(f"the MLflow server did not come up:\n{log.read_text()[-3000:]}") from None
-                time.sleep(0.1)
+        while not _answers(uri):
+            if server.poll() is not None:
+                raise StorageError(f"the MLflow server did not come up:\n{log.read_text()[-3000:]}")
+            time.sleep(0.1)
         yield uri
     finally:
         server.terminate()
         server.wait(20)
+
+
+def _answers(uri: str) -> bool:
+    try:
+        urlopen(f"{uri}/health", timeout=5).close()
+        return True
+    except OSError:
+        return False
