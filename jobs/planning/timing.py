@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -117,6 +118,7 @@ def update_works(layout: Layout, plan: OrthogonalizePlan | None, optim: OptimCon
     return passes, products
 
 
+@lru_cache(maxsize=256)
 def _newton_schulz_works(count: int, rows: int, columns: int, optim: OptimConfig, kind: str) -> Works:
     """Run Newton-Schulz without data."""
     auto = torch.bfloat16 if kind == "cuda" else torch.float32

@@ -31,7 +31,7 @@ CPU = Calibration(
     host_bytes_per_s=1e9,
     collectives=tuple(Collective(name, 2, 1e-4, 1e9) for name in ("all_reduce", "reduce", "all_gather", "all_to_all")),
 )
-SMALL = ["train.global_batch=4", "train.micro_batch=1", "train.seq_len=32"]
+SMALL = ["model.num_layers=2", "train.global_batch=4", "train.micro_batch=1", "train.seq_len=32"]
 
 
 def real_step(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, dict[str, int]]:
