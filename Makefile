@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test e2e chaos test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-checkpoint lock clean
+.PHONY: help install demo test e2e chaos test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-checkpoint bench-load lock clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ bench-optimizer: $(INSTALLED) ## the optimizer's share of a step, against DeepSp
 
 bench-checkpoint: $(INSTALLED) ## saves against DeepSpeed's and s3fs, with 300 MB of state per rank (10 minutes)
 	$(BIN)/raymuon bench checkpoint --json $(ARGS)
+
+bench-load: $(INSTALLED) ## the driver under 1,024 simulated workers and 16 real ones (15 minutes)
+	$(BIN)/raymuon bench load --json $(ARGS)
 
 lock: ## write requirements.lock anew from what is in .venv/
 	$(BIN)/pip freeze --exclude-editable --exclude pip | sed -E 's/^(torch==[0-9.]+).*/\1/' > requirements.lock

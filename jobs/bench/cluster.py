@@ -12,19 +12,19 @@ import psutil
 
 
 class BenchCluster:
-    """A Ray cluster of several nodes in this machine, each with room for one worker; the head has none."""
+    """A Ray cluster of several nodes in this machine, each with room for `cpus` workers; the head has none."""
 
-    def __init__(self, nodes: int) -> None:
+    def __init__(self, nodes: int, cpus: int = 1) -> None:
         from ray.cluster_utils import Cluster
 
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        self.address = self.cluster.address
+        self.address, self.cpus = self.cluster.address, cpus
         for _ in range(nodes):
             self.add_node()
 
     def add_node(self) -> None:
-        """Add a node with room for one worker."""
-        self.cluster.add_node(num_cpus=1)
+        """Add a node."""
+        self.cluster.add_node(num_cpus=self.cpus)
 
     def kill_node(self, node_id: str) -> float:
         """SIGKILL everything on a node at once, and return when that was."""
@@ -56,9 +56,9 @@ class BenchCluster:
 
 
 @contextmanager
-def bench_cluster(nodes: int) -> Iterator[BenchCluster]:
+def bench_cluster(nodes: int, cpus: int = 1) -> Iterator[BenchCluster]:
     """Run a cluster for as long as the block lasts."""
-    cluster = BenchCluster(nodes)
+    cluster = BenchCluster(nodes, cpus)
     try:
         yield cluster
     finally:

@@ -4,7 +4,6 @@ A step counts when its row is in MLflow, so a run's time goes to the end of the 
 driver's own process: their share of its time is in the figures, too.
 """
 
-import logging
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from urllib.request import urlopen
 
 import psutil
 
+from jobs.bench.cluster import bench_cluster
 from jobs.bench.seaweed import free_port
 from jobs.bench.simulated import SimulatedCluster
 from jobs.load import load
@@ -27,7 +27,7 @@ from orchestrator.pool import Pool
 from orchestrator.preflight import check_inputs, find_run
 from orchestrator.recorder import Watcher
 from orchestrator.stop import StopSignal
-from workers.errors import ClusterError, StorageError, TrainingError
+from workers.errors import StorageError, TrainingError
 from workers.reports import Report, StepDone
 
 RATE = 50.0
@@ -139,19 +139,11 @@ def real(folder: Path, uri: str, actors: int, overrides: list[str]) -> dict[str,
     Raises:
         TrainingError: a step is not in MLflow, or is there twice.
     """
-    import ray
-
     batch = [f"train.global_batch={actors}", "train.micro_batch=1", "checkpoint.every=0"]
     config = _config(folder, uri, actors, ACTOR_STEPS, [*TINY, *batch, *overrides])
     watch = _Watch(ACTOR_STEPS, WARMUP_STEPS)
-    try:
-        ray.init(num_cpus=actors + 1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray raises a bare one where the machine is too busy.
-        raise ClusterError(f"a local Ray could not be started: {error}") from error
-    try:
-        result = run(config, "never", ray.get_runtime_context().gcs_address, watch, StopSignal())
-    finally:
-        ray.shutdown()
+    with bench_cluster(1, cpus=actors) as cluster:
+        result = run(config, "never", cluster.address, watch, StopSignal())
     steps = ACTOR_STEPS - WARMUP_STEPS
     seconds = watch.ended - watch.began
     return {
