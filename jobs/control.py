@@ -1,6 +1,5 @@
 """`raymuon status`, `logs` and `stop`: a submitted run, from anywhere, by its id."""
 
-import json
 import sys
 import time
 from typing import Any
@@ -10,6 +9,7 @@ from rich.console import Console
 from jobs.ray_jobs import ENDED, Jobs
 from jobs.runs import Found
 from jobs.submit import ADDRESS, JOB, watch
+from jobs.tell import tell
 from orchestrator.run_log import RunLog
 from workers.errors import ClusterError, ConfigError, RaymuonError
 from workers.storage import Store
@@ -50,7 +50,7 @@ def status(found: Found, address: str, allow_open: bool, as_json: bool) -> None:
     told |= _checkpoint(found)
     told["job"] = _job(found, address, allow_open)
     if as_json:
-        print(json.dumps(told), flush=True)  # noqa: T201
+        tell(told)
         return
     console = Console(highlight=False)
     for key, value in told.items():
@@ -75,8 +75,8 @@ def stop(found: Found, address: str, allow_open: bool, wait_s: float) -> None:
     """
     jobs, job = job_of(found, address, allow_open)
     console = Console(stderr=True, highlight=False)
-    if jobs.info(job)["status"] in ENDED:
-        console.print(f"job {job} has ended already: {jobs.info(job)['status']}")
+    if (ended := jobs.info(job)["status"]) in ENDED:
+        console.print(f"job {job} has ended already: {ended}")
         return
     jobs.stop(job)
     console.print(f"[dim]job {job} finishes its step and saves ...[/dim]")

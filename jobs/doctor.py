@@ -1,6 +1,5 @@
 """`raymuon doctor`: what the probes have found, as a table or as JSON, and the exit code that it comes to."""
 
-import json
 import signal
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.load import load
+from jobs.tell import tell
 from orchestrator.config import RunConfig, absolute
 from orchestrator.doctor.examine import Scope, examine
 from orchestrator.doctor.findings import Finding, exit_code
@@ -64,7 +64,7 @@ def doctor(
     show(examined.findings, Console(stderr=as_json, highlight=False))
     if as_json:
         told = {"exit_code": code, "findings": [asdict(finding) for finding in examined.findings]}
-        print(json.dumps(told), flush=True)  # noqa: T201
+        tell(told)
     return code
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from jobs.load import load_values
 from jobs.record import OTHER_PRECISION, TOLERANCE, Attempt, Comparison, Record, attempt_of, compare, read_record
 from jobs.runs import Found, find
+from jobs.tell import tell
 from jobs.watch import TerminalWatcher
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, absolute
 from orchestrator.driver import Options, RunResult, run
@@ -70,8 +71,9 @@ def replay(request: Request, as_json: bool) -> None:
     console = Console(stderr=as_json, highlight=False)
     found = find(request.run, request.tracking_uri, request.s3_endpoint)
     record = read_record(read_journal(found.store, lambda text: console.print(f"[yellow]{text}[/yellow]")))
-    first, last = stretch_of(request.steps, record, RunLog(found.store))
-    manifest = _checkpoint_before(RunLog(found.store), first)
+    log = RunLog(found.store)
+    first, last = stretch_of(request.steps, record, log)
+    manifest = _checkpoint_before(log, first)
     begin = manifest.step + 1 if manifest else 1
     attempt = attempt_of(record, begin, last)
     config = _config(request, found, record, attempt, begin)
@@ -102,7 +104,7 @@ def replay(request: Request, as_json: bool) -> None:
     _show(console, comparison, first, last)
     summary = _summary(found, result, record, comparison, first, last, begin)
     if as_json:
-        print(json.dumps(summary), flush=True)  # noqa: T201
+        tell(summary)
     if (beyond := comparison.first_beyond) is not None:
         raise TrainingError(
             f"the replay differs: {beyond.metric} of step {beyond.step} is {beyond.replayed:.9g}, on record is "

@@ -19,6 +19,7 @@ from jobs.environment import CONFIG, pins, working_directory
 from jobs.load import load, load_values, plain_yaml
 from jobs.ray_jobs import ENDED, RUN_ID, Jobs
 from jobs.runs import Found
+from jobs.tell import tell
 from orchestrator.config import RunConfig, flatten
 from orchestrator.provenance import COMMIT_VARIABLE, provenance
 from orchestrator.reach import reach_tracking
@@ -219,7 +220,7 @@ def _tell(jobs: Jobs, config: RunConfig, run_id: str, job: str, tracking: "Track
         "mlflow": tracking.page(run_id),
     }
     if as_json:
-        print(json.dumps(told), flush=True)  # noqa: T201
+        tell(told)
         return
     console = Console(highlight=False)
     for key, text in told.items():

@@ -1,6 +1,5 @@
 """`raymuon train`: a run from config to summary."""
 
-import json
 import math
 import os
 import shlex
@@ -15,6 +14,7 @@ import psutil
 from rich.console import Console
 
 from jobs.load import load, plain_yaml
+from jobs.tell import tell
 from jobs.watch import TerminalWatcher
 from orchestrator.cluster import JOB_VARIABLE
 from orchestrator.config import RunConfig, absolute
@@ -54,7 +54,7 @@ def train(
     summary = _summary(run_config, result, plots[0] if plots else None)
     _print(summary, Console(stderr=as_json, highlight=False))
     if as_json:
-        print(json.dumps(summary), flush=True)  # noqa: T201
+        tell(summary)
     if result.status == "interrupted":
         raise Interrupted(
             f"stopped at step {result.steps} with a checkpoint; "

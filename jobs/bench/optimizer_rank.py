@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import rendezvous
 
-from jobs.bench.process import tell
 from jobs.load import load
+from jobs.tell import tell
 from optim.routing import parameter_groups
 from optim.zero1 import Zero1Optimizer
 from orchestrator.config import RunConfig

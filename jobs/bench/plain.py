@@ -10,8 +10,8 @@ from typing import Any
 
 from torch.distributed import rendezvous
 
-from jobs.bench.process import tell
 from jobs.load import load
+from jobs.tell import tell
 from orchestrator.config import absolute, task_of
 from workers.controls import Controls
 from workers.data.corpus import prepare

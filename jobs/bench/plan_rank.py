@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.distributed import Store, rendezvous
 
-from jobs.bench.process import tell
 from jobs.load import load
+from jobs.tell import tell
 from orchestrator.config import absolute, task_of
 from workers.calibrate import (
     Calibration,

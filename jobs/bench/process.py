@@ -23,7 +23,7 @@ def run_json(command: list[str], **environment: str) -> dict[str, Any]:
 
 
 def torchrun(processes: int, module: str, *arguments: object) -> dict[str, Any]:
-    """Run a module as so many ranks on this machine, and return what rank 0 tells by `tell`.
+    """Run a module as so many ranks on this machine, and return what rank 0 tells by `jobs.tell`.
 
     Raises:
         TrainingError: it failed.
@@ -31,12 +31,6 @@ def torchrun(processes: int, module: str, *arguments: object) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     alike = {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}  # As Ray and our actor set them.
     return run_json([*command, "-m", module, *map(str, arguments)], **alike)
-
-
-def tell(result: dict[str, Any]) -> None:
-    """Say a result so that `run_json` finds it."""
-    sys.stdout.write(json.dumps(result) + "\n")
-    sys.stdout.flush()
 
 
 def raymuon(*arguments: str) -> list[str]:

@@ -1,7 +1,5 @@
 """`raymuon plan`: plans for a person to read."""
 
-import json
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -9,6 +7,7 @@ from rich.table import Table
 
 from jobs.planning.matrices import OrthogonalizationPlan, orthogonalization
 from jobs.planning.plan import Machines, Plan, gigabytes, plan_run
+from jobs.tell import tell
 from orchestrator.config import RunConfig
 from workers.calibrate import Calibration
 from workers.errors import ConfigError
@@ -44,7 +43,7 @@ def show(
     if not gpu_type and measured is None:
         of_matrices = [orthogonalization(config, count) for count in counts]
         if as_json:
-            _tell([{**vars(one), "imbalance": one.imbalance} for one in of_matrices])
+            tell([{**vars(one), "imbalance": one.imbalance} for one in of_matrices])
         else:
             console.print(_matrices(of_matrices))
             console.print("With --gpu-type NAME or --calibration FILE: memory, time, traffic and money.")
@@ -66,7 +65,7 @@ def show(
         for count in counts
     ]
     if as_json:
-        _tell([one.as_dict() for one in plans] if len(plans) > 1 else plans[0].as_dict())
+        tell([one.as_dict() for one in plans] if len(plans) > 1 else plans[0].as_dict())
     else:
         for table in tables(plans):
             console.print(table)
@@ -164,7 +163,3 @@ def _bytes(nbytes: float) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:,.3g}"
-
-
-def _tell(value: object) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
