@@ -37,8 +37,6 @@ class Commits:
         """Generation and step of the newest checkpoint; generation 0 stands for all of earlier attempts."""
         self.bad: set[str] = set()
         """Manifests of checkpoints that have turned out to be damaged."""
-        self.given_up: set[int] = set()
-        """Steps of which a shard could not be written."""
 
     def take(self, report: ShardWritten) -> Manifest | None:
         """Return the manifest if this shard was its checkpoint's last, and the checkpoint now counts.

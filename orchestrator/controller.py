@@ -9,18 +9,16 @@ import time
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from orchestrator.commits import Commits
 from orchestrator.config import RunConfig
 from orchestrator.events import (
     Event,
-    Fallback,
     Fault,
     Membership,
     Reason,
     Recovery,
-    SaveFailure,
     Source,
     Tally,
 )
@@ -38,11 +36,12 @@ from orchestrator.policy import (
     newest_snapshot,
     should_grow,
 )
-from orchestrator.pool import NodeUsage, Pool, PoolWorker
-from orchestrator.run_log import FencedError
+from orchestrator.pool import Pool, PoolWorker
+from orchestrator.progress import Progress, Recorder
+from orchestrator.saves import Saves
 from orchestrator.stop import StopSignal
 from orchestrator.worker_group import WorkerGroup
-from workers.errors import ClusterError, DamagedError, Interrupted, StorageError
+from workers.errors import ClusterError, Interrupted, StorageError
 from workers.reports import (
     CheckpointDamaged,
     KeeperLost,
@@ -69,34 +68,6 @@ COMMIT_S = 600.0
 SLOW_LOOK_S = 5.0
 
 
-class Recorder(Protocol):
-    """Whoever keeps the record of a run and shows it."""
-
-    def step(self, report: StepDone, world_size: int) -> None:
-        """A step is finished; told once for each, in order."""
-
-    def report(self, report: Report) -> None:
-        """Anything else that a worker told."""
-
-    def event(self, event: Event) -> None:
-        """Something happened."""
-
-    def stack(self, name: str, text: str) -> None:
-        """What a worker that hung was doing."""
-
-    def usage(self, usage: NodeUsage) -> None:
-        """How busy a node is."""
-
-    def slow(self, ranks: dict[int, float]) -> None:
-        """Ranks that are slower than the others, and how many times."""
-
-    def committed(self, step: int) -> None:
-        """A checkpoint counts."""
-
-    def notice(self, text: str) -> None:
-        """Something is wrong that does not end the run."""
-
-
 @dataclass
 class _Change:
     """Why the next generation is formed, and since when nothing has been trained."""
@@ -104,18 +75,6 @@ class _Change:
     reason: Reason
     cause: str = ""
     began: float = field(default_factory=time.time)
-
-
-@dataclass
-class Progress:
-    """Where a run is, as its driver knows."""
-
-    step: int = 0
-    """Finished last."""
-    tokens: int = 0
-    validated: int = -1
-    committed: int = -1
-    world_size: int = 0
 
 
 class Controller:
@@ -145,9 +104,10 @@ class Controller:
         lease: Lease,
         kill_after: int | None = None,
     ) -> None:
-        self.config, self.pool, self.commits, self.task, self.lease = config, pool, commits, task, lease
+        self.config, self.pool, self.commits, self.lease = config, pool, commits, lease
         self.progress, self.recorder, self.tally, self.kill_after = progress, recorder, tally, kill_after
         self.policy = FailurePolicy(config.recovery)
+        self.saves = Saves(config, commits, task, progress, self.policy, recorder)
         self.watchdog = Watchdog(config.recovery.hang_s)
         self.generation = 0
         self.members: list[int] = []
@@ -157,14 +117,11 @@ class Controller:
         self.redone = 0
         self.storage_bytes = 0
         self._restored: set[int] = set()
-        self._early: list[ShardWritten] = []
-        """Shards of steps whose rows have not come yet."""
         self.outcome = ""
         self.ended_at = progress.step
         self._hung: tuple[str, float] | None = None
         self._spare_since: float | None = None
         self._looked_for_slow = 0.0
-        self._saved_error = (-1, "")
 
     def run(self, stop: StopSignal) -> str:
         """Train to the end and return `finished`, or `interrupted` after a stop with a checkpoint.
@@ -215,7 +172,7 @@ class Controller:
         self.members = [member.number for member in members]
         nodes = [member.node for member in members]
         snapshot = self._snapshot()
-        manifest = self.task.manifest
+        manifest = self.saves.task.manifest
         if snapshot is not None and (manifest is None or snapshot.step >= manifest.step):
             self.source, self.restored = "keepers and storage" if snapshot.saved else "keepers", snapshot.step
         elif manifest is not None:
@@ -255,7 +212,7 @@ class Controller:
             validated=self.progress.validated,
             committed=self.progress.committed,
         )
-        group.start(self.task, place, self._links(group))
+        group.start(self.saves.task, place, self._links(group))
         self.pool.training = True
         return group
 
@@ -331,7 +288,7 @@ class Controller:
         if going:
             return _Change("preemption", f"node {going[0][:8]} goes away in {self.pool.draining[going[0]]:.0f} s")
         spare = [worker for worker in self.pool.free if worker.number not in numbers]
-        if not spare or not self._begun or self.progress.step + 2 >= self.task.last_step:
+        if not spare or not self._begun or self.progress.step + 2 >= self.saves.task.last_step:
             self._spare_since = None
             return None
         self._spare_since = self._spare_since or time.monotonic()
@@ -366,8 +323,8 @@ class Controller:
             if stop.requests > 1:
                 stop.check()
             self._look_after_pool()
-            if self._saved_error[0] == step:
-                raise StorageError(self._saved_error[1])
+            if (error := self.saves.given_up.get(step)) is not None:
+                raise StorageError(error)
             if any(self.pool.keepers.get(node) is not keeper for node, keeper in keepers.items()):
                 return False
             if time.monotonic() > deadline:
@@ -464,19 +421,17 @@ class Controller:
             case Validated() if report.step > self.progress.validated:
                 self.progress.validated = report.step
                 self.recorder.report(report)
-                self._take_early()
-            case ShardWritten() if not self._on_record(report.step):
-                self._early.append(report)
+                self.saves.take_held()
             case ShardWritten():
-                self._commit(report)
+                self.saves.take(report)
             case SaveFailed():
-                self._save_failed(report.step, report.error)
+                self.saves.failed(report.step, report.error)
             case SaveRetried():
                 self.recorder.notice(f"step {report.step}: rank {report.rank} writes its shard again: {report.error}")
             case SaveSkipped():
                 self.recorder.notice(f"step {report.step}: no checkpoint; earlier ones are still being written")
             case CheckpointDamaged():
-                self._fall_back(report)
+                self.saves.fall_back(report)
             case Restored():
                 self._restored.add(report.rank)
                 self.storage_bytes += report.storage_bytes
@@ -511,59 +466,7 @@ class Controller:
                 self.tally.recovered(recovery)
                 self._event(recovery)
         self.recorder.step(report, self.progress.world_size)
-        self._take_early()
-
-    def _on_record(self, step: int) -> bool:
-        """Tell whether all that belongs to a step has come: that goes on record before its checkpoint counts."""
-        validated = self.progress.validated >= step or not self.config.train.validates(step)
-        return self.progress.step >= step and validated
-
-    def _take_early(self) -> None:
-        early, self._early = self._early, []
-        for shard in early:
-            self._take(shard)
-
-    def _commit(self, report: ShardWritten) -> None:
-        try:
-            manifest = self.commits.take(report)
-        except FencedError:
-            raise  # The run is another driver's now.
-        except StorageError as error:
-            self._save_failed(report.step, str(error))
-            return
-        if manifest is not None:
-            self.policy.saved()
-            self.progress.committed = manifest.step
-            self.task = replace(self.task, manifest=manifest, manifest_url="")
-            self.recorder.committed(manifest.step)
-
-    def _fall_back(self, report: CheckpointDamaged) -> None:
-        """Go on from the last checkpoint that is whole."""
-        damaged = self.task.manifest
-        if damaged is None:
-            raise DamagedError(f"train.init={self.config.train.init}: {report.error}")
-        if self.task.manifest_url:  # The replayed run's: it is not ours to go back in.
-            raise DamagedError(f"{self.task.manifest_url}@{damaged.step}: {report.error}")
-        if damaged.step != report.step:
-            return  # Another rank has said so already.
-        try:
-            manifest = self.commits.fall_back(damaged)
-        except DamagedError as error:
-            raise DamagedError(f"{report.error}; {error}") from error
-        self.task = replace(self.task, manifest=manifest)
-        self.progress.committed = manifest.step if manifest else -1
-        self._event(Fallback(**self._now(), cause=report.error, damaged=damaged.step, good=self.progress.committed))
-        self.recorder.notice(f"{report.error}; going back to the checkpoint of step {self.progress.committed}")
-
-    def _save_failed(self, step: int, error: str) -> None:
-        if step <= self.progress.committed or step in self.commits.given_up:
-            return
-        self.commits.given_up.add(step)
-        self._event(SaveFailure(**self._now(), cause=error))
-        self._saved_error = (step, error)
-        if (over := self.policy.save_failed(error)) is not None:
-            raise over.error
-        self.recorder.notice(f"step {step}: the checkpoint could not be written ({error})")
+        self.saves.take_held()
 
     def _event(self, event: Event) -> None:
         self.recorder.event(event)

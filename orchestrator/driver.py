@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from orchestrator.cluster import RayCluster, connected, job_place
 from orchestrator.commits import Commits
 from orchestrator.config import RunConfig, flatten, task_of
-from orchestrator.controller import Controller, Progress
+from orchestrator.controller import Controller
 from orchestrator.events import DriverStarted
 from orchestrator.journal import Journal
 from orchestrator.keeper import new_token
@@ -31,6 +31,7 @@ from orchestrator.preflight import (
     in_background,
     run_store,
 )
+from orchestrator.progress import Progress
 from orchestrator.provenance import Provenance, provenance
 from orchestrator.recorder import RunRecorder, Watcher, go_on_with
 from orchestrator.report import Links

@@ -22,6 +22,13 @@ def pytest_addoption(parser):
     parser.addoption("--chaos-seed", type=int, default=None, help="repeat what was printed")
 
 
+def pytest_collection_modifyitems(items):
+    """Let one process have all tests through Ray, which look for processes left behind, and another the rest."""
+    for item in items:
+        path = item.path.relative_to(item.config.rootpath)
+        item.add_marker(pytest.mark.xdist_group("ray" if "e2e" in path.parts else str(path)))
+
+
 @pytest.fixture
 def seed(request) -> int:
     seed = request.config.getoption("--chaos-seed")

@@ -12,13 +12,14 @@ import numpy as np
 from optim.config import OptimConfig
 from orchestrator.commits import Commits
 from orchestrator.config import RecoveryConfig, RunConfig, ScalingConfig, task_of
-from orchestrator.controller import Controller, Progress
+from orchestrator.controller import Controller
 from orchestrator.events import Event, Fault, Membership, Recovery, Tally
 from orchestrator.journal import Journal
 from orchestrator.keeper import new_token
 from orchestrator.lease import Lease
 from orchestrator.pool import NodeUsage, Pool
 from orchestrator.preflight import find_origin, identity
+from orchestrator.progress import Progress
 from orchestrator.run_log import RunLog
 from orchestrator.stop import StopSignal
 from tests.processes import ProcessCluster

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from jobs.bench.seaweed import s3_environment
+from jobs.stack.seaweed import s3_environment
 from orchestrator.handles import Gone
 from orchestrator.keeper import Keeper
 from workers.config import StorageConfig

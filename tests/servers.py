@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from jobs.bench.seaweed import BUCKET, KEY, SECRET, client, free_port, s3_environment
+from jobs.stack.seaweed import BUCKET, KEY, SECRET, client, free_port, s3_environment
 
 
 @contextmanager

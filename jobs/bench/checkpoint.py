@@ -23,8 +23,8 @@ import numpy as np
 
 from jobs.bench.cluster import bench_cluster
 from jobs.bench.process import torchrun
-from jobs.bench.seaweed import BUCKET, s3_environment, seaweedfs
 from jobs.load import load, plain_yaml
+from jobs.stack.seaweed import BUCKET, s3_environment, seaweedfs
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import run
 from orchestrator.events import Event, Fault, Recovery

@@ -17,9 +17,9 @@ from urllib.request import urlopen
 import psutil
 
 from jobs.bench.cluster import bench_cluster
-from jobs.bench.seaweed import free_port
 from jobs.bench.simulated import SimulatedCluster
 from jobs.load import load
+from jobs.stack.seaweed import free_port
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, RunResult, lead, run
 from orchestrator.keeper import new_token
@@ -222,21 +222,14 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     Raises:
         StorageError: it does not come up.
     """
-    uri = f"http://127.0.0.1:{free_port()}"
-    command = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1"]
-    command += [
-        "--port",
-        uri.rpartition(":")[2],
-        "--workers",
-        "1",
-        "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
-    ]
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
     log = folder / "mlflow-server.log"
     with log.open("w") as output:
-        server = subprocess.Popen(
-            [*command, "--artifacts-destination", str(folder / "artifacts")], stdout=output, stderr=subprocess.STDOUT
-        )
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
         while not _answers(uri):
             if server.poll() is not None:

@@ -23,8 +23,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jobs.bench.seaweed import BUCKET, free_port, free_port_pair, seaweedfs
 from jobs.stack.mlflow_server import ADMIN, mlflow_server
+from jobs.stack.seaweed import BUCKET, free_port, free_port_pair, seaweedfs
 from orchestrator.stop import StopSignal
 from workers.errors import ClusterError, ConfigError
 

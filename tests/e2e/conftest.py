@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.bench.seaweed import s3_environment, seaweedfs
+from jobs.stack.seaweed import s3_environment, seaweedfs
 from tests.ledger import assert_every_sample_once
 from tests.servers import ray_cluster
 from workers.config import TrainConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs.bench.seaweed import KEY
+from jobs.stack.seaweed import KEY
 
 
 def nothing_left(place) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import mlflow
 import s3fs
 
-from jobs.bench.seaweed import client, s3_environment
+from jobs.stack.seaweed import client, s3_environment
 from orchestrator.config import TrackingConfig
 from orchestrator.doctor.node_probe import NodeProbe
 from orchestrator.doctor.tracking_probe import look_at_tracking

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.bench.seaweed import BUCKET, s3_environment, seaweedfs
 from jobs.checkpoints import open_checkpoint
 from jobs.export import export, export_series, model_of, register
 from jobs.import_ import import_model
+from jobs.stack.seaweed import BUCKET, s3_environment, seaweedfs
 from orchestrator.run_log import RunLog
 from tests.workers import test_llama, test_moonlight
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Entry, Manifest, place_of

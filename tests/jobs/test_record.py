@@ -74,8 +74,8 @@ def test_code_that_can_change_a_loss_is_named():
     now = provenance()
     assert changes(now, now) == []
     assert "workers/loop.py" in now.files and "jobs/configs/demo.yaml" in now.files
-    files = {**source_files(), "workers/loop.py": "other", "jobs/cli.py": "other"}
+    files = {**source_files(), "workers/loop.py": "other", "jobs/cli/runs.py": "other"}
     then = Provenance(commit="abc", versions={**now.versions, "torch": "1.0", "mlflow": "1.0"}, files=files)
     torch, sources = changes(then, now)
-    assert torch.startswith("torch: the run had 1.0") and "jobs/cli.py" not in sources
+    assert torch.startswith("torch: the run had 1.0") and "jobs/cli/runs.py" not in sources
     assert "1 source file(s) (commit abc" in sources and sources.endswith("workers/loop.py")

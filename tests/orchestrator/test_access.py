@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from jobs.bench.seaweed import free_port
+from jobs.stack.seaweed import free_port
 from orchestrator.access import Access, auth_token, head_access
 from workers.errors import ClusterError, ConfigError
 

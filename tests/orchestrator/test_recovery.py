@@ -250,7 +250,7 @@ def test_announced_changes_of_the_world_size_touch_no_storage(tmp_path):
     assert notes.faults == [] and all(r.storage_bytes == 0 and r.steps_redone == 0 for r in notes.recoveries)
     losses = {row.step: row.loss for row in notes.rows}
     for member in notes.memberships[1:]:
-        arguments = str(tmp_path), member.restored_step, lead.controller.task
+        arguments = str(tmp_path), member.restored_step, lead.controller.saves.task
         again = run_ranks(member.previous_world_size, next_loss, *arguments)[0]
         assert losses[member.restored_step + 1] == pytest.approx(again, rel=1e-5)
 

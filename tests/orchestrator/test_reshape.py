@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
             notes = lead.wait()
         manifest = lead.log.manifest(SAVED)
         assert manifest.world_size == len(manifest.shards) == world_size and notes.faults == []
-        found[world_size] = replace(lead.controller.task, manifest=manifest), notes.losses[SAVED:]
+        found[world_size] = replace(lead.controller.saves.task, manifest=manifest), notes.losses[SAVED:]
     return found
 
 

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from jobs.bench.seaweed import seaweedfs
 from jobs.checkpoints import list_checkpoints, verify
+from jobs.stack.seaweed import seaweedfs
 from optim.config import OptimConfig
 from orchestrator.retention import Janitor
 from orchestrator.run_log import RunLog

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from jobs.bench.seaweed import s3_environment, seaweedfs
+from jobs.stack.seaweed import s3_environment, seaweedfs
 from tests.servers import rclone
 from workers.errors import StorageError
 from workers.storage import Store, configure_s3

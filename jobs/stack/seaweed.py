@@ -1,9 +1,11 @@
-"""An S3 store for as long as a measurement lasts: SeaweedFS on this machine, with one user."""
+"""An S3 store on this machine for as long as a stack or a measurement lasts: SeaweedFS, with one user."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from workers.errors import ConfigError, StorageError
 KEY, SECRET = "local-access-key", "not-a-secret-of-anybody"
 BUCKET = "raymuon"
 START_TRIES = 300
+GRPC = 10_000
+"""From a service's port to its port for gRPC."""
 
 
 def free_port() -> int:
@@ -51,19 +55,29 @@ def seaweedfs(folder: Path, key: str = KEY, secret: str = SECRET, port: int | No
     command = [str(program), "server", f"-dir={folder}", "-ip=127.0.0.1"]
     command += ["-ip.bind=127.0.0.1", "-s3", f"-s3.port={port}", f"-s3.config={config}", "-volume.max=0"]
     command += ["-master.volumeSizeLimitMB=256", "-s3.port.lance=0", "-s3.port.iceberg=0"]
-    for service in ("master", "volume", "filer"):
-        command.append(f"-{service}.port={free_port_pair()}")
+    ports = {service: free_port_pair() for service in ("master", "volume", "filer")}
+    command += [f"-{service}.port={its}" for service, its in ports.items()]
     log = folder / "weed.log"
-    with log.open("w") as output:
-        # A session of its own: a Ctrl-C at our terminal is ours, and it ends after those who use it.
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     endpoint = f"http://127.0.0.1:{port}"
-    try:
-        _await(server, client(endpoint, key, secret), log)
-        yield endpoint
-    finally:
-        server.kill()  # A clean stop takes it twenty seconds, and its files go with the folder.
-        server.wait(20)
+    with tempfile.TemporaryDirectory(prefix="weed-") as scratch, log.open("w") as output:
+        server = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": scratch},  # For logs that it would leave behind.
+            start_new_session=True,  # A Ctrl-C at our terminal is ours, and it ends after those who use it.
+        )
+        try:
+            _await(server, client(endpoint, key, secret), log)
+            yield endpoint
+        finally:
+            server.kill()  # A clean stop takes it twenty seconds.
+            server.wait(20)
+            for number in (port, *ports.values()):  # Its sockets stay behind as well, always in /tmp.
+                for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                    left.unlink()
+                for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{number + GRPC}.sock"):
+                    left.unlink()
 
 
 def client(endpoint: str, key: str = KEY, secret: str = SECRET) -> s3fs.S3FileSystem:
@@ -90,10 +104,10 @@ def _await(server: "subprocess.Popen[bytes]", store: s3fs.S3FileSystem, log: Pat
 
 
 def free_port_pair() -> int:
-    """Return a free port whose neighbour 10,000 above is free too: SeaweedFS puts its gRPC there."""
+    """Return a free port whose neighbour for gRPC is free too."""
     while True:
         port = free_port()
-        if port + 10_000 < 65_536:
+        if port + GRPC < 65_536:
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port + 10_000)):
+                if probe.connect_ex(("127.0.0.1", port + GRPC)):
                     return port

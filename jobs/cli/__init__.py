@@ -1,0 +1,33 @@
+"""The command `raymuon`. Every error that a person can mend is one message and an exit code, never a traceback.
+
+Exit codes: 0 ok, 2 config, 3 cluster, 4 training, 5 storage or tracking, 130 interrupted.
+"""
+
+import sys
+
+import typer
+
+from jobs.cli import before, bench, checkpoints, runs
+from workers.errors import RaymuonError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+for commands in (runs, before, checkpoints, bench):
+    app.add_typer(commands.app)
+
+
+def main() -> None:
+    """Run the command line; the console script's entry."""
+    try:
+        code = app(standalone_mode=False) or 0
+    except RaymuonError as error:
+        sys.stderr.write(f"raymuon: {error}\n")
+        code = error.exit_code
+    except typer.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        sys.stderr.write("raymuon: interrupted\n")
+        code = 130
+    except typer.TyperException as error:  # A wrong option or a missing argument.
+        sys.stderr.write(f"raymuon: {error.format_message()}; see raymuon --help\n")
+        code = 2
+    sys.exit(code)

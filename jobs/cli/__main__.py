@@ -1,0 +1,5 @@
+"""How a submitted job starts: it has our code in its working directory."""
+
+from jobs.cli import main
+
+main()

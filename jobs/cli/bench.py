@@ -1,0 +1,124 @@
+"""`raymuon bench`: measurements, as ratios where there is a rival."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.cli.options import AsJson, Overrides, S3Endpoint
+
+app = typer.Typer()
+bench_app = typer.Typer(no_args_is_help=True, help="Measurements against rivals, as ratios.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command("overhead")
+def bench_overhead(
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of all arms.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of raymuon against plain torchrun with the same engine, in turns."""
+    from jobs.bench.overhead import overhead
+
+    _print_result(overhead(overrides or [], repeats, _say), as_json)
+
+
+@bench_app.command("recovery")
+def bench_recovery(
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each fault with raymuon.")] = 5,
+    rival_repeats: Annotated[int, typer.Option(min=0, help="Of each fault with Ray Train; 0: without it.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Seconds from a fault to the next new step, against Ray Train V2 with the same engine, model and data."""
+    from jobs.bench.recovery import recovery
+
+    _print_result(recovery(overrides or [], repeats, rival_repeats, _say), as_json)
+
+
+@bench_app.command("checkpoint")
+def bench_checkpoint(
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Saves and uploads of each kind.")] = 7,
+    url: Annotated[str, typer.Option(help="A folder on S3; without it a SeaweedFS is started.")] = "",
+    s3_endpoint: S3Endpoint = "",
+    as_json: AsJson = False,
+) -> None:
+    """What a save costs training against DeepSpeed's, its way to S3 against s3fs, and what another world size reads."""
+    from jobs.bench.checkpoint import checkpoint
+
+    _print_result(checkpoint(overrides or [], repeats, url, s3_endpoint, _say), as_json)
+
+
+@bench_app.command("optimizer")
+def bench_optimizer(
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted steps of each optimizer.")] = 15,
+    as_json: AsJson = False,
+) -> None:
+    """Milliseconds of a step that the optimizer takes, against DeepSpeed's Muon, AdamW and the bare products."""
+    from jobs.bench.optimizer import optimizer
+
+    _print_result(optimizer(overrides or [], rounds, _say), as_json)
+
+
+@bench_app.command("plan")
+def bench_plan(
+    overrides: Overrides = None,
+    turns: Annotated[int, typer.Option(min=1, help="Of calibration and steps, for each config and world size.")] = 3,
+    only: Annotated[str, typer.Option(help="One config by name; without it all of them.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """The plan's memory and step time against what a run takes on this machine."""
+    from jobs.bench.plan import against_reality
+
+    _print_result(against_reality(overrides or [], turns, only, _say), as_json)
+
+
+@bench_app.command("variants")
+def bench_variants(
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
+    table: Annotated[Path | None, typer.Option(help="Where a Markdown table goes.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The loss after a minute of training with each of the optimizer's variants."""
+    from jobs.bench.variants import variants
+
+    _print_result(variants(overrides or [], seeds, table, _say), as_json)
+
+
+@bench_app.command("load")
+def bench_load(
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=100, help="Of the simulated members.")] = 10_000,
+    workers: Annotated[int, typer.Option(min=2, help="Simulated members.")] = 1024,
+    actors: Annotated[int, typer.Option(min=0, help="Real ones on a local Ray; 0: without them.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """What the driver bears: steps per second of a thousand simulated workers, and what real ones cost it."""
+    from jobs.bench.driver_load import driver_load
+
+    _print_result(driver_load(overrides or [], steps, workers, actors, _say), as_json)
+
+
+@bench_app.command("curves")
+def bench_curves(
+    overrides: Overrides = None,
+    picture: Annotated[Path, typer.Option(help="Where the PNG goes.")] = Path("curves.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Muon against AdamW on the demo, each at its best of three learning rates, in one picture."""
+    from jobs.bench.curves import curves
+
+    _print_result(curves(picture, overrides or [], _say), as_json)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    typer.echo(json.dumps(result) if as_json else json.dumps(result, indent=2))

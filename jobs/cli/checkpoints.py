@@ -1,0 +1,174 @@
+"""Checkpoints, and models made of them."""
+
+import json
+import time
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.cli.options import AsJson, CheckpointUrl, S3Endpoint, TrackingUri
+from orchestrator.config import DEFAULT_TRACKING_URI
+
+app = typer.Typer()
+checkpoints_app = typer.Typer(no_args_is_help=True, help="List, show, compare, verify, delete and pin checkpoints.")
+app.add_typer(checkpoints_app, name="checkpoints")
+
+
+@checkpoints_app.command("ls")
+def checkpoints_ls(
+    url: Annotated[str, typer.Argument(help="A run's folder, or the folder over all runs.")],
+    as_json: AsJson = False,
+    s3_endpoint: S3Endpoint = "",
+) -> None:
+    """List committed checkpoints."""
+    from jobs.checkpoints import list_checkpoints
+
+    rows = list_checkpoints(url)
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table("run", "step", "attempt", "saved", "world size", "tokens", "MB", "")
+    for row in rows:
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
+        known = (
+            (row["world_size"], f"{row['tokens']:,}", f"{row['bytes'] / 1e6:.1f}") if not row["damaged"] else ("?",) * 3
+        )
+        note = row["damaged"] or ("pinned" if row["pinned"] else "")
+        table.add_row(row["run_id"], *map(str, (row["step"], row["attempt"], saved, *known)), note)
+    Console().print(table)
+
+
+@checkpoints_app.command("show")
+def checkpoints_show(
+    url: CheckpointUrl,
+    as_json: AsJson = False,
+    s3_endpoint: S3Endpoint = "",
+) -> None:
+    """Show what a checkpoint holds."""
+    from jobs.checkpoints import show
+
+    found = show(url)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    console = Console(highlight=False)
+    for key in ("run_id", "step", "attempt", "world_size", "counters", "identity"):
+        console.print(f"{key}: {found[key]}")
+    table = Table("kind", "tensor", "shape")
+    for tensor in found["tensors"]:
+        table.add_row(tensor["kind"], tensor["name"], str(tensor["shape"]))
+    console.print(table)
+
+
+@checkpoints_app.command("diff")
+def checkpoints_diff(
+    first: CheckpointUrl,
+    second: CheckpointUrl,
+    as_json: AsJson = False,
+    s3_endpoint: S3Endpoint = "",
+) -> None:
+    """Compare two checkpoints, tensor by tensor."""
+    from jobs.checkpoints import diff
+
+    differences = diff(first, second)
+    equal = all(difference.bitwise_equal for difference in differences)
+    largest = max((d.max_abs for d in differences if d.max_abs is not None), default=None)
+    if as_json:
+        tensors = [asdict(difference) for difference in differences]
+        typer.echo(json.dumps({"bitwise_equal": equal, "max_abs": largest, "tensors": tensors}))
+        return
+    table = Table("kind", "tensor", "largest difference", "bitwise equal")
+    for d in differences:
+        table.add_row(d.kind, d.name, d.note or f"{d.max_abs:.3g}", "yes" if d.bitwise_equal else "no")
+    console = Console()
+    console.print(table)
+    console.print("bitwise equal" if equal else f"different; largest difference {largest}")
+
+
+@checkpoints_app.command("verify")
+def checkpoints_verify(url: CheckpointUrl, as_json: AsJson = False, s3_endpoint: S3Endpoint = "") -> None:
+    """Read every byte of a checkpoint and check it against its hashes; exit code 5 where one is wrong."""
+    from jobs.checkpoints import verify
+
+    found = verify(url)
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+    else:
+        for text in found.damaged:
+            typer.echo(text, err=True)
+        typer.echo(
+            f"step {found.step}: {found.files} file(s), {found.bytes / 1e6:.1f} MB, {len(found.damaged)} damaged"
+        )
+    if found.damaged:
+        raise typer.Exit(5)
+
+
+@checkpoints_app.command("rm")
+def checkpoints_rm(
+    url: CheckpointUrl,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also the newest one, with which the run would go on.")
+    ] = False,
+    s3_endpoint: S3Endpoint = "",
+) -> None:
+    """Delete the checkpoint at FOLDER@STEP."""
+    from jobs.checkpoints import remove
+
+    typer.echo(f"deleted: {remove(url, force)}")
+
+
+@checkpoints_app.command("pin")
+def checkpoints_pin(
+    url: CheckpointUrl,
+    undo: Annotated[bool, typer.Option("--undo", help="Let it go again.")] = False,
+    reason: Annotated[str, typer.Option(help="For people.")] = "",
+    s3_endpoint: S3Endpoint = "",
+) -> None:
+    """Keep a checkpoint, whatever the run's retention says."""
+    from jobs.checkpoints import pin
+
+    typer.echo(f"{'not pinned any more' if undo else 'pinned'}: {pin(url, reason, undo)}")
+
+
+@app.command()
+def export(
+    url: CheckpointUrl,
+    to: Annotated[str, typer.Option(help="A new folder, or an fsspec URL.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or float32.")] = "bfloat16",
+    series: Annotated[bool, typer.Option("--series", help="All checkpoints, each in a folder of its own.")] = False,
+    register: Annotated[str, typer.Option(help="Make it a version of this model in MLflow's registry.")] = "",
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    as_json: AsJson = False,
+    s3_endpoint: S3Endpoint = "",
+) -> None:
+    """Write a checkpoint as a Hugging Face model: safetensors, config, tokenizer, model card."""
+    from jobs.export import export, export_series
+    from jobs.export import register as register_
+    from workers.errors import ConfigError
+
+    if dtype not in ("bfloat16", "float32"):
+        raise ConfigError(f"--dtype must be bfloat16 or float32, not {dtype!r}")
+    exported = export_series(url, to, dtype) if series else [export(url, to, dtype)]
+    for one in exported:
+        line = f"step {one.step}: {len(one.files)} file(s), {one.bytes / 1e6:.1f} MB in {one.url}"
+        told = asdict(one)
+        if register:
+            told["version"] = register_(one, register, tracking_uri)
+            line += f", version {told['version']} of {register}"
+        typer.echo(json.dumps(told) if as_json else line)
+
+
+@app.command(name="import")
+def import_(
+    folder: Annotated[str, typer.Argument(help="With config.json and *.safetensors, of DeepSeek-V3 or Llama.")],
+    to: Annotated[str, typer.Option(help="A new folder, or an fsspec URL.")],
+    s3_endpoint: S3Endpoint = "",
+) -> None:
+    """Make a Hugging Face model a checkpoint with which a run can begin: train.init=URL."""
+    from jobs.import_ import import_model
+
+    url = import_model(folder, to)
+    typer.echo(f"imported; begin a run with it: train.init={url}")

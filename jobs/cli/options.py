@@ -1,0 +1,37 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _configure_s3(endpoint: str) -> str:
+    from workers.storage import configure_s3
+
+    configure_s3(endpoint)
+    return endpoint
+
+
+S3Endpoint = Annotated[str, typer.Option(help="Of an S3 store that is not AWS.", callback=_configure_s3)]
+Config = Annotated[str, typer.Argument(help="A YAML file, or a built-in config by name: demo.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance optim.lr=1e-2.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on the last line of stdout.")]
+Run = Annotated[str, typer.Argument(help="A run's id or name in MLflow, or the URL of its folder.")]
+TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Of the MLflow that has the run.")]
+RunEndpoint = Annotated[str, typer.Option("--s3-endpoint", help="Of an S3 store that is not AWS; else the run's own.")]
+DEFAULT_HEAD = "http://127.0.0.1:8265"
+Head = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")]
+JobHead = Annotated[str, typer.Option("--address", help="URL of the cluster's dashboard; else where it was submitted.")]
+Follow = Annotated[bool, typer.Option("--follow", help="Hand on what the job writes, until it ends.")]
+ClientTracking = Annotated[
+    str, typer.Option("--tracking-uri", help="The config's tracking.uri as this machine reaches it, if that differs.")
+]
+Image = Annotated[str, typer.Option(help="Container image for the job, where the nodes can start one.")]
+Pin = Annotated[bool, typer.Option("--pin", help="Have the nodes install this machine's versions of everything.")]
+AllowOpen = Annotated[bool, typer.Option("--allow-open-head", help="Use a head that asks nobody for a token.")]
+GpuType = Annotated[str, typer.Option(help="A GPU of the table in docs/commands/plan.md, for instance H100.")]
+CalibrationFile = Annotated[
+    Path | None, typer.Option(help="What raymuon doctor --calibration has measured, in the place of --gpu-type.")
+]
+CheckpointUrl = Annotated[str, typer.Argument(help="A run's folder, its newest checkpoint, or FOLDER@STEP.")]

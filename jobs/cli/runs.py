@@ -1,0 +1,172 @@
+"""Runs: start one, go on with it, look at it, stop it, train a stretch of it once more."""
+
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import (
+    DEFAULT_HEAD,
+    AllowOpen,
+    AsJson,
+    CalibrationFile,
+    ClientTracking,
+    Config,
+    Follow,
+    GpuType,
+    Head,
+    Image,
+    JobHead,
+    Overrides,
+    Pin,
+    Run,
+    RunEndpoint,
+    TrackingUri,
+)
+from orchestrator.config import DEFAULT_TRACKING_URI
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option(help="auto: go on with the unfinished run of that name; RUN: with that one; never: a new run."),
+    ] = "never",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")
+    ] = None,
+    takeover: Annotated[
+        bool, typer.Option("--takeover", help="With --resume: take the run from a driver that leads it.")
+    ] = False,
+    as_json: AsJson = False,
+    kill_worker: Annotated[
+        int | None, typer.Option(help="For demonstrations: SIGKILL one worker after this step.")
+    ] = None,
+) -> None:
+    """Train a run from its start, or go on with one."""
+    from jobs.train import train
+
+    train(config, overrides or [], resume, address, as_json, kill_worker, takeover)
+
+
+@app.command()
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    address: Head = DEFAULT_HEAD,
+    follow: Follow = False,
+    tracking_uri: ClientTracking = "",
+    image: Image = "",
+    pin: Pin = False,
+    gpu_type: GpuType = "",
+    calibration: CalibrationFile = None,
+    allow_open_head: AllowOpen = False,
+    as_json: AsJson = False,
+) -> None:
+    """Plan a new run, and submit it as a job to a Ray cluster."""
+    from jobs.submit import Target, submit
+
+    target = Target(
+        address=address,
+        tracking_uri=tracking_uri,
+        image=image,
+        pin=pin,
+        allow_open=allow_open_head,
+        gpu_type=gpu_type,
+        calibration=calibration,
+    )
+    submit(config, overrides or [], target, follow, as_json)
+
+
+@app.command()
+def status(
+    run: Run,
+    address: JobHead = "",
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    allow_open_head: AllowOpen = False,
+    as_json: AsJson = False,
+    s3_endpoint: RunEndpoint = "",
+) -> None:
+    """Show where a run is: step, losses, workers, checkpoint, job."""
+    from jobs.control import status
+    from jobs.runs import find
+
+    status(find(run, tracking_uri, s3_endpoint), address, allow_open_head, as_json)
+
+
+@app.command()
+def logs(
+    run: Run,
+    follow: Follow = False,
+    address: JobHead = "",
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    allow_open_head: AllowOpen = False,
+) -> None:
+    """Print the log of a run's newest job."""
+    from jobs.control import logs
+    from jobs.runs import find
+
+    logs(find(run, tracking_uri), address, allow_open_head, follow)
+
+
+@app.command()
+def stop(
+    run: Run,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for its end.")] = 600.0,
+    address: JobHead = "",
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    allow_open_head: AllowOpen = False,
+) -> None:
+    """Ask a run's job to finish its step, save and end; it can go on later."""
+    from jobs.control import stop
+    from jobs.runs import find
+
+    stop(find(run, tracking_uri), address, allow_open_head, wait)
+
+
+@app.command()
+def resume(
+    run: Run,
+    overrides: Overrides = None,
+    address: Head = DEFAULT_HEAD,
+    follow: Follow = False,
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    image: Image = "",
+    pin: Pin = False,
+    allow_open_head: AllowOpen = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job that goes on with a run."""
+    from jobs.runs import find
+    from jobs.submit import Target, resume
+
+    target = Target(address=address, image=image, pin=pin, allow_open=allow_open_head)
+    resume(find(run, tracking_uri), overrides or [], target, follow, as_json)
+
+
+@app.command()
+def replay(
+    run: Run,
+    overrides: Overrides = None,
+    steps: Annotated[
+        str, typer.Option(help="A:B; without A from the newest checkpoint before B, without B to the last on record.")
+    ] = "",
+    workers: Annotated[int | None, typer.Option(min=1, help="As many as the run had, where it is not given.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Relative difference of a loss that is borne; ten times that of a norm.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")
+    ] = None,
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    s3_endpoint: RunEndpoint = "",
+    as_json: AsJson = False,
+) -> None:
+    """Train a stretch of a run once more, and compare losses and gradient norms with its record."""
+    from jobs.replay import Request, replay
+
+    request = Request(run, steps, tracking_uri, s3_endpoint, address, workers, tolerance, tuple(overrides or []))
+    replay(request, as_json)

@@ -1,0 +1,116 @@
+"""The checkpoints of an attempt as they come: which count, which are given up, and which is gone on from."""
+
+import time
+from dataclasses import replace
+
+from orchestrator.commits import Commits
+from orchestrator.config import RunConfig
+from orchestrator.events import Fallback, SaveFailure
+from orchestrator.policy import FailurePolicy
+from orchestrator.progress import Progress, Recorder
+from orchestrator.run_log import FencedError
+from workers.errors import DamagedError, StorageError
+from workers.reports import CheckpointDamaged, ShardWritten
+from workers.task import Task
+
+
+class Saves:
+    """Takes shards in, and keeps the task's manifest at the newest checkpoint.
+
+    Args:
+        config: of the run.
+        commits: turns shards into checkpoints.
+        task: what to train; its manifest is where to go on from.
+        progress: what is on record.
+        policy: counts what storage refuses.
+        recorder: is told everything.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        commits: Commits,
+        task: Task,
+        progress: Progress,
+        policy: FailurePolicy,
+        recorder: Recorder,
+    ) -> None:
+        self.config, self.commits, self.task = config, commits, task
+        self.progress, self.policy, self.recorder = progress, policy, recorder
+        self.given_up: dict[int, str] = {}
+        """Steps of which a shard could not be written, and why."""
+        self._held: list[ShardWritten] = []
+        """Shards of steps whose rows have not come yet."""
+
+    def take(self, report: ShardWritten) -> None:
+        """Take a shard in once all that belongs to its step is on record; commit with the last one.
+
+        Raises:
+            FencedError: the run is another driver's now.
+            StorageError: storage has refused too often.
+        """
+        if not self._on_record(report.step):
+            self._held.append(report)
+            return
+        try:
+            manifest = self.commits.take(report)
+        except FencedError:
+            raise
+        except StorageError as error:
+            self.failed(report.step, str(error))
+            return
+        if manifest is not None:
+            self.policy.saved()
+            self.progress.committed = manifest.step
+            self.task = replace(self.task, manifest=manifest, manifest_url="")
+            self.recorder.committed(manifest.step)
+
+    def take_held(self) -> None:
+        """Take in what had to wait, now that more is on record."""
+        held, self._held = self._held, []
+        for shard in held:
+            self.take(shard)
+
+    def failed(self, step: int, error: str) -> None:
+        """Give the checkpoint of a step up, of which a part could not be written.
+
+        Raises:
+            StorageError: storage has refused too often.
+        """
+        if step <= self.progress.committed or step in self.given_up:
+            return
+        self.given_up[step] = error
+        self.recorder.event(SaveFailure(time=time.time(), step=self.progress.step, cause=error))
+        if (over := self.policy.save_failed(error)) is not None:
+            raise over.error
+        self.recorder.notice(f"step {step}: the checkpoint could not be written ({error})")
+
+    def fall_back(self, report: CheckpointDamaged) -> None:
+        """Go on from the last checkpoint that is whole.
+
+        Raises:
+            DamagedError: there is none.
+        """
+        damaged = self.task.manifest
+        if damaged is None:
+            raise DamagedError(f"train.init={self.config.train.init}: {report.error}")
+        if self.task.manifest_url:  # The replayed run's: it is not ours to go back in.
+            raise DamagedError(f"{self.task.manifest_url}@{damaged.step}: {report.error}")
+        if damaged.step != report.step:
+            return  # Another rank has said so already.
+        try:
+            manifest = self.commits.fall_back(damaged)
+        except DamagedError as error:
+            raise DamagedError(f"{report.error}; {error}") from error
+        self.task = replace(self.task, manifest=manifest)
+        good = self.progress.committed = manifest.step if manifest else -1
+        now = time.time()
+        self.recorder.event(
+            Fallback(time=now, step=self.progress.step, cause=report.error, damaged=damaged.step, good=good)
+        )
+        self.recorder.notice(f"{report.error}; going back to the checkpoint of step {good}")
+
+    def _on_record(self, step: int) -> bool:
+        """Tell whether all that belongs to a step has come: that goes on record before its checkpoint counts."""
+        validated = self.progress.validated >= step or not self.config.train.validates(step)
+        return self.progress.step >= step and validated
