@@ -33,11 +33,12 @@ def objects(endpoint, word):
     return [path for path in client(endpoint).find("raymuon") if word in path]
 
 
-def test_a_round_in_which_only_the_tracking_server_is_missing(place, s3_endpoint):
+def test_a_round_in_which_only_the_tracking_server_is_missing(place, s3_endpoint, tmp_path):
     options = ["checkpoint.url=s3://raymuon/doctor", "data.prepared_url=s3://raymuon/doctor-data"]
     options += [f"storage.s3_endpoint={s3_endpoint}", "tracking.uri=http://127.0.0.1:1"]
     before = files(place.folder)
-    process = start(place, *options, "--json")
+    calibration = tmp_path / "calibration.json"
+    process = start(place, *options, "--json", "--calibration", str(calibration))
     out, err = process.communicate(timeout=300)
     assert process.returncode == 5 and "Traceback" not in err, err
     told = json.loads(out.splitlines()[-1])
@@ -50,6 +51,9 @@ def test_a_round_in_which_only_the_tracking_server_is_missing(place, s3_endpoint
     assert "4 slot(s)" in seen["nodes"] and "alike on the driver and all nodes" in seen["versions"]
     assert "1 failure(s)" in err, "the table is for people"
     assert files(place.folder) == before and objects(s3_endpoint, "doctor") == [], "nothing is left"
+    command = [RAYMUON, "plan", "tiny.yaml", "--gpus", "2", "--calibration", str(calibration), "--json"]
+    plan = json.loads(subprocess.check_output(command, cwd=place.folder, text=True))
+    assert plan["fits"] and plan["tokens_per_second"] > 0 and plan["bytes_sent"]["boundary"] > 0
 
 
 def test_ctrl_c_ends_it_and_leaves_nothing(place, s3_endpoint):
