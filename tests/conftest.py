@@ -22,6 +22,7 @@ def pytest_addoption(parser):
     parser.addoption("--chaos-seed", type=int, default=None, help="repeat what was printed")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own reads the groups.
 def pytest_collection_modifyitems(items):
     """Let one process have all tests through Ray, which look for processes left behind, and another the rest."""
     for item in items:
