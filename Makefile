@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## train a small Moonlight on real text, and lose a worker on
 	$(BIN)/raymuon train demo --kill-worker 150 $(ARGS)
 
 test: $(INSTALLED) ## run the tests, those through Ray beside the others; ARGS="--numprocesses 0" one after another
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --no-loadscope-reorder $(ARGS)
 
 chaos: $(INSTALLED) ## 200 random faults without Ray, 20 through Ray, 10,000 operations on storage (half an hour)
 	$(BIN)/pytest -s tests/orchestrator/test_storage_machine.py tests/orchestrator/test_chaos.py tests/e2e/test_chaos.py \

@@ -5,6 +5,7 @@ import random
 import tempfile
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # oneDNN's AMX kernels end the process on CPUs that announce AMX and do not grant it; before torch is imported.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
@@ -22,12 +23,15 @@ def pytest_addoption(parser):
     parser.addoption("--chaos-seed", type=int, default=None, help="repeat what was printed")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own reads the groups.
-def pytest_collection_modifyitems(items):
-    """Let one process have all tests through Ray, which look for processes left behind, and another the rest."""
-    for item in items:
-        path = item.path.relative_to(item.config.rootpath)
-        item.add_marker(pytest.mark.xdist_group("ray" if "e2e" in path.parts else str(path)))
+class _RayInOneProcess(LoadScopeScheduling):
+    """Let one process have all tests through Ray, which look for processes left behind; the rest goes by file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.startswith("tests/e2e/") else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return _RayInOneProcess(config, log)
 
 
 @pytest.fixture
