@@ -96,7 +96,11 @@ def _checkpoint(found: Found) -> dict[str, Any]:
         commit = RunLog(Store(found.url)).find()
     except RaymuonError as error:  # Storage may be out of reach from here.
         return {"checkpoint": f"{found.tags.get('raymuon.checkpoint', 'unknown')} ({error})"}
-    return {"checkpoint": f"{found.url}@{commit.step}" if commit else "none yet"}
+    if commit:
+        return {"checkpoint": f"{found.url}@{commit.step}"}
+    # A folder on another machine's disk is empty here, and no error.
+    known = found.tags.get("raymuon.checkpoint")
+    return {"checkpoint": f"{known} (not seen from here)" if known else "none yet"}
 
 
 def _job(found: Found, address: str, allow_open: bool) -> Any:

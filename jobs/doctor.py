@@ -44,24 +44,27 @@ def doctor(
         ConfigError: the config is wrong.
         ClusterError: no cluster answers.
         Interrupted: a person has ended it.
+        StorageError: the calibration cannot be written.
     """
     run_config, scope = asked_for(config, overrides, storage, calibration is not None)
     stop = StopSignal()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.request())
     console = Console(stderr=True, highlight=False)
+
+    def phase(text: str) -> None:
+        console.print(f"{text} ...", style="dim", markup=False, soft_wrap=True)
+
     try:
-        examined = examine(
-            run_config, scope, address, stop, lambda text: console.print(f"[dim]{text} ...[/dim]", soft_wrap=True)
-        )
+        examined = examine(run_config, scope, address, stop, phase)
     except Interrupted:
         raise Interrupted("interrupted; nothing is left behind") from None
+    code = exit_code(examined.findings)
+    show(examined.findings, Console(stderr=as_json, highlight=False))
     if calibration is not None and examined.calibration:
         with storage_errors(str(calibration)):
             calibration.parent.mkdir(parents=True, exist_ok=True)
             calibration.write_text(examined.calibration)
-    code = exit_code(examined.findings)
-    show(examined.findings, Console(stderr=as_json, highlight=False))
     if as_json:
         told = {"exit_code": code, "findings": [asdict(finding) for finding in examined.findings]}
         tell(told)

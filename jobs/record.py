@@ -84,7 +84,12 @@ def attempt_of(record: Record, first: int, last: int) -> Attempt:
         )
     found: Attempt | None = None
     for step in range(first, last + 1):
-        attempt = record.attempts.get(record.by.get(step, -1))
+        if step not in record.steps:
+            raise ConfigError(
+                f"--steps: step {step} is not on record: its driver was lost before it had put it down; replay the "
+                "steps before and after it apart"
+            )
+        attempt = record.attempts.get(record.by[step])
         if attempt is None:
             raise ConfigError(f"--steps: step {step} was put down by a version that did not record its config")
         if found is not None and attempt.deciding() != found.deciding():

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +25,7 @@ from jobs.tell import tell
 from jobs.watch import TerminalWatcher
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, absolute
 from orchestrator.driver import Options, RunResult, run
+from orchestrator.events import Event, Membership
 from orchestrator.journal import read_journal
 from orchestrator.preflight import identity, refuse_other
 from orchestrator.provenance import changes, provenance
@@ -34,9 +35,12 @@ from orchestrator.stretch import Stretch
 from workers.checkpoint.manifest import Manifest
 from workers.data import corpus as corpora
 from workers.data.corpus import Corpus
-from workers.errors import ConfigError, StorageError, TrainingError
+from workers.errors import ConfigError, Interrupted, StorageError, TrainingError
 from workers.reports import Report, StepDone, Validated
 from workers.storage import configure_s3
+
+if TYPE_CHECKING:
+    from orchestrator.tracking import RunRecord
 
 FOLDER = "runs/replays"
 EXPERIMENT = "raymuon-replays"
@@ -66,50 +70,60 @@ def replay(request: Request, as_json: bool) -> None:
     Raises:
         ConfigError: there is nothing to replay, or not here.
         TrainingError: a step differs by more than the tolerance.
+        Interrupted: a person has ended it.
         RaymuonError: whatever else goes wrong in a training.
     """
     console = Console(stderr=as_json, highlight=False)
     found = find(request.run, request.tracking_uri, request.s3_endpoint)
-    record = read_record(read_journal(found.store, lambda text: console.print(f"[yellow]{text}[/yellow]")))
+    warn = lambda text: console.print(text, style="yellow", markup=False, soft_wrap=True)  # noqa: E731
+    record = read_record(read_journal(found.store, warn))
     log = RunLog(found.store)
     first, last = stretch_of(request.steps, record, log)
     manifest = _checkpoint_before(log, first)
     begin = manifest.step + 1 if manifest else 1
     attempt = attempt_of(record, begin, last)
     config = _config(request, found, record, attempt, begin)
-    corpus = _corpus(config, attempt)
-    same = identity(config, corpus)
-    if manifest is not None:
-        refuse_other(f"{found.url}@{manifest.step}", manifest.identity, same)
-    if not request.address and not os.environ.get("RAY_ADDRESS"):
+    corpus = _corpus(config, attempt, warn)
+    if log.identity is not None:
+        refuse_other(found.url, log.identity, identity(config, corpus))
+    if _local(request):
         from jobs.planning.plan import require_fit_here  # Imports torch.
 
         require_fit_here(config, config.scaling.max_workers)
     for line in changes(attempt.provenance, provenance()):
-        console.print(f"[yellow]the code is not the run's: {line}[/yellow]")
+        warn(f"the code is not the run's: {line}")
     source = f"the checkpoint of step {manifest.step}" if manifest else "the run's start"
     console.print(f"steps {first} to {last} of run {found.run_id}, from {source}, {_workers(config)}", soft_wrap=True)
 
-    tolerance = request.tolerance or _tolerance(record, config, begin)
     stop, replayed = StopSignal(), Record()
+
+    def comparison() -> Comparison:
+        return compare(record, replayed, _tolerance(request, config, record, replayed, begin))
+
+    def keep(result: RunResult, run_record: "RunRecord") -> None:
+        if result.status == "finished":
+            _keep(run_record, found, comparison())
+
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.request())
     options = Options(
         stretch=Stretch(run_url=found.url, manifest=manifest, corpus=corpus, last_step=last),
-        artifacts=lambda result, run_record: _keep(run_record, found, compare(record, replayed, tolerance)),
+        artifacts=keep,
     )
     with _Listener(config.train.global_batch * config.train.seq_len, replayed) as watcher:
         result = run(config, "never", request.address, watcher, stop, options)
-    comparison = compare(record, replayed, tolerance)
-    _show(console, comparison, first, last)
-    summary = _summary(found, result, record, comparison, first, last, begin)
+    if result.status != "finished":
+        raise Interrupted(f"interrupted at step {result.steps} of {last}: nothing is compared; replay it again")
+    compared = comparison()
+    _show(console, compared, first, last)
+    summary = _summary(found, result, record, compared, first, last, begin)
     if as_json:
         tell(summary)
-    if (beyond := comparison.first_beyond) is not None:
+    if (beyond := compared.first_beyond) is not None:
         raise TrainingError(
             f"the replay differs: {beyond.metric} of step {beyond.step} is {beyond.replayed:.9g}, on record is "
             f"{beyond.recorded:.9g}, a relative difference of {beyond.relative:.2g} (allowed: "
-            f"{comparison.allowed(beyond.metric):.2g}){_hint(summary)}"
+            f"{compared.allowed(beyond.metric):.2g}){_hint(summary)}"
         )
 
 
@@ -145,10 +159,9 @@ def _config(request: Request, found: Found, record: Record, attempt: Attempt, be
     """Return the run's config with places, workers and record of this machine."""
     config = load_values(attempt.config, list(request.overrides), f"of run {found.run_id}")
     world_size = request.workers or int(record.steps[begin]["world_size"])
-    local = not request.address and not os.environ.get("RAY_ADDRESS")
     cpus = config.scaling.cpus_per_worker
-    if local:  # Any world size on any machine: with fewer processors it takes longer.
-        cpus = min(cpus, math.floor(100 * len(os.sched_getaffinity(0)) / world_size) / 100)
+    if _local(request):  # Any world size on any machine: with fewer processors it takes longer.
+        cpus = min(cpus, max(0.01, math.floor(100 * len(os.sched_getaffinity(0)) / world_size) / 100))
     endpoint = request.s3_endpoint or config.storage.s3_endpoint
     return absolute(
         replace(
@@ -170,15 +183,21 @@ def _config(request: Request, found: Found, record: Record, attempt: Attempt, be
     )
 
 
-def _corpus(config: RunConfig, attempt: Attempt) -> Corpus:
+def _local(request: Request) -> bool:
+    """Tell whether the replay is on this machine."""
+    return not request.address and not os.environ.get("RAY_ADDRESS")
+
+
+def _corpus(config: RunConfig, attempt: Attempt, warn: Callable[[str], object]) -> Corpus:
     """Return the run's own prepared corpus; where it cannot be read, the same text prepared here will do.
 
-    Whether it is the same is the checkpoint's to say, which has its hash.
+    Whether it is the same is the run's log to say, which has its hash.
     """
     configure_s3(config.storage.s3_endpoint)
     try:
         return corpora.load(attempt.corpus)
-    except StorageError:
+    except StorageError as error:
+        warn(f"the run's own corpus cannot be read here ({error}); data.source is prepared anew")
         return corpora.prepare(replace(config.data, prepared_url=str(Path("runs/data").resolve())))
 
 
@@ -187,13 +206,12 @@ def _workers(config: RunConfig) -> str:
     return f"{count} worker{'s' if count > 1 else ''}"
 
 
-def _tolerance(record: Record, config: RunConfig, begin: int) -> float:
-    """Return the tolerance for what is known of the hardware on both sides."""
-    from torch.cuda import is_available
-
-    was_gpu = any(device != "cpu" for device in record.devices.get(begin, ()))
-    same = config.train.precision != "auto" or was_gpu == is_available()
-    return TOLERANCE if same else OTHER_PRECISION
+def _tolerance(request: Request, config: RunConfig, record: Record, replayed: Record, begin: int) -> float:
+    """Return the tolerance that was asked for, or the one for what is known of the hardware on both sides."""
+    if request.tolerance is not None:
+        return request.tolerance
+    was_gpu, is_gpu = (any(device != "cpu" for device in one.devices.get(begin, ())) for one in (record, replayed))
+    return TOLERANCE if config.train.precision != "auto" or was_gpu == is_gpu else OTHER_PRECISION
 
 
 class _Listener(TerminalWatcher):
@@ -202,11 +220,18 @@ class _Listener(TerminalWatcher):
     def __init__(self, tokens_per_step: int, into: Record) -> None:
         super().__init__(tokens_per_step)
         self.into = into
+        self.devices: tuple[str, ...] = ()
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, Membership):
+            self.devices = event.devices
+        super().event(event)
 
     def report(self, report: Report) -> None:
         match report:
             case StepDone():
                 self.into.steps[report.step] = {"loss": report.loss, "grad_norm": report.grad_norm}
+                self.into.devices[report.step] = self.devices
             case Validated():
                 self.into.validations[report.step] = report.loss
         super().report(report)
@@ -224,7 +249,7 @@ def _hint(summary: dict[str, Any]) -> str:
     )
 
 
-def _keep(record: Any, found: Found, comparison: Comparison) -> None:
+def _keep(record: "RunRecord", found: Found, comparison: Comparison) -> None:
     """Put the comparison beside the replay's own MLflow run."""
     record.tag("raymuon.replay_of", found.run_id)
     record.tag("raymuon.replay", _verdict(comparison))
@@ -251,7 +276,7 @@ def _show(console: Console, comparison: Comparison, first: int, last: int) -> No
         table.add_row(str(one.step), one.metric, f"{one.recorded:.9g}", f"{one.replayed:.9g}", told)
     console.print(table)
     if len(rows) > SHOWN:
-        console.print(f"[dim]and {len(rows) - SHOWN} more numbers[/dim]")
+        console.print(f"and {len(rows) - SHOWN} more numbers", style="dim")
     for largest in filter(None, map(comparison.largest, ("loss", "grad_norm", "val_loss"))):
         if not largest.equal:
             console.print(f"largest relative difference of {largest.metric}: {largest.relative:.2g} at {largest.step}")

@@ -8,6 +8,7 @@ the job goes on with that very run however often a cluster starts it again.
 import json
 import secrets
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from jobs.tell import tell
 from orchestrator.config import RunConfig, flatten
 from orchestrator.provenance import COMMIT_VARIABLE, provenance
 from orchestrator.reach import reach_tracking
+from workers.data.corpus import STDLIB
 from workers.errors import BY_EXIT_CODE, ClusterError, ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -32,6 +34,11 @@ STOP_WAIT_S = 600
 """How long a job that is asked to stop may take: it finishes its step and saves. Ray would kill it after 3 s."""
 JOB, ADDRESS = "raymuon.job_id", "raymuon.job_address"
 """Tags of a run: its newest job, and where that was submitted."""
+
+
+CONFIG_VARIABLE = "RAYMUON_CONFIG"
+FROM_IMAGE = f'cd "$(mktemp -d)" && printf %s "${CONFIG_VARIABLE}" > {CONFIG} && raymuon '
+"""How a job in an image, which has its own raymuon, comes to its config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,10 @@ class Target:
     calibration: Path | None = None
     """What `raymuon doctor` has measured of the cluster, for the plan."""
 
+    def __post_init__(self) -> None:
+        if self.image and self.pin:
+            raise ConfigError("--pin and --image: an image has its own versions; give one of the two")
+
 
 def submit(config: str, overrides: list[str], target: Target, follow: bool, as_json: bool) -> None:
     """Submit a new run, say where everything is, and follow its log where that is asked for.
@@ -68,10 +79,13 @@ def submit(config: str, overrides: list[str], target: Target, follow: bool, as_j
     jobs = Jobs(target.address, target.allow_open)
     tracking = _tracking(target.tracking_uri or run_config.tracking.uri, run_config)
     run_id = tracking.create(run_config.run.name, flatten(asdict(run_config)), begins=False)
+    job = _new_job(run_id)
     try:
         tracking.keep(run_id, "plan.json", plan)
-        job = _start(jobs, target, run_config, run_id, tracking)
+        _start(jobs, job, target, run_config, run_id, tracking)
     except BaseException:
+        with suppress(ClusterError):
+            jobs.stop(job)  # It may be there, and only the answer lost.
         tracking.discard(run_id)  # No run without a job.
         raise
     _tell(jobs, run_config, run_id, job, tracking, as_json)
@@ -99,7 +113,8 @@ def resume(found: Found, overrides: list[str], target: Target, follow: bool, as_
     tracking = _tracking(found.tracking_uri, run_config)
     if running := [job for job in jobs.of_run(found.run_id) if jobs.info(job)["status"] not in ENDED]:
         raise ConfigError(f"run {found.run_id}: job {running[-1]} leads it; first: raymuon stop {found.run_id}")
-    job = _start(jobs, target, run_config, found.run_id, tracking)
+    job = _new_job(found.run_id)
+    _start(jobs, job, target, run_config, found.run_id, tracking)
     _tell(jobs, run_config, found.run_id, job, tracking, as_json)
     if follow:
         watch(jobs, job, found.run_id)
@@ -118,12 +133,18 @@ def check_places(config: RunConfig) -> None:
         "train.init": config.train.init,
         "tracking.uri": config.tracking.uri.removeprefix("sqlite:///"),
     }
-    if relative := {key: url for key, url in places.items() if url and "://" not in url and not url.startswith("/")}:
+    texts = [part.strip() for part in config.data.source.split(",")]
+    places["data.source"] = next((text for text in texts if text != STDLIB and _relative(text)), "")
+    if relative := {key: url for key, url in places.items() if _relative(url)}:
         told = "\n".join(f"  {key}={url}" for key, url in relative.items())
         raise ConfigError(
             f"a job's working directory goes with the job, and these lie in it:\n{told}\n"
             "name places that all nodes reach: s3://bucket/..., http://server:5000, or an absolute path that they share"
         )
+
+
+def _relative(url: str) -> bool:
+    return bool(url) and "://" not in url and not url.startswith("/")
 
 
 def watch(jobs: Jobs, job: str, run_id: str) -> None:
@@ -173,23 +194,14 @@ def _plan(config: RunConfig, target: Target) -> str:
     return json.dumps(plan.as_dict(), indent=1)
 
 
-def _start(jobs: Jobs, target: Target, config: RunConfig, run_id: str, tracking: "Tracking") -> str:
-    """Submit a job that trains the run, or goes on with it; return the job's id."""
+def _new_job(run_id: str) -> str:
+    return f"raymuon-{run_id[:12]}-{secrets.token_hex(3)}"
+
+
+def _start(jobs: Jobs, job: str, target: Target, config: RunConfig, run_id: str, tracking: "Tracking") -> None:
+    """Submit a job that trains the run, or goes on with it. Last of all, so that no job is there without a record."""
     code, resolved = provenance(), plain_yaml(config)
     tracking.keep(run_id, CONFIG, resolved)
-    job = f"raymuon-{run_id[:12]}-{secrets.token_hex(3)}"
-    variables = {COMMIT_VARIABLE: code.commit, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
-    with working_directory(resolved) as folder:
-        runtime_env: dict[str, Any] = {
-            "working_dir": str(folder),
-            "env_vars": {key: value for key, value in variables.items() if value},
-        }
-        if target.image:
-            runtime_env["image_uri"] = target.image
-        if target.pin:
-            runtime_env["pip"] = {"packages": pins(), "pip_check": False}
-        entrypoint = f"python -m jobs.cli train {CONFIG} --resume {run_id} --address auto"
-        jobs.submit(job, entrypoint, runtime_env, {RUN_ID: run_id, "name": config.run.name})
     tracking.tag(
         run_id,
         {
@@ -200,7 +212,28 @@ def _start(jobs: Jobs, target: Target, config: RunConfig, run_id: str, tracking:
             "raymuon.checkpoint_url": f"{config.checkpoint.url.rstrip('/')}/{run_id}",
         },
     )
-    return job
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    command = f"train {CONFIG} --resume {run_id} --address auto"
+    metadata = {RUN_ID: run_id, "name": config.run.name}
+    if target.image:
+        variables[CONFIG_VARIABLE] = resolved
+        jobs.submit(job, FROM_IMAGE + command, image_env(target.image, variables), metadata)
+        return
+    if code.commit:
+        variables[COMMIT_VARIABLE] = code.commit
+    with working_directory(resolved) as folder:
+        runtime_env: dict[str, Any] = {"working_dir": str(folder), "env_vars": variables}
+        if target.pin:
+            runtime_env["pip"] = {"packages": pins(), "pip_check": False}
+        jobs.submit(job, f"python -m jobs.cli {command}", runtime_env, metadata)
+
+
+def image_env(image: str, variables: dict[str, str]) -> dict[str, Any]:
+    """Return Ray's runtime environment of a job in a container, beside which Ray takes no working directory.
+
+    Not run: it needs nodes with podman.
+    """
+    return {"image_uri": image, "env_vars": variables}
 
 
 def _tracking(uri: str, config: RunConfig) -> "Tracking":

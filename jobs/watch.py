@@ -17,7 +17,7 @@ class TerminalWatcher:
     """Shows step, loss, tokens per second and the time that is left, on stderr."""
 
     def __init__(self, tokens_per_step: int) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, markup=False)  # Errors have brackets of their own.
         self.tokens_per_step = tokens_per_step
         self.last_step = 0
         self.next_line = 0.0
@@ -43,11 +43,11 @@ class TerminalWatcher:
 
     def phase(self, text: str) -> None:
         """Say what the start is doing."""
-        self.console.print(f"[dim]{text} ...[/dim]")
+        self.console.print(f"{text} ...", style="dim")
 
     def warn(self, text: str) -> None:
         """Say what is wrong."""
-        self.console.print(f"[yellow]{text}[/yellow]")
+        self.console.print(text, style="yellow")
 
     def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
         """Show the bar."""
@@ -76,7 +76,7 @@ class TerminalWatcher:
         """Say what happened to the group, and that it goes on."""
         match event:
             case Fault():
-                self.console.print(f"[yellow]step {event.step}: {event.cause}[/yellow]")
+                self.console.print(f"step {event.step}: {event.cause}", style="yellow")
             case Membership() if event.reason != "start":
                 source = event.source.replace("keepers", "the keepers' memory").replace("start", "the start")
                 self.console.print(
@@ -86,9 +86,9 @@ class TerminalWatcher:
             case Recovery() if event.reason != "start":
                 redone = f"{event.steps_redone} step(s) redone" if event.steps_redone else "no step redone"
                 self.console.print(
-                    f"[green]step {event.step}: training again after {event.seconds:.2f} s, {redone}[/green]"
+                    f"step {event.step}: training again after {event.seconds:.2f} s, {redone}", style="green"
                 )
 
     def committed(self, step: int, url: str) -> None:
         """Say that a checkpoint counts."""
-        self.console.print(f"[dim]step {step}: checkpoint[/dim]")
+        self.console.print(f"step {step}: checkpoint", style="dim")

@@ -36,7 +36,7 @@ from orchestrator.policy import (
     newest_snapshot,
     should_grow,
 )
-from orchestrator.pool import Pool, PoolWorker
+from orchestrator.pool import Pool, PoolKeeper, PoolWorker
 from orchestrator.progress import Progress, Recorder
 from orchestrator.saves import Saves
 from orchestrator.stop import StopSignal
@@ -64,7 +64,7 @@ from workers.task import Membership as Place
 INVENTORY_S = 1.0
 """How long a keeper may take to tell what it has; a dead node's never does."""
 COMMIT_S = 600.0
-"""How long to wait for the last checkpoint, as long as its keepers live."""
+"""How long to wait for each next part of the last checkpoint, as long as its keepers live."""
 SLOW_LOOK_S = 5.0
 
 
@@ -120,8 +120,11 @@ class Controller:
         self.outcome = ""
         self.ended_at = progress.step
         self._hung: tuple[str, float] | None = None
+        self._reached = 0
+        """Last step that the generation has finished, be it a new one or one that is redone."""
         self._spare_since: float | None = None
         self._looked_for_slow = 0.0
+        self._heard_of_save = 0.0
 
     def run(self, stop: StopSignal) -> str:
         """Train to the end and return `finished`, or `interrupted` after a stop with a checkpoint.
@@ -145,7 +148,7 @@ class Controller:
             stop.check()
             self._look_after_pool()
             chosen = choose_members(self.pool.candidates, self.members, self.config.scaling)
-            if chosen and (self.generation or not self._more_to_come(len(chosen))):
+            if chosen and (self.generation or not self._more_to_come(len(chosen)) or time.monotonic() > deadline):
                 return [self.pool.workers[number] for number in chosen]
             if stop.requests and self.generation:
                 raise Interrupted(self._kept("interrupted while too few workers were there"))
@@ -179,7 +182,8 @@ class Controller:
             snapshot, self.source, self.restored = None, "storage", manifest.step
         else:
             snapshot, self.source, self.restored = None, "start", 0
-        self.redone = max(0, self.progress.step - self.restored)
+        self.redone = max(0, max(self.progress.step, self.progress.seen) - self.restored)
+        self._reached = self.restored
         if snapshot is not None:
             for keeper in self.pool.keepers.values():
                 keeper.handle.call("drop", snapshot.generation)
@@ -248,9 +252,11 @@ class Controller:
     def _lead(self, group: WorkerGroup, stop: StopSignal) -> None:
         """Listen to a generation until it is over, and find out what comes next."""
         leaving: _Change | None = None
-        stopping = False
+        stopping, keepers = False, self._keepers(group)
         while not group.over and not group.broken:
             stop.check()
+            if not group.ended:  # From then on a checkpoint may be with them that nobody else has.
+                keepers = self._keepers(group)
             reports = group.reports(0.1)
             # Before anything else: what follows may wait for MLflow or storage, and silence meanwhile is our own.
             for suspect in self.watchdog.suspects(self.pool.look()):
@@ -274,7 +280,7 @@ class Controller:
         outcome, self.ended_at = ended.outcome, ended.step
         if outcome == "paused" and not stopping:
             self._after_change(group, leaving or _Change("grow"))
-        elif self._await_commit(group, stop):
+        elif self._await_commit(group, keepers, stop):
             self.outcome = "finished" if outcome == "finished" else "interrupted"
         else:
             self._recover(group, stop)
@@ -288,7 +294,7 @@ class Controller:
         if going:
             return _Change("preemption", f"node {going[0][:8]} goes away in {self.pool.draining[going[0]]:.0f} s")
         spare = [worker for worker in self.pool.free if worker.number not in numbers]
-        if not spare or not self._begun or self.progress.step + 2 >= self.saves.task.last_step:
+        if not spare or not self._begun or self._reached + 2 >= self.saves.task.last_step:
             self._spare_since = None
             return None
         self._spare_since = self._spare_since or time.monotonic()
@@ -299,8 +305,8 @@ class Controller:
 
     @property
     def _begun(self) -> bool:
-        """Tell whether the generation has finished a new step."""
-        return self.change is None
+        """Tell whether the generation has finished a step."""
+        return self._reached > self.restored
 
     @property
     def _too_few_stay(self) -> bool:
@@ -310,25 +316,30 @@ class Controller:
     def _after_change(self, group: WorkerGroup, change: _Change) -> None:
         """All have left at a boundary: the next generation goes on from there."""
         self._spare_since = None
-        change.began = max(ended.time for ended in group.ended.values())
+        # One that is still being recovered from counts from its beginning.
+        change.began = self.change.began if self.change else max(ended.time for ended in group.ended.values())
         self.change = change
         if change.reason == "preemption":
             self._budget("preemption", change.cause, None)
 
-    def _await_commit(self, group: WorkerGroup, stop: StopSignal) -> bool:
-        """Wait for the checkpoint that ends the run; False if a keeper took it with it."""
-        step, deadline = self.ended_at, time.monotonic() + COMMIT_S
-        keepers = {member.node: self.pool.keepers.get(member.node) for member in group.members}
+    def _keepers(self, group: WorkerGroup) -> dict[str, PoolKeeper | None]:
+        """Return who keeps the shards of each node."""
+        return {node: self.pool.keepers.get(node) for node in group.nodes}
+
+    def _await_commit(self, group: WorkerGroup, keepers: dict[str, PoolKeeper | None], stop: StopSignal) -> bool:
+        """Wait for the checkpoint that ends the run; False if one of the keepers took it with it."""
+        step = self.ended_at
+        self._heard_of_save = time.monotonic()
         while self.progress.committed < step:
             if stop.requests > 1:
                 stop.check()
             self._look_after_pool()
-            if (error := self.saves.given_up.get(step)) is not None:
-                raise StorageError(error)
-            if any(self.pool.keepers.get(node) is not keeper for node, keeper in keepers.items()):
+            if self._keepers(group) != keepers:
                 return False
-            if time.monotonic() > deadline:
-                raise StorageError(f"the checkpoint of step {step} was not written within {COMMIT_S:g} s")
+            if (error := self.saves.given_up.get((self.generation, step))) is not None:
+                raise StorageError(error)
+            if time.monotonic() > self._heard_of_save + COMMIT_S:
+                raise StorageError(f"the checkpoint of step {step}: no part of it was written for {COMMIT_S:g} s")
             time.sleep(0.02)
         return True
 
@@ -348,8 +359,6 @@ class Controller:
             if ended.broken:
                 self.pool.lose(group.members[rank].number)
         found = diagnose(group.ended, group.gone, [member.node for member in group.members], found_at)
-        if found.error is not None:
-            raise found.error
         if self._hung is not None:
             found = replace(found, seen="hung", cause=self._hung[0], began=self._hung[1])
             self._hung = None
@@ -366,10 +375,12 @@ class Controller:
                 began=found.began,
             )
         )
+        if found.error is not None:
+            raise found.error
         # A second fault while the first is being recovered from counts from the first.
         since = self.change.began if self.change is not None and self.change.reason != "start" else found.began
         self.change = _Change("fault", found.cause, since)
-        delay = self._budget(found.kind, found.cause, self.progress.step + 1 if in_step else None)
+        delay = self._budget(found.kind, found.cause, self._reached + 1 if in_step else None)
         until = time.monotonic() + delay
         if delay:
             self.recorder.notice(f"trying again in {delay:g} s: {found.cause}")
@@ -416,17 +427,22 @@ class Controller:
 
     def _take(self, report: Report) -> None:
         match report:
-            case StepDone() if report.step > self.progress.step:
-                self._step(report)
+            case StepDone():
+                if report.generation == self.generation:
+                    self._reached = report.step
+                if report.step > self.progress.step:
+                    self._step(report)
             case Validated() if report.step > self.progress.validated:
                 self.progress.validated = report.step
                 self.recorder.report(report)
                 self.saves.take_held()
             case ShardWritten():
+                self._heard_of_save = time.monotonic()
                 self.saves.take(report)
             case SaveFailed():
-                self.saves.failed(report.step, report.error)
+                self.saves.failed(report.generation, report.step, report.error)
             case SaveRetried():
+                self._heard_of_save = time.monotonic()
                 self.recorder.notice(f"step {report.step}: rank {report.rank} writes its shard again: {report.error}")
             case SaveSkipped():
                 self.recorder.notice(f"step {report.step}: no checkpoint; earlier ones are still being written")

@@ -142,7 +142,8 @@ def run(
             pool.rehearsal = task_of(config, inputs.corpus, run_url="", attempt=0, manifest=None)
             _await_slots(pool, cluster, watcher, check)
             watcher.phase(f"starting {min(pool.num_slots, config.scaling.max_workers)} worker(s)")
-            while pool.num_starting:
+            deadline = time.monotonic() + config.scaling.wait_s
+            while pool.num_starting and time.monotonic() < deadline:
                 check()
                 pool.refresh()
                 time.sleep(0.02)
@@ -214,9 +215,15 @@ def lead(
         raise
     except BaseException as error:
         with suppress(StorageError):  # The first error is the one to tell.
+            if not isinstance(error, Interrupted):
+                record.tag("raymuon.error", (str(error).splitlines() or [type(error).__name__])[0][:500])
             record.close("KILLED" if isinstance(error, Interrupted) else "FAILED")
         raise
-    record.close("FINISHED" if result.status == "finished" else "KILLED")
+    try:
+        record.close("FINISHED" if result.status == "finished" else "KILLED")
+    except StorageError as error:
+        saved = f"the training is {result.status} at step {result.steps} and saved, {result.checkpoint}"
+        raise StorageError(f"{saved}; its record in MLflow is not complete, its journal is: {error}") from error
     return result
 
 
@@ -253,10 +260,11 @@ def _attempt(
     last_step = options.stretch.last_step if options.stretch else config.train.steps
     recorder = RunRecorder(config, record, journal, watcher, links, last_step, tally, events)
     progress = Progress(
-        step=max(restored, record.marks["train"]),
+        step=restored,
         tokens=manifest.counters["tokens"] if manifest else 0,
-        validated=record.marks["validation"],
+        validated=min(record.marks["validation"], restored) if manifest else -1,
         committed=restored if manifest else -1,
+        seen=record.marks["train"],
     )
     if manifest:
         recorder.checkpoint = f"{url}@{restored}"
@@ -272,8 +280,12 @@ def _attempt(
         try:
             with stop.during_training():
                 status = controller.run(stop)
-        finally:
+        except FencedError:
+            raise  # The record is another driver's from here on.
+        except BaseException:
             recorder.close(time.time())
+            raise
+        recorder.close(time.time())
     record.flush()
     result = RunResult(
         record.run_id,
@@ -289,8 +301,11 @@ def _attempt(
         changes=[change for change in tally.recoveries if change["reason"] != "start"],
         goodput=tally.goodput(time.time()),
         mttr_s=tally.mean_time_to_recovery(),
-        losses=(record.history("loss"), record.history("val_loss")),
     )
+    try:
+        result.losses = record.history("loss"), record.history("val_loss")
+    except StorageError as error:  # Closing the record will say so; the training is done.
+        watcher.warn(str(error))
     if result.losses[1]:
         result.val_loss = result.losses[1][-1][1]
         if result.losses[1][0][0] == 0:

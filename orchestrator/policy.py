@@ -125,9 +125,9 @@ def diagnose(ended: dict[int, Ended], gone: dict[int, str], nodes: Sequence[str]
     if gone:
         rank, reason = next(iter(gone.items()))
         return Diagnosis("killed", f"rank {rank} on node {nodes[rank][:8]}: {reason}", tuple(gone), found_at)
-    if ended:
-        lost = min(ended.values(), key=lambda end: end.time)
-        return Diagnosis("lost", f"rank {lost.rank}: {lost.error}", (lost.rank,), lost.time)
+    if lost := [end for end in ended.values() if end.outcome == "lost"]:
+        first = min(lost, key=lambda end: end.time)
+        return Diagnosis("lost", f"rank {first.rank}: {first.error}", (first.rank,), first.time)
     return Diagnosis("lost", "the last checkpoint went with its keeper", (), found_at)
 
 
@@ -294,11 +294,15 @@ class Watchdog:
     """Whether a second step was ever finished: from then on it is known how long a phase takes."""
     slowest_s: float = 0.0
     """Longest phase that was finished, first steps left out: they compile and touch new memory."""
+    size: int = 0
+    """Ranks of the generation."""
 
     def begin(self, ranks: Iterable[int], now: float) -> None:
-        """Start the clocks of a generation."""
+        """Start the clocks of a generation; fewer ranks may each take longer, since more of the work is theirs."""
         self.heard = dict.fromkeys(ranks, now)
         self.marks, self.first_step = {}, None
+        self.slowest_s *= max(1.0, self.size / len(self.heard))
+        self.size = len(self.heard)
 
     def observe(self, rank: int, mark: Mark | None, now: float) -> None:
         """Take in the answer to a poll."""
@@ -324,7 +328,7 @@ class Watchdog:
     def suspects(self, now: float) -> list[Suspect]:
         """Return who has to go."""
         silent = [
-            Suspect(rank, f"gave no sign of life for {now - at:.1f} s", now - at)
+            Suspect(rank, f"gave no sign of life for {now - at:.1f} s (recovery.hang_s)", now - at)
             for rank, at in self.heard.items()
             if now - at > self.hang_s
         ]
@@ -342,7 +346,12 @@ class Watchdog:
             busiest = max(guilty, key=lambda rank: (guilty[rank].cpu, rank))
             guilty = {busiest: guilty[busiest]}
         return [
-            Suspect(rank, f"has been in phase {mark.phase} of step {mark.step} for {mark.age_s:.1f} s", mark.age_s)
+            Suspect(
+                rank,
+                f"has been in phase {mark.phase} of step {mark.step} for {mark.age_s:.1f} s without getting on, which "
+                f"recovery.hang_s={self.hang_s:g} allows for {self._limit(mark):.0f} s",
+                mark.age_s,
+            )
             for rank, mark in guilty.items()
         ]
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 from orchestrator.config import ScalingConfig
@@ -33,6 +34,8 @@ USAGE_S = 10.0
 """Between two looks at how busy a node is; MLflow's own interval."""
 STILLBORN = 3
 """Workers of a slot that may die in a row before they are ready."""
+BARREN_S, MOST_BARREN_S = 10.0, 600.0
+"""How long a slot is left empty after that, where training can go on without it; then twice as long each time."""
 
 
 @dataclass(eq=False)
@@ -114,6 +117,8 @@ class Pool:
         self._looked_for_drains = 0.0
         self._next_number = 0
         self._stillborn: dict[str, int] = {}
+        self._barren: dict[str, float] = {}
+        """Slots that are left empty, and until when."""
         self._reports: list[Report] = []
         self._usage: list[NodeUsage] = []
 
@@ -178,7 +183,7 @@ class Pool:
         """Look at everything once: slots, newcomers, keepers, nodes that will go away.
 
         Raises:
-            ClusterError: workers die before they are ready, again and again.
+            ClusterError: workers die before they are ready, again and again, and too few others are there.
         """
         now = time.monotonic()
         if now - self._looked_for_drains > DRAIN_LOOK_S:
@@ -192,7 +197,7 @@ class Pool:
         for node in list(self._orphans):
             self._revive(node, now)
         occupied = {worker.slot for worker in self.workers.values()}
-        for slot in [slot for slot in self.slots if slot not in occupied]:
+        for slot in [slot for slot in self.slots if slot not in occupied and now >= self._barren.get(slot, 0.0)]:
             self._fill(slot)
         for worker in [worker for worker in self.workers.values() if worker.ready is None]:
             self._look_at_newcomer(worker)
@@ -243,8 +248,14 @@ class Pool:
         except Exception as error:
             deaths = self._stillborn[worker.slot] = self._stillborn.get(worker.slot, 0) + 1
             self.lose(worker.number)
-            if deaths >= STILLBORN and self.cluster.alive(worker.node):
-                raise ClusterError(f"workers on node {worker.node[:8]} end before they are ready: {error}") from error
+            if deaths < STILLBORN or not self.cluster.alive(worker.node):
+                return
+            text = f"workers on node {worker.node[:8]} end before they are ready: {error}"
+            if not self.training or len(self.free) < self.scaling.min_workers:
+                raise ClusterError(text) from error
+            pause = min(BARREN_S * 2 ** (deaths - STILLBORN), MOST_BARREN_S)
+            self._barren[worker.slot] = time.monotonic() + pause
+            self.notice(f"{text}; training goes on without them, the next try is in {pause:g} s")
 
     def _look_at_keeper(self, keeper: PoolKeeper, now: float) -> None:
         try:
@@ -270,7 +281,8 @@ class Pool:
 
     def _ask_for_usage(self, keeper: PoolKeeper, now: float) -> None:
         if keeper.measuring is not None and keeper.measuring.done():
-            self._usage.append(NodeUsage(keeper.node, time.time(), keeper.measuring.result()))
+            with suppress(Exception):  # Figures for people; a keeper that is gone fails its poll, too.
+                self._usage.append(NodeUsage(keeper.node, time.time(), keeper.measuring.result()))
             keeper.measuring = None
         if keeper.measuring is None and now - keeper.measured >= USAGE_S:
             keeper.measuring, keeper.measured = keeper.handle.call("usage"), now

@@ -17,6 +17,8 @@ class Progress:
     tokens: int = 0
     validated: int = -1
     committed: int = -1
+    seen: int = 0
+    """Last step that an earlier driver had told of; those after the checkpoint are trained again."""
     world_size: int = 0
 
 

@@ -17,6 +17,8 @@ from workers.reports import Profiled, Report, Sampled, StepDone, Validated
 
 BULKY = ("config", "provenance")
 """Keys of events that stay in the journal alone."""
+LOSSES_KEPT = 10_000
+"""Steps whose losses wait for their checkpoint."""
 HURRY_S = 2.0
 """How long a commit waits for MLflow to take the rows before it: the journal has them."""
 
@@ -76,11 +78,12 @@ class RunRecorder:
         self.first_step_time: float | None = None
         self._artifacts: list[threading.Thread] = []
         self._begun = False
-        self._faults = len(tally.faults)
+        self._faults = sum(event["event"] == Fault.__name__ for event in events)
         self._warned: str | None = None
         self._slow: set[int] = set()
-        self._losses: dict[str, tuple[int, float]] = {}
-        """Name, and the last step and its value."""
+        self._step = 0
+        self._losses: dict[int, dict[str, float]] = {}
+        """By step, until a checkpoint that is as new counts: it comes when its upload is done, steps later."""
 
     def step(self, report: StepDone, world_size: int) -> None:
         """Record a step, once."""
@@ -100,7 +103,8 @@ class RunRecorder:
             "snapshot_seconds": report.snapshot_seconds,
             **report.measured,
         }
-        self._losses["loss"] = report.step, report.loss
+        self._step = report.step
+        self._note_loss(report.step, "loss", report.loss)
         self._row("train", report.step, report.time, values)
         self.watcher.report(report)
         if self.record.failure not in (None, self._warned):
@@ -112,7 +116,7 @@ class RunRecorder:
         match report:
             case Validated():
                 self.val_loss = report.loss
-                self._losses["val_loss"] = report.step, report.loss
+                self._note_loss(report.step, "val_loss", report.loss)
                 self._row("validation", report.step, report.time, {"val_loss": report.loss})
             case Sampled():
                 self.sample = report.text
@@ -122,6 +126,7 @@ class RunRecorder:
 
     def event(self, event: Event) -> None:
         """Journal an event, and show it in MLflow: on the loss's axis, and in the run's description."""
+        self._step = max(self._step, event.step)
         self.journal.add(event.record())
         self.events.append(_slim(event.record()))
         self.record.tag_later(DESCRIPTION, describe(self.config, self.record.run_id, self.links, self.events))
@@ -152,9 +157,8 @@ class RunRecorder:
 
     def usage(self, usage: NodeUsage) -> None:
         """Show how busy a node is, on the loss's axis."""
-        step, _ = self._losses.get("loss", (0, 0.0))
         values = {f"system/{usage.node[:8]}/{name}": value for name, value in usage.values.items()}
-        self.record.note(step, usage.time, values)
+        self.record.note(self._step, usage.time, values)
 
     def keep(self, files: Mapping[str, bytes]) -> None:
         """Make files artifacts of the run."""
@@ -186,7 +190,8 @@ class RunRecorder:
         """
         self.record.hurry(HURRY_S)
         self.journal.ship()
-        return {name: loss for name, (at, loss) in self._losses.items() if at == step}
+        self._losses = {at: losses for at, losses in self._losses.items() if at >= step}
+        return self._losses.get(step, {})
 
     def close(self, now: float) -> None:
         """Put down the rest, and what it all adds up to."""
@@ -198,6 +203,11 @@ class RunRecorder:
         if (mttr := self.tally.mean_time_to_recovery()) is not None:
             self._try(lambda: self.record.tag("raymuon.mttr_seconds", f"{mttr:.2f}"))
         self._try(self.journal.ship)
+
+    def _note_loss(self, step: int, name: str, loss: float) -> None:
+        self._losses.setdefault(step, {})[name] = loss
+        if len(self._losses) > LOSSES_KEPT:
+            del self._losses[min(self._losses)]
 
     def _row(self, series: str, step: int, at: float, values: dict[str, float]) -> None:
         self.record.log(series, step, at, values)

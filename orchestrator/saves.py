@@ -37,8 +37,8 @@ class Saves:
     ) -> None:
         self.config, self.commits, self.task = config, commits, task
         self.progress, self.policy, self.recorder = progress, policy, recorder
-        self.given_up: dict[int, str] = {}
-        """Steps of which a shard could not be written, and why."""
+        self.given_up: dict[tuple[int, int], str] = {}
+        """Generations and their steps of which a shard could not be written, and why."""
         self._held: list[ShardWritten] = []
         """Shards of steps whose rows have not come yet."""
 
@@ -57,7 +57,7 @@ class Saves:
         except FencedError:
             raise
         except StorageError as error:
-            self.failed(report.step, str(error))
+            self.failed(report.generation, report.step, str(error))
             return
         if manifest is not None:
             self.policy.saved()
@@ -71,15 +71,15 @@ class Saves:
         for shard in held:
             self.take(shard)
 
-    def failed(self, step: int, error: str) -> None:
-        """Give the checkpoint of a step up, of which a part could not be written.
+    def failed(self, generation: int, step: int, error: str) -> None:
+        """Give a generation's checkpoint of a step up, of which a part could not be written.
 
         Raises:
             StorageError: storage has refused too often.
         """
-        if step <= self.progress.committed or step in self.given_up:
+        if step <= self.progress.committed or (generation, step) in self.given_up:
             return
-        self.given_up[step] = error
+        self.given_up[generation, step] = error
         self.recorder.event(SaveFailure(time=time.time(), step=self.progress.step, cause=error))
         if (over := self.policy.save_failed(error)) is not None:
             raise over.error

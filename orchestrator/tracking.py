@@ -316,11 +316,10 @@ class RunRecord:
             StorageError: rows could not be written.
         """
         self._end_thread()
-        written = self.flush()
+        if not self.flush():
+            raise StorageError(f"{len(self._rows)} rows could not be written to the MLflow run: {self.failure}")
         with tracking_errors(self.uri):
             self.client.set_terminated(self.run_id, status)
-        if not written:
-            raise StorageError(f"{len(self._rows)} rows could not be written to the MLflow run: {self.failure}")
 
     def _run(self) -> None:
         while not self._closing:

@@ -38,7 +38,7 @@ SECONDS_PER_POINT = 0.03
 KEY_BLOCK = {"cpu": 512, "cuda": 128}
 """Keys of a block of torch's fused attention (`FlashAttentionKernel.cpp`: kvSplitSize), and of FlashAttention 2."""
 POOL_BYTES = 192 * MIB
-"""Over which elements are streamed; two operands of the largest size have room in it."""
+"""Over which elements are streamed, at least."""
 _ATTENTION_HEADS, _ROW = 4, 256
 _Point = tuple[Callable[[], Any], float, float]
 """What is called, its work, and its place on the axis of sizes."""
@@ -332,7 +332,11 @@ def _curves(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
-    pool = random(POOL_BYTES // dtype.itemsize)
+    sizes = [1 << power for power in ((14, 16, 20, 24, 26, 28) if cuda else (14, 16, 18, 20, 22, 24, 26, 28))]
+    sides = (64, 128, 256, 512, 1024, 2048, 4096, 8192) if cuda else (16, 32, 64, 128, 256, 512, 1024)
+    small, large = ((256, 16), (256, 32), (256, 64), (1024, 64)), ((512, 64), (2048, 64), (4096, 128), (8192, 128))
+    heads_of = large if cuda else small
+    pool = random(max(POOL_BYTES // dtype.itemsize, 2 * sides[-1] ** 2))  # The largest product finds its two operands.
 
     def matmul(side: int) -> _Point:
         batch = max(1, 2 * (64 // side) ** 2)  # So many that calling it counts for little.
@@ -382,10 +386,6 @@ def _curves(device: torch.device, dtype: torch.dtype) -> dict[str, Curve]:
         places = torch.randperm(rows, device=device)
         return streamed(lambda flat: flat.view(-1, _ROW)[places], 1, rows * _ROW, nbytes)
 
-    sizes = [1 << power for power in ((14, 16, 20, 24, 26, 28) if cuda else (14, 16, 18, 20, 22, 24, 26, 28))]
-    sides = (64, 128, 256, 512, 1024, 2048, 4096, 8192) if cuda else (16, 32, 64, 128, 256, 512, 1024)
-    small, large = ((256, 16), (256, 32), (256, 64), (1024, 64)), ((512, 64), (2048, 64), (4096, 128), (8192, 128))
-    heads_of = large if cuda else small
     return {
         "matmul": curve(sides, matmul),
         "attention": curve(heads_of, attention),

@@ -1,5 +1,7 @@
 """Settings of what runs in a worker: model, data, training and checkpoints."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,6 +130,16 @@ MODEL_CONFIGS = {"moonlight": MoonlightConfig, "llama": LlamaConfig}
 """By `name`."""
 
 
+_PASSWORD = re.compile(r"https?://[^/]*@|://[^/@]*:[^/]*@")
+
+
+def no_password(**urls: str) -> Iterator[tuple[bool, str]]:
+    """Yield the check that a URL has no password in it: a config goes into MLflow, job info and journals."""
+    for key, url in urls.items():
+        text = f"{key} must have no user or password in it; credentials come from the environment or a role"
+        yield not _PASSWORD.search(url), text
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """The corpus and where its prepared token shards go."""
@@ -146,6 +158,7 @@ class DataConfig:
         require(
             (bool(self.source.strip()), "source must name a file, a glob, a URL or python-stdlib; it is empty"),
             (bool(self.prepared_url.strip()), "prepared_url must name a folder; it is empty"),
+            *no_password(source=self.source, prepared_url=self.prepared_url, ledger=self.ledger),
             (
                 0 < self.held_out_fraction < 1,
                 f"held_out_fraction must be between 0 and 1, not {self.held_out_fraction}",
@@ -182,6 +195,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(
+            *no_password(init=self.init),
             *(
                 (getattr(self, key) >= 1, f"{key} must be 1 or more, not {getattr(self, key)}")
                 for key in ("steps", "global_batch", "micro_batch", "seq_len", "validate_sequences")
@@ -261,6 +275,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         require(
             (bool(self.url.strip()), "url must name a folder; it is empty"),
+            *no_password(url=self.url),
             (self.every >= 0, f"every must be 0 (the last step only) or more, not {self.every}"),
             (self.snapshot_every >= 0, f"snapshot_every must be 0 (automatic) or more, not {self.snapshot_every}"),
             (0 < self.snapshot_share < 1, f"snapshot_share must be between 0 and 1, not {self.snapshot_share}"),
@@ -290,4 +305,5 @@ class StorageConfig:
                 not self.s3_endpoint or self.s3_endpoint.startswith(("http://", "https://")),
                 f"s3_endpoint must start with http:// or https://, not {self.s3_endpoint!r}",
             ),
+            *no_password(s3_endpoint=self.s3_endpoint),
         )

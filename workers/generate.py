@@ -1,5 +1,7 @@
 """Text from a trained byte-level model."""
 
+from collections.abc import Callable
+
 import torch
 
 from workers.models import LanguageModel
@@ -7,7 +9,13 @@ from workers.models import LanguageModel
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel, prompt: str, num_bytes: int, context: int, seed: int, temperature: float = 0.7
+    model: LanguageModel,
+    prompt: str,
+    num_bytes: int,
+    context: int,
+    seed: int,
+    progress: Callable[[], None] = lambda: None,
+    temperature: float = 0.7,
 ) -> str:
     """Return the prompt and up to `num_bytes` bytes after it; a document's end (a zero byte) stops it.
 
@@ -17,6 +25,7 @@ def generate(
         num_bytes: to generate.
         context: tokens that the model looks back on.
         seed: of the sampling.
+        progress: called before each byte.
         temperature: of the softmax.
     """
     device = next(model.parameters()).device
@@ -24,6 +33,7 @@ def generate(
     tokens = list(prompt.encode())
     model.eval()
     for _ in range(num_bytes):
+        progress()
         logits = model(torch.tensor([tokens[-context:]], device=device))[0, -1].float().cpu()
         token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=random))
         if token == 0:

@@ -150,7 +150,10 @@ class Trainer:
         self.snapshots.close()
         train = self.task.train
         if self.engine.rank == 0 and train.sample_prompt and train.sample_bytes and last_step == train.steps:
-            text = generate(self.engine.model, train.sample_prompt, train.sample_bytes, train.seq_len, self.task.seed)
+            progress = lambda: self.controls.mark("validate", last_step)  # noqa: E731
+            text = generate(
+                self.engine.model, train.sample_prompt, train.sample_bytes, train.seq_len, self.task.seed, progress
+            )
             self.controls.report(Sampled, text=text)
         return FINISHED
 
@@ -339,7 +342,6 @@ class Trainer:
         """
         step, train = self.counters.step, self.task.train
         if train.validates(step) and step > self.validated:
-            self.controls.mark("validate", step)
             self._validate()
             self.validated = step
         if self.member.keepers and (save or self._save_is_due(step)) and step > max(0, self.saved):
@@ -371,7 +373,11 @@ class Trainer:
         chunks = [indices[i : i + train.micro_batch] for i in range(0, count, train.micro_batch)]
         mine = [chunks[i] for i in slots_of_rank(len(chunks), engine.world_size, engine.rank)]
         engine.model.eval()
-        total = sum(self._loss(engine.model, split, chunk).item() for chunk in mine)
+        total = 0.0
+        for chunk in mine:
+            self.controls.mark("validate", self.counters.step)
+            total += self._loss(engine.model, split, chunk).item()
+        self.controls.mark("validate", self.counters.step)
         engine.model.train()
         loss = engine.all_reduce(torch.tensor([total], dtype=torch.float64)).item() / (count * train.seq_len)
         if engine.rank == 0:

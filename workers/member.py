@@ -106,6 +106,7 @@ class Member:
         """Become a member of a generation, in a thread of its own; reports tell of the rest."""
         previous, self._generation, self._rank = self._thread, member.generation, member.rank
         self._told = -1
+        self._mark = (member.generation, -1, "join", time.monotonic())  # It may hang before it has begun.
         self._thread = threading.Thread(target=self._train, args=(member, task, previous), name="train", daemon=True)
         self._thread.start()
 
@@ -201,7 +202,8 @@ class Member:
             report(Ended, outcome="lost" if lost else "failed", error=text, broken=_is_broken(error))
         finally:
             self._leave()
-            self._mark = (member.generation, -1, "idle", time.monotonic())
+            if self._generation == member.generation:
+                self._mark = (member.generation, -1, "idle", time.monotonic())
 
     def _leave(self) -> None:
         """Drop the engine and the process group, so that this process can build the next generation's."""

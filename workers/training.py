@@ -1,5 +1,6 @@
 """One generation in one process: join the group, build the engine, take the state, train."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -45,7 +46,8 @@ def train(engine: Engine, task: Task, member: Membership, controls: Controls) ->
     """
     controls.mark("restore", -1)
     try:
-        counters, storage_bytes = take_state(engine, task, member)
+        # A large checkpoint takes its time: every read shows that it gets on.
+        counters, storage_bytes = take_state(engine, task, member, lambda: controls.mark("restore", -1))
     except DamagedError as error:
         controls.report(CheckpointDamaged, step=task.manifest.step if task.manifest else 0, error=str(error))
         raise
@@ -53,13 +55,23 @@ def train(engine: Engine, task: Task, member: Membership, controls: Controls) ->
     return Trainer(task, member, engine, counters, controls).run(), counters.step
 
 
-def take_state(engine: Engine, task: Task, member: Membership) -> tuple[Counters, int]:
+def take_state(
+    engine: Engine, task: Task, member: Membership, progress: Callable[[], None] = lambda: None
+) -> tuple[Counters, int]:
     """Fill the engine from the snapshot, else from the checkpoint, else from the origin, else leave it as it is.
+
+    Args:
+        engine: of this rank.
+        task: what will be trained.
+        member: this process's rank, and the snapshot.
+        progress: called after every read from storage.
 
     Returns:
         Where the run is, and how many bytes were read from storage.
     """
-    checkpoint = CheckpointReader(Store(task.manifest_url or task.run_url), task.manifest) if task.manifest else None
+    checkpoint = None
+    if task.manifest is not None:
+        checkpoint = CheckpointReader(Store(task.manifest_url or task.run_url), task.manifest, progress)
     if (snapshot := member.snapshot) is not None:
         rest = checkpoint if snapshot.saved else None
         reader = SnapshotReader(snapshot, lambda world, rank: shard_map(engine, world, rank), member.links.keeper, rest)
@@ -76,7 +88,7 @@ def take_state(engine: Engine, task: Task, member: Membership) -> tuple[Counters
         load_state(engine, checkpoint, counters)
         return counters, checkpoint.bytes_read
     if task.origin is not None:
-        weights = CheckpointReader(Store(task.origin.run_url), task.origin.manifest)
+        weights = CheckpointReader(Store(task.origin.run_url), task.origin.manifest, progress)
         load_state(engine, WeightsOnly(weights), Counters())
         return Counters(), weights.bytes_read
     return Counters(), 0

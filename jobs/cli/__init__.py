@@ -8,6 +8,7 @@ import sys
 import typer
 
 from jobs.cli import before, bench, checkpoints, runs
+from optim.config import ConfigProblems
 from workers.errors import RaymuonError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -27,7 +28,11 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("raymuon: interrupted\n")
         code = 130
-    except typer.TyperException as error:  # A wrong option or a missing argument.
-        sys.stderr.write(f"raymuon: {error.format_message()}; see raymuon --help\n")
+    except ConfigProblems as error:  # Of a value that an option or the environment has put into a config.
+        sys.stderr.write(f"raymuon: {error}\n")
+        code = 2
+    except typer.TyperException as error:  # A wrong option or a missing argument; empty where the help was shown.
+        if message := error.format_message():
+            sys.stderr.write(f"raymuon: {message}; see raymuon --help\n")
         code = 2
     sys.exit(code)

@@ -76,4 +76,4 @@ def stack(
     """Run Ray with several nodes, MLflow and S3 on this machine until Ctrl-C, without containers."""
     from jobs.stack.local import stack
 
-    stack(folder, nodes, gpus, workers, "demo")
+    stack(folder, nodes, gpus, workers)

@@ -156,7 +156,7 @@ def replay(
     ] = "",
     workers: Annotated[int | None, typer.Option(min=1, help="As many as the run had, where it is not given.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Relative difference of a loss that is borne; ten times that of a norm.")
+        float | None, typer.Option(min=0, help="Relative difference of a loss that is borne; ten times that of a norm.")
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")

@@ -8,9 +8,8 @@ from optim.plan import OrthogonalizePlan
 from orchestrator.config import RunConfig
 from workers.errors import ConfigError
 
-WIRE_BYTES = {"auto": 2, "bf16": 2, "fp32": 4}
-PARAMETER_BYTES = 2
-"""bf16, in which parameters are gathered."""
+BF16 = 2
+"""Bytes of a parameter where no device is named."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,30 @@ def orthogonalization(config: RunConfig, gpus: int) -> OrthogonalizationPlan:
     plan = orthogonalization_of(layout, config.optim)
     if plan is None:
         raise ConfigError(f"optim.name={config.optim.name}: no matrix is orthogonalized")
-    return shared_out(layout, plan, config.optim)
+    return shared_out(layout, plan, config.optim, BF16, wire_bytes(config.optim, "cuda"))
 
 
-def shared_out(layout: Layout, plan: OrthogonalizePlan, optim: OptimConfig) -> OrthogonalizationPlan:
-    """Return the figures of a plan over GPUs."""
-    gpus = len(plan.local)
-    sent, wire = plan.elements_sent(), WIRE_BYTES[optim.wire_dtype]
+def wire_bytes(optim: OptimConfig, kind: str) -> int:
+    """Return the bytes of an element of a straddler on its way to its owner, between devices of a kind."""
+    return {"auto": 2 if kind == "cuda" else 4, "bf16": 2, "fp32": 4}[optim.wire_dtype]
+
+
+def shared_out(
+    layout: Layout, plan: OrthogonalizePlan, optim: OptimConfig, itemsize: int, wire: int
+) -> OrthogonalizationPlan:
+    """Return the figures of a plan over GPUs.
+
+    Args:
+        layout: of the parameters.
+        plan: of the matrices.
+        optim: the optimizer's settings.
+        itemsize: bytes of a weight.
+        wire: bytes of an element of a straddler on its way.
+    """
+    gpus, sent = len(plan.local), plan.elements_sent()
     work = [sum(optim.operations(rows, columns) for rows, columns in plan.matrices(rank)) for rank in range(gpus)]
     partition = next(group.layout.partition for group in layout.groups if group.method == "muon")
-    gathered = PARAMETER_BYTES * partition * (gpus - 1)
+    gathered = itemsize * partition * (gpus - 1)
     return OrthogonalizationPlan(
         gpus=gpus,
         matrices=sum(1 for rank in range(gpus) for _ in plan.matrices(rank)),

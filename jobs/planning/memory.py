@@ -7,11 +7,13 @@ DeepSpeed's code (`runtime/zero/stage_1_and_2.py` of 0.19.8), the activations th
 
 from dataclasses import dataclass
 
+from jobs.planning.matrices import wire_bytes
 from jobs.planning.state import Layout
 from jobs.planning.work import HEAP_BLOCK, MicroBatch
 from optim.config import OptimConfig
 from optim.exchange import BATCH_ELEMENTS
 from optim.plan import OrthogonalizePlan
+from orchestrator.keeper import MAX_SAVING
 from workers.config import TrainConfig
 from workers.snapshots.region import SLOTS
 
@@ -37,7 +39,8 @@ class Memory:
     """What each phase of the run needs beside that, by part."""
     fixed: int
     keeper_bytes_per_node: int
-    """Host memory for the node's own snapshots and its buddy's, both double-buffered."""
+    """Host memory for the node's own snapshots and its buddy's, both double-buffered, and for copies of the node's own
+    on their way to storage."""
 
     @property
     def worst_phase(self) -> str:
@@ -61,6 +64,7 @@ def memory_of(
     train: TrainConfig,
     optim: OptimConfig,
     kind: str,
+    itemsize: int,
     ranks_per_node: int,
 ) -> Memory:
     """Return the memory of the rank that holds most.
@@ -72,9 +76,10 @@ def memory_of(
         train: batch and length.
         optim: the optimizer's settings.
         kind: `cpu` or `cuda`.
+        itemsize: bytes of a weight.
         ranks_per_node: that share a keeper.
     """
-    ranks, itemsize = layout.groups[0].layout.world_size, 2 if kind == "cuda" else 4
+    ranks = layout.groups[0].layout.world_size
     flat = itemsize * layout.partition * ranks
     parameters = itemsize * layout.parameters
     partition = itemsize * layout.partition
@@ -113,15 +118,15 @@ def memory_of(
         changing = sum(parts.values()) if kind == "cuda" else heap
         parts["fragmented"] = int(FRAGMENTED[kind] * changing)
     phases["build"] = build  # In large blocks, before anything is freed.
-    own = ranks_per_node * SLOTS * (layout.state_bytes + 4 * layout.replicated_elements)
-    buddy = own if ranks > ranks_per_node else 0
-    return Memory(state, phases, FIXED_BYTES[kind], own + buddy)
+    snapshot = ranks_per_node * (layout.state_bytes + 4 * layout.replicated_elements)
+    nodes = 2 if ranks > ranks_per_node else 1
+    return Memory(state, phases, FIXED_BYTES[kind], (nodes * SLOTS + MAX_SAVING) * snapshot)
 
 
 def workspace_bytes(plan: OrthogonalizePlan, optim: OptimConfig, kind: str) -> int:
     """Return the memory of Newton-Schulz and of the straddlers' pieces on the rank that needs most."""
     size = 2 if optim.ns_dtype == "bf16" or (optim.ns_dtype == "auto" and kind == "cuda") else 4
-    wire = 2 if optim.wire_dtype == "bf16" or (optim.wire_dtype == "auto" and kind == "cuda") else 4
+    wire = wire_bytes(optim, kind)
 
     def of_batch(count: int, rows: int, columns: int) -> int:
         # Two of the batch's size and four squares (`optim/newton_schulz.py`).

@@ -12,12 +12,12 @@ import torch
 
 from jobs.planning.devices import NETWORK_GBIT, calibration_of
 from jobs.planning.goodput import UPLOAD_BYTES_PER_S, Goodput, failures_of, goodput
-from jobs.planning.matrices import OrthogonalizationPlan, shared_out
+from jobs.planning.matrices import OrthogonalizationPlan, shared_out, wire_bytes
 from jobs.planning.memory import PROCESS_BYTES, Memory, memory_of
 from jobs.planning.state import layout_of, orthogonalization_of
 from jobs.planning.timing import StepTime, step_time
 from jobs.planning.traffic import boundary_bytes, snapshot_bytes, traffic_of
-from jobs.planning.work import micro_batch_of
+from jobs.planning.work import MicroBatch, micro_batch_of
 from orchestrator.config import RunConfig
 from workers.calibrate import Calibration
 from workers.errors import ConfigError
@@ -162,18 +162,24 @@ def plan_run(
     Raises:
         ConfigError: the device is unknown.
     """
+    per_step = config.train.global_batch * config.train.seq_len
+    tokens = tokens or config.train.steps * per_step
+    config = replace(config, train=replace(config.train, steps=-(-tokens // per_step)))
     train, optim, device = config.train, config.optim, machines.device()
-    cuda, itemsize = device.kind == "cuda", 2 if device.kind == "cuda" else 4
+    itemsize = _weight_bytes(config, device.kind)
+    if itemsize != {"bf16": 2, "fp32": 4}[device.precision]:
+        raise ConfigError(
+            f"train.precision={train.precision}: the figures of {device.device} are of {device.precision} products; "
+            "plan with train.precision=auto, or with a calibration of such a device"
+        )
     layout = layout_of(config.model, optim, train.seq_len, machines.gpus)
     matrices = orthogonalization_of(layout, optim)
     memory = _memory(config, machines, device)
-    wire = {"auto": itemsize, "bf16": 2, "fp32": 4}[optim.wire_dtype]
+    wire = wire_bytes(optim, device.kind)
     sent = traffic_of(layout, matrices, itemsize, wire)
-    micro = _micro_batch(config, cuda, watched=optim.qk_clip > 0)
+    micro = _micro_batch(config, device.kind, watched=optim.qk_clip > 0)
     time = step_time(layout, matrices, micro, sent, train, optim, config.checkpoint, device)
 
-    per_step = train.global_batch * train.seq_len
-    tokens = tokens or train.steps * per_step
     speed = per_step / time.total
     expected = None
     ranks_per_node = min(machines.gpus, machines.gpus_per_node)
@@ -206,7 +212,7 @@ def plan_run(
         sent=sent,
         boundary_bytes=boundary_bytes(layout),
         snapshot_bytes=snapshot_bytes(layout, ranks_per_node)[0],
-        matrices=shared_out(layout, matrices, optim) if matrices else None,
+        matrices=shared_out(layout, matrices, optim, itemsize, wire) if matrices else None,
         time=time,
         tokens_per_second=speed,
         mfu=layout.flops_per_token * speed / machines.gpus / peak,
@@ -231,7 +237,7 @@ def require_fit_here(config: RunConfig, world_size: int) -> None:
     device = Calibration(
         device=name,
         kind="cuda" if cuda else "cpu",
-        precision="bf16" if cuda else "fp32",
+        precision="",
         memory_bytes=room,
         seconds_per_op=0.0,  # Nothing is timed.
         curves={},
@@ -253,26 +259,31 @@ def _require_fit(config: RunConfig, machines: Machines, device: Calibration, mem
     found = list(what_would_fit(config, machines))
     lines += [f"  would fit: {text}" for text in found]
     if not found:
+        many = "the number of GPUs or their type" if device.kind == "cuda" else "the number of workers"
         lines.append(
-            "  nothing that only changes train.micro_batch, the number of GPUs or their type would fit; "
-            "make the model or train.seq_len smaller"
+            f"  nothing that only changes train.micro_batch, {many} would fit; make the model or train.seq_len smaller"
         )
     raise ConfigError("\n".join(lines))
 
 
-def _micro_batch(config: RunConfig, cuda: bool, watched: bool) -> Any:
-    dtype = torch.bfloat16 if cuda else torch.float32
-    return micro_batch_of(config.model, config.train.micro_batch, config.train.seq_len, dtype, cuda, watched)
+def _weight_bytes(config: RunConfig, kind: str) -> int:
+    """Return the bytes of a weight, as the engine chooses them."""
+    return {"auto": 2 if kind == "cuda" else 4, "bf16": 2, "fp32": 4}[config.train.precision]
+
+
+def _micro_batch(config: RunConfig, kind: str, watched: bool) -> MicroBatch:
+    dtype = torch.bfloat16 if _weight_bytes(config, kind) == 2 else torch.float32
+    return micro_batch_of(config.model, config.train.micro_batch, config.train.seq_len, dtype, kind == "cuda", watched)
 
 
 def _memory(config: RunConfig, machines: Machines, device: Calibration) -> Memory:
     """Return the memory alone; on a CPU a step that is measured writes all attention scores."""
     layout = layout_of(config.model, config.optim, config.train.seq_len, machines.gpus)
-    cuda, plan = device.kind == "cuda", orthogonalization_of(layout, config.optim)
-    watched = not cuda and bool(config.telemetry.every or config.optim.qk_clip)
-    micro = _micro_batch(config, cuda, watched)
+    plan = orthogonalization_of(layout, config.optim)
+    watched = device.kind == "cpu" and bool(config.telemetry.every or config.optim.qk_clip)
+    micro, itemsize = _micro_batch(config, device.kind, watched), _weight_bytes(config, device.kind)
     ranks_per_node = min(machines.gpus, machines.gpus_per_node)
-    return memory_of(layout, plan, micro, config.train, config.optim, device.kind, ranks_per_node)
+    return memory_of(layout, plan, micro, config.train, config.optim, device.kind, itemsize, ranks_per_node)
 
 
 def _needed(memory: Memory, machines: Machines, device: Calibration) -> int:
@@ -295,8 +306,15 @@ def what_would_fit(config: RunConfig, machines: Machines) -> Iterator[str]:
         if train.global_batch % size == 0:
             smaller = replace(config, train=replace(train, micro_batch=size))
             if needs(smaller, machines.gpus) <= device.memory_bytes:
-                yield f"train.micro_batch={size} instead of {train.micro_batch}, on as many GPUs"
+                yield f"train.micro_batch={size} instead of {train.micro_batch}, with as many ranks"
                 break
+    if device.kind == "cpu":  # Its ranks share one memory: fewer of them need less.
+        ranks = machines.gpus // 2
+        while ranks and needs(config, ranks) > device.memory_bytes:
+            ranks //= 2
+        if ranks:
+            yield f"{ranks} worker(s)"
+        return
     variants = [(config, "")] if train.micro_batch == 1 else [(config, ""), (least, " with train.micro_batch=1")]
     for changed, note in variants:
         # What does not shrink with the number of GPUs is what the largest number still needs.

@@ -27,6 +27,7 @@ from jobs.stack.mlflow_server import ADMIN, mlflow_server
 from jobs.stack.seaweed import BUCKET, free_port, free_port_pair, seaweedfs
 from orchestrator.stop import StopSignal
 from workers.errors import ClusterError, ConfigError
+from workers.storage import storage_errors
 
 ENVIRONMENT = "env.sh"
 """The file that gives a shell all that it needs; when it is there, the stack is up."""
@@ -75,11 +76,11 @@ def local_stack(folder: Path, nodes: int, gpus: int, workers: int) -> Iterator[S
         ClusterError: Ray does not come up.
         StorageError: the store or MLflow does not.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    drawn, ports = _secrets(folder / "secrets.json"), _ports(folder / "ports.json")
+    with storage_errors(str(folder)):
+        (folder / "s3").mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        drawn, ports = _secrets(folder / "secrets.json"), _ports(folder / "ports.json")
     with ExitStack() as exits:
-        (folder / "s3").mkdir(exist_ok=True)
         endpoint = exits.enter_context(seaweedfs(folder / "s3", drawn["s3_key"], drawn["s3_secret"], ports["s3"]))
         keys = {
             "AWS_ACCESS_KEY_ID": drawn["s3_key"],
@@ -111,21 +112,18 @@ def local_stack(folder: Path, nodes: int, gpus: int, workers: int) -> Iterator[S
         stack = Stack(dashboard, ray_address, uri, endpoint, environment)
         shell = folder / ENVIRONMENT
         exits.callback(shell.unlink, missing_ok=True)
-        unfinished = shell.with_suffix(".new")
-        unfinished.touch(0o600)
-        unfinished.write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in environment.items()))
-        unfinished.replace(shell)  # Whoever waits for the file finds it whole.
+        _write(shell, "".join(f"export {key}={shlex.quote(value)}\n" for key, value in environment.items()))
         yield stack
 
 
-def stack(folder: str, nodes: int, gpus: int, workers: int, config: str) -> None:
+def stack(folder: str, nodes: int, gpus: int, workers: int) -> None:
     """Run a stack until Ctrl-C or SIGTERM, and say how to use it."""
     from rich.console import Console
 
     console, stop = Console(stderr=True, highlight=False), StopSignal()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.request())
-    console.print(f"[dim]starting S3, MLflow and Ray with {nodes} node(s) ...[/dim]")
+    console.print(f"starting S3, MLflow and Ray with {nodes} node(s) ...", style="dim")
     with local_stack(Path(folder).resolve(), nodes, gpus, workers) as up:
         for name in (signal.SIGINT, signal.SIGTERM):  # Ray has put handlers of its own in their place.
             signal.signal(name, lambda *_: stop.request())
@@ -134,19 +132,18 @@ def stack(folder: str, nodes: int, gpus: int, workers: int, config: str) -> None
         console.print(f"S3             {up.s3_endpoint}, bucket {BUCKET}")
         console.print("\nIn another terminal:")
         console.print(f"  source {shlex.quote(str(Path(folder) / ENVIRONMENT))}", soft_wrap=True)
-        console.print(f"  raymuon submit {config} {' '.join(up.overrides)} --follow", soft_wrap=True)
+        console.print(f"  raymuon submit demo {' '.join(up.overrides)} --follow", soft_wrap=True)
         console.print("\nCtrl-C ends it; what it holds is kept.")
         while not stop.requests:
             time.sleep(0.2)
-        console.print("[dim]ending ...[/dim]")
+        console.print("ending ...", style="dim")
 
 
 def _secrets(path: Path) -> dict[str, str]:
     """Return the folder's secrets; draw them where there are none."""
     if not path.exists():
         names = ("s3_key", "s3_secret", "mlflow_password", "ray_token")
-        path.touch(0o600)
-        path.write_text(json.dumps({name: secrets.token_hex(24) for name in names}))
+        _write(path, json.dumps({name: secrets.token_hex(24) for name in names}))
     return json.loads(path.read_text())
 
 
@@ -157,8 +154,16 @@ def _ports(path: Path) -> dict[str, int]:
         "s3": _if_free(known.get("s3")) or free_port_pair(),
         "mlflow": _if_free(known.get("mlflow")) or free_port(),
     }
-    path.write_text(json.dumps(ports))
+    _write(path, json.dumps(ports))
     return ports
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that only its owner may read; whoever looks finds it whole or not at all."""
+    unfinished = path.with_suffix(".new")
+    unfinished.touch(0o600)
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def _if_free(port: int | None) -> int | None:

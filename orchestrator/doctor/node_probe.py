@@ -137,20 +137,20 @@ class NodeProbe:
         """Return the marks that can be read here, or why nothing can."""
         store = Store(url).child(folder)
         try:
-            return [name for name in store.names("") if store.read(name).decode() == name]
+            return [name for name in store.names("") if store.read(name) == name.encode()]
         except StorageError as error:
             return str(error).replace(f"/{folder}", "")
 
     def tidy(self, urls: list[str], folder: str) -> None:
         """Remove the folder from all the stores, and the parents that were made for it."""
         for url in urls:
-            store = Store(url).child(folder)
-            with suppress(StorageError):
+            with suppress(RaymuonError):  # What is wrong with the URL was told when it was used.
+                store = Store(url).child(folder)
                 for name in store.files(""):
                     store.remove(name)
-            if isinstance(store.fs, LocalFileSystem):
-                with suppress(OSError):
-                    Path(store.path()).rmdir()
+                if isinstance(store.fs, LocalFileSystem):
+                    with suppress(OSError):
+                        Path(store.path()).rmdir()
         for place in sorted(self._made, key=lambda place: len(place.parts), reverse=True):
             with suppress(OSError):  # Something is in it by now.
                 place.rmdir()

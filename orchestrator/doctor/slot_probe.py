@@ -13,7 +13,7 @@ from workers.member import Member
 from workers.snapshots.region import RegionSize
 
 if TYPE_CHECKING:
-    from workers.calibrate import Calibration, Collective
+    from workers.calibrate import Collective
 
 ROUNDS = 20
 """Of a large product; the best counts, as anything else on the machine only slows it."""
@@ -26,7 +26,6 @@ class SlotProbe(Member):
         if not ray.get_gpu_ids():  # As in workers/actor.py.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         super().__init__(ray.util.get_node_ip_address())
-        self._calibration: Calibration | None = None
         self._collectives: tuple[Collective, ...] = ()
 
     def measure(self, node: str) -> SlotSeen:
@@ -97,21 +96,20 @@ class SlotProbe(Member):
         replicated = sum(buffer.numel() for buffer in built.buffers())
         return RegionSize(-(-4 * floats // world_size), 4 * replicated).slot
 
-    def calibrate(self) -> None:
-        """Measure the device as `raymuon plan` wants it; all slots of a machine at the same time."""
+    def calibrate(self) -> str:
+        """Measure the device as `raymuon plan` wants it; all slots of a machine at the same time.
+
+        Returns:
+            The calibration as text: the driver has no torch to read it with.
+        """
         from workers.calibrate import measure_device
         from workers.engine import default_device
 
-        self._calibration = measure_device(default_device())
-
-    def calibration(self) -> str:
-        """Return this slot's calibration as text: the driver has no torch to read it with."""
-        assert self._calibration is not None
-        return self._calibration.with_collectives(self._collectives).to_json()
+        return measure_device(default_device()).with_collectives(self._collectives).to_json()
 
     def calibration_of(self, texts: list[str]) -> str:
-        """Return the median of the calibrations of like slots."""
+        """Return the median of the calibrations that are of the first one's device."""
         from workers.calibrate import Calibration
 
         first, *others = map(Calibration.from_json, texts)
-        return first.with_speed_of(others).to_json()
+        return first.with_speed_of([one for one in others if one.device == first.device]).to_json()

@@ -163,14 +163,24 @@ class Slots:
                     found.append(_unlinked(couple, link))
         return found + checks.check_links(group, pairs)
 
-    def calibrate(self) -> str:
-        """Return the text of a calibration file: the median of the slots that are like the first; empty without one."""
-        if not self.seen:
-            return ""
-        self._all("calibrate", MEASURE_S, lambda one: ())
-        texts = [text for _, text in self._all("calibration", MEASURE_S, lambda one: ()) if isinstance(text, str)]
+    def calibrate(self) -> tuple[str, list[Finding]]:
+        """Return a calibration file's text, of the slots that are like the first, and what could not be calibrated."""
+        texts, found = [], []
+        for one, answer in self._all("calibrate", MEASURE_S, lambda one: ()):
+            if isinstance(answer, str):
+                texts.append(answer)
+            else:
+                seen = f"it could not be calibrated: {told(answer)}"
+                mend = "look at the device (nvidia-smi) and at Ray's logs there"
+                found.append(Finding("matrix products", one.node, "failure", seen, mend))
+        if not texts:
+            return "", found
         answer = ask({"": self.probes[0].probe.call("calibration_of", texts)}, MEASURE_S, self.stop)[""]
-        return answer if isinstance(answer, str) else ""
+        if not isinstance(answer, str):
+            seen = f"the calibrations could not be put together: {told(answer)}"
+            found.append(Finding("matrix products", CLUSTER, "failure", seen, "look at Ray's logs"))
+            return "", found
+        return answer, found
 
     def on_nodes(self) -> Counter[str]:
         """Return how many slots each node has."""

@@ -42,6 +42,8 @@ def test_steps_that_are_not_on_record_are_named():
         attempt_of(rows([5.0, 4.0]), 1, 9)
     with pytest.raises(ConfigError, match="step 1 is not on record; no step is"):
         attempt_of(Record(), 1, 1)
+    with pytest.raises(ConfigError, match="step 2 is not on record: its driver was lost"):
+        attempt_of(read_record([started(1), row(1, 5.0), started(2), row(3, 4.0)]), 1, 3)
     bare = read_record([{"event": "DriverStarted", "attempt": 1}, row(1, 5.0)])
     with pytest.raises(ConfigError, match="did not record its config"):
         attempt_of(bare, 1, 1)

@@ -193,7 +193,7 @@ def test_silence_is_found():
     dog = watchdog(("reduce", 5), ("reduce", 5))
     dog.observe(0, mark("reduce", 5, 8.1), 18.1)
     (suspect,) = dog.suspects(18.1)
-    assert suspect.rank == 1 and suspect.reason == "gave no sign of life for 8.1 s"
+    assert suspect.rank == 1 and suspect.reason == "gave no sign of life for 8.1 s (recovery.hang_s)"
 
 
 def test_of_those_that_stand_still_the_one_that_came_the_least_far_is_guilty():
@@ -202,7 +202,9 @@ def test_of_those_that_stand_still_the_one_that_came_the_least_far_is_guilty():
     for rank, phase in enumerate(("reduce", "compute", "reduce")):
         dog.observe(rank, mark(phase, 5, 8.5), 18.5)
     (suspect,) = dog.suspects(18.5)
-    assert suspect.rank == 1 and suspect.reason == "has been in phase compute of step 5 for 8.5 s"
+    assert suspect.rank == 1 and suspect.reason == (
+        "has been in phase compute of step 5 for 8.5 s without getting on, which recovery.hang_s=8 allows for 8 s"
+    )
 
 
 def test_where_all_are_in_the_same_phase_the_one_that_computes_is_guilty():

@@ -6,7 +6,7 @@ import secrets
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -111,10 +111,15 @@ class CheckpointReader:
     """Reads intervals of tensors out of a checkpoint's shards: of each file only the chunks in which they lie.
 
     Every chunk is verified by its hash before anything of it is used.
+
+    Args:
+        store: where the run is.
+        manifest: of the checkpoint.
+        progress: called after every read, in whatever thread made it.
     """
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
-        self.store, self.manifest = store, manifest
+    def __init__(self, store: Store, manifest: Manifest, progress: Callable[[], None] = lambda: None) -> None:
+        self.store, self.manifest, self.progress = store, manifest, progress
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._recent: OrderedDict[tuple[str, int], bytes] = OrderedDict()
@@ -210,6 +215,7 @@ class CheckpointReader:
                 self._recent[shard.path, number] = data[begin : begin + CHUNK]
             while len(self._recent) > RECENT:
                 self._recent.popitem(last=False)
+        self.progress()
         return data
 
 
