@@ -98,7 +98,7 @@ def replay(request: Request, as_json: bool) -> None:
     stop, replayed = StopSignal(), Record()
 
     def comparison() -> Comparison:
-        return compare(record, replayed, _tolerance(request, config, record, replayed, begin))
+        return compare(record, replayed, tolerance_for(request, config, record, replayed, begin))
 
     def keep(result: RunResult, run_record: "RunRecord") -> None:
         if result.status == "finished":
@@ -206,7 +206,7 @@ def _workers(config: RunConfig) -> str:
     return f"{count} worker{'s' if count > 1 else ''}"
 
 
-def _tolerance(request: Request, config: RunConfig, record: Record, replayed: Record, begin: int) -> float:
+def tolerance_for(request: Request, config: RunConfig, record: Record, replayed: Record, begin: int) -> float:
     """Return the tolerance that was asked for, or the one for what is known of the hardware on both sides."""
     if request.tolerance is not None:
         return request.tolerance

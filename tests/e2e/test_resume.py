@@ -10,8 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.journal import read_journal
 from tests.e2e.conftest import Place
 from tests.ledger import ledger
+from workers.storage import Store
 
 STEPS, EVERY = 120, 20
 
@@ -81,6 +83,10 @@ def test_killed_and_started_again_is_bitwise_the_same(store, uninterrupted, plac
     assert steps == list(range(1, STEPS + 1)), "the MLflow run holds each step once"
     assert place.history(result["run_id"], "loss") == reference.history(expected["run_id"], "loss")
     assert place.history(result["run_id"], "val_loss") == reference.history(expected["run_id"], "val_loss")
+    if store == "folder":
+        journal = read_journal(Store(result["checkpoint"].rpartition("@")[0]), pytest.fail)
+        told = {line["step"] for line in journal if line.get("series") == "train"}
+        assert told == set(range(1, STEPS + 1)), "so does the journal, though one driver never put its last steps down"
     listed = place.checkpoints("ls", result["checkpoint"].rpartition("@")[0], *endpoint)
     assert [row["step"] for row in listed][-1] == STEPS and {row["attempt"] for row in listed} == {1, 2}
 

@@ -95,3 +95,22 @@ def test_a_missing_config_and_a_wrong_override():
 def test_a_password_in_the_tracking_uri_is_refused():
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
         load("demo", ["tracking.uri=http://me:secret@host:5000"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.source=python-stdlib,https://token@host/corpus.txt",
+        "checkpoint.url=sftp://me:secret@host/runs",
+        "storage.s3_endpoint=http://key:secret@host:9000",
+        "train.init=https://me:secret@host/runs",
+    ],
+)
+def test_a_password_in_any_url_is_refused_and_not_repeated(override):
+    with pytest.raises(ConfigError, match="must have no user or password in it") as refusal:
+        load("demo", [override])
+    assert "secret" not in str(refusal.value) and "token@" not in str(refusal.value)
+
+
+def test_a_user_without_a_password_is_no_secret():
+    load("demo", ["checkpoint.url=abfs://container@account.dfs.core.windows.net/runs", "train.init=s3://bucket/a@5"])

@@ -336,3 +336,23 @@ def test_a_poisoned_step_ends_the_run_with_its_cause(tmp_path):
     with lead, pytest.raises(TrainingError, match="step 11 is poison: it has ended the group 3 times.*a test broke"):
         lead.wait()
     assert lead.notes.rows[-1].step == 10
+
+
+class _BarrenNode(ProcessCluster):
+    """Workers on node `b` die before they are ready."""
+
+    def start_worker(self, slot):
+        handle = super().start_worker(slot)
+        if self.node_of(slot) == "b":
+            handle.kill()
+        return handle
+
+
+def test_a_node_on_which_no_worker_lives_does_not_end_a_healthy_run(tmp_path):
+    config = config_of(tmp_path, scaling={"min_workers": 2, "max_workers": 3}, train={"steps": 80})
+    lead = Lead(config, _BarrenNode({"a": 2}, FaultyMember), tmp_path)
+    lead.notes.on_step = lambda step: lead.cluster.nodes.update(b=1) if step == 8 else None
+    with lead:
+        notes = lead.wait()
+    assert lead.outcome == "finished" and notes.faults == []
+    assert [text for text in notes.notices if "training goes on without them, the next try is in 10 s" in text]

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from orchestrator.config import TrackingConfig
+from orchestrator.events import Tally
+from orchestrator.journal import Journal
 from orchestrator.preflight import find_run, identity, run_store
+from orchestrator.provenance import provenance
+from orchestrator.recorder import RunRecorder, Watcher
+from orchestrator.report import Links
 from orchestrator.run_log import RunLog
 from orchestrator.tracking import RunRecord, Tracking
 from tests.leading import config_of
@@ -16,6 +21,8 @@ from workers.checkpoint.shards import write_shard
 from workers.config import CheckpointConfig
 from workers.data.corpus import prepare
 from workers.errors import ConfigError
+from workers.reports import StepDone, Validated
+from workers.storage import Store
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +52,26 @@ def test_each_step_is_logged_once_over_drivers(tracking):
     history = tracking.client.get_metric_history(run_id, "loss")
     assert {m.step: m.timestamp for m in history}[3] == 1003_000, "the time at which the step happened"
     assert tracking.client.get_run(run_id).info.status == "FINISHED"
+
+
+class _Nobody(Watcher):
+    pass
+
+
+def test_a_checkpoint_has_the_losses_of_its_own_step_however_late_it_counts(tracking, tmp_path):
+    run_id = tracking.create("late", {})
+    record, journal = RunRecord(tracking, run_id), Journal(Store(str(tmp_path)), 1)
+    links = Links(str(tmp_path), 10, provenance(), "", "")
+    recorder = RunRecorder(config_of(tmp_path), record, journal, _Nobody(), links, 10, Tally(0.0), [])
+    for step in range(1, 8):
+        at = {"generation": 1, "rank": 0, "time": float(step), "step": step, "loss": 10.0 - step}
+        rest = dict.fromkeys(("seconds", "lr", "grad_norm", "expert_imbalance", "snapshot_seconds"), 1.0)
+        recorder.step(StepDone(**at, **rest, tokens=step, skipped=0, snapshot_every=1), 1)
+        if step == 3:
+            recorder.report(Validated(**{**at, "loss": 7.5}))
+    assert recorder.before_commit(3) == {"loss": 7.0, "val_loss": 7.5}, "the upload took four steps"
+    assert recorder.before_commit(6) == {"loss": 4.0}
+    record.close("FINISHED")
 
 
 def test_more_rows_than_one_batch_takes(tracking):
