@@ -418,6 +418,8 @@ class Controller:
         self.lease.check()
         self.pool.refresh()
         self._take_all(self.pool.take_reports())
+        for _ in range(self.pool.take_lost_keepers()):
+            self.saves.keeper_lost()
         for usage in self.pool.take_usage():
             self.recorder.usage(usage)
 
@@ -445,6 +447,7 @@ class Controller:
                 self._heard_of_save = time.monotonic()
                 self.recorder.notice(f"step {report.step}: rank {report.rank} writes its shard again: {report.error}")
             case SaveSkipped():
+                self.saves.skipped(report.step)
                 self.recorder.notice(f"step {report.step}: no checkpoint; earlier ones are still being written")
             case CheckpointDamaged():
                 self.saves.fall_back(report)
@@ -482,6 +485,7 @@ class Controller:
                 self.tally.recovered(recovery)
                 self._event(recovery)
         self.recorder.step(report, self.progress.world_size)
+        self.saves.begun(report.step)
         self.saves.take_held()
 
     def _event(self, event: Event) -> None:

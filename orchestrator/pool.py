@@ -120,6 +120,7 @@ class Pool:
         self._barren: dict[str, float] = {}
         """Slots that are left empty, and until when."""
         self._reports: list[Report] = []
+        self._lost_keepers = 0
         self._usage: list[NodeUsage] = []
 
     def __enter__(self) -> "Pool":
@@ -171,6 +172,11 @@ class Pool:
         """Return what the keepers have told since the last call."""
         reports, self._reports = self._reports, []
         return reports
+
+    def take_lost_keepers(self) -> int:
+        """Return how many keepers were lost since the last call that may have had something."""
+        lost, self._lost_keepers = self._lost_keepers, 0
+        return lost
 
     def take_usage(self) -> list["NodeUsage"]:
         """Return how busy the nodes were, as their keepers have told since the last call."""
@@ -232,6 +238,7 @@ class Pool:
         """Forget a dead node, and ask for other slots in place of its own."""
         self._orphans.pop(node, None)
         if (keeper := self.keepers.pop(node, None)) is not None:
+            self._lost_keepers += 1
             keeper.handle.kill()
         for worker in [worker for worker in self.workers.values() if worker.node == node]:
             self.lose(worker.number)
@@ -309,6 +316,7 @@ class Pool:
         if self.keepers.get(keeper.node) is not keeper:
             return
         if keeper.address is not None:
+            self._lost_keepers += 1
             self.notice(f"the keeper of node {keeper.node[:8]} is gone ({reason})")
         # A keeper that died alone comes back at once; on a dead node that the cluster still takes for alive, whatever
         # is started fails, and is tried again now and then.

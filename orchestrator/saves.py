@@ -13,6 +13,8 @@ from workers.errors import DamagedError, StorageError
 from workers.reports import CheckpointDamaged, ShardWritten
 from workers.task import Task
 
+WITH_KEEPER = "a part of it went with its keeper"
+
 
 class Saves:
     """Takes shards in, and keeps the task's manifest at the newest checkpoint.
@@ -41,6 +43,29 @@ class Saves:
         """Generations and their steps of which a shard could not be written, and why."""
         self._held: list[ShardWritten] = []
         """Shards of steps whose rows have not come yet."""
+        self._due: set[int] = set()
+        """Steps whose checkpoints are on their way."""
+        self._doubtful: set[int] = set()
+        """Those of them that were on their way when a keeper was lost, perhaps with a part that nobody else had."""
+
+    def begun(self, step: int) -> None:
+        """Note that a step is finished, with which a checkpoint may begin."""
+        if (every := self.config.checkpoint.every) and step % every == 0:
+            self._due.add(step)
+
+    def skipped(self, step: int) -> None:
+        """Note that a checkpoint was left out."""
+        self._due.discard(step)
+
+    def keeper_lost(self) -> None:
+        """Note that a keeper is gone; what was in doubt before, and does not count by now, has gone with the last one.
+
+        Raises:
+            StorageError: that has happened too often.
+        """
+        lost, self._doubtful = self._doubtful & self._due, set(self._due)
+        for step in sorted(lost):
+            self._give_up(step, WITH_KEEPER)
 
     def take(self, report: ShardWritten) -> None:
         """Take a shard in once all that belongs to its step is on record; commit with the last one.
@@ -60,6 +85,9 @@ class Saves:
             self.failed(report.generation, report.step, str(error))
             return
         if manifest is not None:
+            for step in sorted(step for step in self._doubtful & self._due if step < manifest.step):
+                self._give_up(step, WITH_KEEPER, counts=False)  # This one ends the row.
+            self._due = {step for step in self._due if step > manifest.step}
             self.policy.saved()
             self.progress.committed = manifest.step
             self.task = replace(self.task, manifest=manifest, manifest_url="")
@@ -80,8 +108,12 @@ class Saves:
         if step <= self.progress.committed or (generation, step) in self.given_up:
             return
         self.given_up[generation, step] = error
+        self._give_up(step, error)
+
+    def _give_up(self, step: int, error: str, counts: bool = True) -> None:
+        self._due.discard(step)
         self.recorder.event(SaveFailure(time=time.time(), step=self.progress.step, cause=error))
-        if (over := self.policy.save_failed(error)) is not None:
+        if counts and (over := self.policy.save_failed(error)) is not None:
             raise over.error
         self.recorder.notice(f"step {step}: the checkpoint could not be written ({error})")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from optim.config import OptimConfig
-from orchestrator.events import Fallback
+from orchestrator.events import Fallback, SaveFailure
 from orchestrator.lease import await_free
 from orchestrator.retention import Janitor
 from orchestrator.run_log import FencedError, RunLog
@@ -130,6 +130,22 @@ def test_where_storage_is_slower_than_checkpoints_come_some_are_left_out(tmp_pat
     left_out = [notice for notice in notes.notices if "earlier ones are still being written" in notice]
     assert left_out and len(left_out) + len(notes.commits) == 30
     assert notes.commits[-1] == 60 and len(notes.rows) == 60 and notes.faults == []
+
+
+def test_checkpoints_that_go_with_their_keepers_are_counted(tmp_path):
+    """Such a keeper may run out of memory at every save: a run for days must not end without a checkpoint."""
+    slow = StorageConfig(max_upload_mb_per_s=0.01)
+    one = lead(tmp_path, steps=600, checkpoint={"every": 60}, storage=slow, recovery={"max_failed_saves": 1})
+
+    def kill_keeper(step: int) -> None:
+        if step % 60 == 5 and step > 60 and (keeper := one.pool.keepers.get("a")) is not None:
+            keeper.handle.kill()
+
+    one.notes.on_step = kill_keeper
+    with one, pytest.raises(StorageError, match="went with its keeper; that is the 2. checkpoint in a row"):
+        one.wait()
+    assert [failure.cause for failure in one.notes.of(SaveFailure)] == ["a part of it went with its keeper"] * 2
+    assert one.notes.faults == [] and one.notes.commits == []
 
 
 def test_retention_beside_training(tmp_path):
