@@ -98,7 +98,10 @@ def replay(request: Request, as_json: bool) -> None:
     stop, replayed = StopSignal(), Record()
 
     def comparison() -> Comparison:
-        return compare(record, replayed, tolerance_for(request, config, record, replayed, begin))
+        was = precision_of(attempt.config["train"]["precision"], record.devices[begin])
+        now = precision_of(config.train.precision, replayed.devices[begin])
+        known = TOLERANCE if was == now else OTHER_PRECISION
+        return compare(record, replayed, known if request.tolerance is None else request.tolerance)
 
     def keep(result: RunResult, run_record: "RunRecord") -> None:
         if result.status == "finished":
@@ -206,12 +209,9 @@ def _workers(config: RunConfig) -> str:
     return f"{count} worker{'s' if count > 1 else ''}"
 
 
-def tolerance_for(request: Request, config: RunConfig, record: Record, replayed: Record, begin: int) -> float:
-    """Return the tolerance that was asked for, or the one for what is known of the hardware on both sides."""
-    if request.tolerance is not None:
-        return request.tolerance
-    was_gpu, is_gpu = (any(device != "cpu" for device in one.devices.get(begin, ())) for one in (record, replayed))
-    return TOLERANCE if config.train.precision != "auto" or was_gpu == is_gpu else OTHER_PRECISION
+def precision_of(precision: str, devices: tuple[str, ...]) -> str:
+    """Return what `train.precision` is on the devices of a group."""
+    return precision if precision != "auto" else "bf16" if any(device != "cpu" for device in devices) else "fp32"
 
 
 class _Listener(TerminalWatcher):
