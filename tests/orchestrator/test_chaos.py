@@ -34,7 +34,9 @@ class Chaos:
         lead.notes.on_step, lead.notes.on_event = self.on_step, self.on_event
 
     def on_step(self, step: int) -> None:
-        if self.plan and step >= self.plan[0]:
+        # Rows may come out of a group that has just lost somebody; the next one is there soon.
+        whole = all(number in self.lead.pool.workers for number in self.lead.controller.members)
+        if self.plan and step >= self.plan[0] and whole:
             self.plan.pop(0)
             kind = self.random.choices(("member", "recovery", "keeper", "outside"), (6, 2, 1, 2))[0]
             if kind == "keeper" and self.spare_keepers:
