@@ -1,6 +1,5 @@
 """Checkpoints, and models made of them."""
 
-import json
 import time
 from dataclasses import asdict
 from typing import Annotated
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.cli.options import AsJson, CheckpointUrl, S3Endpoint, TrackingUri
+from jobs.tell import tell
 from orchestrator.config import DEFAULT_TRACKING_URI
 
 app = typer.Typer()
@@ -28,7 +28,7 @@ def checkpoints_ls(
 
     rows = list_checkpoints(url)
     if as_json:
-        typer.echo(json.dumps(rows))
+        tell(rows)
         return
     table = Table("run", "step", "attempt", "saved", "world size", "tokens", "MB", "")
     for row in rows:
@@ -52,7 +52,7 @@ def checkpoints_show(
 
     found = show(url)
     if as_json:
-        typer.echo(json.dumps(found))
+        tell(found)
         return
     console = Console(highlight=False)
     for key in ("run_id", "step", "attempt", "world_size", "counters", "identity"):
@@ -78,7 +78,7 @@ def checkpoints_diff(
     largest = max((d.max_abs for d in differences if d.max_abs is not None), default=None)
     if as_json:
         tensors = [asdict(difference) for difference in differences]
-        typer.echo(json.dumps({"bitwise_equal": equal, "max_abs": largest, "tensors": tensors}))
+        tell({"bitwise_equal": equal, "max_abs": largest, "tensors": tensors})
         return
     table = Table("kind", "tensor", "largest difference", "bitwise equal")
     for d in differences:
@@ -95,7 +95,7 @@ def checkpoints_verify(url: CheckpointUrl, as_json: AsJson = False, s3_endpoint:
 
     found = verify(url)
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        tell(asdict(found))
     else:
         for text in found.damaged:
             typer.echo(text, err=True)
@@ -158,7 +158,10 @@ def export(
         if register:
             told["version"] = register_(one, register, tracking_uri)
             line += f", version {told['version']} of {register}"
-        typer.echo(json.dumps(told) if as_json else line)
+        if as_json:
+            tell(told)
+        else:
+            typer.echo(line)
 
 
 @app.command(name="import")

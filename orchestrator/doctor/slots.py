@@ -27,6 +27,8 @@ LOOK_S = 0.1
 """How often whoever waits looks whether a person wants it to end."""
 IMPORT_S = 180.0
 MEASURE_S = 120.0
+LOOK_THERE = "look at the device (nvidia-smi) and at Ray's logs there"
+"""How to mend a slot that cannot be measured."""
 LINK_S = 60.0
 """How long a process group may take to form and to be measured."""
 
@@ -138,8 +140,7 @@ class Slots:
                 self.seen.append(answer)
             else:
                 lost.append(one)
-                mend = "look at the device (nvidia-smi) and at Ray's logs there"
-                found.append(Finding("matrix products", one.node, "failure", told(answer), mend))
+                found.append(Finding("matrix products", one.node, "failure", told(answer), LOOK_THERE))
         self.probes = [one for one in self.probes if one not in lost]
         found += checks.check_rates(self.seen)
         if not self.probes:
@@ -171,8 +172,7 @@ class Slots:
                 texts.append(answer)
             else:
                 seen = f"it could not be calibrated: {told(answer)}"
-                mend = "look at the device (nvidia-smi) and at Ray's logs there"
-                found.append(Finding("matrix products", one.node, "failure", seen, mend))
+                found.append(Finding("matrix products", one.node, "failure", seen, LOOK_THERE))
         if not texts:
             return "", found
         answer = ask({"": self.probes[0].probe.call("calibration_of", texts)}, MEASURE_S, self.stop)[""]
