@@ -184,11 +184,12 @@ def _plan(config: RunConfig, target: Target) -> str:
     from jobs.planning.plan import Machines, plan_run
 
     gpus = config.scaling.max_workers
-    if not target.gpu_type and target.calibration is None:
-        told = asdict(orthogonalization(config, gpus)) if config.optim.name == "muon" else {"gpus": gpus}
-        return json.dumps(told, indent=1)
     calibration = read_calibration(target.calibration) if target.calibration else None
-    plan = plan_run(config, Machines(gpus=gpus, gpu_type=target.gpu_type, calibration=calibration))
+    machines = Machines(gpus=gpus, gpu_type=target.gpu_type, calibration=calibration)
+    if not machines.known:
+        told = orthogonalization(config, gpus).as_dict() if config.optim.name == "muon" else {"gpus": gpus}
+        return json.dumps(told, indent=1)
+    plan = plan_run(config, machines)
     plan.require_fit()
     Console(stderr=True, highlight=False).print(plan.summary(), soft_wrap=True)
     return json.dumps(plan.as_dict(), indent=1)

@@ -8,7 +8,7 @@ Invariant: every matrix of the group is orthogonalized exactly once across the r
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from optim.layout import GroupLayout
 
@@ -95,11 +95,59 @@ class OrthogonalizePlan:
             sent[owner] += length
         return sent
 
+    def figures(self, partition: int, operations: Callable[[int, int], int], itemsize: int, wire: int) -> "PlanFigures":
+        """Return what the plan comes to.
+
+        Args:
+            partition: elements of the group's on each rank.
+            operations: of orthogonalizing a matrix of so many rows and columns.
+            itemsize: bytes of a weight in the parameters' all-gather.
+            wire: bytes of an element of a straddler on its way.
+        """
+        gpus, sent = len(self.local), self.elements_sent()
+        work = [sum(operations(rows, columns) for rows, columns in self.matrices(rank)) for rank in range(gpus)]
+        gathered = itemsize * partition * (gpus - 1)
+        return PlanFigures(
+            gpus=gpus,
+            matrices=sum(1 for rank in range(gpus) for _ in self.matrices(rank)),
+            straddlers=len(self.straddlers),
+            bytes_each_way=wire * sum(sent) // 2,
+            worst_share_of_all_gather=wire * max(sent) / gathered if gathered else 0.0,
+            operations=sum(work),
+            worst_operations=max(work),
+        )
+
     def matrices(self, rank: int) -> Iterator[tuple[int, int]]:
         """Yield rows and columns of every matrix that `rank` orthogonalizes."""
         for batch in self.local[rank]:
             yield from [(batch.rows, batch.columns)] * batch.count
         yield from ((matrix.rows, matrix.columns) for matrix in self.straddlers if matrix.owner == rank)
+
+
+@dataclass(frozen=True)
+class PlanFigures:
+    """How a plan shares a group's matrices out over `gpus` ranks."""
+
+    gpus: int
+    matrices: int
+    straddlers: int
+    bytes_each_way: int
+    """Of straddlers' pieces to their owners, all ranks together; as many come back."""
+    worst_share_of_all_gather: float
+    """What the busiest rank sends for straddlers, both ways, over what it sends in the parameters' all-gather."""
+    operations: int
+    """Of Newton-Schulz in a step, all ranks together."""
+    worst_operations: int
+    """Of the busiest rank."""
+
+    @property
+    def imbalance(self) -> float:
+        """The busiest rank's operations over the mean."""
+        return self.worst_operations * self.gpus / self.operations
+
+    def as_dict(self) -> dict[str, float]:
+        """Return all of it as plain values."""
+        return {**asdict(self), "imbalance": self.imbalance}
 
 
 def matrices_of(layout: GroupLayout, shapes: Sequence[Sequence[tuple[int, int]]]) -> list[Matrix]:

@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 from optim.config import OptimConfig
 from optim.exchange import Exchange
 from optim.layout import Fragment, GroupLayout
-from optim.plan import matrices_of, plan_orthogonalization
+from optim.plan import PlanFigures, matrices_of, plan_orthogonalization
 from optim.qk_clip import HeadRows, HeadSlice, clip, factors, slices_of
 from optim.routing import parameter_groups
 
@@ -139,6 +139,17 @@ class Zero1Optimizer(torch.optim.Optimizer):
                 GroupLayout.of(layout.names, layout.numels, world_size),
                 ("weight", *STATE_KEYS[group["method"]]),
             )
+
+    def plan_figures(self, itemsize: int) -> PlanFigures | None:
+        """Return how the matrices are shared out, None where there are none.
+
+        Args:
+            itemsize: bytes of a weight of the module.
+        """
+        if self.exchange is None:
+            return None
+        wire = self.exchange.wire_dtype.itemsize
+        return self.exchange.plan.figures(self._layouts["muon"].partition, self.config.operations, itemsize, wire)
 
     @property
     def applied_steps(self) -> int:

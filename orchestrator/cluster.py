@@ -19,7 +19,7 @@ import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as JOB_VARIABLE
 from ray._private.state import state as global_state
 from ray._private.worker import get_dashboard_url
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -227,6 +227,8 @@ class RayCluster:
 def _gone(error: BaseException) -> Gone:
     """Return one line, and Ray's own error as its cause: that tells several, with identifiers and advice."""
     name = type(error).__name__.removeprefix("Ray").removesuffix("Error")
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        name = str(error).strip().splitlines()[-1]  # What its constructor raised comes last.
     gone = Gone({"ActorDied": "its process died", "ActorUnavailable": "it cannot be reached"}.get(name, name))
     gone.__cause__ = error
     return gone

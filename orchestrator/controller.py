@@ -45,6 +45,7 @@ from workers.errors import ClusterError, Interrupted, StorageError
 from workers.reports import (
     CheckpointDamaged,
     KeeperLost,
+    Planned,
     Profiled,
     Report,
     Restored,
@@ -221,7 +222,7 @@ class Controller:
         return group
 
     def _snapshot(self) -> Snapshot | None:
-        """Ask all keepers what they have; take in the rows that come with it."""
+        """Ask all keepers what they have; take in the rows and the validation that come with it."""
         asked: list[Future[list[KeptShard]]] = [
             keeper.handle.call("inventory", self.generation) for keeper in self.pool.keepers.values() if keeper.address
         ]
@@ -233,9 +234,11 @@ class Controller:
         snapshot = newest_snapshot(kept, self.commits.newest)
         if snapshot is None:
             return None
-        rows = next(shard for shard in snapshot.shards if shard.agreed).notes["rows"]
-        for row in rows:
+        notes = next(shard for shard in snapshot.shards if shard.agreed).notes
+        for row in notes["rows"]:
             self._take(StepDone(generation=snapshot.generation, rank=0, **row))
+        if notes["validation"] is not None:
+            self._take(Validated(generation=snapshot.generation, rank=0, **notes["validation"]))
         # The notes have served; the workers need the counters alone.
         return replace(snapshot, shards=tuple(replace(shard, notes={}) for shard in snapshot.shards))
 
@@ -420,6 +423,7 @@ class Controller:
         self._take_all(self.pool.take_reports())
         for _ in range(self.pool.take_lost_keepers()):
             self.saves.keeper_lost()
+        self.saves.try_again()
         for usage in self.pool.take_usage():
             self.recorder.usage(usage)
 
@@ -459,7 +463,7 @@ class Controller:
                     worker.leaving = True
             case KeeperLost():
                 self.recorder.notice(f"rank {report.rank} has lost its keeper ({report.error}); training goes on")
-            case Sampled() | Profiled():
+            case Planned() | Sampled() | Profiled():
                 self.recorder.report(report)
 
     def _step(self, report: StepDone) -> None:

@@ -33,7 +33,7 @@ REVIVE_S = 1.0
 USAGE_S = 10.0
 """Between two looks at how busy a node is; MLflow's own interval."""
 STILLBORN = 3
-"""Workers of a slot that may die in a row before they are ready."""
+"""Workers of a slot, or keepers of a node, that may die in a row before they are ready."""
 BARREN_S, MOST_BARREN_S = 10.0, 600.0
 """How long a slot is left empty after that, where training can go on without it; then twice as long each time."""
 
@@ -114,6 +114,9 @@ class Pool:
         self._orphans: dict[str, float] = {}
         """Nodes that have lost their keeper, and when to start another."""
         self._revived: dict[str, float] = {}
+        self._unstarted: dict[str, int] = {}
+        """Nodes on which no keeper has answered yet, or not since the last died, and how many have died so: what is
+        trained there could never be saved."""
         self._looked_for_drains = 0.0
         self._next_number = 0
         self._stillborn: dict[str, int] = {}
@@ -145,7 +148,7 @@ class Pool:
         return [
             worker
             for worker in self.workers.values()
-            if worker.ready and not worker.leaving and worker.node not in self.draining
+            if self._is_ready(worker) and not worker.leaving and worker.node not in self.draining
         ]
 
     @property
@@ -155,8 +158,11 @@ class Pool:
 
     @property
     def num_starting(self) -> int:
-        """Workers that have a slot and are not ready yet."""
-        return sum(worker.ready is None for worker in self.workers.values())
+        """Workers that have a slot, and are not ready yet or have no keeper."""
+        return sum(not self._is_ready(worker) for worker in self.workers.values())
+
+    def _is_ready(self, worker: PoolWorker) -> bool:
+        return worker.ready is not None and worker.node not in self._unstarted
 
     @property
     def num_slots(self) -> int:
@@ -213,6 +219,7 @@ class Pool:
         if node is None or node in self.draining or node in self._orphans:
             return
         if node not in self.keepers:
+            self._unstarted[node] = 0
             self._start_keeper(node)
         elif self.keepers[node].address is None and self.training:
             return  # Once training has begun, a keeper that answers is the proof that a node is alive.
@@ -237,6 +244,7 @@ class Pool:
     def _give_up(self, node: str) -> None:
         """Forget a dead node, and ask for other slots in place of its own."""
         self._orphans.pop(node, None)
+        self._unstarted.pop(node, None)
         if (keeper := self.keepers.pop(node, None)) is not None:
             self._lost_keepers += 1
             keeper.handle.kill()
@@ -273,6 +281,7 @@ class Pool:
                     return
                 keeper.address = keeper.starting.result()
                 keeper.heard = now
+                self._unstarted.pop(keeper.node, None)
             if keeper.polling is not None and keeper.polling.done():
                 self._reports += keeper.polling.result()
                 keeper.polling, keeper.heard = None, now
@@ -311,17 +320,32 @@ class Pool:
             self.lose(worker.number)
 
     def lose_keeper(self, keeper: PoolKeeper, reason: str) -> None:
-        """Have another keeper started on the node, unless the cluster knows that it is dead."""
+        """Have another keeper started on the node, unless the cluster knows that it is dead.
+
+        Raises:
+            ClusterError: none ever starts there, and nothing is trained yet.
+        """
         keeper.handle.kill()
         if self.keepers.get(keeper.node) is not keeper:
             return
         if keeper.address is not None:
             self._lost_keepers += 1
             self.notice(f"the keeper of node {keeper.node[:8]} is gone ({reason})")
+        else:
+            self._note_unstarted(keeper.node, reason)
         # A keeper that died alone comes back at once; on a dead node that the cluster still takes for alive, whatever
         # is started fails, and is tried again now and then.
         self._orphans[keeper.node] = self._revived.get(keeper.node, 0.0) + REVIVE_S
         del self.keepers[keeper.node]
+
+    def _note_unstarted(self, node: str, reason: str) -> None:
+        """Tell of a node on which no keeper starts; it is tried on, for the node may be dead and not known to be."""
+        deaths = self._unstarted[node] = self._unstarted.get(node, 0) + 1
+        if deaths == STILLBORN and self.cluster.alive(node):
+            text = f"keepers on node {node[:8]} end before they answer: {reason}"
+            if not self.training:
+                raise ClusterError(text)
+            self.notice(f"{text}; nothing is trained there meanwhile")
 
     def end(self, number: int, evidence: bool) -> "Future[str] | None":
         """Kill a worker through its node's keeper, at once and even if it is stopped; return what it was doing."""

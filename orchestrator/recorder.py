@@ -13,7 +13,7 @@ from orchestrator.journal import Journal, read_journal
 from orchestrator.pool import NodeUsage
 from orchestrator.report import DESCRIPTION, Links, describe, recovery_report
 from workers.errors import StorageError
-from workers.reports import Profiled, Report, Sampled, StepDone, Validated
+from workers.reports import Planned, Profiled, Report, Sampled, StepDone, Validated
 
 BULKY = ("config", "provenance")
 """Keys of events that stay in the journal alone."""
@@ -112,12 +112,14 @@ class RunRecorder:
         self._warned = self.record.failure
 
     def report(self, report: Report) -> None:
-        """Record a validation, a sample or a trace."""
+        """Record a validation, a plan, a sample or a trace."""
         match report:
             case Validated():
                 self.val_loss = report.loss
                 self._note_loss(report.step, "val_loss", report.loss)
                 self._row("validation", report.step, report.time, {"val_loss": report.loss})
+            case Planned():
+                self._put("plan.json", json.dumps(report.figures, indent=1).encode(), only_first=True)
             case Sampled():
                 self.sample = report.text
             case Profiled():
@@ -213,16 +215,18 @@ class RunRecorder:
         self.record.log(series, step, at, values)
         self.journal.add({"series": series, "step": step, "time": at, "values": values})
 
-    def _put(self, name: str, content: bytes, folder: str | None = None) -> None:
-        """Make a file an artifact of the run; nobody waits for MLflow."""
+    def _put(self, name: str, content: bytes, folder: str | None = None, only_first: bool = False) -> None:
+        """Make a file an artifact of the run, with `only_first` unless it has one of that name; nobody waits."""
 
         def put() -> None:
+            if only_first and self.record.has_artifact(name):
+                return
             with tempfile.TemporaryDirectory() as temporary:
                 path = Path(temporary) / name
                 path.write_bytes(content)
-                self._try(lambda: self.record.artifact(path, folder))
+                self.record.artifact(path, folder)
 
-        self._artifacts.append(threading.Thread(target=put, name="artifact"))
+        self._artifacts.append(threading.Thread(target=self._try, args=(put,), name="artifact"))
         self._artifacts[-1].start()
 
     def _try(self, work: Callable[[], object]) -> None:

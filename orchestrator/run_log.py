@@ -198,6 +198,8 @@ class RunLog:
     def commit(self, manifest: Manifest, metrics: dict[str, float] | None = None) -> None:
         """Check the inventory and the files, write the manifest, then make it count.
 
+        May be called again after an error: one whose entry is there, and only the answer was lost, counts once.
+
         Raises:
             StorageError: something is missing in the checkpoint.
             FencedError: another driver has taken over.
@@ -223,6 +225,7 @@ class RunLog:
             manifest=manifest.path,
             sha256=hashlib.sha256(data).hexdigest(),
             metrics=metrics or {},
+            unless=lambda: manifest.path in {commit.manifest for commit in self.commits},
         )
 
     def mark(self, kind: Literal["pin", "unpin", "delete"], commit: Entry, reason: str) -> bool:

@@ -13,6 +13,9 @@ from workers.errors import DamagedError, StorageError
 from workers.reports import CheckpointDamaged, ShardWritten
 from workers.task import Task
 
+COMMIT_TRIES = 4
+COMMIT_BACKOFF_S = 1.0
+"""Before the second try; it doubles."""
 WITH_KEEPER = "a part of it went with its keeper"
 
 
@@ -43,6 +46,8 @@ class Saves:
         """Generations and their steps of which a shard could not be written, and why."""
         self._held: list[ShardWritten] = []
         """Shards of steps whose rows have not come yet."""
+        self._refused: list[tuple[float, int, ShardWritten]] = []
+        """Last shards of checkpoints whose commit storage has refused: when to try again, tries so far."""
         self._due: set[int] = set()
         """Steps whose checkpoints are on their way."""
         self._doubtful: set[int] = set()
@@ -74,15 +79,30 @@ class Saves:
             FencedError: the run is another driver's now.
             StorageError: storage has refused too often.
         """
-        if not self._on_record(report.step):
+        if self._on_record(report.step):
+            self._take(report, 1)
+        else:
             self._held.append(report)
-            return
+
+    def try_again(self) -> None:
+        """Commit what storage has refused to, where it is time to."""
+        now = time.monotonic()
+        due = [one for one in self._refused if one[0] <= now]
+        self._refused = [one for one in self._refused if one[0] > now]
+        for _, tries, report in due:
+            self._take(report, tries + 1)
+
+    def _take(self, report: ShardWritten, tries: int) -> None:
         try:
             manifest = self.commits.take(report)
         except FencedError:
             raise
         except StorageError as error:
-            self.failed(report.generation, report.step, str(error))
+            if tries == COMMIT_TRIES:
+                self.failed(report.generation, report.step, str(error))
+                return
+            self._refused.append((time.monotonic() + COMMIT_BACKOFF_S * 2 ** (tries - 1), tries, report))
+            self.recorder.notice(f"step {report.step}: the checkpoint is committed again: {error}")
             return
         if manifest is not None:
             for step in sorted(step for step in self._doubtful & self._due if step < manifest.step):

@@ -298,6 +298,11 @@ class RunRecord:
         with tracking_errors(self.uri):
             self.client.log_artifact(self.run_id, str(path), folder)
 
+    def has_artifact(self, name: str) -> bool:
+        """Tell whether a file of that name lies beside the run."""
+        with tracking_errors(self.uri):
+            return any(artifact.path == name for artifact in self.client.list_artifacts(self.run_id))
+
     def history(self, metric: str) -> list[tuple[int, float]]:
         """Return all `(step, value)` of a metric, in order."""
         with tracking_errors(self.uri):

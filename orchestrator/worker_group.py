@@ -45,6 +45,8 @@ class WorkerGroup:
         """Ranks that were told to train: whoever was not has nothing to leave."""
         self._polls: dict[int, Future[Pulse]] = {}
         """By rank."""
+        self._starts: dict[int, Future[None]] = {}
+        """By rank, until they are answered."""
         self._answered: SimpleQueue[tuple[int, Future[Pulse]]] = SimpleQueue()
         self._links: dict[str, KeeperLinks] = {}
 
@@ -83,7 +85,7 @@ class WorkerGroup:
         self._links = links
         for rank, member in enumerate(self.members):
             place = replace(membership, rank=rank, host=first.ready.host, port=port, links=links[member.node])
-            member.handle.call("start", place, task)  # A member that is gone fails its poll, too.
+            self._starts[rank] = member.handle.call("start", place, task)
             self._started.add(rank)
             self._poll(rank)
 
@@ -96,6 +98,9 @@ class WorkerGroup:
         self.pool.news.wait(timeout_s)
         self.pool.news.clear()  # Before the look, so that what comes during it is seen by the next one.
         now, found = self.pool.look(), []
+        for rank in [rank for rank, start in self._starts.items() if start.done()]:
+            if (error := self._starts.pop(rank).exception()) is not None:
+                self._lose(rank, str(error))  # It answers polls all the same, and would never train.
         for _ in range(self._answered.qsize()):
             rank, poll = self._answered.get()
             if self._polls.get(rank) is not poll:

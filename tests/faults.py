@@ -1,6 +1,7 @@
 """Members that break where a test tells them to."""
 
 import os
+import queue
 import signal
 import threading
 import time
@@ -8,6 +9,8 @@ import time
 import psutil
 
 from workers.member import Member
+from workers.reports import Report, Validated
+from workers.task import Membership, Task
 
 ACTIONS = ("kill", "terminate", "stop", "raise", "exit", "exit soon", "spin")
 
@@ -25,6 +28,12 @@ class FaultyMember(Member):
         """Do `action` when the thread comes to `phase` of `step` or later for the `times`-th time."""
         self.plan = phase, step, action, times
 
+    def start(self, member: Membership, task: Task) -> None:
+        if self.plan is not None and self.plan[0] == "start":
+            self.plan = None
+            raise Injected("a test kept this worker from starting")
+        super().start(member, task)
+
     def measure(self) -> dict[str, int]:
         """Return what a leak would show in."""
         process = psutil.Process()
@@ -39,6 +48,20 @@ class FaultyMember(Member):
                 return
             self.plan = None
             _do(action)
+
+
+class ForgetfulMember(FaultyMember):
+    """One whose report of the validation of step 10 gets lost with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outbox = _Forgetful()
+
+
+class _Forgetful(queue.SimpleQueue[Report]):
+    def put(self, item: Report, block: bool = True, timeout: float | None = None) -> None:
+        if not isinstance(item, Validated) or item.step != 10:
+            super().put(item, block, timeout)
 
 
 def _do(action: str) -> None:

@@ -124,6 +124,8 @@ class Trainer:
         self.telemetry = Telemetry(
             task.telemetry, task.train, engine, lambda: controls.mark("measure", counters.step + 1), controls.report
         )
+        self.validation: dict[str, Any] | None = None
+        """The last one, which the driver may not have."""
         self.rows: deque[dict[str, Any]] = deque(maxlen=ROWS_KEPT)
 
     def run(self) -> str:
@@ -310,7 +312,7 @@ class Trainer:
         """Complete the snapshot: every rank has written."""
         self.controls.mark("agree", step)
         clock = time.perf_counter()
-        notes = {"counters": self.counters.as_dict(), "rows": list(self.rows)}
+        notes = {"counters": self.counters.as_dict(), "rows": list(self.rows), "validation": self.validation}
         self.snapshots.agree(self.replicated, notes)
         self.snapshot_step = step
         self.schedule.taken(step)
@@ -380,6 +382,7 @@ class Trainer:
         self.controls.mark("validate", self.counters.step)
         engine.model.train()
         loss = engine.all_reduce(torch.tensor([total], dtype=torch.float64)).item() / (count * train.seq_len)
+        self.validation = {"step": self.counters.step, "loss": loss, "time": time.time()}
         if engine.rank == 0:
             self.controls.report(Validated, step=self.counters.step, loss=loss)
 

@@ -117,6 +117,14 @@ class KeeperLost(Report):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Planned(Report):
+    """How the optimizer shares its matrices out over the first generation of an attempt, from rank 0."""
+
+    figures: dict[str, float]
+    """`optim.plan.PlanFigures`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled(Report):
     """Text that the trained model wrote, from rank 0."""
 

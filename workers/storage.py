@@ -122,10 +122,11 @@ class Store:
                 Path(target).parent.rmdir()
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file that must not be there yet; of several writers exactly one gets True.
+        """Write a file that must not be there yet; of writers with different content exactly one gets True.
 
-        On disk: a temporary file, fsync, a hard link, which fails where the name is taken. On S3: `If-None-Match: *`.
-        In both cases the file is there whole or not at all.
+        Whoever finds its own content there gets True, too: an earlier try may have written it. On disk: a temporary
+        file, fsync, a hard link, which fails where the name is taken. On S3: `If-None-Match: *`. In both cases the file
+        is there whole or not at all.
         """
         with storage_errors(f"{self.url}/{path}"):
             target = self.path(path)
@@ -210,7 +211,7 @@ def _create_local(target: Path, data: bytes) -> bool:
         with _temporary(target, data) as temporary:
             os.link(temporary, target)
     except FileExistsError:
-        return False
+        return target.read_bytes() == data
     return True
 
 

@@ -13,7 +13,7 @@ from workers.controls import Controls
 from workers.engine import Engine, build_engine, default_device, join_process_group, leave_process_group
 from workers.errors import DamagedError, StorageError
 from workers.loop import Trainer
-from workers.reports import CheckpointDamaged, Restored
+from workers.reports import CheckpointDamaged, Planned, Restored
 from workers.snapshots.reader import SnapshotReader
 from workers.state import Counters, WeightsOnly, load_state, shard_map
 from workers.storage import Store
@@ -52,6 +52,10 @@ def train(engine: Engine, task: Task, member: Membership, controls: Controls) ->
         controls.report(CheckpointDamaged, step=task.manifest.step if task.manifest else 0, error=str(error))
         raise
     controls.report(Restored, step=counters.step, storage_bytes=storage_bytes)
+    if engine.rank == 0 and member.generation == 1:  # No recovery waits for it.
+        itemsize = next(engine.model.parameters()).element_size()
+        if (figures := engine.optimizer.plan_figures(itemsize)) is not None:
+            controls.report(Planned, figures=figures.as_dict())
     return Trainer(task, member, engine, counters, controls).run(), counters.step
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import AsJson, CalibrationFile, Config, GpuType, Overrides
+from jobs.cli.options import AsJson, CalibrationFile, Config, GpuType, Overrides, greater_than_0
 
 app = typer.Typer()
 
@@ -28,20 +28,32 @@ def plan(
     gpu_type: GpuType = "",
     calibration: CalibrationFile = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="That share a node's memory and network.")] = 8,
-    network: Annotated[float, typer.Option(help="Gbit/s of a node, with --gpu-type.")] = 400.0,
-    price: Annotated[float | None, typer.Option(help="Money per GPU-hour, of any currency.")] = None,
+    network: Annotated[float, typer.Option(callback=greater_than_0, help="Gbit/s of a node, with --gpu-type.")] = 400.0,
+    price: Annotated[
+        float | None, typer.Option(callback=greater_than_0, help="Money per GPU-hour, of any currency.")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="To train on, in the place of train.steps.")] = None,
     mtbf: Annotated[
-        float | None, typer.Option(help="Mean hours between failures of one GPU with its share of a node.")
+        float | None,
+        typer.Option(callback=greater_than_0, help="Mean hours between failures of one GPU with its share of a node."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a run needs before it is started: memory, traffic, time, money; refuse what cannot fit."""
     from jobs.load import load
-    from jobs.planning.command import show
+    from jobs.planning.command import read_calibration, show
+    from jobs.planning.plan import Machines, Terms
 
     loaded = load(config, overrides or [])
-    show(loaded, gpus or [], gpu_type, calibration, gpus_per_node, network, price, tokens, mtbf, as_json)
+    counts = gpus or [loaded.scaling.max_workers]
+    machines = Machines(
+        gpus=counts[0],
+        gpus_per_node=gpus_per_node,
+        gpu_type=gpu_type,
+        calibration=read_calibration(calibration) if calibration else None,
+        network_gbit=network,
+    )
+    show(loaded, counts, machines, Terms(price=price, tokens=tokens, mtbf_hours=mtbf), as_json)
 
 
 @app.command()

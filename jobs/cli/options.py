@@ -13,6 +13,13 @@ def _configure_s3(endpoint: str) -> str:
     return endpoint
 
 
+def greater_than_0(value: float | None) -> float | None:
+    """Refuse an option's value that is not; typer's own limit would take 0."""
+    if value is not None and not value > 0:
+        raise typer.BadParameter(f"must be greater than 0, not {value:g}")
+    return value
+
+
 S3Endpoint = Annotated[str, typer.Option(help="Of an S3 store that is not AWS.", callback=_configure_s3)]
 Config = Annotated[str, typer.Argument(help="A YAML file, or a built-in config by name: demo.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance optim.lr=1e-2.")]

@@ -1,69 +1,43 @@
 """`raymuon plan`: plans for a person to read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from jobs.planning.matrices import OrthogonalizationPlan, orthogonalization
-from jobs.planning.plan import Machines, Plan, gigabytes, plan_run
+from jobs.planning.matrices import orthogonalization
+from jobs.planning.plan import Machines, Plan, Terms, gigabytes, plan_run
 from jobs.tell import tell
+from optim.plan import PlanFigures
 from orchestrator.config import RunConfig
 from workers.calibrate import Calibration
 from workers.errors import ConfigError
 
 
-def show(
-    config: RunConfig,
-    gpus: list[int],
-    gpu_type: str,
-    calibration: Path | None,
-    gpus_per_node: int,
-    network: float,
-    price: float | None,
-    tokens: int | None,
-    mtbf: float | None,
-    as_json: bool,
-) -> None:
+def show(config: RunConfig, counts: list[int], machines: Machines, terms: Terms, as_json: bool) -> None:
     """Print the plan for each number of GPUs; without a device, that of the matrices alone.
 
+    Args:
+        config: of the run.
+        counts: of GPUs.
+        machines: alike but for that.
+        terms: what is known besides.
+        as_json: as JSON on the last line of stdout.
+
     Raises:
-        ConfigError: the last of them does not fit, or an option is wrong.
+        ConfigError: the last of them does not fit.
     """
-    wrong = [
-        f"--{name} must be greater than 0, not {value}"
-        for name, value in (("network", network), ("price", price), ("mtbf", mtbf))
-        if value is not None and not value > 0
-    ]
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    counts = gpus or [config.scaling.max_workers]
-    measured = read_calibration(calibration) if calibration else None
     console = Console(highlight=False)
-    if not gpu_type and measured is None:
+    if not machines.known:
         of_matrices = [orthogonalization(config, count) for count in counts]
         if as_json:
-            tell([{**vars(one), "imbalance": one.imbalance} for one in of_matrices])
+            tell([one.as_dict() for one in of_matrices])
         else:
             console.print(_matrices(of_matrices))
             console.print("With --gpu-type NAME or --calibration FILE: memory, time, traffic and money.")
         return
-    plans = [
-        plan_run(
-            config,
-            Machines(
-                gpus=count,
-                gpus_per_node=gpus_per_node,
-                gpu_type=gpu_type,
-                calibration=measured,
-                network_gbit=network,
-            ),
-            price,
-            tokens,
-            mtbf,
-        )
-        for count in counts
-    ]
+    plans = [plan_run(config, replace(machines, gpus=count), terms) for count in counts]
     if as_json:
         tell([one.as_dict() for one in plans] if len(plans) > 1 else plans[0].as_dict())
     else:
@@ -138,7 +112,7 @@ def tables(plans: list[Plan]) -> list[Table]:
     return [*found, _matrices(matrices)] if matrices else found
 
 
-def _matrices(plans: list[OrthogonalizationPlan]) -> Table:
+def _matrices(plans: list[PlanFigures]) -> Table:
     table = Table(
         *("GPUs", "matrices", "straddlers", "MB each way", "of the all-gather"),
         *("TFLOP in all", "worst rank's", "over the mean"),

@@ -59,7 +59,6 @@ class Memory:
 
 def memory_of(
     layout: Layout,
-    plan: OrthogonalizePlan | None,
     micro: MicroBatch,
     train: TrainConfig,
     optim: OptimConfig,
@@ -71,7 +70,6 @@ def memory_of(
 
     Args:
         layout: of the parameters.
-        plan: of the matrices.
         micro: what a micro-batch takes.
         train: batch and length.
         optim: the optimizer's settings.
@@ -103,7 +101,7 @@ def memory_of(
     if kind == "cuda":
         backward["reduction bucket"] = bucket  # A CPU finds its pages when it is written, after the backward pass.
         update["gradients in fp32"] += itemsize * largest
-        update["orthogonalization"] = workspace_bytes(plan, optim, kind) if plan else 0
+        update["orthogonalization"] = workspace_bytes(layout.plan, optim, kind) if layout.plan else 0
     else:
         for phase in (reduction, update):
             phase.pop("gradients", None)

@@ -12,12 +12,13 @@ import torch
 
 from jobs.planning.devices import NETWORK_GBIT, calibration_of
 from jobs.planning.goodput import UPLOAD_BYTES_PER_S, Goodput, failures_of, goodput
-from jobs.planning.matrices import OrthogonalizationPlan, shared_out, wire_bytes
+from jobs.planning.matrices import wire_bytes
 from jobs.planning.memory import PROCESS_BYTES, Memory, memory_of
-from jobs.planning.state import layout_of, orthogonalization_of
+from jobs.planning.state import layout_of
 from jobs.planning.timing import StepTime, step_time
 from jobs.planning.traffic import boundary_bytes, snapshot_bytes, traffic_of
 from jobs.planning.work import MicroBatch, micro_batch_of
+from optim.plan import PlanFigures
 from orchestrator.config import RunConfig
 from workers.calibrate import Calibration
 from workers.errors import ConfigError
@@ -41,6 +42,11 @@ class Machines:
     network_gbit: float = NETWORK_GBIT
     """Per second and node; for `gpu_type` alone."""
 
+    @property
+    def known(self) -> bool:
+        """Tell whether anything is known of the device."""
+        return bool(self.gpu_type) or self.calibration is not None
+
     def device(self) -> Calibration:
         """Return the device's figures.
 
@@ -52,6 +58,18 @@ class Machines:
         if self.calibration is not None:
             return self.calibration
         return calibration_of(self.gpu_type, self.gpus, self.gpus_per_node, self.network_gbit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What is known of a run besides its config and its machines."""
+
+    price: float | None = None
+    """Money per GPU-hour; None: money is not told."""
+    tokens: int | None = None
+    """To train on; None for those of the config."""
+    mtbf_hours: float | None = None
+    """Mean hours between failures of one GPU with its share of a node; None: goodput is not told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +86,7 @@ class Plan:
     boundary_bytes: float
     snapshot_bytes: int
     """That a node's keeper gets for each snapshot; as many go to its buddy on another node."""
-    matrices: OrthogonalizationPlan | None
+    matrices: PlanFigures | None
     time: StepTime
     tokens_per_second: float
     mfu: float
@@ -93,7 +111,6 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
         machines = {key: value for key, value in vars(self.machines).items() if key != "calibration"}
-        matrices = self.matrices and {**asdict(self.matrices), "imbalance": self.matrices.imbalance}
         return {
             "name": self.config.run.name,
             "device": self.device.device,
@@ -115,7 +132,7 @@ class Plan:
                 "boundary": self.boundary_bytes,
                 "snapshot_per_node": self.snapshot_bytes,
             },
-            "matrices": matrices,
+            "matrices": self.matrices and self.matrices.as_dict(),
             "seconds": self.time.as_dict(),
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
@@ -143,27 +160,19 @@ class Plan:
         _require_fit(self.config, self.machines, self.device, self.memory)
 
 
-def plan_run(
-    config: RunConfig,
-    machines: Machines,
-    price: float | None = None,
-    tokens: int | None = None,
-    mtbf_hours: float | None = None,
-) -> Plan:
+def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> Plan:
     """Plan a run.
 
     Args:
         config: of the run.
         machines: on which.
-        price: money per GPU-hour; None: money is not told.
-        tokens: to train on; None for those of the config.
-        mtbf_hours: mean hours between failures of one GPU with its share of a node; None: goodput is not told.
+        terms: what is known besides.
 
     Raises:
         ConfigError: the device is unknown.
     """
     per_step = config.train.global_batch * config.train.seq_len
-    tokens = tokens or config.train.steps * per_step
+    tokens = terms.tokens or config.train.steps * per_step
     config = replace(config, train=replace(config.train, steps=-(-tokens // per_step)))
     train, optim, device = config.train, config.optim, machines.device()
     itemsize = _weight_bytes(config, device.kind)
@@ -173,19 +182,18 @@ def plan_run(
             "plan with train.precision=auto, or with a calibration of such a device"
         )
     layout = layout_of(config.model, optim, train.seq_len, machines.gpus)
-    matrices = orthogonalization_of(layout, optim)
     memory = _memory(config, machines, device)
     wire = wire_bytes(optim, device.kind)
-    sent = traffic_of(layout, matrices, itemsize, wire)
+    sent = traffic_of(layout, itemsize, wire)
     micro = _micro_batch(config, device.kind, watched=optim.qk_clip > 0)
-    time = step_time(layout, matrices, micro, sent, train, optim, config.checkpoint, device)
+    time = step_time(layout, micro, sent, train, optim, config.checkpoint, device)
 
     speed = per_step / time.total
     expected = None
     ranks_per_node = min(machines.gpus, machines.gpus_per_node)
-    if mtbf_hours is not None:
+    if terms.mtbf_hours is not None:
         failures = failures_of(
-            mtbf_hours, machines.gpus, ranks_per_node, layout.state_bytes, device.host_bytes_per_s * device.share
+            terms.mtbf_hours, machines.gpus, ranks_per_node, layout.state_bytes, device.host_bytes_per_s * device.share
         )
         expected = goodput(
             failures,
@@ -211,15 +219,15 @@ def plan_run(
         memory=memory,
         sent=sent,
         boundary_bytes=boundary_bytes(layout),
-        snapshot_bytes=snapshot_bytes(layout, ranks_per_node)[0],
-        matrices=shared_out(layout, matrices, optim, itemsize, wire) if matrices else None,
+        snapshot_bytes=snapshot_bytes(layout, ranks_per_node),
+        matrices=layout.plan_figures(optim, itemsize, wire),
         time=time,
         tokens_per_second=speed,
         mfu=layout.flops_per_token * speed / machines.gpus / peak,
         tokens=tokens,
         days=days,
         gpu_hours=hours,
-        money=None if price is None else price * hours,
+        money=None if terms.price is None else terms.price * hours,
         goodput=expected,
     )
 
@@ -279,11 +287,10 @@ def _micro_batch(config: RunConfig, kind: str, watched: bool) -> MicroBatch:
 def _memory(config: RunConfig, machines: Machines, device: Calibration) -> Memory:
     """Return the memory alone; on a CPU a step that is measured writes all attention scores."""
     layout = layout_of(config.model, config.optim, config.train.seq_len, machines.gpus)
-    plan = orthogonalization_of(layout, config.optim)
     watched = device.kind == "cpu" and bool(config.telemetry.every or config.optim.qk_clip)
     micro, itemsize = _micro_batch(config, device.kind, watched), _weight_bytes(config, device.kind)
     ranks_per_node = min(machines.gpus, machines.gpus_per_node)
-    return memory_of(layout, plan, micro, config.train, config.optim, device.kind, itemsize, ranks_per_node)
+    return memory_of(layout, micro, config.train, config.optim, device.kind, itemsize, ranks_per_node)
 
 
 def _needed(memory: Memory, machines: Machines, device: Calibration) -> int:

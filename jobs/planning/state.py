@@ -7,7 +7,7 @@ import torch
 
 from optim.config import OptimConfig
 from optim.layout import GroupLayout
-from optim.plan import OrthogonalizePlan, matrices_of, plan_orthogonalization
+from optim.plan import OrthogonalizePlan, PlanFigures, matrices_of, plan_orthogonalization
 from optim.routing import parameter_groups
 from workers.config import ModelConfig
 from workers.models import build_empty
@@ -39,6 +39,8 @@ class Layout:
     """Of training, without recomputation."""
     expert_loads: int
     """Numbers of tokens per expert, in all layers."""
+    plan: OrthogonalizePlan | None
+    """Who orthogonalizes what; None where nothing is."""
 
     @property
     def parameters(self) -> int:
@@ -59,6 +61,19 @@ class Layout:
     def state_bytes(self) -> int:
         """Of fp32 master weights and optimizer state on every rank."""
         return sum(4 * group.layout.partition * (1 + STATES[group.method]) for group in self.groups)
+
+    def plan_figures(self, optim: OptimConfig, itemsize: int, wire: int) -> PlanFigures | None:
+        """Return what the plan comes to.
+
+        Args:
+            optim: the optimizer's settings.
+            itemsize: bytes of a weight.
+            wire: bytes of an element of a straddler on its way.
+        """
+        if self.plan is None:
+            return None
+        partition = next(group.layout.partition for group in self.groups if group.method == "muon")
+        return self.plan.figures(partition, optim.operations, itemsize, wire)
 
     def whole_in_partition(self, rank: int) -> int:
         """Return the elements of all parameters of which the rank holds anything, counted whole."""
@@ -85,13 +100,9 @@ def layout_of(model_config: ModelConfig, optim: OptimConfig, seq_len: int, world
         replicated_elements=sum(buffer.numel() for name, buffer in model.named_buffers() if name in kept),
         flops_per_token=model.flops_per_token(seq_len),
         expert_loads=model.expert_load().numel(),
+        plan=next((_plan(group, optim) for group in groups if group.method == "muon"), None),
     )
 
 
-def orthogonalization_of(layout: Layout, optim: OptimConfig) -> OrthogonalizePlan | None:
-    """Return who orthogonalizes what; None where nothing is."""
-    for group in layout.groups:
-        if group.method == "muon":
-            matrices = matrices_of(group.layout, group.matrices)
-            return plan_orthogonalization(group.layout, matrices, optim.operations)
-    return None
+def _plan(group: Group, optim: OptimConfig) -> OrthogonalizePlan:
+    return plan_orthogonalization(group.layout, matrices_of(group.layout, group.matrices), optim.operations)

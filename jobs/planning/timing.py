@@ -20,7 +20,6 @@ from jobs.planning.work import MicroBatch, Work, Works, elementwise, recorded
 from optim.config import OptimConfig
 from optim.exchange import BATCH_ELEMENTS
 from optim.newton_schulz import Workspace, newton_schulz
-from optim.plan import OrthogonalizePlan
 from optim.polynomials import coefficients
 from workers.calibrate import Calibration, Collective
 from workers.config import CheckpointConfig, TrainConfig
@@ -86,7 +85,7 @@ def reduction_works(layout: Layout, itemsize: int) -> Works:
     return works
 
 
-def update_works(layout: Layout, plan: OrthogonalizePlan | None, optim: OptimConfig, kind: str) -> tuple[Works, Works]:
+def update_works(layout: Layout, optim: OptimConfig, kind: str) -> tuple[Works, Works]:
     """Return the busiest rank's passes over its shard, and its Newton-Schulz."""
     passes: Works = Counter()
     products: Works = Counter()
@@ -94,7 +93,7 @@ def update_works(layout: Layout, plan: OrthogonalizePlan | None, optim: OptimCon
         if group.method == "adamw":
             # Weights and both moments read and written, the gradient read.
             passes[elementwise(4 * group.layout.partition * (2 * (1 + STATES["adamw"]) + 1))] += 1
-    if plan is None:
+    if (plan := layout.plan) is None:
         return passes, products
     loads = [sum(optim.operations(*shape) for shape in plan.matrices(rank)) for rank in range(len(plan.local))]
     rank = loads.index(max(loads))
@@ -155,7 +154,6 @@ def wire_seconds(calibration: Calibration, name: str, ranks: int, nbytes: float,
 
 def step_time(
     layout: Layout,
-    plan: OrthogonalizePlan | None,
     micro: MicroBatch,
     sent: dict[str, float],
     train: TrainConfig,
@@ -175,7 +173,7 @@ def step_time(
     backward += (rounds - 1) * seconds(micro.accumulation, calibration)
     reduction = seconds(reduction_works(layout, itemsize), calibration) + wire("reduce", ranks)
     reduction += wire("all_reduce", len(layout.groups))
-    passes, products = update_works(layout, plan, optim, calibration.kind)
+    passes, products = update_works(layout, optim, calibration.kind)
     orthogonalization = seconds(products, calibration)
     optimizer = seconds(passes, calibration) + orthogonalization + wire("all_to_all", 2)
     gather = wire("all_gather", len(layout.groups))

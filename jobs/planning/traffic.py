@@ -4,18 +4,16 @@ Ring algorithms: a rank sends (n - 1) / n of the payload, in an all-reduce twice
 """
 
 from jobs.planning.state import Layout
-from optim.plan import OrthogonalizePlan
 
 SCALARS = 9
 """fp64 numbers of the boundary's all-reduce, before the experts' load (`workers/loop.py`)."""
 
 
-def traffic_of(layout: Layout, plan: OrthogonalizePlan | None, itemsize: int, wire: int) -> dict[str, float]:
+def traffic_of(layout: Layout, itemsize: int, wire: int) -> dict[str, float]:
     """Return the bytes that the mean rank sends for DeepSpeed's step, by collective, as a run's `bytes_sent/*`.
 
     Args:
         layout: of the parameters.
-        plan: of the matrices.
         itemsize: bytes of a weight or gradient.
         wire: bytes of an element of a straddling matrix.
     """
@@ -31,8 +29,8 @@ def traffic_of(layout: Layout, plan: OrthogonalizePlan | None, itemsize: int, wi
     }
     if itemsize == 2:
         sent["all_reduce"] += 2 * (ranks - 1) // ranks
-    if plan is not None and plan.straddlers:
-        sent["all_to_all"] = wire * sum(plan.elements_sent()) / ranks
+    if layout.plan is not None and layout.plan.straddlers:
+        sent["all_to_all"] = wire * sum(layout.plan.elements_sent()) / ranks
     return sent
 
 
@@ -42,7 +40,6 @@ def boundary_bytes(layout: Layout) -> float:
     return 2 * 8 * (SCALARS + layout.expert_loads) * (ranks - 1) / ranks
 
 
-def snapshot_bytes(layout: Layout, ranks_per_node: int) -> tuple[int, int]:
-    """Return the bytes that a node's keeper gets for a snapshot, and those that it sends to its buddy."""
-    own = ranks_per_node * (layout.state_bytes + 4 * layout.replicated_elements)
-    return own, own
+def snapshot_bytes(layout: Layout, ranks_per_node: int) -> int:
+    """Return the bytes that a node's keeper gets for a snapshot; as many go to its buddy."""
+    return ranks_per_node * (layout.state_bytes + 4 * layout.replicated_elements)

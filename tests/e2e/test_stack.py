@@ -151,7 +151,7 @@ def test_mlflow_is_the_monitor(shell, finished):
     nodes = {name.split("/")[1] for name in run.data.metrics if name.startswith("system/")}
     assert len(nodes) >= 2, "a node that had no worker has no keeper"
     files = {artifact.path for artifact in shell.mlflow.list_artifacts(finished)}
-    assert {"config.yaml", "events.json", "loss.png", "recovery.md"} <= files
+    assert {"config.yaml", "events.json", "loss.png", "plan.json", "recovery.md"} <= files
     description = run.data.tags["mlflow.note.content"]
     assert finished in description and "fault (" in description and run.data.tags["raymuon.job_id"] in description
     assert run.data.tags["raymuon.commit"] and run.data.tags["raymuon.code"]

@@ -8,7 +8,10 @@ import mlflow
 import psutil
 import pytest
 
+from jobs.load import load
+from jobs.planning.matrices import orthogonalization
 from orchestrator.run_log import RunLog
+from orchestrator.tracking import read_artifact
 from workers.storage import Store
 from workers.telemetry import KINDS
 
@@ -63,10 +66,15 @@ def test_mlflow_has_every_step_the_params_and_the_artifacts(finished):
         assert [step for step, _ in place.history(result["run_id"], metric)] == list(range(1, 31)), metric
     assert [step for step, _ in place.history(result["run_id"], "val_loss")] == [0, 10, 20, 30]
     names = {artifact.path for artifact in client.list_artifacts(result["run_id"])}
-    assert names == {"config.yaml", "events.json", "loss.png", "profile", "recovery.md"}
+    assert names == {"config.yaml", "events.json", "loss.png", "plan.json", "profile", "recovery.md"}
     assert [artifact.path for artifact in client.list_artifacts(result["run_id"], "profile")] == [
         "profile/step-5.json.gz"
     ]
+    plan = json.loads(read_artifact(result["mlflow_tracking_uri"], result["run_id"], "plan.json"))
+    expected = orthogonalization(load(str(place.folder / "tiny.yaml"), []), 2).as_dict()
+    in_bytes = {"bytes_each_way", "worst_share_of_all_gather"}  # Twice as many on a CPU, which has fp32 on its wires.
+    assert plan.keys() == expected.keys()
+    assert {key: plan[key] for key in plan.keys() - in_bytes} == {key: expected[key] for key in plan.keys() - in_bytes}
 
 
 def test_telemetry_reaches_mlflow_under_the_documented_names(finished):

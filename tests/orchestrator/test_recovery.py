@@ -11,14 +11,16 @@ import psutil
 import pytest
 import torch
 
+from orchestrator.keeper import Keeper
 from orchestrator.run_log import RunLog
-from tests.faults import FaultyMember
+from tests.faults import FaultyMember, ForgetfulMember
 from tests.leading import Lead, Notes, config_of, tensors_of
 from tests.ledger import assert_every_sample_once
-from tests.processes import ProcessCluster
+from tests.processes import ProcessCluster, ProcessHandle
 from tests.ranks import run_ranks
 from tests.trainer import trainer_of
-from workers.errors import TrainingError
+from workers.config import StorageConfig
+from workers.errors import ClusterError, TrainingError
 from workers.reports import StepDone
 from workers.storage import Store
 
@@ -155,6 +157,68 @@ def test_a_lost_node_is_recovered_from_its_buddy(tmp_path, kill, redone):
     recovery = notes.recoveries[0]
     assert (recovery.reason, recovery.source, recovery.storage_bytes) == ("fault", "keepers", 0)
     assert recovery.steps_redone in redone and recovery.world_size == 2
+
+
+def test_a_validation_is_not_lost_with_the_rank_that_tells_it(tmp_path):
+    """Otherwise the checkpoint of its step, all of which is in storage, would not count."""
+    config = config_of(
+        tmp_path, scaling=THREE, train={"steps": STEPS, "validate_every": 10}, checkpoint={"every": 10}, recovery=None
+    )
+    lead = Lead(config, ProcessCluster({"a": 3}, ForgetfulMember), tmp_path)
+    lead.notes.on_step = lambda step: inject(lead, 0, "reduce", 12, "kill") if step == 10 else None
+    with lead:
+        notes = lead.wait()
+    assert [one.step for one in notes.validations] == [0, 10, 20, STEPS] and notes.commits == [10, 20, STEPS]
+    assert len(notes.faults) == 1 and notes.memberships[1].restored_step > 10, "nobody validated step 10 once more"
+
+
+def test_a_survivor_that_cannot_begin_is_replaced(uninterrupted, tmp_path):
+    """It answers polls, so only its answer to the start tells."""
+    folder, _ = uninterrupted
+
+    def break_two(lead: Lead) -> None:
+        inject(lead, 1, "start", 0, "raise")
+        inject(lead, 2, "compute", 11, "kill")
+
+    _, notes = broken_run(tmp_path, {"a": 4}, break_two)
+    assert [fault.during_recovery for fault in notes.faults] == [False, True]
+    assert "kept this worker from starting" in notes.faults[1].cause
+    assert_equal_states(folder, tmp_path)
+
+
+class KeeperlessCluster(ProcessCluster):
+    """No keeper starts on node b: its address is another machine's."""
+
+    def start_keeper(self, node: str, token: str, storage: StorageConfig) -> ProcessHandle:
+        return self._start(node, Keeper, "192.0.2.1" if node == "b" else "127.0.0.1", token, storage)
+
+
+def test_keepers_that_do_not_start_end_a_run_that_has_not_begun(tmp_path):
+    config = config_of(tmp_path, scaling={"max_workers": 2}, train={"steps": STEPS})
+    with (
+        Lead(config, KeeperlessCluster({"a": 1, "b": 1}), tmp_path) as lead,
+        pytest.raises(ClusterError, match="keepers on node b end before they answer: its process died"),
+    ):
+        lead.wait()
+
+
+def test_a_new_node_on_which_no_keeper_starts_is_told_of_once(tmp_path):
+    config = config_of(tmp_path, scaling={"max_workers": 2}, train={"steps": 100_000})
+    cluster = KeeperlessCluster({"a": 1})
+    lead = Lead(config, cluster, tmp_path)
+
+    def add(step: int) -> None:
+        cluster.nodes["b"] = 1
+        if len(cluster.processes.get("b", [])) >= 5 and not lead.stop.requests:
+            lead.stop.request()
+
+    lead.notes.on_step = add
+    with lead:
+        notes = lead.wait()
+    assert [text for text in notes.notices if "keepers on node b" in text] == [
+        "keepers on node b end before they answer: its process died; nothing is trained there meanwhile"
+    ]
+    assert set(notes.worlds) == {1} and notes.faults == []
 
 
 def test_a_standby_takes_the_place_at_once(uninterrupted, tmp_path):

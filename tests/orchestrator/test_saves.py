@@ -107,6 +107,48 @@ def test_an_upload_that_fails_is_tried_again(tmp_path):
     assert notes.commits[-1] == 60 and notes.faults == [] and len(notes.rows) == 60
 
 
+def test_a_commit_that_storage_refuses_is_tried_again(tmp_path):
+    """The shards are there: the last checkpoint of a run must not be lost with one request."""
+    folder, away = tmp_path / "run" / "log", tmp_path / "run" / "away"
+    one = lead(tmp_path, steps=8, checkpoint={"every": 0})
+
+    def refuse(step: int) -> None:
+        if step == 7:
+            folder.rename(away)
+            folder.write_text("in the way")
+
+    def told(text: str) -> None:
+        list.append(one.notes.notices, text)
+        if "is committed again" in text:
+            folder.unlink()
+            away.rename(folder)
+
+    one.notes.on_step, one.notes.notice = refuse, told
+    with one:
+        notes = one.wait()
+    assert one.outcome == "finished" and notes.commits == [8] and notes.of(SaveFailure) == []
+    assert sum("is committed again" in text for text in notes.notices) == 1
+    assert [entry.step for entry in RunLog(Store(f"{tmp_path}/run")).commits] == [8]
+
+
+def test_a_commit_whose_answer_was_lost_counts_once(tmp_path, monkeypatch):
+    one = lead(tmp_path, steps=8, checkpoint={"every": 0})
+    create, lost = Store.create, []
+
+    def lose_the_answer(store: Store, path: str, data: bytes) -> bool:
+        made = create(store, path, data)
+        if path.startswith("log/") and b'"commit"' in data and not lost:
+            lost.append(path)
+            raise StorageError("the answer was lost")
+        return made
+
+    monkeypatch.setattr(Store, "create", lose_the_answer)
+    with one:
+        notes = one.wait()
+    assert len(lost) == 1 and notes.commits == [8]
+    assert [entry.step for entry in RunLog(Store(f"{tmp_path}/run")).commits] == [8]
+
+
 def test_training_goes_on_until_too_many_checkpoints_in_a_row_have_failed(tmp_path):
     blocked = tmp_path / "run" / "shards"
     blocked.parent.mkdir()

@@ -1,5 +1,6 @@
 """Against a real SQLite store."""
 
+import json
 import threading
 from dataclasses import replace
 
@@ -14,14 +15,14 @@ from orchestrator.provenance import provenance
 from orchestrator.recorder import RunRecorder, Watcher
 from orchestrator.report import Links
 from orchestrator.run_log import RunLog
-from orchestrator.tracking import RunRecord, Tracking
+from orchestrator.tracking import RunRecord, Tracking, read_artifact
 from tests.leading import config_of
 from workers.checkpoint.manifest import WEIGHT, Entry, Manifest, place_of
 from workers.checkpoint.shards import write_shard
 from workers.config import CheckpointConfig
 from workers.data.corpus import prepare
 from workers.errors import ConfigError
-from workers.reports import StepDone, Validated
+from workers.reports import Planned, StepDone, Validated
 from workers.storage import Store
 
 
@@ -58,11 +59,29 @@ class _Nobody(Watcher):
     pass
 
 
+def recorder_of(record: RunRecord, folder) -> RunRecorder:
+    links, journal = Links(str(folder), 10, provenance(), "", ""), Journal(Store(str(folder)), 1)
+    return RunRecorder(config_of(folder), record, journal, _Nobody(), links, 10, Tally(0.0), [])
+
+
+@pytest.mark.parametrize("submitted", [True, False])
+def test_the_plan_of_the_group_does_not_replace_that_of_the_submitter(tracking, tmp_path, submitted):
+    run_id = tracking.create("planned", {})
+    if submitted:
+        tracking.keep(run_id, "plan.json", '{"days": 3}')
+    record = RunRecord(tracking, run_id)
+    recorder = recorder_of(record, tmp_path)
+    recorder.report(Planned(generation=1, rank=0, time=0.0, figures={"matrices": 71}))
+    recorder.close(1.0)
+    record.close("FINISHED")
+    kept = json.loads(read_artifact(tracking.uri, run_id, "plan.json"))
+    assert kept == ({"days": 3} if submitted else {"matrices": 71})
+
+
 def test_a_checkpoint_has_the_losses_of_its_own_step_however_late_it_counts(tracking, tmp_path):
     run_id = tracking.create("late", {})
-    record, journal = RunRecord(tracking, run_id), Journal(Store(str(tmp_path)), 1)
-    links = Links(str(tmp_path), 10, provenance(), "", "")
-    recorder = RunRecorder(config_of(tmp_path), record, journal, _Nobody(), links, 10, Tally(0.0), [])
+    record = RunRecord(tracking, run_id)
+    recorder = recorder_of(record, tmp_path)
     for step in range(1, 8):
         at = {"generation": 1, "rank": 0, "time": float(step), "step": step, "loss": 10.0 - step}
         rest = dict.fromkeys(("seconds", "lr", "grad_norm", "expert_imbalance", "snapshot_seconds"), 1.0)
