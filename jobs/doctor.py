@@ -63,7 +63,6 @@ def doctor(
     show(examined.findings, Console(stderr=as_json, highlight=False))
     if calibration is not None and examined.calibration:
         with storage_errors(str(calibration)):
-            calibration.parent.mkdir(parents=True, exist_ok=True)
             calibration.write_text(examined.calibration)
     if as_json:
         told = {"exit_code": code, "findings": [asdict(finding) for finding in examined.findings]}

@@ -42,7 +42,7 @@ class Jobs:
 
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)
-        with cluster_errors(self.address):
+        with cluster_errors(self.address), _only_address(self.address):
             self.client = JobSubmissionClient(self.address)
 
     def submit(self, job: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> None:
@@ -118,6 +118,23 @@ def _admit(access: Access, allow_open: bool) -> None:
         )
     if access.asks_for_token:
         os.environ["RAY_AUTH_MODE"] = "token"  # Ray's client sends the token only then.
+
+
+@contextmanager
+def _only_address(address: str) -> Iterator[None]:
+    """Keep Ray's client from what the environment names: it would take that for the address that it is given.
+
+    The job would go to another head than the one that was looked at.
+    """
+    name = "RAY_API_SERVER_ADDRESS"  # It comes before RAY_ADDRESS.
+    before = os.environ.get(name)
+    os.environ[name] = address
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 @contextmanager

@@ -64,10 +64,10 @@ def auth_token() -> Token | None:
     """Return the token that Ray would send: of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, in this order.
 
     Raises:
-        ConfigError: a file is named that cannot be read.
+        ConfigError: a file is named that cannot be read, or what is there is no token.
     """
     if secret := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return Token(secret, None)
+        return Token(_one_word(secret, "RAY_AUTH_TOKEN"), None)
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(named) if named else Path.home() / ".ray" / "auth_token"
     try:
@@ -78,7 +78,17 @@ def auth_token() -> Token | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: the token cannot be read ({error}); mend the file's owner and mode") from error
-    return Token(secret, file) if secret else None
+    return Token(_one_word(secret, str(file)), file) if secret else None
+
+
+def _one_word(secret: str, where: str) -> str:
+    """Refuse what could not even be sent in a header, without repeating it."""
+    if len(words := secret.split()) > 1:
+        raise ConfigError(
+            f"{where}: a token is one word, there are {len(words)}; keep the token alone, or make one with "
+            "`ray get-auth-token --generate`"
+        )
+    return secret
 
 
 def head_access(dashboard_url: str) -> Access:

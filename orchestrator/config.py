@@ -14,6 +14,7 @@ from workers.config import (
     StorageConfig,
     TelemetryConfig,
     TrainConfig,
+    no_password,
 )
 from workers.data.corpus import Corpus
 from workers.storage import absolute_url
@@ -135,12 +136,9 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         require(
             (bool(self.uri.strip()), "uri must not be empty"),
-            ("@" not in self.uri.split("://")[-1].split("/")[0] or self.uri.startswith("sqlite"), _NO_PASSWORD),
+            *no_password(uri=self.uri),
             (bool(self.experiment.strip()), "experiment must not be empty"),
         )
-
-
-_NO_PASSWORD = "uri must not hold a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -105,7 +105,7 @@ class Controller:
         lease: Lease,
         kill_after: int | None = None,
     ) -> None:
-        self.config, self.pool, self.commits, self.lease = config, pool, commits, lease
+        self.config, self.pool, self.lease = config, pool, lease
         self.progress, self.recorder, self.tally, self.kill_after = progress, recorder, tally, kill_after
         self.policy = FailurePolicy(config.recovery)
         self.saves = Saves(config, commits, task, progress, self.policy, recorder)
@@ -231,7 +231,7 @@ class Controller:
         for answer in done:
             with suppress(Gone):  # The pool finds out by itself.
                 kept += answer.result()
-        snapshot = newest_snapshot(kept, self.commits.newest)
+        snapshot = newest_snapshot(kept, self.saves.newest)
         if snapshot is None:
             return None
         notes = next(shard for shard in snapshot.shards if shard.agreed).notes

@@ -53,6 +53,11 @@ class Saves:
         self._doubtful: set[int] = set()
         """Those of them that were on their way when a keeper was lost, perhaps with a part that nobody else had."""
 
+    @property
+    def newest(self) -> tuple[int, int]:
+        """Generation and step of the newest checkpoint."""
+        return self.commits.newest
+
     def begun(self, step: int) -> None:
         """Note that a step is finished, with which a checkpoint may begin."""
         if (every := self.config.checkpoint.every) and step % every == 0:

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 
 from jobs.stack.seaweed import BUCKET, KEY, SECRET, client, free_port, s3_environment
 
@@ -39,22 +40,34 @@ def rclone(folder: Path) -> Iterator[str]:
         server.wait(20)
 
 
+Harm = Literal[500, 503, "late", "lost", "no reply"] | None
+"""Of a request: it gets 500 or 503, is late, loses its connection before the server has it, or loses the reply."""
+
+
 @contextmanager
 def unreliable(endpoint: str, share: float, seed: int) -> Iterator[str]:
-    """Run a proxy before an S3 server that harms a share of the requests; yield its endpoint.
-
-    A harmed request gets 500 or 503, is late, loses its connection before the server has it, or loses the reply.
-    """
-    host, port = endpoint.removeprefix("http://").split(":")
+    """Run a proxy before an S3 server that harms a share of the requests; yield its endpoint."""
     dice, lock = random.Random(seed), threading.Lock()
+
+    def harm(method: str, path: str) -> Harm:
+        with lock:
+            return dice.choice((500, 503, "late", "lost", "no reply")) if dice.random() < share else None
+
+    with proxy(endpoint, harm) as url:
+        yield url
+
+
+@contextmanager
+def proxy(endpoint: str, harm_of: Callable[[str, str], Harm]) -> Iterator[str]:
+    """Run a proxy before a server; `harm_of` a request's method and path is what becomes of it; yield its endpoint."""
+    host, port = endpoint.removeprefix("http://").split(":")
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            with lock:
-                harm = dice.choice((500, 503, "late", "lost", "no reply")) if dice.random() < share else None
+            harm = harm_of(self.command, self.path)
             if harm == "lost":
                 self.close_connection = True
                 return

@@ -136,7 +136,8 @@ _PASSWORD = re.compile(r"https?://[^/]*@|://[^/@]*:[^/]*@")
 def no_password(**urls: str) -> Iterator[tuple[bool, str]]:
     """Yield the check that a URL has no password in it: a config goes into MLflow, job info and journals."""
     for key, url in urls.items():
-        text = f"{key} must have no user or password in it; credentials come from the environment or a role"
+        text = f"{key} must have no user or password in it; credentials come from a role or the environment "
+        text += "(AWS_ACCESS_KEY_ID, MLFLOW_TRACKING_PASSWORD and so on)"
         yield not _PASSWORD.search(url), text
 
 

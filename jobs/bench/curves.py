@@ -42,6 +42,5 @@ def curves(picture: Path, overrides: list[str], say: Any) -> dict[str, Any]:
                 [(m.step, m.value) for m in client.get_metric_history(runs[best]["run_id"], metric)]
                 for metric in ("loss", "val_loss")
             )
-    picture.parent.mkdir(parents=True, exist_ok=True)
     plot_losses(drawn, picture)  # type: ignore[arg-type]
     return {**found, "picture": str(picture)}

@@ -4,21 +4,20 @@ A step counts when its row is in MLflow, so a run's time goes to the end of the 
 driver's own process: their share of its time is in the figures, too.
 """
 
-import subprocess
-import sys
+import os
+import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import psutil
 
 from jobs.bench.cluster import bench_cluster
 from jobs.bench.simulated import SimulatedCluster
 from jobs.load import load
+from jobs.stack.mlflow_server import ADMIN, mlflow_server
 from jobs.stack.seaweed import free_port
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, RunResult, lead, run
@@ -27,7 +26,7 @@ from orchestrator.pool import Pool
 from orchestrator.preflight import check_inputs, find_run
 from orchestrator.recorder import Watcher
 from orchestrator.stop import StopSignal
-from workers.errors import StorageError, TrainingError
+from workers.errors import TrainingError
 from workers.reports import Report, StepDone
 
 RATE = 50.0
@@ -50,8 +49,8 @@ def driver_load(
     """Load the driver in four ways and return what each comes to.
 
     `paced`: simulated members at 50 steps per second, MLflow in a database file. `sqlite` and `server`: the same as
-    fast as the driver takes what they tell, MLflow in a database file or behind its server. `actors`: real ones, on a
-    local Ray.
+    fast as the driver takes what they tell, MLflow in a database file or behind a server that asks for a password.
+    `actors`: real ones, on a local Ray.
 
     Args:
         overrides: of the demo's config.
@@ -68,7 +67,10 @@ def driver_load(
         say(f"paced: {report['paced']}")
         report["sqlite"] = simulated(folder, database, workers, steps, overrides)
         say(f"sqlite: {report['sqlite']}")
-        with mlflow_server(folder) as uri:
+        password, server = secrets.token_hex(16), folder / "server"
+        server.mkdir()
+        os.environ.update(MLFLOW_TRACKING_USERNAME=ADMIN, MLFLOW_TRACKING_PASSWORD=password)
+        with mlflow_server(server, free_port(), f"{server}/artifacts", password, {}) as uri:
             report["server"] = simulated(folder, uri, workers, steps, overrides)
         say(f"server: {report['server']}")
         if actors:
@@ -213,37 +215,3 @@ def _each_step_once(config: RunConfig, result: RunResult, steps: int) -> int:
     if sorted(metric.step for metric in history) != list(range(1, steps + 1)):
         raise TrainingError(f"MLflow has {len(history)} rows of {steps} steps, or not each step once")
     return len(history)
-
-
-@contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """Run an MLflow server with one worker on this machine, and yield its URI.
-
-    Raises:
-        StorageError: it does not come up.
-    """
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    log = folder / "mlflow-server.log"
-    with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        while not _answers(uri):
-            if server.poll() is not None:
-                raise StorageError(f"the MLflow server did not come up:\n{log.read_text()[-3000:]}")
-            time.sleep(0.1)
-        yield uri
-    finally:
-        server.terminate()
-        server.wait(20)
-
-
-def _answers(uri: str) -> bool:
-    try:
-        urlopen(f"{uri}/health", timeout=5).close()
-        return True
-    except OSError:
-        return False

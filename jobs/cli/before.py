@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import AsJson, CalibrationFile, Config, GpuType, Overrides, greater_than_0
+from jobs.cli.options import AsJson, CalibrationFile, Config, GpuType, Overrides, greater_than_0, writable
 
 app = typer.Typer()
 
@@ -67,7 +67,8 @@ def doctor(
     ] = None,
     storage: Annotated[str, typer.Option(help="Folder (fsspec URL) to check in checkpoint.url's place.")] = "",
     calibration: Annotated[
-        Path | None, typer.Option(help="Write what was measured for `raymuon plan --calibration`.")
+        Path | None,
+        typer.Option(callback=writable, help="Write what was measured for `raymuon plan --calibration`."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.cli.options import AsJson, Overrides, S3Endpoint
+from jobs.cli.options import AsJson, Overrides, S3Endpoint, writable
 
 app = typer.Typer()
 bench_app = typer.Typer(no_args_is_help=True, help="Measurements against rivals, as ratios.")
@@ -81,7 +81,7 @@ def bench_plan(
 def bench_variants(
     overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
-    table: Annotated[Path | None, typer.Option(help="Where a Markdown table goes.")] = None,
+    table: Annotated[Path | None, typer.Option(callback=writable, help="Where a Markdown table goes.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """The loss after a minute of training with each of the optimizer's variants."""
@@ -107,7 +107,7 @@ def bench_load(
 @bench_app.command("curves")
 def bench_curves(
     overrides: Overrides = None,
-    picture: Annotated[Path, typer.Option(help="Where the PNG goes.")] = Path("curves.png"),
+    picture: Annotated[Path, typer.Option(callback=writable, help="Where the PNG goes.")] = Path("curves.png"),
     as_json: AsJson = False,
 ) -> None:
     """Muon against AdamW on the demo, each at its best of three learning rates, in one picture."""

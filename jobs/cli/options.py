@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,19 @@ def greater_than_0(value: float | None) -> float | None:
     if value is not None and not value > 0:
         raise typer.BadParameter(f"must be greater than 0, not {value:g}")
     return value
+
+
+def writable(file: Path | None) -> Path | None:
+    """Refuse a file that could not be written at the end of a long command; its folder is made."""
+    if file is None:
+        return None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{file}: its folder cannot be made ({error})") from error
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise typer.BadParameter(f"{file} cannot be written" + (": it is a folder" if file.is_dir() else ""))
+    return file
 
 
 S3Endpoint = Annotated[str, typer.Option(help="Of an S3 store that is not AWS.", callback=_configure_s3)]

@@ -29,6 +29,8 @@ from workers.storage import Store, configure_s3, storage_errors
 LIBRARIES = ("ray", "torch", "deepspeed", "numpy", "safetensors", "fsspec", "s3fs")
 CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 """Files under /sys/fs/cgroup with a container's limit and use: version 2, version 1."""
+LARGE = "-large"
+"""Ending of the name of the large file."""
 TRIED = 64 << 20
 """Bytes that are really written: into memory, and to a store (a multipart upload's usual part)."""
 
@@ -95,7 +97,7 @@ class NodeProbe:
             skew = _store_skew(store)
             fences = store.probe()
             store.put(mark, mark.encode())
-            data, name = secrets.token_bytes(TRIED), f"{mark}-large"
+            data, name = secrets.token_bytes(TRIED), f"{mark}{LARGE}"
             began = time.perf_counter()
             store.put(name, data)
             written = time.perf_counter()
@@ -137,7 +139,8 @@ class NodeProbe:
         """Return the marks that can be read here, or why nothing can."""
         store = Store(url).child(folder)
         try:
-            return [name for name in store.names("") if store.read(name) == name.encode()]
+            names = [name for name in store.names("") if not name.endswith(LARGE)]  # One that a probe has left.
+            return [name for name in names if store.read(name) == name.encode()]
         except StorageError as error:
             return str(error).replace(f"/{folder}", "")
 

@@ -147,7 +147,11 @@ class Slots:
             return found
         model, optim = self.config.model, self.config.optim
         sized = ask({"": self.probes[0].probe.call("snapshot_bytes", model, optim, len(self.probes))}, 60, self.stop)
-        self._snapshot = sized[""] if isinstance(sized[""], int) else 0
+        if isinstance(sized[""], int):
+            self._snapshot = sized[""]
+        else:
+            seen = f"how large a snapshot is could not be found out: {told(sized[''])}"
+            found.append(Finding("memory", CLUSTER, "failure", seen, LOOK_THERE))
         if len(self.probes) < 2:
             return found + checks.check_links(None, [])
         (group,) = self._link([self.probes])

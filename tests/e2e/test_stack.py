@@ -18,8 +18,10 @@ import mlflow
 import psutil
 import pytest
 
+from jobs.ray_jobs import ENDED, Jobs
 from tests.e2e.conftest import RAYMUON
 from tests.secrets_search import places_of
+from tests.servers import proxy
 
 CHROMIUM = shutil.which("chromium")
 BATCH = 16
@@ -40,7 +42,13 @@ class Shell:
     environment: dict[str, str]
     overrides: list[str]
 
-    def run(self, *arguments: str, code: int = 0) -> str:
+    def run(self, *arguments: str) -> str:
+        return self.ended(0, *arguments).stdout
+
+    def refused(self, code: int, *arguments: str) -> str:
+        return self.ended(code, *arguments).stderr
+
+    def ended(self, code: int, *arguments: str) -> subprocess.CompletedProcess:
         done = subprocess.run(
             [RAYMUON, *arguments],
             cwd=self.folder,
@@ -50,7 +58,7 @@ class Shell:
         )
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stdout + done.stderr
-        return done.stdout
+        return done
 
     def json(self, *arguments: str) -> dict:
         return json.loads(self.run(*arguments, "--json").splitlines()[-1])
@@ -166,6 +174,47 @@ def test_a_replay_is_bitwise_the_record_and_after_a_fault_within_the_tolerance(s
     assert hurt["verdict"] in ("bitwise equal", "equal within the tolerance") and hurt["world_size"] == 1
     assert len(hurt["recorded_world_sizes"]) == 2, "the fault changed the group"
     assert hurt["trained_from"] >= hurt_at - 14, "from the nearest checkpoint"
+
+
+def test_a_replay_with_another_seed_is_refused(shell, finished):
+    told = shell.refused(2, "replay", finished, "--steps", "1:2", "seed=5")
+    assert "seed: the checkpoint has 0, the config 5" in told
+
+
+def test_a_replay_that_is_interrupted_compares_nothing(shell, finished):
+    command = [RAYMUON, "replay", finished, "--steps", "1:30"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=shell.folder, env={**os.environ, **shell.environment}, **pipes)
+    told = []
+    for line in process.stdout:
+        told.append(line)
+        if line.startswith("step 0: validation loss"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, told
+    assert "nothing is compared; replay it again" in told[-1] and "bitwise" not in "".join(told)
+
+
+def test_a_submission_whose_answer_is_lost_is_withdrawn(shell):
+    """The head has taken the job, and only that is not known: neither a job nor a run may be left.
+
+    The address of the command line counts: the environment names the head itself, which Ray's client would take.
+    """
+    head = shell.environment["RAY_API_SERVER_ADDRESS"]
+    before = {run.info.run_id for run in runs_of(shell)}
+    with proxy(head, lambda method, path: "no reply" if (method, path) == ("POST", "/api/jobs/") else None) as address:
+        shell.refused(3, "submit", "demo-llama", *shell.overrides, "train.steps=1000", "--address", address)
+    (withdrawn,) = [run for run in runs_of(shell) if run.info.run_id not in before]
+    assert withdrawn.info.lifecycle_stage == "deleted"
+    jobs = Jobs(head)
+    (job,) = jobs.of_run(withdrawn.info.run_id)
+    while (status := jobs.info(job)["status"]) not in ENDED:
+        time.sleep(0.2)
+    assert status == "STOPPED"
+
+
+def runs_of(shell: Shell) -> list[mlflow.entities.Run]:
+    experiments = [experiment.experiment_id for experiment in shell.mlflow.search_experiments()]
+    return shell.mlflow.search_runs(experiments, run_view_type=mlflow.entities.ViewType.ALL)
 
 
 def test_no_secret_is_anywhere(shell, finished):

@@ -92,11 +92,6 @@ def test_a_missing_config_and_a_wrong_override():
         load("demo", ["optim.lr"])
 
 
-def test_a_password_in_the_tracking_uri_is_refused():
-    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
-        load("demo", ["tracking.uri=http://me:secret@host:5000"])
-
-
 @pytest.mark.parametrize(
     "override",
     [
@@ -104,6 +99,8 @@ def test_a_password_in_the_tracking_uri_is_refused():
         "checkpoint.url=sftp://me:secret@host/runs",
         "storage.s3_endpoint=http://key:secret@host:9000",
         "train.init=https://me:secret@host/runs",
+        "tracking.uri=http://me:secret@host:5000",
+        "tracking.uri=postgresql://me:secret@host/mlflow",
     ],
 )
 def test_a_password_in_any_url_is_refused_and_not_repeated(override):

@@ -101,3 +101,15 @@ def test_a_token_file_that_others_may_read(home, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "missing"))
     with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN_PATH=.*missing: no such file"):
         auth_token()
+
+
+@pytest.mark.parametrize("variable", [True, False])
+def test_what_is_no_token_is_refused_and_not_repeated(home, monkeypatch, variable):
+    """Two lines in the file: urllib would refuse the header, and the head would be taken for no dashboard."""
+    (home / ".ray").mkdir(exist_ok=True)
+    (home / ".ray" / "auth_token").write_text("secret-one\nsecret-two\n")
+    if variable:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "secret-one secret-two")
+    with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN: a token" if variable else "auth_token: a token") as refusal:
+        auth_token()
+    assert "secret" not in str(refusal.value)

@@ -1,12 +1,14 @@
 """Checkpoints of a real group over processes: damage, storage that fails or is slow, and what training makes of it."""
 
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from optim.config import OptimConfig
+from orchestrator import controller
 from orchestrator.events import Fallback, SaveFailure
 from orchestrator.lease import await_free
 from orchestrator.retention import Janitor
@@ -105,6 +107,28 @@ def test_an_upload_that_fails_is_tried_again(tmp_path):
     with one:
         notes = one.wait()
     assert notes.commits[-1] == 60 and notes.faults == [] and len(notes.rows) == 60
+
+
+def test_the_last_checkpoint_is_waited_for_as_long_as_something_comes(tmp_path, monkeypatch):
+    """Its shards fail twice, 1 and 2 s apart: longer than the driver waits in silence."""
+    monkeypatch.setattr(controller, "COMMIT_S", 2.5)
+    blocked = tmp_path / "run" / "shards"
+    blocked.parent.mkdir()
+    blocked.write_text("in the way")
+    one = lead(tmp_path, steps=8, checkpoint={"every": 0})
+    tries: list[float] = []
+
+    def told(text: str) -> None:
+        list.append(one.notes.notices, text)
+        if "rank 0 writes its shard again" in text:
+            tries.append(time.monotonic())
+            if len(tries) == 2:
+                blocked.unlink()
+
+    one.notes.notice = told
+    with one:
+        notes = one.wait()
+    assert len(tries) == 2 and notes.commits == [8]
 
 
 def test_a_commit_that_storage_refuses_is_tried_again(tmp_path):

@@ -1,0 +1,100 @@
+"""A driver whose members are simulated in its process: what becomes of the record when something takes it away."""
+
+import sqlite3
+from contextlib import closing
+
+import mlflow
+import pytest
+
+from jobs.bench.simulated import SimulatedCluster
+from jobs.load import load
+from orchestrator.config import RunConfig
+from orchestrator.driver import Options, RunResult, lead
+from orchestrator.keeper import new_token
+from orchestrator.pool import Pool
+from orchestrator.preflight import check_inputs, find_run
+from orchestrator.recorder import Watcher
+from orchestrator.run_log import FencedError, RunLog
+from orchestrator.stop import StopSignal
+from orchestrator.tracking import Tracking
+from workers.errors import StorageError
+from workers.reports import Report, StepDone
+from workers.storage import Store
+
+
+def config_of(folder, steps: int) -> RunConfig:
+    fixed = [
+        *(f"train.steps={steps}", "train.validate_every=0", "train.sample_prompt=''", "checkpoint.every=10"),
+        *("scaling.min_workers=2", "scaling.max_workers=2", f"data.source={__file__}", "train.global_batch=2"),
+        *("train.micro_batch=1", "train.seq_len=64", "data.held_out_fraction=0.3", "train.validate_sequences=1"),
+        *(f"data.prepared_url={folder}/data", f"checkpoint.url={folder}/runs"),
+        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+    ]
+    return load("demo", fixed)
+
+
+class At(Watcher):
+    """Does something after a step."""
+
+    def __init__(self, step: int, work) -> None:
+        self.step, self.work, self.run_id, self.warnings = step, work, "", []
+
+    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
+        self.run_id = run_id
+
+    def report(self, report: Report) -> None:
+        if isinstance(report, StepDone) and report.step == self.step:
+            self.work(self.run_id)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def drive(config: RunConfig, watcher: Watcher, resume: str = "never") -> RunResult:
+    inputs = check_inputs(config)
+    found = find_run(config, inputs.corpus, resume)
+    with (
+        SimulatedCluster(100.0, real_time=True) as cluster,
+        Pool(cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, watcher.warn) as pool,
+    ):
+        while not pool.num_slots or pool.num_starting:
+            pool.refresh()
+        return lead(config, inputs, found, pool, watcher, StopSignal(), Options())
+
+
+def test_a_fenced_driver_leaves_the_record_to_its_successor(tmp_path):
+    config = config_of(tmp_path, steps=1000)
+
+    def take_over(run_id: str) -> None:
+        log = RunLog(Store(f"{tmp_path}/runs/{run_id}"))
+        log.take_over(log.identity)
+
+    watcher = At(15, take_over)
+    with pytest.raises(FencedError):
+        drive(config, watcher)
+    run = Tracking(config.tracking).client.get_run(watcher.run_id)
+    assert run.info.status == "RUNNING" and "raymuon.error" not in run.data.tags
+    assert "raymuon.goodput" not in run.data.tags
+    artifacts = Tracking(config.tracking).client.list_artifacts(watcher.run_id)
+    assert "recovery.md" not in {artifact.path for artifact in artifacts}
+
+
+def test_a_record_that_mlflow_does_not_take_at_the_end_is_made_good_by_the_next_driver(tmp_path):
+    config = config_of(tmp_path, steps=60)
+
+    def rename(table: str, other: str) -> None:
+        with closing(sqlite3.connect(tmp_path / "mlflow.db", timeout=60)) as database, database:
+            database.execute(f"ALTER TABLE {table} RENAME TO {other}")
+
+    watcher = At(40, lambda run_id: rename("metrics", "away"))
+    with pytest.raises(StorageError) as refusal:
+        drive(config, watcher)
+    rename("away", "metrics")
+    assert "the training is finished at step 60 and saved" in str(refusal.value)
+    assert "its record in MLflow is not complete, its journal is" in str(refusal.value)
+    client = mlflow.MlflowClient(config.tracking.uri)
+    before = {metric.step for metric in client.get_metric_history(watcher.run_id, "loss")}
+    assert len(before) < 60
+    drive(config_of(tmp_path, steps=70), At(0, print), resume=watcher.run_id)
+    history = client.get_metric_history(watcher.run_id, "loss")
+    assert sorted(metric.step for metric in history) == list(range(1, 71))
