@@ -40,6 +40,17 @@ def save(store: Store, world_size: int, step: int = 7) -> Manifest:
     return Manifest("run", 1, 1, step, world_size, {"seed": 0}, counters, SHAPES, tuple(shards))
 
 
+def test_every_read_is_told(tmp_path):
+    """The watchdog must see that a large restore gets on."""
+    seen = []
+    reader = CheckpointReader(
+        Store(str(tmp_path)), save(Store(str(tmp_path)), 2), lambda: seen.append(reader.bytes_read)
+    )
+    for name in reader.names("weight"):
+        reader.tensor("weight", name)
+    assert seen == sorted(set(seen)) and len(seen) >= 2 and seen[-1] == reader.bytes_read
+
+
 @pytest.mark.parametrize("before", [1, 2, 3, 4])
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 def test_every_tensor_survives_a_change_of_world_size_bitwise(tmp_path, before, after):

@@ -39,6 +39,7 @@ def trained(rank: int, world_size: int, task: Task, pause_at: int = 0, poison: t
     from workers.state import Counters
 
     reports: list = []
+    marks: list[tuple[str, int]] = []
     engine = build_engine(task.model, task.optim, task.train, task.seed, default_device())
     keeper = Keeper("127.0.0.1", "secret", StorageConfig())
     links = KeeperLinks(keeper=keeper.address())
@@ -47,6 +48,7 @@ def trained(rank: int, world_size: int, task: Task, pause_at: int = 0, poison: t
         report=lambda kind, **fields: reports.append((kind, fields)),
         pause=lambda: Pause(*[rank == world_size - 1 and counters.step + 1 == pause_at] * 2),
         links=lambda: links,
+        mark=lambda phase, step: marks.append((phase, step)),
     )
     member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, links=links)
     trainer = Trainer(task, member, engine, counters, controls)
@@ -67,6 +69,7 @@ def trained(rank: int, world_size: int, task: Task, pause_at: int = 0, poison: t
         "losses": [fields["loss"] for kind, fields in reports if kind is StepDone],
         "validation": [(fields["step"], fields["loss"]) for kind, fields in reports if kind is Validated],
         "saved": saved_steps(keeper),
+        "marks": marks,
         "skipped": counters.skipped,
         "tokens": counters.tokens,
         "weights": {name: p.detach().clone() for name, p in engine.model.named_parameters()},
@@ -98,6 +101,15 @@ def test_uneven_and_idle_ranks_train_the_same_model(tmp_path, world_size):
             assert bias.equal(alone["biases"][name]), "the experts' load is counted over the whole batch"
         assert result["saved"] == [2, 4], "every rank writes its shard"
     assert not any(result["losses"] for result in together[1:]), "rank 0 alone tells of steps"
+
+
+def test_long_parts_show_that_they_get_on(tmp_path):
+    """Otherwise the watchdog takes a large validation, or a sample of many bytes, for a hang."""
+    task = task_of(tmp_path, validate_every=2, sample_prompt="import", sample_bytes=30)
+    (alone,) = run_ranks(1, trained, task)
+    chunks = 3  # Of five sequences, two at a time; and one mark when they are done.
+    assert alone["marks"].count(("validate", 0)) == alone["marks"].count(("validate", 2)) == chunks + 1
+    assert alone["marks"].count(("validate", 4)) == chunks + 1 + 30, "a mark for each byte of the sample"
 
 
 def test_one_ranks_pause_stops_all_at_the_same_boundary(tmp_path):
