@@ -42,10 +42,8 @@ def save(store: Store, world_size: int, step: int = 7) -> Manifest:
 
 def test_every_read_is_told(tmp_path):
     """The watchdog must see that a large restore gets on."""
-    seen = []
-    reader = CheckpointReader(
-        Store(str(tmp_path)), save(Store(str(tmp_path)), 2), lambda: seen.append(reader.bytes_read)
-    )
+    store, seen = Store(str(tmp_path)), []
+    reader = CheckpointReader(store, save(store, 2), lambda: seen.append(reader.bytes_read))
     for name in reader.names("weight"):
         reader.tensor("weight", name)
     assert seen == sorted(set(seen)) and len(seen) >= 2 and seen[-1] == reader.bytes_read
