@@ -1,5 +1,6 @@
-"""What a job takes with it: our code, and the versions of everything that it needs."""
+"""Environments: this process's, and what a job takes with it: our code and the versions of all that it needs."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,21 @@ from workers.errors import ConfigError
 
 CONFIG = "config.yaml"
 """The run's config in the working directory."""
+
+
+@contextmanager
+def variables(**values: str) -> Iterator[None]:
+    """Set variables of this process's environment for as long as the block takes."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jobs.environment import variables
 from orchestrator.access import Access, head_access
 from workers.errors import ClusterError, ConfigError
 
@@ -38,12 +39,13 @@ class Jobs:
     def __init__(self, address: str, allow_open: bool = False) -> None:
         self.address = address.rstrip("/")
         _admit(head_access(self.address), allow_open)
-        from ray.job_submission import JobSubmissionClient  # A second's import, after the quick refusals.
+        from jobs.ray_client import Client  # A second's import, after the quick refusals.
 
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)
-        with cluster_errors(self.address), _only_address(self.address):
-            self.client = JobSubmissionClient(self.address)
+        # Ray's client prefers what the environment names to its argument: a head that was not looked at.
+        with cluster_errors(self.address), variables(RAY_API_SERVER_ADDRESS=self.address):
+            self.client = Client(self.address)
 
     def submit(self, job: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> None:
         """Submit a job under an id of our own.
@@ -118,23 +120,6 @@ def _admit(access: Access, allow_open: bool) -> None:
         )
     if access.asks_for_token:
         os.environ["RAY_AUTH_MODE"] = "token"  # Ray's client sends the token only then.
-
-
-@contextmanager
-def _only_address(address: str) -> Iterator[None]:
-    """Keep Ray's client from what the environment names: it would take that for the address that it is given.
-
-    The job would go to another head than the one that was looked at.
-    """
-    name = "RAY_API_SERVER_ADDRESS"  # It comes before RAY_ADDRESS.
-    before = os.environ.get(name)
-    os.environ[name] = address
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
 
 
 @contextmanager

@@ -168,6 +168,8 @@ def watch(jobs: Jobs, job: str, run_id: str) -> None:
     ended = jobs.info(job)
     if ended["status"] == "STOPPED":
         raise Interrupted(f"job {job} was stopped; go on with: raymuon resume {run_id}")
+    if ended["status"] not in ENDED:
+        raise ClusterError(f"the log of job {job} is cut off, the job may go on; see: raymuon status {run_id}")
     if ended["status"] != "SUCCEEDED":
         error = BY_EXIT_CODE.get(ended["exit_code"], ClusterError)
         raise error(f"job {job} ended with {ended['status']} (exit code {ended['exit_code']}); its log is above")

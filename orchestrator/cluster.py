@@ -14,12 +14,15 @@ from typing import Any
 # Ray prints paragraphs on stdout about each worker and node that dies; the driver tells of them in a line. Ray reads
 # this when it is imported.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|has been marked dead")
+# Under `uv run` Ray would pack the current folder, and make each worker an environment of its own.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as JOB_VARIABLE
 from ray._private.state import state as global_state
 from ray._private.worker import get_dashboard_url
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.job_config import JobConfig
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -31,6 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from orchestrator.config import ScalingConfig
 from orchestrator.handles import Gone
 from orchestrator.keeper import Keeper
+from orchestrator.provenance import ROOT
 from orchestrator.reach import reach
 from workers.actor import Worker
 from workers.config import StorageConfig
@@ -50,6 +54,20 @@ class Joined:
     """It was started for this process, and ends with it."""
     dashboard_url: str
     """As the head tells it: of a loopback address where only the head itself is listened to; empty without one."""
+
+
+class _OwnCode(JobConfig):
+    """Has workers import the code that the driver runs, from the folder that it is told.
+
+    Ray would have them look into the driver's current folder first, where other code may lie under our packages' names.
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
+
+
+def _own_code(address: str) -> _OwnCode | None:
+    return None if address.startswith("ray://") else _OwnCode(_py_driver_sys_path=[str(ROOT)])
 
 
 @contextmanager
@@ -73,6 +91,7 @@ def connected(address: str | None) -> Iterator[Joined]:
             configure_logging=False,
             # Ray starts workers at niceness 15, behind everything else on the machine; training is what it is for.
             _system_config={"worker_niceness": 0} if local else None,
+            job_config=_own_code(address),  # type: ignore[arg-type]  (None is Ray's default)
         )
         signal.signal(signal.SIGTERM, on_sigterm)
     except SystemExit as error:  # What Ray's own handler makes of a SIGTERM.

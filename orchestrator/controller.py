@@ -118,6 +118,8 @@ class Controller:
         self.redone = 0
         self.storage_bytes = 0
         self._restored: set[int] = set()
+        self._planned = False
+        """Whether a generation has told how the matrices are shared out."""
         self.outcome = ""
         self.ended_at = progress.step
         self._hung: tuple[str, float] | None = None
@@ -216,6 +218,7 @@ class Controller:
             snapshot=snapshot,
             validated=self.progress.validated,
             committed=self.progress.committed,
+            tell_plan=not self._planned,
         )
         group.start(self.saves.task, place, self._links(group))
         self.pool.training = True
@@ -337,7 +340,7 @@ class Controller:
             if stop.requests > 1:
                 stop.check()
             self._look_after_pool()
-            if self._keepers(group) != keepers:
+            if self._keepers(group) != keepers and not self.saves.needs_no_keeper(self.generation, step):
                 return False
             if (error := self.saves.given_up.get((self.generation, step))) is not None:
                 raise StorageError(error)
@@ -421,9 +424,9 @@ class Controller:
         self.lease.check()
         self.pool.refresh()
         self._take_all(self.pool.take_reports())
+        self.saves.try_again()
         for _ in range(self.pool.take_lost_keepers()):
             self.saves.keeper_lost()
-        self.saves.try_again()
         for usage in self.pool.take_usage():
             self.recorder.usage(usage)
 
@@ -464,6 +467,7 @@ class Controller:
             case KeeperLost():
                 self.recorder.notice(f"rank {report.rank} has lost its keeper ({report.error}); training goes on")
             case Planned() | Sampled() | Profiled():
+                self._planned = self._planned or isinstance(report, Planned)
                 self.recorder.report(report)
 
     def _step(self, report: StepDone) -> None:

@@ -26,7 +26,9 @@ class Journal:
     def __init__(self, store: Store, attempt: int) -> None:
         self.store, self.attempt = store, attempt
         self._lines: list[str] = []
-        self._shipped = 0
+        self._number = 0
+        self._batch = b""
+        """What goes under that number: a try whose answer was lost must not put it down a second time."""
 
     def add(self, record: dict[str, Any]) -> None:
         """Take a line in."""
@@ -38,12 +40,14 @@ class Journal:
         Raises:
             StorageError: they could not be written; they wait on.
         """
-        if self._lines:
-            self._shipped += 1
-            name = f"{FOLDER}/{self.attempt:04d}-{self._shipped:06d}.jsonl"
-            lines = "\n".join(self._lines).encode()
-            self.store.create(name, lines + b"\n" + _check(lines))
-            self._lines.clear()
+        while self._batch or self._lines:
+            if not self._batch:
+                lines = "\n".join(self._lines).encode()
+                self._batch = lines + b"\n" + _check(lines)
+                self._number += 1
+                self._lines.clear()
+            self.store.create(f"{FOLDER}/{self.attempt:04d}-{self._number:06d}.jsonl", self._batch)
+            self._batch = b""
 
 
 def read_journal(store: Store, damaged: Callable[[str], object]) -> Iterator[dict[str, Any]]:

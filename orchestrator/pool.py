@@ -28,14 +28,16 @@ from workers.wire import Address
 POLL_S = 1.0
 """How long a keeper holds a poll open when it has nothing to tell."""
 DRAIN_LOOK_S = 0.5
-REVIVE_S = 1.0
-"""Between two tries to start a keeper on a node."""
+KEEPER_START_S = 120.0
+"""How long a keeper may take to answer for the first time."""
+REVIVE_S, MOST_REVIVE_S = 1.0, 60.0
+"""Between two tries to start a keeper on a node; twice as long after each that has died before it answered."""
 USAGE_S = 10.0
 """Between two looks at how busy a node is; MLflow's own interval."""
 STILLBORN = 3
 """Workers of a slot, or keepers of a node, that may die in a row before they are ready."""
 BARREN_S, MOST_BARREN_S = 10.0, 600.0
-"""How long a slot is left empty after that, where training can go on without it; then twice as long each time."""
+"""How long a slot is left empty after that, where others are enough; then twice as long each time."""
 
 
 @dataclass(eq=False)
@@ -115,8 +117,8 @@ class Pool:
         """Nodes that have lost their keeper, and when to start another."""
         self._revived: dict[str, float] = {}
         self._unstarted: dict[str, int] = {}
-        """Nodes on which no keeper has answered yet, or not since the last died, and how many have died so: what is
-        trained there could never be saved."""
+        """Nodes that wait for their first keeper's answer, or of whose later ones one has died before it answered, and
+        how many have: what began to train there could not be saved."""
         self._looked_for_drains = 0.0
         self._next_number = 0
         self._stillborn: dict[str, int] = {}
@@ -158,11 +160,22 @@ class Pool:
 
     @property
     def num_starting(self) -> int:
-        """Workers that have a slot, and are not ready yet or have no keeper."""
-        return sum(not self._is_ready(worker) for worker in self.workers.values())
+        """Workers that have a slot, and are not ready yet or have no keeper, where one may still come."""
+        return sum(not self._is_ready(one) and not self._is_hopeless(one.node) for one in self.workers.values())
 
     def _is_ready(self, worker: PoolWorker) -> bool:
         return worker.ready is not None and worker.node not in self._unstarted
+
+    def _is_hopeless(self, node: str | None) -> bool:
+        return self._unstarted.get(node or "", 0) >= STILLBORN
+
+    @property
+    def _others_suffice(self) -> bool:
+        """Tell whether a run can be led without the slots in which nothing starts."""
+        if self.training:
+            return len(self.free) >= self.scaling.min_workers
+        able = [s for s in self.slots if s not in self._barren and not self._is_hopeless(self.cluster.node_of(s))]
+        return len(able) >= self.scaling.min_workers
 
     @property
     def num_slots(self) -> int:
@@ -246,7 +259,7 @@ class Pool:
         self._orphans.pop(node, None)
         self._unstarted.pop(node, None)
         if (keeper := self.keepers.pop(node, None)) is not None:
-            self._lost_keepers += 1
+            self._lost_keepers += keeper.address is not None
             keeper.handle.kill()
         for worker in [worker for worker in self.workers.values() if worker.node == node]:
             self.lose(worker.number)
@@ -266,11 +279,11 @@ class Pool:
             if deaths < STILLBORN or not self.cluster.alive(worker.node):
                 return
             text = f"workers on node {worker.node[:8]} end before they are ready: {error}"
-            if not self.training or len(self.free) < self.scaling.min_workers:
-                raise ClusterError(text) from error
             pause = min(BARREN_S * 2 ** (deaths - STILLBORN), MOST_BARREN_S)
             self._barren[worker.slot] = time.monotonic() + pause
-            self.notice(f"{text}; training goes on without them, the next try is in {pause:g} s")
+            if not self._others_suffice:
+                raise ClusterError(text) from error
+            self.notice(f"{text}; it goes on without them, the next try is in {pause:g} s")
 
     def _look_at_keeper(self, keeper: PoolKeeper, now: float) -> None:
         try:
@@ -278,6 +291,8 @@ class Pool:
                 if not keeper.starting.done():
                     if not self.cluster.alive(keeper.node):
                         self._give_up(keeper.node)
+                    elif now - keeper.heard > KEEPER_START_S:
+                        raise Gone(f"no answer for {KEEPER_START_S:g} s")
                     return
                 keeper.address = keeper.starting.result()
                 keeper.heard = now
@@ -323,7 +338,7 @@ class Pool:
         """Have another keeper started on the node, unless the cluster knows that it is dead.
 
         Raises:
-            ClusterError: none ever starts there, and nothing is trained yet.
+            ClusterError: none ever starts there, nothing is trained yet, and other nodes are too few.
         """
         keeper.handle.kill()
         if self.keepers.get(keeper.node) is not keeper:
@@ -335,7 +350,8 @@ class Pool:
             self._note_unstarted(keeper.node, reason)
         # A keeper that died alone comes back at once; on a dead node that the cluster still takes for alive, whatever
         # is started fails, and is tried again now and then.
-        self._orphans[keeper.node] = self._revived.get(keeper.node, 0.0) + REVIVE_S
+        pause = min(REVIVE_S * 2 ** self._unstarted.get(keeper.node, 0), MOST_REVIVE_S)
+        self._orphans[keeper.node] = self._revived.get(keeper.node, 0.0) + pause
         del self.keepers[keeper.node]
 
     def _note_unstarted(self, node: str, reason: str) -> None:
@@ -343,9 +359,9 @@ class Pool:
         deaths = self._unstarted[node] = self._unstarted.get(node, 0) + 1
         if deaths == STILLBORN and self.cluster.alive(node):
             text = f"keepers on node {node[:8]} end before they answer: {reason}"
-            if not self.training:
+            if not self.training and not self._others_suffice:
                 raise ClusterError(text)
-            self.notice(f"{text}; nothing is trained there meanwhile")
+            self.notice(f"{text}; nothing begins to train there until one does")
 
     def end(self, number: int, evidence: bool) -> "Future[str] | None":
         """Kill a worker through its node's keeper, at once and even if it is stopped; return what it was doing."""

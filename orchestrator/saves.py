@@ -1,7 +1,7 @@
 """The checkpoints of an attempt as they come: which count, which are given up, and which is gone on from."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from orchestrator.commits import Commits
 from orchestrator.config import RunConfig
@@ -17,6 +17,18 @@ COMMIT_TRIES = 4
 COMMIT_BACKOFF_S = 1.0
 """Before the second try; it doubles."""
 WITH_KEEPER = "a part of it went with its keeper"
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A checkpoint whose commit storage has refused."""
+
+    report: ShardWritten
+    """Its last shard."""
+    tries: int
+    again_at: float
+    """On the monotonic clock."""
+    error: str
 
 
 class Saves:
@@ -46,8 +58,8 @@ class Saves:
         """Generations and their steps of which a shard could not be written, and why."""
         self._held: list[ShardWritten] = []
         """Shards of steps whose rows have not come yet."""
-        self._refused: list[tuple[float, int, ShardWritten]] = []
-        """Last shards of checkpoints whose commit storage has refused: when to try again, tries so far."""
+        self._refused: dict[tuple[int, int], _Refused] = {}
+        """Generations and steps of which storage has every shard, and has refused the commit."""
         self._due: set[int] = set()
         """Steps whose checkpoints are on their way."""
         self._doubtful: set[int] = set()
@@ -73,7 +85,8 @@ class Saves:
         Raises:
             StorageError: that has happened too often.
         """
-        lost, self._doubtful = self._doubtful & self._due, set(self._due)
+        in_doubt = self._due - {step for _, step in self._refused}
+        lost, self._doubtful = self._doubtful & in_doubt, in_doubt
         for step in sorted(lost):
             self._give_up(step, WITH_KEEPER)
 
@@ -92,12 +105,16 @@ class Saves:
     def try_again(self) -> None:
         """Commit what storage has refused to, where it is time to."""
         now = time.monotonic()
-        due = [one for one in self._refused if one[0] <= now]
-        self._refused = [one for one in self._refused if one[0] > now]
-        for _, tries, report in due:
-            self._take(report, tries + 1)
+        for key in [key for key, refused in self._refused.items() if refused.again_at <= now]:
+            if (refused := self._refused.pop(key, None)) is not None:  # A later one may count by now.
+                self._take(refused.report, refused.tries + 1)
+
+    def needs_no_keeper(self, generation: int, step: int) -> bool:
+        """Tell whether all of a checkpoint is in storage, and only its commit is not."""
+        return (generation, step) in self._refused
 
     def _take(self, report: ShardWritten, tries: int) -> None:
+        began = time.monotonic()
         try:
             manifest = self.commits.take(report)
         except FencedError:
@@ -106,12 +123,17 @@ class Saves:
             if tries == COMMIT_TRIES:
                 self.failed(report.generation, report.step, str(error))
                 return
-            self._refused.append((time.monotonic() + COMMIT_BACKOFF_S * 2 ** (tries - 1), tries, report))
-            self.recorder.notice(f"step {report.step}: the checkpoint is committed again: {error}")
+            now = time.monotonic()
+            # The driver does nothing else while it tries: at most half of its time goes into that.
+            again_at = now + max(COMMIT_BACKOFF_S * 2 ** (tries - 1), now - began)
+            self._refused[report.generation, report.step] = _Refused(report, tries, again_at, str(error))
+            self.recorder.notice(f"step {report.step}: the checkpoint will be committed again: {error}")
             return
         if manifest is not None:
             for step in sorted(step for step in self._doubtful & self._due if step < manifest.step):
                 self._give_up(step, WITH_KEEPER, counts=False)  # This one ends the row.
+            for key in [key for key in self._refused if key[1] < manifest.step]:
+                self._give_up(key[1], self._refused.pop(key).error, counts=False)
             self._due = {step for step in self._due if step > manifest.step}
             self.policy.saved()
             self.progress.committed = manifest.step

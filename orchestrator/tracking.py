@@ -29,6 +29,9 @@ METRICS_PER_BATCH = 1000
 MARKS = {"train": "loss", "validation": "val_loss"}
 """The metric of each series whose last step is the series' high-water mark."""
 PARAM_LIMIT = 6000
+MOST_EXPERIMENTS = 10_000
+LOOKED_AT = 20
+"""Runs of a name, from the newest on."""
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Of our experiment: MLflow's UI shows it as training, not as the evaluation of an application."""
 SUBMITTED = "raymuon.submitted"
@@ -45,9 +48,8 @@ class Tracking:
 
     def __init__(self, config: TrackingConfig) -> None:
         self.uri = config.uri
-        _be_brief()
         with tracking_errors(config.uri):
-            self.client = mlflow.MlflowClient(config.uri)
+            self.client = _client(config.uri)
             self.experiment_id = self._experiment(config)
 
     def create(self, name: str, params: Mapping[str, Any], begins: bool = True) -> str:
@@ -144,10 +146,9 @@ class Tracking:
             return found
 
     def _newest(self, condition: str) -> str | None:
-        newest_first = ["attributes.start_time DESC"]
         with tracking_errors(self.uri):
-            runs = self.client.search_runs([self.experiment_id], condition, max_results=1, order_by=newest_first)
-        return runs[0].info.run_id if runs else None
+            run = _newest(self.client, [self.experiment_id], condition)
+        return run and run.info.run_id
 
     def _experiment(self, config: TrackingConfig) -> str:
         if found := self.client.get_experiment_by_name(config.experiment):
@@ -167,20 +168,28 @@ def look_up(uri: str, run: str) -> Run:
     hint = "name the server or database that has it with --tracking-uri"
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise ConfigError(f"run {run}: there is no MLflow database at {uri}; {hint}")
-    _be_brief()
     with tracking_errors(uri):
-        client = mlflow.MlflowClient(uri)
+        client = _client(uri)
         try:
             return client.get_run(run)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
-        everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
-        named = f"attributes.run_name = {_quoted(run)}"
-        found = client.search_runs(everywhere, named, max_results=1, order_by=["attributes.start_time DESC"])
-    if not found:
+        everywhere = [one.experiment_id for one in client.search_experiments(max_results=MOST_EXPERIMENTS)]
+        found = _newest(client, everywhere, f"attributes.run_name = {_quoted(run)}")
+    if found is None:
         raise ConfigError(f"run {run}: {uri} has no run of that id or name; {hint}")
-    return found[0]
+    return found
+
+
+def _newest(client: mlflow.MlflowClient, experiments: list[str], condition: str) -> Run | None:
+    """Return the newest run that has params.
+
+    One without is of a request that MLflow's client has repeated because the first answer was late; nobody knows of it.
+    """
+    newest_first = ["attributes.start_time DESC"]
+    found = client.search_runs(experiments, condition, max_results=LOOKED_AT, order_by=newest_first)
+    return next((run for run in found if run.data.params), None)
 
 
 def read_artifact(uri: str, run_id: str, name: str) -> str:
@@ -189,16 +198,20 @@ def read_artifact(uri: str, run_id: str, name: str) -> str:
     Raises:
         StorageError: there is none, or the store does not answer.
     """
-    _be_brief()
     with tracking_errors(uri), tempfile.TemporaryDirectory() as folder:
-        return Path(mlflow.MlflowClient(uri).download_artifacts(run_id, name, folder)).read_text()
+        return Path(_client(uri).download_artifacts(run_id, name, folder)).read_text()
 
 
-def _be_brief() -> None:
-    """Have MLflow's client give up on a server within seconds; by itself it would try for minutes."""
+def _client(uri: str) -> mlflow.MlflowClient:
+    """Return a client of this server alone, that gives up within seconds; by itself it would try for minutes.
+
+    Whatever the environment says: models are registered where the runs are, and a row that is told written is.
+    """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
+    return mlflow.MlflowClient(uri, registry_uri=uri)
 
 
 @dataclass

@@ -79,8 +79,8 @@ class WorkerGroup:
         try:
             opened: Future[int] = first.handle.call("open_rendezvous", self.generation, self.world_size)
             port = opened.result(timeout=self.watchdog.hang_s)
-        except (Gone, TimeoutError) as error:
-            self._lose(0, str(error) or "does not answer")
+        except Exception as error:  # It is dead, does not answer, or has no port or file left.
+            self._lose(0, str(error) or type(error).__name__)
             return
         self._links = links
         for rank, member in enumerate(self.members):
@@ -100,7 +100,8 @@ class WorkerGroup:
         now, found = self.pool.look(), []
         for rank in [rank for rank, start in self._starts.items() if start.done()]:
             if (error := self._starts.pop(rank).exception()) is not None:
-                self._lose(rank, str(error))  # It answers polls all the same, and would never train.
+                # It answers polls all the same, and would never train.
+                self._lose(rank, str(error) or type(error).__name__)
         for _ in range(self._answered.qsize()):
             rank, poll = self._answered.get()
             if self._polls.get(rank) is not poll:

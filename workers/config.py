@@ -130,7 +130,7 @@ MODEL_CONFIGS = {"moonlight": MoonlightConfig, "llama": LlamaConfig}
 """By `name`."""
 
 
-_PASSWORD = re.compile(r"https?://[^/]*@|://[^/@]*:[^/]*@")
+_PASSWORD = re.compile(r"https?://[^/]*@|(^|://)[^/@]*:[^/@]*@")
 
 
 def no_password(**urls: str) -> Iterator[tuple[bool, str]]:

@@ -118,7 +118,7 @@ class KeeperLost(Report):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned(Report):
-    """How the optimizer shares its matrices out over the first generation of an attempt, from rank 0."""
+    """How the optimizer shares its matrices out over the generation, from rank 0, once in an attempt."""
 
     figures: dict[str, float]
     """`optim.plan.PlanFigures`."""

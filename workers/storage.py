@@ -30,7 +30,7 @@ def configure_s3(endpoint: str = "") -> None:
     options = fsspec.config.conf.setdefault("s3", {})
     options["config_kwargs"] = {
         "connect_timeout": 5,
-        "read_timeout": 60,
+        "read_timeout": 20,  # s3fs tries five times what botocore has tried four times.
         "retries": {"max_attempts": 3},
         # Some stores send the whole file's checksum with a range of it; what matters has hashes of its own.
         "response_checksum_validation": "when_required",
@@ -211,6 +211,7 @@ def _create_local(target: Path, data: bytes) -> bool:
         with _temporary(target, data) as temporary:
             os.link(temporary, target)
     except FileExistsError:
+        sync_folder(target.parent)  # An earlier try may have ended before that.
         return target.read_bytes() == data
     return True
 

@@ -76,3 +76,5 @@ class Membership:
     """The last step whose validation is on record."""
     committed: int = -1
     """The step of the newest checkpoint."""
+    tell_plan: bool = False
+    """Have rank 0 tell how the matrices are shared out."""

@@ -52,7 +52,7 @@ def train(engine: Engine, task: Task, member: Membership, controls: Controls) ->
         controls.report(CheckpointDamaged, step=task.manifest.step if task.manifest else 0, error=str(error))
         raise
     controls.report(Restored, step=counters.step, storage_bytes=storage_bytes)
-    if engine.rank == 0 and member.generation == 1:  # No recovery waits for it.
+    if engine.rank == 0 and member.tell_plan:
         itemsize = next(engine.model.parameters()).element_size()
         if (figures := engine.optimizer.plan_figures(itemsize)) is not None:
             controls.report(Planned, figures=figures.as_dict())

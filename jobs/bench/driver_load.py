@@ -4,7 +4,6 @@ A step counts when its row is in MLflow, so a run's time goes to the end of the 
 driver's own process: their share of its time is in the figures, too.
 """
 
-import os
 import secrets
 import tempfile
 import time
@@ -16,8 +15,9 @@ import psutil
 
 from jobs.bench.cluster import bench_cluster
 from jobs.bench.simulated import SimulatedCluster
+from jobs.environment import variables
 from jobs.load import load
-from jobs.stack.mlflow_server import ADMIN, mlflow_server
+from jobs.stack.mlflow_server import ADMIN, check_installed, mlflow_server
 from jobs.stack.seaweed import free_port
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, RunResult, lead, run
@@ -59,6 +59,7 @@ def driver_load(
         actors: real ones.
         say: takes a line about each.
     """
+    check_installed()
     report: dict[str, Any] = {"steps": steps, "workers": workers, "actors": actors}
     with tempfile.TemporaryDirectory(prefix="raymuon-load-") as temporary:
         folder = Path(temporary)
@@ -69,8 +70,10 @@ def driver_load(
         say(f"sqlite: {report['sqlite']}")
         password, server = secrets.token_hex(16), folder / "server"
         server.mkdir()
-        os.environ.update(MLFLOW_TRACKING_USERNAME=ADMIN, MLFLOW_TRACKING_PASSWORD=password)
-        with mlflow_server(server, free_port(), f"{server}/artifacts", password, {}) as uri:
+        with (
+            mlflow_server(server, free_port(), f"{server}/artifacts", password, {}) as uri,
+            variables(MLFLOW_TRACKING_USERNAME=ADMIN, MLFLOW_TRACKING_PASSWORD=password),
+        ):
             report["server"] = simulated(folder, uri, workers, steps, overrides)
         say(f"server: {report['server']}")
         if actors:

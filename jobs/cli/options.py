@@ -27,10 +27,12 @@ def writable(file: Path | None) -> Path | None:
         return None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise IsADirectoryError("it is a folder")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise PermissionError("no right to")
     except OSError as error:
-        raise typer.BadParameter(f"{file}: its folder cannot be made ({error})") from error
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise typer.BadParameter(f"{file} cannot be written" + (": it is a folder" if file.is_dir() else ""))
+        raise typer.BadParameter(f"{file} cannot be written ({error})") from error
     return file
 
 

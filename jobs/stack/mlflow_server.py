@@ -39,7 +39,7 @@ def mlflow_server(folder: Path, port: int, artifacts: str, password: str, secret
         ConfigError: what it needs is not installed.
         StorageError: it does not come up.
     """
-    _check_installed()
+    check_installed()
     auth = folder / "basic_auth.ini"
     auth.write_text(AUTH_CONFIG.format(folder=folder, admin=ADMIN))
     command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--host", "127.0.0.1"]
@@ -77,7 +77,12 @@ def mlflow_server(folder: Path, port: int, artifacts: str, password: str, secret
                 server.wait(10)
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Refuse to begin without what the server imports.
+
+    Raises:
+        ConfigError: something is missing.
+    """
     try:
         import boto3  # noqa: F401
         import flask_wtf  # noqa: F401

@@ -1,13 +1,13 @@
 """A process in a worker's place: the same reservation, imports and process group, but it only measures."""
 
 import importlib
-import os
 from typing import TYPE_CHECKING
 
 import ray
 
 from optim.config import OptimConfig
 from orchestrator.doctor.seen import LinkSeen, SlotSeen
+from workers.actor import see_own_gpus
 from workers.config import ModelConfig
 from workers.member import Member
 from workers.snapshots.region import RegionSize
@@ -23,8 +23,7 @@ class SlotProbe(Member):
     """One worker slot. `prepare` comes first: it imports torch and deepspeed."""
 
     def __init__(self) -> None:
-        if not ray.get_gpu_ids():  # As in workers/actor.py.
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        see_own_gpus()
         super().__init__(ray.util.get_node_ip_address())
         self._collectives: tuple[Collective, ...] = ()
 

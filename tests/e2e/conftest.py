@@ -110,6 +110,10 @@ def make_place(tmp_path_factory, texts, cluster, database):
         folder = tmp_path_factory.mktemp(name)
         (folder / "runs").mkdir()
         shutil.copy(database, folder / "runs" / "mlflow.db")
+        # A person's own folders, by names that ours have, too: nothing of them may be imported.
+        for name in ("optim", "workers"):
+            (folder / name).mkdir()
+            (folder / name / "__init__.py").write_text("raise RuntimeError('this is not raymuon')")
         (folder / "tiny.yaml").write_text(TINY.replace("TEXTS", str(texts)))
         return Place(folder, cluster)
 

@@ -11,9 +11,9 @@ from jobs.cli.options import writable
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["bench", "variants", "--table", "{folder}"], "{folder} cannot be written: it is a folder"),
-        (["bench", "curves", "--picture", "{file}/curves.png"], "{file}/curves.png: its folder cannot be made"),
-        (["doctor", "--calibration", "{file}/x/calibration.json"], "its folder cannot be made"),
+        (["bench", "variants", "--table", "{folder}"], "{folder} cannot be written (it is a folder)"),
+        (["bench", "curves", "--picture", "{file}/curves.png"], "{file}/curves.png cannot be written"),
+        (["doctor", "--calibration", "{file}/x/calibration.json"], "{file}/x/calibration.json cannot be written"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path, arguments, told):

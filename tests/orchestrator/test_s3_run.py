@@ -68,7 +68,7 @@ def test_killed_during_a_save_and_gone_on_with(tmp_path, server):
         second = lead(tmp_path, URL, end, checkpoint={"every": 5}, storage=quick)
         keep = CheckpointConfig(keep_last=2, grace_s=0)
         with Janitor(second.log, keep, set(), second.notes.notices.append) as janitor:
-            second.controller.commits.after = janitor.wake
+            second.controller.saves.commits.after = janitor.wake
             with second:
                 notes = second.wait()
         assert [row.step for row in notes.rows] == [*range(newest.step + 1, end + 1)]

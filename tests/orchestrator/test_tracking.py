@@ -15,7 +15,7 @@ from orchestrator.provenance import provenance
 from orchestrator.recorder import RunRecorder, Watcher
 from orchestrator.report import Links
 from orchestrator.run_log import RunLog
-from orchestrator.tracking import RunRecord, Tracking, read_artifact
+from orchestrator.tracking import RunRecord, Tracking, look_up, read_artifact
 from tests.leading import config_of
 from workers.checkpoint.manifest import WEIGHT, Entry, Manifest, place_of
 from workers.checkpoint.shards import write_shard
@@ -105,7 +105,7 @@ def test_more_rows_than_one_batch_takes(tracking):
 
 
 def test_finding_a_run_to_go_on_with(tracking):
-    done, open_ = tracking.create("it's a name", {}), tracking.create("it's a name", {})
+    done, open_ = tracking.create("it's a name", {"seed": 0}), tracking.create("it's a name", {"seed": 0})
     RunRecord(tracking, done).close("FINISHED")
     assert tracking.unfinished("it's a name") == open_
     assert tracking.unfinished("another") is None
@@ -114,11 +114,33 @@ def test_finding_a_run_to_go_on_with(tracking):
         tracking.find("nobody")
 
 
+def test_a_run_that_nobody_knows_of_is_not_gone_on_with(tracking):
+    """MLflow's client makes a second one where the answer to its first request is late."""
+    known = tracking.create("twice", {"seed": 0})
+    tracking.client.create_run(tracking.experiment_id, run_name="twice")
+    assert tracking.unfinished("twice") == tracking.find("twice") == known
+    assert look_up(tracking.uri, "twice").info.run_id == known
+
+
+def test_rows_that_are_told_written_are_whatever_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path}/another.db")
+    tracking = Tracking(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    run_id = tracking.create("now", {"seed": 0})
+    record = RunRecord(tracking, run_id)
+    record.log("train", 1, 1.0, {"loss": 1.0})
+    assert record.flush() and rows(tracking, run_id, "loss") == [(1, 1.0)]
+    record.close("FINISHED")
+    tracking.register("model", str(tmp_path), run_id, {})
+    assert [model.name for model in tracking.client.search_registered_models()] == ["model"]
+    assert not (tmp_path / "another.db").exists()
+
+
 def test_a_run_that_has_checkpoints_needs_its_origin_no_more(tracking, tmp_path):
     config = config_of(tmp_path, train={"init": f"{tmp_path}/gone"})
     config = replace(config, checkpoint=CheckpointConfig(url=str(tmp_path)), tracking=TrackingConfig(uri=tracking.uri))
     corpus = prepare(config.data)
-    run_id = tracking.create(config.run.name, {})
+    run_id = tracking.create(config.run.name, {"seed": 0})
     log = RunLog(run_store(config, run_id))
     log.take_over(identity(config, corpus))
     for resume in ("never", "auto", run_id):

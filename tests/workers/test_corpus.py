@@ -70,6 +70,19 @@ def test_any_fsspec_url_will_do(texts):
     assert TokenSplit(corpus, corpus.train, 64).sample(0).shape == (65,)
 
 
+def test_a_folder_is_read_whole_through_links_and_once(texts, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "below").mkdir(parents=True)
+    (elsewhere / "below" / "linked.txt").write_text("a document that lies on another disk")
+    (texts / "more").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(texts)
+    whole = replace(config(texts, tmp_path), source=str(texts))
+    assert prepare(whole).documents == 6
+    (texts / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(StorageError, match="gone.txt: not found"):
+        prepare(whole)
+
+
 def test_a_missing_and_an_empty_corpus_are_config_errors(texts, tmp_path):
     with pytest.raises(ConfigError, match="no file found"):
         prepare(replace(config(texts, tmp_path), source=str(tmp_path / "nowhere" / "*.txt")))

@@ -7,6 +7,7 @@ nothing. The content hash over all shards identifies the data in every checkpoin
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from workers.config import DataConfig
 from workers.errors import ConfigError, StorageError
@@ -115,8 +117,35 @@ def _files(config: DataConfig) -> Iterator[tuple[AbstractFileSystem, str]]:
             continue
         with storage_errors(source):
             fs, path = fsspec.url_to_fs(absolute_url(source))
-            found = fs.find(path) if fs.isdir(path) else fs.glob(path)
-            yield from ((fs, name) for name in sorted(found) if fs.isfile(name))  # type: ignore[arg-type]
+            yield from ((fs, name) for name in sorted(_found(fs, path)))
+
+
+def _found(fs: AbstractFileSystem, path: str) -> list[str]:
+    """Return the files of a folder or a glob. What cannot be looked at raises: a part of the text would be another run.
+
+    fsspec leaves out linked folders and what it may not list, and takes a file whose state it cannot get for none.
+    """
+    if isinstance(fs, LocalFileSystem):
+        found = _files_below(path) if fs.isdir(path) else map(Path, fs.glob(path))  # type: ignore[arg-type]
+        return [str(file) for file in found if file.is_file() or not file.exists()]
+    listed = fs.find(path, detail=True) if fs.isdir(path) else fs.glob(path, detail=True)
+    return [name for name, info in listed.items() if info["type"] != "directory"]  # type: ignore[union-attr]
+
+
+def _files_below(folder: str) -> Iterator[Path]:
+    """Yield the files of a folder and of all folders in it, linked ones too, each folder once."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for below, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders.sort()
+        if (real := Path(below).resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(below, name) for name in names)
 
 
 def _write(config: DataConfig, files: list[tuple[AbstractFileSystem, str]], store: Store) -> None:

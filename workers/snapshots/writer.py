@@ -1,6 +1,6 @@
 """A worker's side of the snapshots: copy the shard into the keeper's memory, and learn when its copy is safe.
 
-The order makes every finished step survive any one fault:
+The order makes every finished step survive a worker's death, and every one but the last a node's:
 
 1. before `engine.step()`: `wait`, until the buddy's keeper has the previous snapshot. The reduction inside `step()`
    needs every rank, so whoever comes out of it knows that everybody's previous snapshot has its copy.
