@@ -88,13 +88,26 @@ def _merge(values: Any, overrides: list[str], name: str) -> dict[str, Any]:
     if wrong := [override for override in overrides if "=" not in override or override.startswith("=")]:
         raise ConfigError(f"override(s) {', '.join(wrong)}: write them as key=value, for instance optim.lr=1e-3")
     try:
-        merged = OmegaConf.merge(values, OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.merge(values, *map(_override, overrides))
         container = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from error
     if not isinstance(container, dict):
         raise ConfigError(f"{name}: must hold keys and values, not a list")
     return {str(key): value for key, value in container.items()}
+
+
+def _override(override: str) -> Any:
+    """Return one `key=value` as OmegaConf has it.
+
+    A text stands for itself: as YAML the name 1e-3 is a number, and 12:30 is 750. In quotes it is YAML's text.
+    """
+    key, _, text = override.partition("=")
+    if _leaves(RunConfig, "").get(key) is not str or text[:1] in ("'", '"'):
+        return OmegaConf.from_dotlist([override])
+    change = OmegaConf.create()
+    OmegaConf.update(change, key, text)
+    return change
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
@@ -147,19 +160,22 @@ def _default_name(kind: type) -> str:
 
 def _unknown(name: str) -> str:
     """Say that there is no such key, and which one may have been meant."""
-    known = _all_keys(RunConfig, "")
+    known = _leaves(RunConfig, "")
     same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     close = same_leaf or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"{name}: unknown key" + (f"; did you mean {' or '.join(close)}?" if close else "")
 
 
-def _all_keys(cls: type, prefix: str) -> list[str]:
-    keys = []
+def _leaves(cls: type, prefix: str) -> dict[str, Any]:
+    """Return the type of every key."""
+    found = {}
     for key, hint in get_type_hints(cls).items():
         kinds = _sections(hint)
-        keys += [leaf for kind in kinds for leaf in _all_keys(kind, f"{prefix}{key}.")]
-        keys += [] if kinds else [f"{prefix}{key}"]
-    return list(dict.fromkeys(keys))
+        for kind in kinds:
+            found |= _leaves(kind, f"{prefix}{key}.")
+        if not kinds:
+            found[f"{prefix}{key}"] = hint
+    return found
 
 
 def _type_name(hint: Any) -> str:

@@ -60,8 +60,8 @@ class Store:
 
     @property
     def fs(self) -> AbstractFileSystem:
-        """The filesystem; fsspec keeps one instance for each."""
-        return fsspec.url_to_fs(self.url)[0]
+        """The filesystem; fsspec keeps one instance for each. It lists anew each time: others write there, too."""
+        return fsspec.url_to_fs(self.url, use_listings_cache=False)[0]
 
     def path(self, path: str = "") -> str:
         """Return the path that the filesystem wants."""
@@ -76,7 +76,11 @@ class Store:
     def exists(self, path: str = "") -> bool:
         """Tell whether the file or folder is there."""
         with storage_errors(f"{self.url}/{path}"):
-            return self.fs.exists(self.path(path))
+            try:
+                self.fs.info(self.path(path))  # `exists` takes wrong keys and a dead server for a no.
+            except FileNotFoundError:
+                return False
+            return True
 
     def names(self, folder: str) -> list[str]:
         """Return the sorted names in a folder, without it; none if the folder is missing."""

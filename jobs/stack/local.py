@@ -31,8 +31,8 @@ from workers.storage import storage_errors
 
 ENVIRONMENT = "env.sh"
 """The file that gives a shell all that it needs; when it is there, the stack is up."""
-
-
+OTHERS = ("RAY_AUTH_TOKEN", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
+"""What a shell may have for another cluster or store, and what comes before the stack's own."""
 STORE_BYTES = 100 << 20
 """Of Ray's object store on each node; Ray takes no less than 75 MB, and raymuon hardly any."""
 
@@ -80,6 +80,8 @@ def local_stack(folder: Path, nodes: int, gpus: int, workers: int) -> Iterator[S
         (folder / "s3").mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
         drawn, ports = _secrets(folder / "secrets.json"), _ports(folder / "ports.json")
+    for variable in OTHERS:
+        os.environ.pop(variable, None)
     with ExitStack() as exits:
         endpoint = exits.enter_context(seaweedfs(folder / "s3", drawn["s3_key"], drawn["s3_secret"], ports["s3"]))
         keys = {
@@ -112,7 +114,8 @@ def local_stack(folder: Path, nodes: int, gpus: int, workers: int) -> Iterator[S
         stack = Stack(dashboard, ray_address, uri, endpoint, environment)
         shell = folder / ENVIRONMENT
         exits.callback(shell.unlink, missing_ok=True)
-        _write(shell, "".join(f"export {key}={shlex.quote(value)}\n" for key, value in environment.items()))
+        exports = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
+        _write(shell, "\n".join([f"unset {' '.join(OTHERS)}", *exports, ""]))
         yield stack
 
 

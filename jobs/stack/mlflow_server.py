@@ -46,7 +46,8 @@ def mlflow_server(folder: Path, port: int, artifacts: str, password: str, secret
     command += ["--port", str(port), "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", artifacts]
     environment = {
-        **os.environ,
+        # Whatever the shell has for clients, or for another server, is not this one's.
+        **{name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")},
         **secrets,
         "MLFLOW_AUTH_CONFIG_PATH": str(auth),
         "MLFLOW_AUTH_ADMIN_PASSWORD": password,
@@ -55,8 +56,6 @@ def mlflow_server(folder: Path, port: int, artifacts: str, password: str, secret
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        environment.pop(variable, None)  # They are for clients.
     log = folder / "mlflow.log"
     with log.open("w") as output:
         # A session of its own: its workers get no Ctrl-C from our terminal, and end with it.

@@ -91,7 +91,7 @@ def shell(tmp_path_factory) -> Iterator[Shell]:
             assert process.poll() is None, (stack / "stack.log").read_text()
             time.sleep(0.2)
         lines = (stack / "env.sh").read_text().splitlines()
-        environment = dict(line.removeprefix("export ").split("=", 1) for line in lines)
+        environment = dict(line.removeprefix("export ").split("=", 1) for line in lines if line.startswith("export "))
         told = next(line for line in (stack / "stack.log").read_text().splitlines() if "raymuon submit" in line)
         overrides = [word for word in told.split() if "=" in word]
         with pytest.MonkeyPatch.context() as patched:

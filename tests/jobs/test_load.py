@@ -16,6 +16,19 @@ def test_overrides_win_and_defaults_fill():
     assert config.optim.name == "adamw" and config.optim.momentum == 0.95 and config.model.num_experts == 8
 
 
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        *((f"run.name={text}", text) for text in ("1e-3", "2026_11_22", "0012", "on", "12:30", "a #3", "null")),
+        ("run.name='in quotes'", "in quotes"),
+        ('run.name="a \\u00e9"', "a é"),
+    ],
+)
+def test_a_text_of_the_command_line_stands_for_itself(override, name):
+    """As YAML most of these are numbers, truth values or comments."""
+    assert load("demo", [override]).run.name == name
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_built_in_configs_are_valid_and_survive_a_round_trip(name, tmp_path):
     config = load(name, [])
