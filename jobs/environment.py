@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 
 from packaging.requirements import Requirement
 
-from orchestrator.provenance import ROOMS, ROOT
+from orchestrator.provenance import ROOMS
 from workers.errors import ConfigError
+from workers.source import ROOT
 
 CONFIG = "config.yaml"
 """The run's config in the working directory."""

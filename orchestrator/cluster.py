@@ -34,11 +34,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from orchestrator.config import ScalingConfig
 from orchestrator.handles import Gone
 from orchestrator.keeper import Keeper
-from orchestrator.provenance import ROOT
 from orchestrator.reach import reach
 from workers.actor import Worker
 from workers.config import StorageConfig
 from workers.errors import ClusterError, Interrupted
+from workers.source import ROOT
 
 LOOK_S = 0.5
 """How old the list of living nodes may be."""

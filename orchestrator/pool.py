@@ -22,6 +22,7 @@ from workers.config import StorageConfig
 from workers.errors import ClusterError
 from workers.member import Ready
 from workers.reports import Report
+from workers.source import training_code
 from workers.task import Task
 from workers.wire import Address
 
@@ -124,6 +125,7 @@ class Pool:
         self._stillborn: dict[str, int] = {}
         self._barren: dict[str, float] = {}
         """Slots that are left empty, and until when."""
+        self._code = training_code()
         self._reports: list[Report] = []
         self._lost_keepers = 0
         self._usage: list[NodeUsage] = []
@@ -271,7 +273,13 @@ class Pool:
         if not worker.preparing.done():
             return
         try:
-            worker.ready = worker.preparing.result()
+            ready = worker.preparing.result()
+            if ready.code != self._code:  # The record would name the driver's, silently.
+                raise Gone(
+                    f"its optim/ and workers/ are not the driver's (hash {ready.code}, not {self._code}); start all "
+                    "from one image or commit, or use raymuon submit, which sends them"
+                )
+            worker.ready = ready
             self._stillborn.pop(worker.slot, None)
         except Exception as error:
             deaths = self._stillborn[worker.slot] = self._stillborn.get(worker.slot, 0) + 1

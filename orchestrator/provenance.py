@@ -4,7 +4,6 @@ The files' hashes say what was really there, in a container or a job's working d
 for people. `raymuon submit` hands the commit on, because a job's working directory is no checkout.
 """
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -12,10 +11,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from workers.source import ROOT, TRAINING_ROOMS, digest, files_of
+
 ROOMS = ("jobs", "optim", "orchestrator", "workers")
-TRAINING_ROOMS = ("optim/", "workers/")
-"""Where the code lies whose change can change a loss."""
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "mlflow", "raymuon")
 COMMIT_VARIABLE = "RAYMUON_COMMIT"
 DIRTY = "-dirty"
@@ -50,14 +48,8 @@ def provenance() -> Provenance:
 
 
 def source_files() -> dict[str, str]:
-    """Return our source files and configs by path, with the first 16 hex digits of their SHA-256."""
-    found = (path for room in ROOMS for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".yaml"))
-    return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(found)}
-
-
-def digest(files: dict[str, str]) -> str:
-    """Return one hash, 16 hex digits, over files by path and their hashes."""
-    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+    """Return all our source files, as `workers.source.files_of` does."""
+    return files_of(ROOMS)
 
 
 def git_commit() -> str:
@@ -82,7 +74,7 @@ def changes(then: Provenance, now: Provenance) -> list[str]:
         before, after = then.versions.get(package, "none"), now.versions.get(package, "none")
         if before != after and package in ("python", "torch", "deepspeed", "numpy"):
             lines.append(f"{package}: the run had {before}, here is {after}")
-    paths = sorted(path for path in then.files.keys() | now.files.keys() if path.startswith(TRAINING_ROOMS))
+    paths = sorted(path for path in then.files.keys() | now.files.keys() if path.split("/")[0] in TRAINING_ROOMS)
     differing = [path for path in paths if then.files.get(path) != now.files.get(path)]
     if differing:
         commits = f" (commit {then.commit or 'unknown'}; here {now.commit or 'unknown'})"

@@ -5,10 +5,12 @@ import queue
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 
-from workers.member import Member
+from workers.config import StorageConfig
+from workers.member import Member, Ready
 from workers.reports import Report, Validated
 from workers.task import Membership, Task
 
@@ -48,6 +50,13 @@ class FaultyMember(Member):
                 return
             self.plan = None
             _do(action)
+
+
+class ForeignMember(Member):
+    """One of another version of raymuon."""
+
+    def prepare(self, storage: StorageConfig, task: Task | None) -> Ready:
+        return replace(super().prepare(storage, task), code="0123456789abcdef")
 
 
 class ForgetfulMember(FaultyMember):

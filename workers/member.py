@@ -23,6 +23,7 @@ from workers.config import StorageConfig
 from workers.controls import Controls, Pause
 from workers.errors import RaymuonError
 from workers.reports import Ended, KeeperLost, Mark, Pulse, Report, StepDone, Terminating
+from workers.source import training_code
 from workers.storage import configure_s3
 from workers.task import KeeperLinks, Membership, Task
 
@@ -43,6 +44,8 @@ class Ready:
 
     host: str
     pid: int
+    code: str
+    """Hash of the code that it trains with."""
     device: str = "cpu"
     """Name of its GPU, or `cpu`."""
 
@@ -89,7 +92,7 @@ class Member:
         import torch
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        return Ready(host=self._host, pid=os.getpid(), device=device)
+        return Ready(host=self._host, pid=os.getpid(), code=training_code(), device=device)
 
     def ping(self) -> bool:
         """Tell whether the training thread is out of its generation."""

@@ -19,6 +19,7 @@ from workers.checkpoint.manifest import SHARDS, WEIGHT, Entry, ShardFile, place_
 from workers.config import StorageConfig
 from workers.member import LINGER_S, Ready
 from workers.reports import Ended, Mark, Pulse, Report, Restored, ShardWritten, StepDone, Validated
+from workers.source import training_code
 from workers.task import Membership, Task
 from workers.wire import Address
 
@@ -155,7 +156,7 @@ class _Worker:
         answer: Future[Any] = Future()
         match method:
             case "prepare":
-                answer.set_result(Ready(host="127.0.0.1", pid=id(self)))
+                answer.set_result(Ready(host="127.0.0.1", pid=id(self), code=training_code()))
             case "open_rendezvous":
                 answer.set_result(1)
             case "start":

@@ -22,8 +22,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.access import Access, auth_token, head_access
 from orchestrator.doctor.seen import NodeSeen, PlaceSeen
-from orchestrator.provenance import digest, source_files
+from orchestrator.provenance import source_files
 from workers.errors import RaymuonError, StorageError
+from workers.source import digest
 from workers.storage import Store, configure_s3, storage_errors
 
 LIBRARIES = ("ray", "torch", "deepspeed", "numpy", "safetensors", "fsspec", "s3fs")

@@ -14,7 +14,7 @@ import torch
 from orchestrator.events import Membership
 from orchestrator.keeper import Keeper
 from orchestrator.run_log import RunLog
-from tests.faults import FaultyMember, ForgetfulMember
+from tests.faults import FaultyMember, ForeignMember, ForgetfulMember
 from tests.leading import Lead, Notes, config_of, tensors_of
 from tests.ledger import assert_every_sample_once
 from tests.processes import ProcessCluster, ProcessHandle
@@ -217,6 +217,16 @@ def test_keepers_that_do_not_start_end_a_run_that_has_not_begun(tmp_path):
         lead.wait()
 
 
+def test_workers_with_other_code_do_not_train(tmp_path):
+    config = config_of(tmp_path, scaling=TWO, train={"steps": STEPS})
+    with (
+        Lead(config, ProcessCluster({"a": 2}, ForeignMember), tmp_path) as lead,
+        pytest.raises(ClusterError, match="its optim/ and workers/ are not the driver's"),
+    ):
+        lead.wait()
+    assert lead.notes.rows == []
+
+
 def test_a_node_on_which_no_keeper_starts_does_not_end_the_start_of_the_others(tmp_path):
     config = config_of(tmp_path, scaling={"max_workers": 2}, train={"steps": STEPS})
     with Lead(config, KeeperlessCluster({"a": 1, "b": 1}), tmp_path) as lead:
@@ -232,7 +242,7 @@ def test_a_new_node_on_which_no_keeper_starts_is_told_of_once(tmp_path):
 
     def add(step: int) -> None:
         cluster.nodes["b"] = 1
-        if len(cluster.processes.get("b", [])) >= 4 and not lead.stop.requests:
+        if len(cluster.processes.get("b", [])) >= 5 and not lead.stop.requests:
             lead.stop.request()
 
     lead.notes.on_step = add
@@ -456,4 +466,4 @@ def test_a_node_on_which_no_worker_lives_does_not_end_a_healthy_run(tmp_path):
     with lead:
         notes = lead.wait()
     assert lead.outcome == "finished" and notes.faults == []
-    assert [text for text in notes.notices if "training goes on without them, the next try is in 10 s" in text]
+    assert [text for text in notes.notices if "it goes on without them, the next try is in 10 s" in text]
