@@ -42,4 +42,5 @@ def test_the_environment_changes_neither_the_head_nor_the_way_nor_the_token(tmp_
         server.server_close()
     look, *with_token = asked
     assert look == ("/api/version", None)
-    assert with_token == [("/api/version", "Bearer ours")] * 2, "ours, and Ray's own client"
+    assert len(with_token) >= 2, "our own second look, and Ray's client"
+    assert set(with_token) == {("/api/version", "Bearer ours")}
