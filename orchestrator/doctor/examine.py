@@ -149,9 +149,11 @@ class _Round:
             wait_for(self._calls, LINGER_S)
             tidying = [probe.call("tidy", self._urls, self._mark) for probe in self.probes.values()]
             wait_for(tidying, LINGER_S)
-            self.driver.tidy(self._urls, self._mark)
         for probe in self.probes.values():
             probe.kill()
+        if self._urls:
+            wait_for(self._calls, LINGER_S)  # Whoever was still writing is dead then.
+            self.driver.tidy(self._urls, self._mark)
 
     def look(self, dashboard_url: str) -> list[Finding]:
         """Look at every node; whoever does not answer is asked for nothing more."""
