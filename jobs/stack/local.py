@@ -214,4 +214,11 @@ def _ray(environment: dict[str, str], nodes: int, gpus: int, workers: int) -> It
 
 def _node() -> dict[str, Any]:
     """Return what every node has; other Rays on this machine may have Ray's own choice of port."""
-    return {"dashboard_agent_listen_port": free_port(), "object_store_memory": STORE_BYTES}
+    port = free_port()
+    return {
+        "dashboard_agent_listen_port": port,
+        "object_store_memory": STORE_BYTES,
+        # A node's agent removes a job's working directory and unpacks it anew: in the folder that nodes of one machine
+        # share, under the feet of the driver.
+        "runtime_env_dir_name": f"runtime_resources-{port}",
+    }
