@@ -49,7 +49,7 @@ class Tracking:
     def __init__(self, config: TrackingConfig) -> None:
         self.uri = config.uri
         with tracking_errors(config.uri):
-            self.client = _client(config.uri)
+            self.client = open_client(config.uri)
             self.experiment_id = self._experiment(config)
 
     def create(self, name: str, params: Mapping[str, Any], begins: bool = True) -> str:
@@ -169,7 +169,7 @@ def look_up(uri: str, run: str) -> Run:
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise ConfigError(f"run {run}: there is no MLflow database at {uri}; {hint}")
     with tracking_errors(uri):
-        client = _client(uri)
+        client = open_client(uri)
         try:
             return client.get_run(run)
         except MlflowException as error:
@@ -199,10 +199,10 @@ def read_artifact(uri: str, run_id: str, name: str) -> str:
         StorageError: there is none, or the store does not answer.
     """
     with tracking_errors(uri), tempfile.TemporaryDirectory() as folder:
-        return Path(_client(uri).download_artifacts(run_id, name, folder)).read_text()
+        return Path(open_client(uri).download_artifacts(run_id, name, folder)).read_text()
 
 
-def _client(uri: str) -> mlflow.MlflowClient:
+def open_client(uri: str) -> mlflow.MlflowClient:
     """Return a client of this server alone, that gives up within seconds; by itself it would try for minutes.
 
     Whatever the environment says: models are registered where the runs are, and a row that is told written is.

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +21,7 @@ def digest(files: dict[str, str]) -> str:
     return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
 
 
+@cache
 def training_code() -> str:
-    """Return one hash over the code that decides what is trained."""
+    """Return one hash over the code that decides what is trained, as it was when the process asked first."""
     return digest(files_of(TRAINING_ROOMS))

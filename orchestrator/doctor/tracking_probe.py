@@ -40,10 +40,9 @@ def look_at_tracking(config: TrackingConfig) -> TrackingSeen:
             return replace(seen, error=f"{folder} cannot be written")
         return replace(seen, note=f"{file.name} is not there yet; the first run makes it")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    import mlflow
+    from orchestrator.tracking import open_client  # MLflow takes seconds to import.
 
-    steps = _Steps(mlflow.MlflowClient(config.uri), config)
+    steps = _Steps(open_client(config.uri), config)
     try:
         steps.use()
     except Exception as error:  # Whatever MLflow or its store's driver raises.

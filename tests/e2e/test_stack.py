@@ -186,13 +186,16 @@ def test_a_replay_that_is_interrupted_compares_nothing(shell, finished):
     command = [RAYMUON, "replay", finished, "--steps", "1:30"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, cwd=shell.folder, env={**os.environ, **shell.environment}, **pipes)
-    threading.Timer(180, process.kill).start()
+    limit = threading.Timer(180, process.kill)
+    limit.start()
     told = []
     for line in process.stdout:
         told.append(line)
         if line.startswith("step 0: validation loss"):
             process.send_signal(signal.SIGINT)
-    assert process.wait() == 130, told
+    code = process.wait()
+    limit.cancel()  # Otherwise pytest would wait for it at its end.
+    assert code == 130, told
     assert "nothing is compared; replay it again" in told[-1] and "bitwise" not in "".join(told)
 
 
