@@ -148,6 +148,14 @@ class GiveUp:
     error: RaymuonError
 
 
+def backoff(first_s: float, most_s: float, times: int) -> float:
+    """Return `first_s`, doubled so many times, but no more than `most_s`.
+
+    A run of weeks counts further than the exponent of a float goes.
+    """
+    return min(first_s * 2 ** min(times, 64), most_s)
+
+
 @dataclass
 class FailurePolicy:
     """Budgets for faults, and back-off.
@@ -204,7 +212,7 @@ class FailurePolicy:
         if kind == "preemption" or self.in_a_row <= self.config.free_retries:
             return GoOn(0.0)
         exponent = self.in_a_row - self.config.free_retries - 1
-        return GoOn(min(self.config.max_backoff_s, self.config.backoff_s * 2**exponent))
+        return GoOn(backoff(self.config.backoff_s, self.config.max_backoff_s, exponent))
 
     def progressed(self) -> None:
         """Note a new finished step."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from orchestrator.config import ScalingConfig
 from orchestrator.handles import Cluster, Gone, Handle
-from orchestrator.policy import Attention, Candidate
+from orchestrator.policy import Attention, Candidate, backoff
 from workers.config import StorageConfig
 from workers.errors import ClusterError
 from workers.member import Ready
@@ -287,7 +287,7 @@ class Pool:
             if deaths < STILLBORN or not self.cluster.alive(worker.node):
                 return
             text = f"workers on node {worker.node[:8]} end before they are ready: {error}"
-            pause = _pause(BARREN_S, MOST_BARREN_S, deaths - STILLBORN)
+            pause = backoff(BARREN_S, MOST_BARREN_S, deaths - STILLBORN)
             self._barren[worker.slot] = time.monotonic() + pause
             if not self._others_suffice:
                 raise ClusterError(text) from error
@@ -358,7 +358,7 @@ class Pool:
             self._note_unstarted(keeper.node, reason)
         # A keeper that died alone comes back at once; on a dead node that the cluster still takes for alive, whatever
         # is started fails, and is tried again now and then.
-        pause = _pause(REVIVE_S, MOST_REVIVE_S, self._unstarted.get(keeper.node, 0))
+        pause = backoff(REVIVE_S, MOST_REVIVE_S, self._unstarted.get(keeper.node, 0))
         self._orphans[keeper.node] = self._revived.get(keeper.node, 0.0) + pause
         del self.keepers[keeper.node]
 
@@ -381,11 +381,3 @@ class Pool:
         if told is None:
             worker.handle.kill()
         return told
-
-
-def _pause(first_s: float, most_s: float, times: int) -> float:
-    """Return `first_s`, doubled so many times, but no more than `most_s`.
-
-    A run of weeks counts further than the exponent of a float goes.
-    """
-    return min(first_s * 2 ** min(times, 64), most_s)

@@ -10,6 +10,7 @@ from orchestrator.policy import (
     GiveUp,
     GoOn,
     Watchdog,
+    backoff,
     buddies,
     choose_members,
     diagnose,
@@ -268,3 +269,7 @@ def test_a_pause_of_the_driver_is_no_silence_of_the_members():
     for tenth in range(2, 82):
         found = watchdog.suspects(clock.look(1060.0 + tenth / 10))
     assert [suspect.rank for suspect in found] == [1], "who is silent while the driver listens is found"
+
+
+def test_a_back_off_doubles_up_to_its_limit_however_often():
+    assert [backoff(1.0, 60.0, times) for times in (0, 1, 3, 6, 5000)] == [1.0, 2.0, 8.0, 60.0, 60.0]
