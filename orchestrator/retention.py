@@ -4,6 +4,7 @@ A deletion is in the log before the data goes, so that no reader is led to half 
 not lead to are collected later; never anything newer than the newest commit, which may be on its way.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -31,7 +32,8 @@ def expendable(commits: list[Entry], pinned: set[str], config: CheckpointConfig)
     if config.keep_every:
         kept |= {entry.manifest for entry in commits if entry.step % config.keep_every == 0}
     if config.keep_best:
-        rated = [entry for entry in commits if config.keep_best_by in entry.metrics]
+        # NaN compares as neither lower nor higher: it would leave the others in the order in which they came.
+        rated = [entry for entry in commits if math.isfinite(entry.metrics.get(config.keep_best_by, math.nan))]
         rated.sort(key=lambda entry: (entry.metrics[config.keep_best_by], entry.number))
         kept |= {entry.manifest for entry in rated[: config.keep_best]}
     return [entry for entry in commits if entry.manifest not in kept]

@@ -1,14 +1,29 @@
 """Muon against AdamW on the demo, each at its own best of three learning rates, in one picture."""
 
+import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.bench.process import raymuon, run_json
 from jobs.curves import plot_losses
 from orchestrator.config import TrackingConfig
+from workers.errors import TrainingError
 
 LEARNING_RATES = {"muon": (0.8e-2, 1.6e-2, 3.2e-2), "adamw": (1.5e-3, 3e-3, 6e-3)}
+
+
+def best_rate(losses: Mapping[float, float | None]) -> float:
+    """Return the learning rate with the lowest validation loss.
+
+    Raises:
+        TrainingError: no rate has a finite one.
+    """
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    if not finite:
+        raise TrainingError(f"no learning rate of {', '.join(f'{rate:g}' for rate in losses)} has a finite loss")
+    return min(finite, key=finite.__getitem__)
 
 
 def curves(picture: Path, overrides: list[str], say: Any) -> dict[str, Any]:
@@ -35,7 +50,7 @@ def curves(picture: Path, overrides: list[str], say: Any) -> dict[str, Any]:
                 arguments = [f"optim.name={name}", f"optim.lr={rate}", *places, *overrides]
                 runs[rate] = run_json(raymuon("train", "demo", *arguments, "--json"))
                 say(f"{name} at {rate:g}: validation loss {runs[rate]['val_loss']:.4f} nats per byte")
-            best = min(runs, key=lambda rate: runs[rate]["val_loss"])
+            best = best_rate({rate: run["val_loss"] for rate, run in runs.items()})
             found[name] = {"val_loss": {f"{rate:g}": run["val_loss"] for rate, run in runs.items()}, "best_lr": best}
             client = Tracking(TrackingConfig(uri=uri)).client
             drawn[f"{name}, lr {best:g}"] = tuple(

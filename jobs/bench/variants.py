@@ -4,6 +4,7 @@ A run is the demo's, shorter, as two ranks under torchrun. Runs of one seed begi
 text in the same order, so settings are compared within a seed; how far the seeds lie apart says what matters.
 """
 
+import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -65,6 +66,8 @@ def variants(overrides: list[str], seeds: int, table: Path | None, say: Callable
 
 
 def _spread(name: str, values: list[float]) -> dict[str, float]:
+    if not all(map(math.isfinite, values)):  # One has diverged: no number says how far they lie apart.
+        return {f"{name}_mean": math.nan, f"{name}_std": math.nan}
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return {f"{name}_mean": statistics.mean(values), f"{name}_std": deviation}
 

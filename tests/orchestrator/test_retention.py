@@ -1,8 +1,11 @@
 """Which checkpoints stay; the log is told first; nothing that may be on its way is touched."""
 
+import math
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator.retention import Janitor, collect_leftovers, expendable, leftovers
 from orchestrator.run_log import Entry, RunLog
@@ -40,6 +43,22 @@ RUN = commits(s10=3.0, s20=2.0, s30=NAN, s40=2.5, s50=2.0, s60=4.0)
 )
 def test_what_nothing_asks_to_keep_goes(keep, pinned, gone):
     assert [entry.step for entry in expendable(RUN, pinned, CheckpointConfig(**keep))] == gone
+
+
+@given(st.lists(st.none() | st.floats(), max_size=12), st.integers(0, 12))
+def test_the_best_are_the_lowest_numbers_in_whatever_order_they_come(losses, keep_best):
+    """The values, not the order in which they came, decide; what is not a number, infinite or missing is never best."""
+    about = {"kind": "commit", "attempt": 1, "writer": "w", "time": 0.0}
+    rated = [
+        Entry(number=number, step=number, manifest=f"{number}", metrics={} if loss is None else {"loss": loss}, **about)
+        for number, loss in enumerate(losses)
+    ]
+    newest = Entry(number=99, step=99, manifest="newest", **about)
+    config = CheckpointConfig(keep_last=1, keep_best=keep_best, keep_best_by="loss")
+    gone = expendable([*rated, newest], set(), config)
+    kept = [entry.metrics.get("loss") for entry in rated if entry not in gone]
+    finite = sorted(loss for loss in losses if loss is not None and math.isfinite(loss))
+    assert sorted(kept) == finite[:keep_best]
 
 
 def test_leftovers_are_old_and_not_newer_than_the_newest_commit():
