@@ -25,18 +25,38 @@ def config(texts, tmp_path, **changes) -> DataConfig:
     return DataConfig(source=f"{texts}/*.txt", prepared_url=str(tmp_path / "prepared"), **changes)
 
 
-def test_tokens_are_the_bytes_and_the_end_of_each_document_is_held_out(texts, tmp_path):
-    corpus = prepare(config(texts, tmp_path, held_out_fraction=0.1))
+def splits_of(corpus: Corpus) -> dict[str, bytes]:
+    """Return the tokens of both splits."""
+    return {
+        name: b"".join(
+            np.fromfile(f"{corpus.url}/{shard.name}", dtype=np.uint8).tobytes() for shard in getattr(corpus, name)
+        )
+        for name in ("train", "validation")
+    }
+
+
+@pytest.mark.parametrize("fraction", [0.03, 0.1, 0.5, 0.9])
+def test_the_end_of_each_document_is_held_out_and_both_parts_end(texts, tmp_path, fraction):
+    corpus = prepare(config(texts, tmp_path, held_out_fraction=fraction))
     assert corpus.documents == 5
-    splits = {}
-    for name in ("train", "validation"):
-        (shard,) = getattr(corpus, name)
-        splits[name] = np.fromfile(f"{corpus.url}/{shard.name}", dtype=np.uint8).tobytes()
-    first = (texts / "0.txt").read_bytes() + b"\0"
-    cut = len(first) - round(len(first) * 0.1)
-    assert splits["train"].startswith(first[:cut]) and splits["validation"].startswith(first[cut:])
-    total = sum(len(f.read_bytes()) + 1 for f in texts.iterdir())
-    assert len(splits["train"]) + len(splits["validation"]) == total
+    documents = [file.read_bytes() for file in sorted(texts.iterdir())]
+    cuts = [len(document) - round(len(document) * fraction) for document in documents]
+    splits = splits_of(corpus)
+    assert splits["train"] == b"".join(d[:cut] + b"\0" for d, cut in zip(documents, cuts, strict=True))
+    assert splits["validation"] == b"".join(d[cut:] + b"\0" for d, cut in zip(documents, cuts, strict=True))
+
+
+def test_a_document_of_which_nothing_is_held_out_does_not_end_there(texts, tmp_path):
+    """Otherwise short documents would make a validation split of nothing but ends."""
+    for i in range(40):
+        (texts / f"short-{i}.txt").write_text("short")
+    splits = splits_of(prepare(config(texts, tmp_path)))
+    assert splits["train"].count(b"\0") == 45 and splits["validation"].count(b"\0") == 5
+    assert b"\0\0" not in splits["validation"]
+    for file in texts.glob("[0-9].txt"):
+        file.unlink()
+    problems = check_corpus(prepare(config(texts, tmp_path)), seq_len=16, global_batch=4)
+    assert len(problems) == 1 and "held-out split has 0 tokens" in problems[0]
 
 
 def test_samples_run_on_over_shards(texts, tmp_path, monkeypatch):
@@ -116,6 +136,15 @@ def test_an_unknown_format_is_refused(texts, tmp_path):
     fsspec.filesystem("file").pipe_file(f"{corpus.url}/index.json", json.dumps(index).encode())
     with pytest.raises(ConfigError, match="raymuon-tokens-99"):
         load(corpus.url)
+
+
+def test_a_corpus_of_the_first_format_is_read_and_never_taken_for_a_new_one(texts, tmp_path, monkeypatch):
+    """Its training split has no ends of documents: it is read for replays, and every new run has one of its own."""
+    monkeypatch.setattr(corpus_module, "FORMAT", "raymuon-tokens-1")
+    old = prepare(config(texts, tmp_path))
+    monkeypatch.undo()
+    assert load(old.url) == old
+    assert prepare(config(texts, tmp_path)).url != old.url
 
 
 def test_the_standard_library_is_about_twelve_megabytes(tmp_path):

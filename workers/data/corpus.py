@@ -1,8 +1,11 @@
 """Text becomes byte-level token shards, once, at a URL that every node can read.
 
 A prepared corpus is a folder named after what it was made from: `train-00000.bin`, ..., `validation-00000.bin` (one
-byte per token, a document's end is a zero byte) and `index.json`, which is written last: a folder without it counts as
-nothing. The content hash over all shards identifies the data in every checkpoint.
+byte per token) and `index.json`, which is written last: a folder without it counts as nothing. The content hash over
+all shards identifies the data in every checkpoint.
+
+The end of each document is held out. A zero byte ends a document's part in both splits: what is only in one of them is
+never learned, or never measured.
 """
 
 import hashlib
@@ -21,7 +24,10 @@ from workers.config import DataConfig
 from workers.errors import ConfigError, StorageError
 from workers.storage import Store, absolute_url, storage_errors
 
-FORMAT = "raymuon-tokens-1"
+FORMAT = "raymuon-tokens-2"
+READABLE = ("raymuon-tokens-1", FORMAT)
+"""The first had the ends of documents in the validation split alone; runs that have trained on it can be replayed."""
+END_OF_DOCUMENT = b"\0"
 SHARD_BYTES = 64 * 2**20
 STDLIB = "python-stdlib"
 
@@ -82,8 +88,8 @@ def load(url: str) -> Corpus:
         index = json.loads(Store(url).read("index.json"))
     except ValueError as error:
         raise StorageError(f"{url}/index.json: damaged ({error}); delete the folder to remake it") from error
-    if index.get("format") != FORMAT:
-        raise ConfigError(f"{url}: token format {index.get('format')!r}, this version reads {FORMAT!r}")
+    if index.get("format") not in READABLE:
+        raise ConfigError(f"{url}: token format {index.get('format')!r}, this version reads {' and '.join(READABLE)}")
     splits = {split: tuple(Shard(**shard) for shard in index[split]) for split in ("train", "validation")}
     return Corpus(url, index["content_hash"], index["documents"], **splits)
 
@@ -157,10 +163,10 @@ def _write(config: DataConfig, files: list[tuple[AbstractFileSystem, str]], stor
         if not text.strip():
             continue
         documents += 1
-        document = text + b"\0"
-        cut = len(document) - round(len(document) * config.held_out_fraction)
-        splits["train"].add(document[:cut])
-        splits["validation"].add(document[cut:])
+        cut = len(text) - round(len(text) * config.held_out_fraction)
+        for split, part in (("train", text[:cut]), ("validation", text[cut:])):
+            if part:  # An end alone would be all that a split of short documents has.
+                splits[split].add(part + END_OF_DOCUMENT)
     if not documents:
         raise ConfigError(f"data.source={config.source!r}: {len(files)} file(s) found, but no text in them")
     shards = {split: [asdict(shard) for shard in writer.close()] for split, writer in splits.items()}
