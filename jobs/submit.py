@@ -24,7 +24,7 @@ from jobs.tell import tell
 from orchestrator.config import RunConfig, flatten
 from orchestrator.provenance import COMMIT_VARIABLE, provenance
 from orchestrator.reach import reach_tracking
-from workers.data.corpus import STDLIB
+from workers.data.files import STDLIB, parts_of
 from workers.errors import BY_EXIT_CODE, ClusterError, ConfigError, Interrupted
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def check_places(config: RunConfig) -> None:
         "train.init": config.train.init,
         "tracking.uri": config.tracking.uri.removeprefix("sqlite:///"),
     }
-    texts = [part.strip() for part in config.data.source.split(",")]
+    texts = parts_of(config.data.source, ask_servers=False)
     places["data.source"] = next((text for text in texts if text != STDLIB and _relative(text)), "")
     if relative := {key: url for key, url in places.items() if _relative(url)}:
         told = "\n".join(f"  {key}={url}" for key, url in relative.items())

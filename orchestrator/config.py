@@ -192,6 +192,14 @@ def absolute(config: RunConfig) -> RunConfig:
     )
 
 
+def database_files(uri: str) -> tuple[str, ...]:
+    """Return the files that a tracking database may have; none for a server."""
+    if not uri.startswith("sqlite:///"):
+        return ()
+    path = uri.removeprefix("sqlite:///")
+    return path, *(f"{path}-{part}" for part in ("journal", "wal", "shm"))
+
+
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the leaves of nested dicts under dotted keys."""
     leaves: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from orchestrator.config import RunConfig, flatten
+from orchestrator.config import RunConfig, database_files, flatten
 from orchestrator.lease import await_free
 from orchestrator.reach import reach_tracking
 from orchestrator.run_log import RunLog, find_commit
@@ -52,7 +52,7 @@ def check_inputs(config: RunConfig, corpus: Corpus | None = None) -> Inputs:
     url = config.checkpoint.url
     fences = Store(url).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
-    corpus = corpus or prepare(config.data)
+    corpus = corpus or prepare(config.data, database_files(config.tracking.uri))
     if problems := check_corpus(corpus, config.train.seq_len, config.train.global_batch):
         raise ConfigError("\n".join(problems))
     return Inputs(corpus, "" if fences else warning)

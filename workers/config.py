@@ -146,8 +146,8 @@ class DataConfig:
     """The corpus and where its prepared token shards go."""
 
     source: str = "python-stdlib"
-    """Text: an fsspec URL or glob, several with commas between them, or `python-stdlib`, the standard library's own
-    source code."""
+    """Text: a file, a folder or a glob, of any fsspec URL, several with commas between them, or `python-stdlib`, the
+    standard library's own source code. Hidden files below a folder and what runs have written are left out."""
     prepared_url: str = "runs/data"
     """Folder (fsspec URL) for the token shards; every node must be able to read it."""
     held_out_fraction: float = 0.03

@@ -8,8 +8,11 @@ import pytest
 from workers.config import DataConfig
 from workers.data import corpus as corpus_module
 from workers.data.corpus import Corpus, check_corpus, load, prepare
+from workers.data.files import files_of
 from workers.data.tokens import TokenSplit
 from workers.errors import ConfigError, StorageError
+
+RUN = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture
@@ -101,6 +104,83 @@ def test_a_folder_is_read_whole_through_links_and_once(texts, tmp_path):
     (texts / "gone.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(StorageError, match="gone.txt: not found"):
         prepare(whole)
+
+
+OUTPUTS = (
+    *("runs/mlflow.db", "runs/mlflow.db-wal", "records.sqlite", "runs/plots/any.png", "mlruns/0/meta.yaml"),
+    *("prepared/0123456789abcdef/index.json", "prepared/0123456789abcdef/train-00000.bin"),
+    *(f"kept/{RUN}/{name}" for name in ("lease.json", "log/00000001.json", "journal/0001-000001.jsonl")),
+    *(f"kept/{RUN}/{name}" for name in ("manifests/00000008-0001-0002.json", "shards/a/00000-12.safetensors")),
+    *(
+        f"artifacts/{RUN}/artifacts/config.yaml",
+        f"{RUN}.png",
+        "imported/log/00000001.json",
+        "ledger/0001-0001-00000.jsonl",
+    ),
+    *(".git/HEAD", ".venv/lib/a.py", ".notes"),
+)
+
+
+@pytest.mark.parametrize("source", ["{}", "{}/**", "{}/*.txt,{}/below"])
+def test_what_runs_leave_and_what_is_hidden_is_no_text(tmp_path, source):
+    for name in ("a.txt", "below/log.txt", "below/index.json", "below/log/1.json", "below/runs.txt"):
+        write(tmp_path / name)
+    before = list(names(source.format(tmp_path, tmp_path)))
+    for name in OUTPUTS:
+        write(tmp_path / name)
+    own = (str(tmp_path / "records.sqlite"),)
+    assert list(names(source.format(tmp_path, tmp_path), own)) == before and len(before) == 5
+    memory = fsspec.filesystem("memory")
+    for name in ("a.txt", *OUTPUTS):
+        memory.pipe_file(f"/mixed/{name}", b"x")
+    assert list(names("memory://mixed", ("/mixed/records.sqlite",))) == ["/mixed/a.txt"]
+    memory.rm("/mixed", recursive=True)
+
+
+def test_a_hidden_folder_is_read_where_it_is_named(tmp_path):
+    write(tmp_path / ".texts" / "a.txt")
+    write(tmp_path / "runs" / "data" / "b.txt")
+    assert len(list(names(f"{tmp_path}/.texts"))) == len(list(names(f"{tmp_path}/.t*/*"))) == 1
+    assert len(list(names(f"{tmp_path}/runs/data"))) == 1, "the default's name, but a person's files"
+    with pytest.raises(ConfigError, match="no file found.* hidden files do not count, nor what runs have written"):
+        list(names(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a, b.txt", "[a].txt", "[a]/c.txt", "what?.txt", "*.txt", "a,b/c,d.txt", "[z-a].txt", "x[", "a,,b", "{a}.txt"],
+)
+def test_a_name_that_is_there_stands_for_itself(tmp_path, name):
+    write(tmp_path / name)
+    write(tmp_path / "a")  # What would be found in its place.
+    path = str(tmp_path / name)
+    assert list(names(path)) == [path]
+    other = write(tmp_path / "other.txt")
+    assert list(names(f"{other}, {path},{other}")) == [other, path, other]
+    if "/" in name:
+        folder = path.rsplit("/", 1)[0]
+        assert list(names(folder)) == list(names(f"{folder}/*.txt")) == [path]
+    fsspec.filesystem("memory").pipe_file(f"/named/{name}", b"x")
+    assert list(names(f"memory://named/{name}, memory://named/{name}")) == [f"/named/{name}"] * 2
+    fsspec.filesystem("memory").rm("/named", recursive=True)
+
+
+@pytest.mark.parametrize("wrong", ["nowhere.txt", "*.md", "nowhere/", "memory://nowhere"])
+def test_a_part_that_finds_nothing_is_an_error_even_where_others_find(texts, wrong):
+    part = wrong if "://" in wrong else f"{texts}/{wrong}"
+    for source in (f"{texts},{part}", f"{part}, {texts}", f"python-stdlib,{part}"):
+        with pytest.raises(ConfigError, match="no file found in '.*nowhere|no file found in '.*md"):
+            list(names(source))
+
+
+def names(source, outputs=()):
+    return (name for _, name in files_of(source, outputs))
+
+
+def write(path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("some text")
+    return str(path)
 
 
 def test_a_missing_and_an_empty_corpus_are_config_errors(texts, tmp_path):

@@ -10,26 +10,21 @@ never learned, or never measured.
 
 import hashlib
 import json
-import os
-import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import fsspec
 from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from workers.config import DataConfig
+from workers.data.files import files_of
 from workers.errors import ConfigError, StorageError
-from workers.storage import Store, absolute_url, storage_errors
+from workers.storage import Store, storage_errors
 
 FORMAT = "raymuon-tokens-2"
 READABLE = ("raymuon-tokens-1", FORMAT)
 """The first had the ends of documents in the validation split alone; runs that have trained on it can be replayed."""
 END_OF_DOCUMENT = b"\0"
 SHARD_BYTES = 64 * 2**20
-STDLIB = "python-stdlib"
 
 
 @dataclass(frozen=True)
@@ -57,16 +52,18 @@ class Corpus:
         return sum(shard.tokens for shard in shards)
 
 
-def prepare(config: DataConfig) -> Corpus:
+def prepare(config: DataConfig, outputs: Collection[str] = ()) -> Corpus:
     """Return the prepared corpus of `config.source`; make it where it is not there yet.
+
+    Args:
+        config: what is read, and where the tokens go.
+        outputs: absolute paths of the run's own files, which are no text wherever they lie.
 
     Raises:
         ConfigError: no file matches, or there is no text in the files.
         StorageError: a place cannot be read or written.
     """
-    files = list(_files(config))
-    if not files:
-        raise ConfigError(f"data.source={config.source!r}: no file found; name a file, a glob or a URL with text in it")
+    files = list(files_of(config.source, outputs))
     fingerprint = hashlib.sha256(repr((FORMAT, config.held_out_fraction)).encode())
     for fs, path in files:
         with storage_errors(path):
@@ -108,50 +105,6 @@ def check_corpus(corpus: Corpus, seq_len: int, global_batch: int) -> list[str]:
             "raise data.held_out_fraction or lower train.seq_len"
         )
     return problems
-
-
-def _files(config: DataConfig) -> Iterator[tuple[AbstractFileSystem, str]]:
-    """Yield the files of the source, in a fixed order."""
-    for source in filter(None, (part.strip() for part in config.source.split(","))):
-        if source == STDLIB:
-            root = Path(sysconfig.get_path("stdlib"))
-            skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-            fs = fsspec.filesystem("file")
-            for path in sorted(root.rglob("*.py")):
-                if not skipped & set(path.relative_to(root).parts):
-                    yield fs, str(path)
-            continue
-        with storage_errors(source):
-            fs, path = fsspec.url_to_fs(absolute_url(source))
-            yield from ((fs, name) for name in sorted(_found(fs, path)))
-
-
-def _found(fs: AbstractFileSystem, path: str) -> list[str]:
-    """Return the files of a folder or a glob. What cannot be looked at raises: a part of the text would be another run.
-
-    fsspec leaves out linked folders and what it may not list, and takes a file whose state it cannot get for none.
-    """
-    if isinstance(fs, LocalFileSystem):
-        found = _files_below(path) if fs.isdir(path) else map(Path, fs.glob(path))  # type: ignore[arg-type]
-        return [str(file) for file in found if file.is_file() or not file.exists()]
-    listed = fs.find(path, detail=True) if fs.isdir(path) else fs.glob(path, detail=True)
-    return [name for name, info in listed.items() if info["type"] != "directory"]  # type: ignore[union-attr]
-
-
-def _files_below(folder: str) -> Iterator[Path]:
-    """Yield the files of a folder and of all folders in it, linked ones too, each folder once."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    seen = set()
-    for below, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders.sort()
-        if (real := Path(below).resolve()) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(below, name) for name in names)
 
 
 def _write(config: DataConfig, files: list[tuple[AbstractFileSystem, str]], store: Store) -> None:
