@@ -7,6 +7,10 @@ from typing import Literal
 
 from optim.config import require
 
+EXPERT_WIDTH = 8
+"""Divides the widths of experts: torch's grouped_mm refuses rows that are not whole 16 bytes, 8 numbers in bf16. In
+fp32 4 would do, but a model that trains on a CPU trains on a GPU, too."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoonlightConfig:
@@ -40,7 +44,7 @@ class MoonlightConfig:
     num_dense_layers: int = 1
     """The first layers have a dense SwiGLU instead of experts."""
     moe_intermediate_size: int = 1408
-    """Width of one expert's SwiGLU."""
+    """Width of one expert's SwiGLU; where there are experts it and hidden_size are multiples of 8."""
     num_experts: int = 64
     """Routed experts per layer."""
     num_experts_per_token: int = 6
@@ -52,7 +56,7 @@ class MoonlightConfig:
     router_bias_rate: float = 1e-3
     """Step of the balancing bias after each training step; 0 freezes it."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square in RMSNorm; in the latent's, DeepSeek's 1e-6 is, whatever stands here."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
 
@@ -74,6 +78,14 @@ class MoonlightConfig:
                 self.num_experts_per_token <= self.num_experts,
                 f"num_experts_per_token must be at most num_experts ({self.num_experts}), "
                 f"not {self.num_experts_per_token}",
+            ),
+            *(
+                (
+                    self.num_dense_layers >= self.num_layers or getattr(self, key) % EXPERT_WIDTH == 0,
+                    f"{key} must be a multiple of {EXPERT_WIDTH} where there are experts, whose grouped products need "
+                    f"rows of whole 16 bytes, not {getattr(self, key)}",
+                )
+                for key in ("hidden_size", "moe_intermediate_size")
             ),
             (self.num_shared_experts >= 0, f"num_shared_experts must be 0 or more, not {self.num_shared_experts}"),
             (self.router_bias_rate >= 0, f"router_bias_rate must be 0 or more, not {self.router_bias_rate}"),

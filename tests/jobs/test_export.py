@@ -16,6 +16,7 @@ from orchestrator.run_log import RunLog
 from tests.workers import test_llama, test_moonlight
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Entry, Manifest, place_of
 from workers.checkpoint.shards import write_shard
+from workers.config import ModelConfig
 from workers.errors import ConfigError
 from workers.models import build
 from workers.storage import Store, configure_s3
@@ -24,10 +25,11 @@ MODELS = {"moonlight": test_moonlight.TINY, "llama": test_llama.TINY}
 TEXT = "def naïve(x):\n    return '日本' * x  # ☃\n"
 
 
-def trained(folder, name: str, steps=(10,)) -> torch.nn.Module:
-    """Commit checkpoints of a model whose every tensor is random, router biases included."""
+def trained(folder, model: str | ModelConfig, steps=(10,), change=lambda model: None) -> torch.nn.Module:
+    """Commit checkpoints of a model whose every tensor is random, router biases too; `change` has the last word."""
+    config = MODELS[model] if isinstance(model, str) else model
     torch.manual_seed(0)
-    model = build(MODELS[name]).eval()
+    model = build(config).eval()
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("correction_bias"):
             buffer.copy_(torch.randn(buffer.shape) * 0.1)
@@ -35,12 +37,13 @@ def trained(folder, name: str, steps=(10,)) -> torch.nn.Module:
         if gain.dim() == 1:
             assert "norm" in norm
             gain.data = 1 + 0.1 * torch.randn(gain.shape)
+    change(model)
     parameters = {key: tensor.detach().numpy() for key, tensor in model.named_parameters()}
     buffers = {key: tensor.numpy() for key, tensor in model.named_buffers() if key in model.state_dict()}
     log = RunLog(Store(str(folder)))
     log.take_over({})
     identity = {
-        "model": asdict(MODELS[name]),
+        "model": asdict(config),
         "optim.name": "muon",
         "data": "d" * 64,
         "train.seq_len": 128,
@@ -79,6 +82,35 @@ def test_transformers_computes_the_same_logits(tmp_path, name, shard_bytes):
     assert written.shape[1] > tokens.shape[1]
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "| step | 10 |" in card and "12,345" in card and "1.2345" in card and "run-7" in card
+
+
+def give_latents(rms: float):
+    """Return what scales the compressed keys and values of every layer to this root mean square."""
+
+    def change(model) -> None:
+        tokens = torch.tensor([list(TEXT.encode())])
+        for layer in model.model.layers:
+            seen = []
+            hook = layer.self_attn.kv_a_layernorm.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0]))
+            model(tokens)
+            hook.remove()
+            latents = layer.self_attn.kv_a_proj_with_mqa.weight.data[: MODELS["moonlight"].kv_lora_rank]
+            latents *= rms / seen[0].square().mean().sqrt()
+
+    return change
+
+
+@pytest.mark.parametrize("rms", [0.006, 0.02, 0.1, 0.5, 2.0])
+def test_small_latents_give_the_same_logits(tmp_path, rms):
+    """With 1e-5 in the latents' norm, where transformers has 1e-6, they differ at 0.006 by 0.2 of the largest logit."""
+    from transformers import AutoModelForCausalLM
+
+    model = trained(tmp_path / "run", "moonlight", change=give_latents(rms))
+    export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32")
+    tokens = torch.tensor([list(TEXT.encode())])
+    with torch.no_grad():
+        theirs, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(tokens).logits, model(tokens)
+    assert ((theirs - ours).abs().max() / theirs.abs().max()).item() < 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,16 +2,18 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from optim.config import ConfigProblems
 from optim.routing import is_matrix
 from workers.config import MoonlightConfig
 from workers.models import build
 from workers.models.layers import rotary
-from workers.models.moonlight import Moonlight
+from workers.models.moonlight import Experts, Moonlight
 
 TINY = MoonlightConfig(
     hidden_size=32,
@@ -140,3 +142,43 @@ def test_the_load_counts_in_training_only():
     model.clear_expert_load()
     model.eval()(tokens)
     assert model.expert_load().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_config_with_experts_is_accepted_where_their_products_work(dtype):
+    """The oracle is a training step: what the config lets through, grouped_mm computes, and bf16 takes no other."""
+
+    def works(hidden: int, width: int) -> bool:
+        experts = Experts(SimpleNamespace(num_experts=2, hidden_size=hidden, moe_intermediate_size=width)).to(dtype)
+        for weight in experts.parameters():
+            torch.nn.init.normal_(weight)
+        try:
+            out = experts(torch.ones(3, hidden, dtype=dtype), torch.tensor([1, 3], dtype=torch.int32))
+            out.square().sum().backward()
+        except RuntimeError:
+            return False
+        return True
+
+    def accepted(hidden: int, width: int) -> bool:
+        try:
+            replace(TINY, hidden_size=hidden, moe_intermediate_size=width)
+        except ConfigProblems:
+            return False
+        return True
+
+    widths = (1, 2, 4, 7, 8, 12, 16, 20, 24, 60, 66, 88, 90, 96, 104)
+    cases = [(32, width) for width in widths] + [(width, 16) for width in widths]
+    assert [case for case in cases if accepted(*case) and not works(*case)] == []
+    if dtype == torch.bfloat16:
+        assert [case for case in cases if works(*case) and not accepted(*case)] == []
+
+
+def test_widths_that_experts_cannot_have_are_told_by_name():
+    with pytest.raises(ConfigProblems) as raised:
+        replace(TINY, hidden_size=36, moe_intermediate_size=90)
+    assert [problem.split(" where")[0] for problem in raised.value.problems] == [
+        "hidden_size must be a multiple of 8",
+        "moe_intermediate_size must be a multiple of 8",
+    ]
+    dense = replace(TINY, hidden_size=36, moe_intermediate_size=90, num_dense_layers=TINY.num_layers)
+    assert build(dense)(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, 256), "there are no experts in it"

@@ -16,6 +16,10 @@ from workers.config import MoonlightConfig
 from workers.models.attention import CausalAttention
 from workers.models.layers import SwiGLU, rotary, training_flops
 
+LATENT_NORM_EPS = 1e-6
+"""Of the norm of the compressed keys and values: DeepSeek's code and transformers' have this one whatever
+`rms_norm_eps` says, and with small latents (an RMS of 0.006 has a mean square of 3.6e-5) it changes the logits."""
+
 
 class Moonlight(nn.Module):
     """The causal language model: tokens `[batch, time]` to logits `[batch, time, vocabulary]`."""
@@ -149,7 +153,7 @@ class LatentAttention(nn.Module):
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, self.heads * (self.nope + self.rope), bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=config.norm_eps)
+        self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
         self.attend = CausalAttention(self.heads)
