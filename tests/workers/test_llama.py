@@ -23,6 +23,16 @@ TINY = LlamaConfig(
     init_std=0.1,
 )
 
+LLAMA_3_2_1B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=2048,
+    num_layers=16,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    intermediate_size=8192,
+)
+
 
 def tiny() -> Llama:
     torch.manual_seed(0)
@@ -32,7 +42,7 @@ def tiny() -> Llama:
 def test_parameter_counts_are_those_of_llama_3_2_1b():
     """Published: 1.23 billion with the embedding, which that model shares with its head, counted once."""
     with torch.device("meta"):
-        model = Llama(replace(LlamaConfig(), vocab_size=128256))
+        model = Llama(LLAMA_3_2_1B)
     numels = {name: p.numel() for name, p in model.named_parameters()}
     assert sum(numels.values()) - numels["lm_head.weight"] == 1_235_814_400
     muon = sum(p.numel() for name, p in model.named_parameters() if is_matrix(name, tuple(p.shape)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from jobs.load import load
 from optim.config import ConfigProblems
 from optim.routing import is_matrix
 from workers.config import MoonlightConfig
@@ -38,9 +39,8 @@ def tiny(seed: int = 0, **changes) -> Moonlight:
 
 
 def test_parameter_counts_of_the_16b_are_the_published_ones():
-    config = replace(MoonlightConfig(), vocab_size=163840)
     with torch.device("meta"):
-        model = Moonlight(config)
+        model = Moonlight(load("moonlight-16b", []).model)
     numels = {name: p.numel() for name, p in model.named_parameters()}
     assert sum(numels.values()) == 15_960_108_544
     experts = sum(n for name, n in numels.items() if ".experts." in name)
