@@ -21,7 +21,8 @@ from jobs.load import load, load_values, plain_yaml
 from jobs.ray_jobs import ENDED, RUN_ID, Jobs
 from jobs.runs import Found
 from jobs.tell import tell
-from orchestrator.config import RunConfig, flatten
+from orchestrator.config import RunConfig, absolute, flatten
+from orchestrator.preflight import run_store
 from orchestrator.provenance import COMMIT_VARIABLE, provenance
 from orchestrator.reach import reach_tracking
 from workers.data.files import STDLIB, parts_of
@@ -124,8 +125,9 @@ def check_places(config: RunConfig) -> None:
     """Refuse places that would lie in the job's temporary folder on the head, which goes with the job.
 
     Raises:
-        ConfigError: with every such key.
+        ConfigError: with every such key; or a URL cannot be a place for files.
     """
+    absolute(config)  # Only for what it refuses: the job makes its paths absolute where it runs.
     places = {
         "checkpoint.url": config.checkpoint.url,
         "data.prepared_url": config.data.prepared_url,
@@ -212,7 +214,7 @@ def _start(jobs: Jobs, job: str, target: Target, config: RunConfig, run_id: str,
             ADDRESS: jobs.address,
             "raymuon.commit": code.commit or "unknown",
             "raymuon.code": code.digest,
-            "raymuon.checkpoint_url": f"{config.checkpoint.url.rstrip('/')}/{run_id}",
+            "raymuon.checkpoint_url": run_store(config, run_id).url,
         },
     )
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
@@ -252,7 +254,7 @@ def _tell(jobs: Jobs, config: RunConfig, run_id: str, job: str, tracking: "Track
         "run_id": run_id,
         "job": job,
         "dashboard": f"{jobs.address}/#/jobs/{job}",
-        "checkpoints": f"{config.checkpoint.url.rstrip('/')}/{run_id}",
+        "checkpoints": run_store(config, run_id).url,
         "mlflow": tracking.page(run_id),
     }
     if as_json:

@@ -17,6 +17,7 @@ from workers.config import (
     no_password,
 )
 from workers.data.corpus import Corpus
+from workers.errors import ConfigError
 from workers.storage import absolute_url
 from workers.task import Origin, Task
 
@@ -175,7 +176,11 @@ class RunConfig:
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """Make all local paths absolute: workers have working directories of their own."""
+    """Make all local paths absolute, for workers have working directories of their own, and give URLs their one form.
+
+    Raises:
+        ConfigError: a URL cannot be a place for files.
+    """
     data, uri = config.data, config.tracking.uri
     if uri.startswith("sqlite:///"):
         uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().resolve()}"
@@ -183,13 +188,20 @@ def absolute(config: RunConfig) -> RunConfig:
         config,
         data=replace(
             data,
-            prepared_url=absolute_url(data.prepared_url),
-            ledger=data.ledger and absolute_url(data.ledger),
+            prepared_url=_place("data.prepared_url", data.prepared_url),
+            ledger=data.ledger and _place("data.ledger", data.ledger),
         ),
-        train=replace(config.train, init=config.train.init and absolute_url(config.train.init)),
-        checkpoint=replace(config.checkpoint, url=absolute_url(config.checkpoint.url)),
+        train=replace(config.train, init=config.train.init and _place("train.init", config.train.init)),
+        checkpoint=replace(config.checkpoint, url=_place("checkpoint.url", config.checkpoint.url)),
         tracking=replace(config.tracking, uri=uri),
     )
+
+
+def _place(key: str, url: str) -> str:
+    try:
+        return absolute_url(url)
+    except ConfigError as error:
+        raise ConfigError(f"{key}={error}") from error
 
 
 def database_files(uri: str) -> tuple[str, ...]:

@@ -239,8 +239,9 @@ def _attempt(
     options: Options,
 ) -> RunResult:
     """Take the run over, lead it to its end, and say what it came to."""
-    # The log is read anew: since the preflight another driver may have come and gone.
-    log = RunLog(lease.store, lease.check)
+    log = found.log or RunLog(lease.store)
+    log.guard = lease.check
+    log.refresh()  # Since the preflight another driver may have come and gone.
     url, run_identity = log.store.url, identity(config, inputs.corpus)
     if log.identity is not None:
         check_identity(log, run_identity)

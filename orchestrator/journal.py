@@ -57,8 +57,9 @@ def read_journal(store: Store, damaged: Callable[[str], object]) -> Iterator[dic
         store: the run's folder.
         damaged: told of each file that is not what was written; it is left out.
     """
-    for name in store.names(FOLDER):
-        lines, _, check = store.read(f"{FOLDER}/{name}").rpartition(b"\n")
+    names = store.names(FOLDER)
+    for name, data in zip(names, store.read_all([f"{FOLDER}/{name}" for name in names]), strict=True):
+        lines, _, check = data.rpartition(b"\n")
         if check == _check(lines):
             yield from map(json.loads, lines.splitlines())
         else:

@@ -86,6 +86,8 @@ class Found:
     tracking: "Tracking"
     run_id: str | None = None
     origin: Origin | None = None
+    log: RunLog | None = None
+    """Of the run, as it was read."""
 
 
 def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
@@ -113,7 +115,7 @@ def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
         raise ConfigError(f"--resume {resume}: nothing of run {run_id} is under checkpoint.url={config.checkpoint.url}")
     check_identity(log, identity(config, corpus))
     # A run with checkpoints has no more need of its origin, which may be gone by now.
-    return Found(tracking, log.run_id, None if log.commits else find_origin(config))
+    return Found(tracking, log.run_id, None if log.commits else find_origin(config), log)
 
 
 def await_free_run(config: RunConfig, found: Found) -> None:

@@ -20,6 +20,8 @@ from workers.storage import Store, absolute_url
 
 FORMAT = "raymuon-log-1"
 FOLDER = "log"
+NAMED_S = 0.5
+"""How long an entry may have its name and not its content yet."""
 Kind = Literal["take_over", "commit", "pin", "unpin", "delete"]
 
 
@@ -72,6 +74,11 @@ class Entry:
             raise DamagedError(f"{where}: not an entry of a run log ({error})") from error
 
 
+def _number(name: str) -> int | None:
+    number = name.removesuffix(".json")
+    return int(number) if number.isdigit() else None
+
+
 def _check(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -110,17 +117,24 @@ class RunLog:
     def refresh(self) -> None:
         """Read the entries that others have added."""
         with self._lock:
-            for name in self.store.names(FOLDER):
-                number = name.removesuffix(".json")
-                if not number.isdigit() or int(number) < self._next:
-                    continue
+            names = [name for name in self.store.names(FOLDER) if (_number(name) or 0) >= self._next]
+            for name, data in zip(names, self._read(names), strict=True):
+                number = int(name.removesuffix(".json"))
                 try:
-                    data = self.store.read(f"{FOLDER}/{name}")
                     self.entries.append(Entry.decode(data, f"{self.store.url}/{FOLDER}/{name}"))
                 except DamagedError as error:
                     self.damaged.append(str(error))
-                    self._void.append(int(number))
-                self._next = int(number) + 1
+                    self._void.append(number)
+                self._next = number + 1
+
+    def _read(self, names: list[str]) -> list[bytes]:
+        """Return the content of entries; of an empty one only if it stays so: on some disks the name comes first."""
+        paths = [f"{FOLDER}/{name}" for name in names]
+        found = list(self.store.read_all(paths))
+        if not all(found):
+            time.sleep(NAMED_S)
+            found = list(self.store.read_all(paths))
+        return found
 
     @property
     def attempt(self) -> int:

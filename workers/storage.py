@@ -4,9 +4,14 @@ Everything that raymuon keeps goes through here, so that a local folder and an S
 failure becomes a StorageError which names the URL.
 """
 
+import difflib
 import os
+import re
 import secrets
-from collections.abc import Iterator
+import threading
+import unicodedata
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,9 +21,23 @@ from typing import Any
 import fsspec
 import fsspec.config
 from fsspec import AbstractFileSystem
+from fsspec.archive import AbstractArchiveFileSystem
+from fsspec.implementations.chained import ChainedFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from workers.errors import NotFoundError, StorageError
+from workers import disk
+from workers.errors import ConfigError, NotFoundError, RaymuonError, StorageError
+
+READS_AT_ONCE = 32
+"""Small files of a folder."""
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_LOCAL = ("file", "local")
+_WEB = ("http", "https", "data")
+"""Their paths are the server's own affair; nothing can be written there."""
+_BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "oss")
+_keys: list[tuple[int, ...]] | None = None
+"""How the files of S3's keys looked when they were read last."""
+_keys_lock = threading.Lock()
 
 
 def configure_s3(endpoint: str = "") -> None:
@@ -58,20 +77,36 @@ class Store:
         """Return the folder `path` below this one."""
         return Store(f"{self.url.rstrip('/')}/{path}")
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", _seen_as(self.url))
+
     @property
     def fs(self) -> AbstractFileSystem:
-        """The filesystem; fsspec keeps one instance for each. It lists anew each time: others write there, too."""
-        return fsspec.url_to_fs(self.url, use_listings_cache=False)[0]
+        """The filesystem."""
+        return open_place(self.url)[0]
 
     def path(self, path: str = "") -> str:
         """Return the path that the filesystem wants."""
-        root = str(self.fs._strip_protocol(self.url)).rstrip("/")
+        root = open_place(self.url)[1].rstrip("/")
         return f"{root}/{path}" if path else root
 
     def read(self, path: str) -> bytes:
         """Return the whole file."""
         with storage_errors(f"{self.url}/{path}"):
             return bytes(self.fs.cat_file(self.path(path)))  # type: ignore[arg-type]
+
+    def read_all(self, paths: Sequence[str]) -> Iterator[bytes]:
+        """Yield the content of many small files in order; they are read at the same time, so many at once."""
+        fs = self.fs  # Of this thread: each of the others would make a client of its own.
+
+        def read(path: str, target: str) -> bytes:
+            with storage_errors(f"{self.url}/{path}"):
+                return bytes(fs.cat_file(target))  # type: ignore[arg-type]
+
+        with ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="read") as threads:
+            for first in range(0, len(paths), READS_AT_ONCE):
+                some = paths[first : first + READS_AT_ONCE]
+                yield from threads.map(read, some, [self.path(path) for path in some])
 
     def exists(self, path: str = "") -> bool:
         """Tell whether the file or folder is there."""
@@ -111,7 +146,7 @@ class Store:
         with storage_errors(f"{self.url}/{path}"):
             target = self.path(path)
             if isinstance(self.fs, LocalFileSystem):
-                with _temporary(Path(target), data) as temporary:
+                with disk.temporary_with(Path(target), data) as temporary:
                     temporary.replace(target)
             else:
                 self.fs.pipe_file(target, data)
@@ -130,12 +165,12 @@ class Store:
 
         Whoever finds its own content there gets True, too: an earlier try may have written it. On disk: a temporary
         file, fsync, a hard link, which fails where the name is taken. On S3: `If-None-Match: *`. In both cases the file
-        is there whole or not at all.
+        is there whole or not at all; where a disk has no hard links, it may be empty for a moment.
         """
         with storage_errors(f"{self.url}/{path}"):
             target = self.path(path)
             if isinstance(self.fs, LocalFileSystem):
-                return _create_local(Path(target), data)
+                return disk.create(Path(target), data)
             if self.fs.exists(target):  # Not every store honours the condition; there this narrows the race.
                 return bytes(self.fs.cat_file(target)) == data  # type: ignore[arg-type]
             return self._create_remote(target, data)
@@ -154,10 +189,14 @@ class Store:
         return True
 
     def probe(self) -> bool:
-        """Write a small file twice, remove it, and tell whether the store refused the second create, as it should.
+        """Write a small file twice, find it as the run log finds its entries, remove it.
+
+        Returns:
+            Whether the store refused the second create, as it should.
 
         Raises:
-            StorageError: the place is missing, read-only, full or refuses our credentials.
+            StorageError: the place is missing, read-only, full or refuses our credentials, or it does not list what is
+                in it under the name that it was given.
         """
         if self.url.startswith("s3"):
             with storage_errors(self.url):  # Some stores make a missing bucket at the first write.
@@ -167,7 +206,13 @@ class Store:
         local = isinstance(self.fs, LocalFileSystem)
         with storage_errors(self.url):
             refused = not (self.create(name, b"second") if local else self._create_remote(self.path(name), b"second"))
+            listed = name in self.names("")
             self.fs.rm_file(self.path(name))
+        if not listed:
+            raise StorageError(
+                f"{self.url}: what is written there is not found again by listing, so no checkpoint would ever count; "
+                "name a folder of letters, digits, - and _, and check the right to list"
+            )
         return refused
 
 
@@ -176,48 +221,17 @@ def storage_errors(url: str) -> Iterator[None]:
     """Turn what a filesystem raises into a StorageError that names the URL and the way to mend it."""
     try:
         yield
-    except StorageError:
+    except RaymuonError:
         raise
     except FileNotFoundError as error:
         hint = "create the bucket, or check its name" if url.startswith("s3") else "check the path"
         raise NotFoundError(f"{url}: not found ({error}); {hint}") from error
+    except ImportError as error:
+        raise StorageError(f"{url}: a package is missing here ({error}); install it on the driver and nodes") from error
     except PermissionError as error:
         raise StorageError(f"{url}: access denied ({error}); check the keys and the rights that they have") from error
     except Exception as error:  # botocore and aiohttp have exceptions of their own, with no common base.
         raise StorageError(f"{url}: {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def temporary_beside(target: Path) -> Iterator[Path]:
-    """Name a temporary file beside the target; it is gone afterwards, and the target's name survives a power cut."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)
-
-
-@contextmanager
-def _temporary(target: Path, data: bytes) -> Iterator[Path]:
-    """The same, with `data` in it."""
-    with temporary_beside(target) as temporary:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-
-
-def _create_local(target: Path, data: bytes) -> bool:
-    try:
-        with _temporary(target, data) as temporary:
-            os.link(temporary, target)
-    except FileExistsError:
-        sync_folder(target.parent)  # An earlier try may have ended before that.
-        return target.read_bytes() == data
-    return True
 
 
 def _modified(info: dict[str, Any]) -> float:
@@ -226,15 +240,107 @@ def _modified(info: dict[str, Any]) -> float:
     return found.timestamp() if isinstance(found, datetime) else float(found)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _seen_as(url: str) -> str:
+    """Return the only form of a URL under which what is written is found again by listing; a local path as it is.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not (parts := _URL.fullmatch(url.strip())):
+        if (word := url.partition(":")[0]) != url and _is_protocol(word):
+            raise ConfigError(f"{url!r}: no path and no URL; a URL begins with {word}://")
+        return url
+    protocol, rest = parts[1].lower(), parts[2]
+    if not _is_protocol(protocol):
+        near = difflib.get_close_matches(protocol, fsspec.available_protocols(), 1)
+        guess = f"; did you mean {near[0]}://?" if near else ""
+        known = ", ".join(sorted(fsspec.available_protocols()))
+        raise ConfigError(f"{url!r}: there is no protocol {protocol!r}{guess} Known are a plain path and {known}")
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in rest):
+        raise ConfigError(f"{url!r}: there is a letter in it that cannot be printed; leave it out")
+    if protocol in _LOCAL:
+        return rest
+    if protocol in _WEB:
+        return url
+    host, *path = rest.split("/")
+    path = [part for part in path if part]  # Stores, and s3fs, do not agree on what an empty part is.
+    if protocol in _BUCKETS and not host:
+        raise ConfigError(f"{url!r}: it names no bucket; write {protocol}://BUCKET/FOLDER")
+    for bad, what in (("\\", "a backslash"), ("::", "`::`, which chains file systems,"), ("?versionId=", "a version")):
+        if bad in rest:
+            raise ConfigError(f"{url!r}: {what} in it would not be found again by every store; leave it out")
+    if {".", ".."} & set(path):
+        raise ConfigError(f"{url!r}: `.` and `..` are no folders in a store; write the path without them")
+    return "/".join((f"{protocol}://{host}", *path))
+
+
+def _is_protocol(name: str) -> bool:
+    return name in fsspec.available_protocols() or name in fsspec.registry
 
 
 def absolute_url(url: str) -> str:
-    """Return a local path as an absolute one, so that processes with another working directory find it."""
-    return url if "://" in url or "::" in url else str(Path(url).expanduser().resolve())
+    """Return the one form of a URL, and a local path as an absolute one: the same place from every process.
+
+    Raises:
+        ConfigError: it names no place, or one whose files no store would find again.
+    """
+    if "\0" in url:
+        raise ConfigError(f"{url!r}: no path has a zero byte in it")
+    url = _seen_as(url)
+    return url if is_remote(url) else str(Path(url).expanduser().resolve())
+
+
+def is_remote(url: str) -> bool:
+    """Tell a URL from a path on this machine."""
+    return _URL.fullmatch(url) is not None
+
+
+def open_place(url: str) -> tuple[AbstractFileSystem, str]:
+    """Return the filesystem of a URL or a local path, and the path that it wants.
+
+    fsspec keeps one instance for each. It lists anew each time: others write there, too.
+    """
+    if not is_remote(url):  # fsspec would take a `::` in it for a chain.
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
+    if url.startswith("s3"):
+        _follow_keys()
+    fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
+    return fs, str(path)
+
+
+def open_source(url: str) -> tuple[AbstractFileSystem, str]:
+    """Do the same for what is only read: it may lie in an archive or behind a cache, as in `zip://*.txt::s3://b/a.zip`.
+
+    Raises:
+        ConfigError: it names no place.
+    """
+    first = url.partition("::")[0].partition("://")[0]
+    if "::" in url and _is_protocol(first):
+        with storage_errors(url):
+            if issubclass(fsspec.get_filesystem_class(first), ChainedFileSystem | AbstractArchiveFileSystem):
+                return fsspec.url_to_fs(url)
+    return open_place(absolute_url(url))
+
+
+def _follow_keys() -> None:
+    """Begin anew with S3 where the files of keys have changed: botocore reads them once in a client's life."""
+    global _keys
+    home = Path("~/.aws").expanduser()
+    files = [
+        os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or home / "credentials",
+        os.environ.get("AWS_CONFIG_FILE") or home / "config",
+    ]
+    now = [_state_of(Path(file)) for file in files]
+    with _keys_lock:
+        if now != _keys:
+            if _keys is not None:  # Whoever is in the middle of something keeps its client.
+                fsspec.get_filesystem_class("s3").clear_instance_cache()
+            _keys = now
+
+
+def _state_of(file: Path) -> tuple[int, ...]:
+    try:
+        found = file.expanduser().stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino

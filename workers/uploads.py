@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
 
-from workers.storage import Store, storage_errors, temporary_beside
+from workers.disk import publish, temporary_beside
+from workers.storage import Store, storage_errors
 
 PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
@@ -113,7 +114,7 @@ class _LocalSink:
 
     def complete(self) -> None:
         os.fsync(self.descriptor)
-        os.link(self.temporary, self.target)
+        publish(self.temporary, self.target)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -199,14 +201,78 @@ def test_a_corpus_too_small_for_the_batch_is_told(texts, tmp_path):
     assert len(problems) == 2 and "global batch (4000)" in problems[0] and "held-out" in problems[1]
 
 
-def test_damaged_tokens_are_refused(texts, tmp_path):
-    corpus = prepare(config(texts, tmp_path))
-    path = f"{corpus.url}/{corpus.train[0].name}"
-    data = bytearray(fsspec.filesystem("file").cat_file(path))
-    data[3] ^= 1
-    fsspec.filesystem("file").pipe_file(path, bytes(data))
-    with pytest.raises(StorageError, match="damaged"):
+HARMS = {
+    "a byte": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-5]),
+    "empty": lambda file: file.write_bytes(b""),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_the_advice_about_damaged_tokens_makes_the_same_ones_again(texts, tmp_path, harm):
+    wanted = config(texts, tmp_path)
+    corpus = prepare(wanted)
+    shard = Path(corpus.url, corpus.train[0].name)
+    whole = shard.read_bytes()
+    HARMS[harm](shard)
+    with pytest.raises(StorageError, match=r"train-00000.bin: (damaged .*; delete it|missing).*makes it again"):
         TokenSplit(corpus, corpus.train, 16)
+    if harm == "a byte":
+        shard.unlink()
+    assert prepare(wanted) == corpus and shard.read_bytes() == whole
+    assert TokenSplit(corpus, corpus.train, 16).num_samples
+
+
+def test_what_was_left_beside_a_lost_index_is_not_trusted(texts, tmp_path):
+    wanted = config(texts, tmp_path)
+    corpus = prepare(wanted)
+    HARMS["a byte"](Path(corpus.url, corpus.train[0].name))
+    Path(corpus.url, "index.json").unlink()
+    assert prepare(wanted) == corpus
+    TokenSplit(corpus, corpus.train, 16)
+
+
+def test_a_damaged_copy_of_a_remote_shard_is_copied_again(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    corpus = prepare(replace(config(texts, tmp_path), prepared_url=f"memory://{tmp_path.name}"))
+    TokenSplit(corpus, corpus.train, 16)
+    (copy,) = (file for file in tmp_path.glob("raymuon-tokens-*/*") if file.name == corpus.train[0].sha256)
+    for harm in HARMS.values():
+        harm(copy)
+        assert TokenSplit(corpus, corpus.train, 16).num_samples
+    fsspec.filesystem("memory").pipe_file(f"{corpus.url}/{corpus.train[0].name}", b"other")
+    copy.unlink()
+    with pytest.raises(StorageError, match=r"train-00000.bin: damaged"):
+        TokenSplit(corpus, corpus.train, 16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: [],
+        lambda index: None,
+        lambda index: 3,
+        lambda index: "text",
+        lambda index: {},
+        lambda index: {"format": index["format"]},
+        lambda index: {**index, "train": None},
+        lambda index: {**index, "train": [{"name": "../../x"}]},
+        lambda index: {**index, "train": [{**index["train"][0], "more": 1}]},
+        lambda index: {**index, "train": [{**index["train"][0], "tokens": 10}]},
+        lambda index: {**index, "documents": None},
+        lambda index: {**index, "content_hash": "0" * 64},
+    ],
+)
+def test_the_advice_about_a_damaged_index_makes_it_again(texts, tmp_path, change):
+    wanted = config(texts, tmp_path)
+    corpus = prepare(wanted)
+    index = Path(corpus.url, "index.json")
+    index.write_text(json.dumps(change(json.loads(index.read_text()))))
+    with pytest.raises(StorageError, match=r"index.json: damaged .*; delete it. `raymuon train` .* makes it again"):
+        prepare(wanted)
+    index.unlink()
+    assert prepare(wanted) == corpus
 
 
 def test_an_unknown_format_is_refused(texts, tmp_path):

@@ -5,10 +5,11 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jobs.stack.seaweed import s3_environment, seaweedfs
+from jobs.stack.seaweed import KEY, SECRET, s3_environment, seaweedfs
 from tests.servers import rclone
 from workers.errors import StorageError
 from workers.storage import Store, configure_s3
@@ -89,6 +90,50 @@ def test_a_file_in_parts_and_ranges_of_it(store, size):
     store.remove("a/big")
     store.remove("a/big")
     assert list(store.files("a")) == ["a/small"]
+
+
+ODD = ("team//runs/", "a b", "a#b", "a?b=c", "a%41b", "a%2Fb", "añb", "a*[1]{2}b", "a:b", "...")
+
+
+@pytest.mark.parametrize("prefix", ODD)
+def test_odd_prefixes_are_one_place_for_all_that_use_them(server, prefix):
+    configure_s3(server[1])
+    store = Store(f"s3://raymuon/{prefix}")
+    store.probe()
+    assert store.create("log/1.json", b"one")
+    assert store.names("log") == ["1.json"] and list(store.files("")) == ["log/1.json"]
+    upload(store, "shards/x", Bytes(1 << 20), Bandwidth(None))
+    assert store.child("shards").names("") == ["x"] and store.exists("shards/x")
+    for path in ("log/1.json", "shards/x"):
+        store.remove(path)
+    configure_s3("")
+
+
+def test_renewed_keys_are_read_again_by_who_has_a_client_already(server, tmp_path, monkeypatch):
+    """In a thread that lives on, as a keeper's uploads have; the file is renewed twice."""
+    configure_s3(server[1])
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+
+    def renew(secret: str) -> None:
+        (tmp_path / "new").write_text(f"[default]\naws_access_key_id={KEY}\naws_secret_access_key={secret}\n")
+        (tmp_path / "new").replace(file)
+
+    store = Store("s3://raymuon/renewed")
+    with ThreadPoolExecutor(1) as thread:
+
+        def works() -> bool:
+            try:
+                return thread.submit(upload, store, "x", Bytes(1 << 20), Bandwidth(None)).result() is None
+            except StorageError:
+                return False
+
+        for secret, good in ((SECRET, True), ("an-expired-one", False), (SECRET, True)):
+            renew(secret)
+            assert works() is good
+    configure_s3("")
 
 
 def test_an_upload_that_fails_leaves_nothing(store):

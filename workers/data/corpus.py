@@ -10,8 +10,9 @@ never learned, or never measured.
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from fsspec import AbstractFileSystem
 
@@ -25,6 +26,8 @@ READABLE = ("raymuon-tokens-1", FORMAT)
 """The first had the ends of documents in the validation split alone; runs that have trained on it can be replayed."""
 END_OF_DOCUMENT = b"\0"
 SHARD_BYTES = 64 * 2**20
+SPLITS = ("train", "validation")
+REMAKE = "`raymuon train` with the same data.source makes it again, and the same"
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,10 @@ def prepare(config: DataConfig, outputs: Collection[str] = ()) -> Corpus:
         with storage_errors(path):
             fingerprint.update(f"{path}\0{fs.size(path)}\0{fs.ukey(path)}\n".encode())
     store = Store(config.prepared_url).child(fingerprint.hexdigest()[:16])
-    if not store.exists("index.json"):
+    if not store.exists("index.json") or not _has_shards(corpus := load(store.url), store):
         _write(config, files, store)
-    return load(store.url)
+        corpus = load(store.url)
+    return corpus
 
 
 def load(url: str) -> Corpus:
@@ -83,12 +87,20 @@ def load(url: str) -> Corpus:
     """
     try:
         index = json.loads(Store(url).read("index.json"))
-    except ValueError as error:
-        raise StorageError(f"{url}/index.json: damaged ({error}); delete the folder to remake it") from error
-    if index.get("format") not in READABLE:
-        raise ConfigError(f"{url}: token format {index.get('format')!r}, this version reads {' and '.join(READABLE)}")
-    splits = {split: tuple(Shard(**shard) for shard in index[split]) for split in ("train", "validation")}
-    return Corpus(url, index["content_hash"], index["documents"], **splits)
+        if (found := index["format"]) not in READABLE:
+            raise ConfigError(f"{url}: token format {found!r}, this version reads {' and '.join(READABLE)}")
+        if index["content_hash"] != _content_hash(found, {split: index[split] for split in SPLITS}):
+            raise ValueError("its content hash is not that of its shards")
+        splits = {split: tuple(Shard(**shard) for shard in index[split]) for split in SPLITS}
+        return Corpus(url, index["content_hash"], int(index["documents"]), **splits)
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{url}/index.json: damaged ({error!r}); delete it. {REMAKE}") from error
+
+
+def _has_shards(corpus: Corpus, store: Store) -> bool:
+    """Tell whether all shards are there in their sizes; their hashes are checked where they are read."""
+    sizes = {name: file.size for name, file in store.files("").items()}
+    return all(sizes.get(shard.name) == shard.tokens for shard in (*corpus.train, *corpus.validation))
 
 
 def check_corpus(corpus: Corpus, seq_len: int, global_batch: int) -> list[str]:
@@ -123,9 +135,13 @@ def _write(config: DataConfig, files: list[tuple[AbstractFileSystem, str]], stor
     if not documents:
         raise ConfigError(f"data.source={config.source!r}: {len(files)} file(s) found, but no text in them")
     shards = {split: [asdict(shard) for shard in writer.close()] for split, writer in splits.items()}
-    content = hashlib.sha256(json.dumps([FORMAT, shards]).encode()).hexdigest()
+    content = _content_hash(FORMAT, shards)
     index = {"format": FORMAT, "content_hash": content, "source": config.source, "documents": documents, **shards}
     store.create("index.json", json.dumps(index, indent=1).encode())
+
+
+def _content_hash(form: str, shards: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([form, shards]).encode()).hexdigest()
 
 
 class _ShardWriter:
@@ -148,6 +164,8 @@ class _ShardWriter:
         tokens = bytes(self.buffer[:size])
         del self.buffer[:size]
         shard = Shard(f"{self.split}-{len(self.shards):05d}.bin", size, hashlib.sha256(tokens).hexdigest())
-        # Two drivers may prepare the same corpus at once; whoever comes second finds the same bytes in place.
-        self.store.create(shard.name, tokens)
+        # Two drivers may prepare the same corpus at once; whoever comes second finds the same bytes in place. Others
+        # are damage: the folder's name says what was read.
+        if not self.store.create(shard.name, tokens):
+            self.store.put(shard.name, tokens)
         self.shards.append(shard)

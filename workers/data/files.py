@@ -16,7 +16,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from workers.errors import ConfigError
-from workers.storage import absolute_url, storage_errors
+from workers.storage import open_source, storage_errors
 
 STDLIB = "python-stdlib"
 STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
@@ -77,7 +77,7 @@ def files_of(source: str, outputs: Collection[str] = ()) -> Iterator[tuple[Abstr
             fs, found = fsspec.filesystem("file"), _standard_library()
         else:
             with storage_errors(part):
-                fs, path = fsspec.url_to_fs(absolute_url(part))
+                fs, path = open_source(part)
                 found = _found(fs, path, outputs)
         if not found:
             of = "" if parts == [source.strip()] else f" in {part!r}"
@@ -96,7 +96,7 @@ def _standard_library() -> list[str]:
 def _there(part: str) -> bool:
     """Tell whether a name with a comma in it is there, or a glob below a folder of such a name."""
     with storage_errors(part):
-        fs, path = fsspec.url_to_fs(absolute_url(part))
+        fs, path = open_source(part)
         if _info(fs, path) is not None:
             return True
         folder, pattern = _literal_part(fs, path)

@@ -8,14 +8,15 @@ import hashlib
 import os
 import tempfile
 from bisect import bisect_right
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
-from workers.data.corpus import Corpus, Shard
-from workers.errors import StorageError
-from workers.storage import Store, storage_errors
+from workers.data.corpus import REMAKE, Corpus, Shard
+from workers.errors import NotFoundError, StorageError
+from workers.storage import Store, is_remote, storage_errors
 
 
 class TokenSplit:
@@ -52,16 +53,30 @@ class TokenSplit:
 
 def _open(url: str, shard: Shard) -> np.ndarray:
     """Map a shard and check its hash, so that no run trains on damaged data."""
-    path = Path(url, shard.name)
-    if "://" in url:  # Copied once per node; the name is the content's, so that corpora and runs can share it.
-        cache = Store(f"{tempfile.gettempdir()}/raymuon-tokens-{os.getuid()}")
-        if not cache.exists(shard.sha256):
-            cache.create(shard.sha256, Store(url).read(shard.name))
-        path = Path(cache.url, shard.sha256)
-    with storage_errors(f"{url}/{shard.name}"):
-        tokens = np.memmap(path, dtype=np.uint8, mode="r")
+    if not is_remote(url):
+        return _mapped(Path(url, shard.name), shard, url)
+    # Copied once per node; the name is the content's, so that corpora and runs can share it.
+    cache = Store(f"{tempfile.gettempdir()}/raymuon-tokens-{os.getuid()}")
+    path = Path(cache.url, shard.sha256)
+    with suppress(StorageError):
+        return _mapped(path, shard, url)
+    cache.put(shard.sha256, _read(url, shard))  # There is none, or a damaged one.
+    return _mapped(path, shard, url)
+
+
+def _read(url: str, shard: Shard) -> bytes:
+    try:
+        return Store(url).read(shard.name)
+    except NotFoundError as error:
+        raise StorageError(f"{url}/{shard.name}: missing; {REMAKE}") from error
+
+
+def _mapped(path: Path, shard: Shard, url: str) -> np.ndarray:
+    try:
+        with storage_errors(f"{url}/{shard.name}"):
+            tokens = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+    except NotFoundError as error:
+        raise StorageError(f"{url}/{shard.name}: missing; {REMAKE}") from error
     if hashlib.sha256(tokens.data).hexdigest() != shard.sha256:
-        raise StorageError(
-            f"{url}/{shard.name}: damaged (the SHA-256 of {path} is not the index's); delete it to remake"
-        )
+        raise StorageError(f"{url}/{shard.name}: damaged (its SHA-256 is not the index's); delete it. {REMAKE}")
     return tokens
