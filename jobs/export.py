@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jobs.hugging_face import byte_tokenizer, config_of, generation_config, tensors_of
+from jobs.byte_tokenizer import byte_tokenizer
+from jobs.hugging_face import config_of, refuse_unloadable, tensors_of, trained_on_bytes
+from optim.config import ConfigProblems
 from orchestrator.run_log import Entry, find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader
@@ -46,7 +48,9 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES) -> E
     log, commit = find_commit(url)
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
     reader = CheckpointReader(log.store, manifest)
-    model, seq_len = model_of(manifest), manifest.identity["train.seq_len"]
+    model, about = model_of(manifest), _about(manifest)
+    generation = about.pop("generation_config")
+    refuse_unloadable(model)
     target = Store(absolute_url(to))
     if target.names(""):
         raise ConfigError(f"--to {to}: something is there already; name a new folder")
@@ -61,13 +65,13 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES) -> E
     size = sum(file.size for file in target.files("").values())
     texts = {
         "README.md": _card(manifest, commit, model, dtype),
-        "generation_config.json": json.dumps(generation_config(), indent=2),
-        **(byte_tokenizer() if model.vocab_size == 256 else {}),
+        "generation_config.json": json.dumps(generation, indent=2),
+        **(byte_tokenizer() if _trained_here(manifest) else {}),
     }
     if len(plan) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": where}
         texts["model.safetensors.index.json"] = json.dumps(index, indent=2)
-    texts["config.json"] = json.dumps(config_of(model, seq_len, dtype), indent=2)
+    texts["config.json"] = json.dumps(config_of(model, about, dtype), indent=2)
     for name, text in texts.items():
         target.put(name, text.encode())
     files = target.files("")
@@ -99,9 +103,33 @@ def register(exported: Exported, model: str, tracking_uri: str) -> str:
 
 
 def model_of(manifest: Manifest) -> ModelConfig:
-    """Return the architecture and sizes of the model in a checkpoint."""
+    """Return the architecture and sizes of the model in a checkpoint.
+
+    Raises:
+        ConfigError: they are no longer allowed.
+    """
     fields = manifest.identity["model"]
-    return MODEL_CONFIGS[fields["name"]](**fields)
+    try:
+        return MODEL_CONFIGS[fields["name"]](**fields)
+    except ConfigProblems as error:
+        raise ConfigError(f"the model of {manifest.run_id} at step {manifest.step}: {error}") from error
+
+
+def _trained_here(manifest: Manifest) -> bool:
+    """Tell whether the tokens are bytes, and a zero byte ends a document: those of an import may be anything."""
+    return "data" in manifest.identity
+
+
+def _about(manifest: Manifest) -> dict[str, Any]:
+    """Return what `config.json` says beside the sizes, and `generation_config`."""
+    identity = manifest.identity
+    if _trained_here(manifest):
+        return trained_on_bytes(identity["train.seq_len"])
+    if "hugging_face" not in identity:
+        raise ConfigError(
+            f"{manifest.run_id} was imported by an older raymuon, without its special tokens' ids; import it once more"
+        )
+    return dict(identity["hugging_face"])
 
 
 def _plan(manifest: Manifest, item_bytes: int, shard_bytes: int) -> list[list[str]]:
@@ -137,6 +165,18 @@ def _encode(tensors: dict[str, np.ndarray], dtype: Dtype) -> bytes:
     return save(converted, metadata={"format": "pt"})
 
 
+def _training(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the card's rows about the training; of an imported model, where it came from."""
+    if "data" not in identity:
+        return {"imported from": identity["imported"]}
+    return {
+        "optimizer": identity["optim.name"],
+        "sequence length": identity["train.seq_len"],
+        "global batch": f"{identity['train.global_batch']} sequences",
+        "SHA-256 of the data": identity["data"],
+    }
+
+
 def _card(manifest: Manifest, commit: Entry, model: ModelConfig, dtype: str) -> str:
     """Return the model card: where the weights come from, and the run's figures."""
     parameters = sum(int(np.prod(shape)) for name, shape in manifest.shapes.items() if "correction_bias" not in name)
@@ -147,14 +187,14 @@ def _card(manifest: Manifest, commit: Entry, model: ModelConfig, dtype: str) -> 
         "training run": manifest.run_id,
         "step": manifest.step,
         "tokens": f"{manifest.counters['tokens']:,}",
-        "optimizer": manifest.identity["optim.name"],
-        "sequence length": manifest.identity["train.seq_len"],
-        "global batch": f"{manifest.identity['train.global_batch']} sequences",
-        "SHA-256 of the data": manifest.identity["data"],
+        **_training(manifest.identity),
         **{f"{name} (nats per token)": f"{value:.4f}" for name, value in sorted(commit.metrics.items())},
         "saved": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(commit.time)),
     }
-    tokens = " The tokens are bytes; a zero byte ends a document." if model.vocab_size == 256 else ""
+    here = _trained_here(manifest)
+    tokens = "The tokens are bytes; a zero byte ends a document." if here else "The tokenizer is the original's."
+    pretrained = "Pretrained with raymuon." if here else "Imported into raymuon and exported again, not trained."
+    tokenizer = '\ntokenizer = AutoTokenizer.from_pretrained(".")' if here else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: transformers
@@ -163,16 +203,15 @@ pipeline_tag: text-generation
 
 # {manifest.run_id} at step {manifest.step}
 
-Pretrained with raymuon.{tokens}
+{pretrained} {tokens}
 
 | | |
 | --- | --- |
 {table}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {"AutoModelForCausalLM, AutoTokenizer" if here else "AutoModelForCausalLM"}
 
-model = AutoModelForCausalLM.from_pretrained(".")
-tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained("."){tokenizer}
 ```
 """

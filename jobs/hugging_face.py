@@ -1,16 +1,13 @@
-"""Our models in Hugging Face's terms: names of tensors, `config.json`, and a tokenizer for bytes. Without torch."""
+"""Our models in Hugging Face's terms: names of tensors, `config.json`, what transformers can load. Without torch."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from jobs.byte_tokenizer import END_OF_DOCUMENT
 from workers.config import LlamaConfig, ModelConfig, MoonlightConfig
 from workers.errors import ConfigError
-
-END_OF_DOCUMENT = 0
-"""The byte that ends a document in a byte-level corpus."""
 
 
 def tensors_of(name: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -32,12 +29,12 @@ def names_of(name: str, shape: list[int]) -> list[str]:
     return [f"{experts}.experts.{number}.{projection}.weight" for number in range(shape[0])]
 
 
-def config_of(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
+def config_of(model: ModelConfig, about: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Return `config.json`.
 
     Args:
         model: sizes.
-        seq_len: tokens per sequence in training.
+        about: positions and ids of special tokens, under Hugging Face's names.
         dtype: of the exported weights, as torch calls it.
     """
     common = {
@@ -46,18 +43,16 @@ def config_of(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "intermediate_size": model.intermediate_size,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "max_position_embeddings": seq_len,
-        "initializer_range": model.init_std,
+        "rms_norm_eps": float(model.norm_eps),  # transformers takes no whole number for these.
+        "rope_theta": float(model.rope_theta),
+        "initializer_range": float(model.init_std),
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
         "use_cache": True,
-        "bos_token_id": END_OF_DOCUMENT,
-        "eos_token_id": END_OF_DOCUMENT,
         "torch_dtype": dtype,
+        **about,
     }
     match model:
         case MoonlightConfig():
@@ -78,7 +73,7 @@ def config_of(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
                 "n_routed_experts": model.num_experts,
                 "n_shared_experts": model.num_shared_experts,
                 "num_experts_per_tok": model.num_experts_per_token,
-                "routed_scaling_factor": model.routed_scaling_factor,
+                "routed_scaling_factor": float(model.routed_scaling_factor),
                 "scoring_func": "sigmoid",
                 "topk_method": "noaux_tc",
                 "norm_topk_prob": True,
@@ -96,88 +91,31 @@ def config_of(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
             }
 
 
-def model_of_config(config: dict[str, Any]) -> ModelConfig:
-    """Return our sizes of a model with this `config.json`.
+def refuse_unloadable(model: ModelConfig) -> None:
+    """Refuse sizes with which raymuon trains and that transformers cannot load or run.
 
     Raises:
-        ConfigError: it is of an architecture, or of a kind of one, that we do not have.
+        ConfigError: it says what is in the way.
     """
-    kind = config.get("model_type")
-    rope = config.get("rope_parameters") or {}
-    common = {
-        "vocab_size": config["vocab_size"],
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "intermediate_size": config["intermediate_size"],
-        "norm_eps": config["rms_norm_eps"],
-        "rope_theta": config.get("rope_theta") or rope.get("rope_theta"),
-        "init_std": config.get("initializer_range", 0.02),
-    }
-    _require(config, "hidden_act", "silu")
-    if config.get("rope_scaling") or rope.get("rope_type", "default") != "default":
-        raise ConfigError("config.json: scaled rotary positions are not supported")
-    if kind == "llama":
-        _require(config, "attention_bias", False)
-        _require(config, "mlp_bias", False)
-        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-        return LlamaConfig(**common, num_kv_heads=kv_heads, head_dim=head_dim)
-    if kind == "deepseek_v3":
-        for key, value in (
-            ("q_lora_rank", None),
-            ("n_group", 1),
-            ("topk_group", 1),
-            ("norm_topk_prob", True),
-            ("rope_interleave", True),
-            ("attention_bias", False),
-        ):
-            _require(config, key, value)
-        return MoonlightConfig(
-            **common,
-            kv_lora_rank=config["kv_lora_rank"],
-            qk_nope_head_dim=config["qk_nope_head_dim"],
-            qk_rope_head_dim=config["qk_rope_head_dim"],
-            v_head_dim=config["v_head_dim"],
-            num_dense_layers=config["first_k_dense_replace"],
-            moe_intermediate_size=config["moe_intermediate_size"],
-            num_experts=config["n_routed_experts"],
-            num_experts_per_token=config["num_experts_per_tok"],
-            num_shared_experts=config["n_shared_experts"],
-            routed_scaling_factor=config["routed_scaling_factor"],
-        )
-    raise ConfigError(f"config.json: model_type must be deepseek_v3 or llama, not {kind!r}")
+    heads = model.num_heads
+    match model:
+        case LlamaConfig():
+            checks = (
+                (
+                    model.hidden_size % heads == 0,
+                    f"its hidden_size ({model.hidden_size}) divides by num_heads ({heads})",
+                ),
+                (model.init_std <= 1, f"its init_std ({model.init_std}) is 1 or less"),
+            )
+        case MoonlightConfig():
+            experts = model.num_layers > model.num_dense_layers
+            checks = ((not experts or model.num_experts >= 2, "its num_experts is 2 or more"),)
+    if problems := [text for holds, text in checks if not holds]:
+        raise ConfigError(f"transformers loads a {model.name} only where {' and '.join(problems)}")
 
 
-def _require(config: dict[str, Any], key: str, value: object) -> None:
-    if config.get(key, value) != value:
-        raise ConfigError(f"config.json: {key} must be {value!r}, not {config[key]!r}")
-
-
-def generation_config() -> dict[str, Any]:
-    """Return `generation_config.json`."""
-    return {"bos_token_id": END_OF_DOCUMENT, "eos_token_id": END_OF_DOCUMENT, "do_sample": True, "temperature": 0.7}
-
-
-def byte_tokenizer() -> dict[str, str]:
-    """Return the files of a tokenizer whose tokens are bytes, with their content."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    characters = _characters()
-    tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in enumerate(characters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": characters[END_OF_DOCUMENT],
-        "bos_token": characters[END_OF_DOCUMENT],
-        "clean_up_tokenization_spaces": False,
-    }
-    return {"tokenizer.json": tokenizer.to_str(pretty=True), "tokenizer_config.json": json.dumps(about, indent=2)}
-
-
-def _characters() -> list[str]:
-    """Return the printable character by which byte-level tokenizers write each byte (GPT-2's convention)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+def trained_on_bytes(seq_len: int) -> dict[str, Any]:
+    """Return what `config.json` and `generation_config.json` say of a model that was trained here."""
+    ids = {"bos_token_id": END_OF_DOCUMENT, "eos_token_id": END_OF_DOCUMENT}
+    generation = {**ids, "do_sample": True, "temperature": 0.7}
+    return {"max_position_embeddings": seq_len, **ids, "generation_config": generation}

@@ -1,54 +1,65 @@
 """`raymuon import`: a Hugging Face model as a checkpoint with which a run can begin (`train.init`)."""
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from jobs.hugging_face import model_of_config, names_of
+from jobs.config_json import Described, describe, read_json
+from jobs.folder_weights import FolderWeights, open_weights
+from jobs.hugging_face import names_of
 from orchestrator.run_log import RunLog
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Entry, Manifest, place_of
 from workers.checkpoint.shards import write_shard
-from workers.config import ModelConfig
+from workers.config import LlamaConfig, ModelConfig
 from workers.errors import ConfigError
 from workers.storage import Store, absolute_url
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-def import_model(folder: str, to: str) -> str:
+
+def import_model(folder: str, to: str, say: Callable[[str], object] = lambda text: None) -> str:
     """Write the model in a local folder as a checkpoint of step 0 at `to`; return its URL.
 
+    Every tensor of the folder and every key of its `config.json` is accounted for; `say` gets what to tell a person.
+
     Raises:
-        ConfigError: there is no model that we know, it lacks a tensor, or something is at `to` already.
+        ConfigError: there is no model that we know, a tensor is missing, left over or not finite, or something is at
+            `to` already.
         StorageError: it cannot be written.
     """
     source = Path(folder)
-    try:
-        config = json.loads((source / "config.json").read_text())
-        model = model_of_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder}: no config.json of a model ({type(error).__name__}: {error})") from error
+    described = describe(read_json(source / "config.json"))
+    about = {**described.about, "generation_config": _generation_config(source, described)}
     store = Store(absolute_url(to.rstrip("/")))
     if store.names(""):
         raise ConfigError(f"--to {to}: something is there already; name a new folder")
-    shapes, buffers = _shapes(model)
-    with _tensors(source) as read:
+    shapes, buffers = _shapes(described.model)
+    with open_weights(source) as weights:
+        parts = _account(weights, described, shapes)
         tensors: dict[Entry, np.ndarray] = {}
-        for name, shape in shapes.items():
-            parts = [read(part) for part in names_of(name, shape)]
-            whole = np.stack(parts) if len(parts) > 1 or len(shape) > parts[0].ndim else parts[0]
-            if list(whole.shape) != shape:
-                raise ConfigError(f"{folder}: {name} has shape {list(whole.shape)}, config.json says {shape}")
+        for name in shapes:
+            stack = [weights.read(part) for part in parts[name]]
+            whole = np.stack(stack) if _stacked(name) else stack[0]
             tensors[Entry(BUFFER if name in buffers else WEIGHT, name, 0, whole.size)] = whole.ravel()
+        if described.tied:
+            say("the output layer, which was the embedding, becomes one of its own: they may part in training")
         log = RunLog(store)
-        identity = {"model": asdict(model), "imported": source.resolve().name}
+        identity = {"model": asdict(described.model), "imported": source.resolve().name, "hugging_face": about}
         attempt = log.take_over(identity)
         shard = write_shard(store, place_of(0, attempt, 1), 0, tensors)
     counters = {"step": 0, "tokens": 0, "applied_steps": 0}
     log.commit(Manifest(log.run_id, attempt, 1, 0, 1, identity, counters, shapes, (shard,)))
     return store.url
+
+
+def _generation_config(source: Path, described: Described) -> dict[str, object]:
+    """Return how the model generates; where the folder does not say, as transformers makes it of `config.json`."""
+    path = source / "generation_config.json"
+    ids = {key: value for key, value in described.about.items() if key.endswith("_token_id") and value is not None}
+    return read_json(path) if path.exists() else ids
 
 
 def _shapes(model: ModelConfig) -> tuple[dict[str, list[int]], set[str]]:
@@ -64,28 +75,50 @@ def _shapes(model: ModelConfig) -> tuple[dict[str, list[int]], set[str]]:
     return shapes, shapes.keys() - parameters
 
 
-@contextmanager
-def _tensors(folder: Path) -> Iterator[Callable[[str], np.ndarray]]:
-    """Open all safetensors files; yield what returns a tensor in fp32 by its name. Nothing else is ever read."""
-    from safetensors import SafetensorError, safe_open
+def _account(weights: FolderWeights, described: Described, shapes: dict[str, list[int]]) -> dict[str, list[str]]:
+    """Return the tensors of the folder that make up each of ours, and refuse where one is missing or left over."""
+    parts = {name: names_of(name, shape) for name, shape in shapes.items()}
+    if described.tied:
+        parts[HEAD] = [EMBEDDING]
+    elif HEAD not in weights.where:
+        raise ConfigError(
+            f"{weights.folder}: there is no tensor {HEAD}, and config.json has no tie_word_embeddings: true, with "
+            f"which {EMBEDDING} would be it"
+        )
+    for name, names in parts.items():
+        shape = shapes[name][1:] if _stacked(name) else shapes[name]
+        for part in names:
+            if (found := weights.shape(part)) != shape:
+                raise ConfigError(f"{weights.folder}: {part} has shape {found}, config.json says {shape}")
+    left = weights.where.keys() - {part for names in parts.values() for part in names}
+    if left := sorted(name for name in left if not _said_already(weights, name, described)):
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise ConfigError(f"{weights.folder}: the model has no place for {', '.join(left[:3])}{more}")
+    return parts
 
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{folder}: no *.safetensors there; other formats are not read")
-    with ExitStack() as stack:
-        where = {}
-        for file in files:
-            try:
-                opened = stack.enter_context(safe_open(file, "pt"))
-            except SafetensorError as error:
-                raise ConfigError(f"{file}: not a safetensors file ({error})") from error
-            where |= dict.fromkeys(opened.keys(), opened)
 
-        def read(name: str) -> np.ndarray:
-            # A model that shares its output layer with its embedding stores it once.
-            found = name if name in where else name.replace("lm_head.weight", "model.embed_tokens.weight")
-            if found not in where:
-                raise ConfigError(f"{folder}: there is no tensor {name}")
-            return where[found].get_tensor(found).float().numpy()
+def _stacked(name: str) -> bool:
+    return ".experts." in name
 
-        yield read
+
+def _said_already(weights: FolderWeights, name: str, described: Described) -> bool:
+    """Tell whether a tensor says what is known from elsewhere: a shared output layer, rotary frequencies, nothing."""
+    if 0 in weights.shape(name):  # Of shared experts, where there are none.
+        return True
+    if name == HEAD and described.tied:
+        if weights.shape(name) == weights.shape(EMBEDDING) and np.array_equal(
+            weights.read(name), weights.read(EMBEDDING)
+        ):
+            return True
+        raise ConfigError(
+            f"{weights.folder}: {HEAD} is another than {EMBEDDING}, and config.json has tie_word_embeddings: true; "
+            "take the wrong one of these away"
+        )
+    if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
+        model = described.model
+        dim = model.head_dim if isinstance(model, LlamaConfig) else model.qk_rope_head_dim
+        known = model.rope_theta ** (-np.arange(0, dim, 2) / dim)
+        if weights.shape(name) == [dim // 2] and np.allclose(weights.read(name), known, rtol=1e-2, atol=1e-7):
+            return True
+        raise ConfigError(f"{weights.folder}: {name} is not of config.json's rope_theta, {model.rope_theta}")
+    return False

@@ -3,6 +3,10 @@
 The pieces of straddling matrices fly to their owners while the matrices that lie whole in the shard are done; then the
 owners do theirs, and the slices of the results fly back. A local matrix is read and written where it lies, and all that
 happens to it happens while it is in the caches: momentum, orthogonalization, weight decay and update.
+
+A matrix without a gradient is idle: an expert that got no token, a router whose gates do not depend on it.
+Newton-Schulz takes the size away, so that a momentum of long ago, or rounding, would move it as far as any. It is left
+where it is but for its weight decay, as AdamW leaves what has no gradient; its momentum decays.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,6 +23,9 @@ from optim.polynomials import coefficients
 
 BATCH_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 26}
 """Of the matrices that are orthogonalized at once: so many that a CPU keeps them in its caches, and a GPU is busy."""
+IDLE = 1e-6
+"""A matrix is idle whose gradient has a smaller RMS than this share of the RMS of all matrices' gradients. Where terms
+cancel that rounding of fp32 leaves 1e-7 of their size; what an expert gets from one token in a million is above it."""
 
 
 class Exchange:
@@ -50,6 +57,9 @@ class Exchange:
         self.owned = [index for index, matrix in enumerate(plan.straddlers) if matrix.owner == self.rank]
         self.kept = [p for index in self.owned for p in plan.straddlers[index].pieces if p.holder == self.rank]
         self.batches = [part for batch in plan.local[self.rank] for part in _cut(batch, BATCH_ELEMENTS[device.type])]
+        self.numel = plan.numel
+        sizes = [matrix.rows * matrix.columns for matrix in plan.straddlers]
+        self.straddlers = torch.tensor(sizes, dtype=torch.float64, device=device)
 
     def step(self, shard: Tensor, gradient: Tensor, momentum: Tensor, lr: float, weight_decay: float) -> None:
         """Update momentum and weights: `w <- (1 - lr wd) w - lr rms sqrt(max(A, B)) O` (Moonlight, equation 4).
@@ -61,30 +71,51 @@ class Exchange:
             lr: learning rate.
             weight_decay: multiplied by it.
         """
+        squares, sums, agreed = self._squares(gradient)
         own = {(p.matrix, p.position): self._direction(*_pieces(p, gradient, momentum)) for p in self.kept}
         outgoing = [self._direction(*_pieces(p, gradient, momentum)) for p in self.away]
         gathered, arrival = self._all_to_all(outgoing, self.away_sizes, self.guest_sizes)
-        for batch in self.batches:
+        agreed.wait()
+        least = IDLE**2 * sums[0] / self.numel
+        for batch, square in zip(self.batches, squares, strict=True):
             weights, *rest = (_view(tensor, batch) for tensor in (shard, gradient, momentum))
-            orthogonal = self.orthogonalize(self._direction(*rest), self.workspace)
+            busy = (square > least * (batch.rows * batch.columns)).view(-1, 1, 1)
+            orthogonal = self.orthogonalize(self._direction(*rest), self.workspace).mul_(busy)
             self._update(weights, orthogonal, batch.rows, batch.columns, lr, weight_decay)
         if arrival is None:
             return
 
         arrival.wait()
+        busy = sums[1:] > least * self.straddlers
         for p, piece in zip(self.guests, gathered.split([p.length for p in self.guests]), strict=True):
             own[p.matrix, p.position] = piece.to(gradient.dtype)
         results: dict[int, Tensor] = {}
         for index in self.owned:
             matrix = self.plan.straddlers[index]
             whole = torch.cat([own[index, p.position] for p in matrix.pieces])
-            results[index] = self.orthogonalize(whole.view(1, matrix.rows, matrix.columns)).flatten()
+            whole = whole.view(1, matrix.rows, matrix.columns)
+            results[index] = self.orthogonalize(whole).mul_(busy[index]).flatten()
 
         answers = [_slice(results, p) for p in self.guests]
         returned, arrival = self._all_to_all(answers, self.guest_sizes, self.away_sizes)
         self._update_pieces(shard, self.kept, (_slice(results, p) for p in self.kept), lr, weight_decay)
         arrival.wait()  # type: ignore[union-attr]
         self._update_pieces(shard, self.away, returned.split([p.length for p in self.away]), lr, weight_decay)
+
+    def _squares(self, gradient: Tensor) -> tuple[list[Tensor], Tensor, dist.Work]:
+        """Measure the gradient, before its memory is used.
+
+        Returns:
+            The sum of squares of each matrix, for each batch; that of the whole group's gradient followed by those of
+            the straddlers, the same on every rank once the work is done; and that work.
+        """
+        squares = [_square(_view(gradient, batch)) for batch in self.batches]
+        sums = torch.zeros(1 + len(self.straddlers), dtype=torch.float64, device=self.device)
+        for p in (*self.kept, *self.away):
+            (piece,) = _pieces(p, gradient)
+            sums[1 + p.matrix] += _square(piece.view(1, 1, -1))[0]
+        sums[0] = sums[1:].sum() + sum(square.sum() for square in squares)
+        return squares, sums, dist.all_reduce(sums, group=self.group, async_op=True)  # type: ignore[return-value]
 
     def _direction(self, gradient: Tensor, momentum: Tensor) -> Tensor:
         """Move the momentum on, and return what is orthogonalized: itself, or a look-ahead in the gradient's memory."""
@@ -124,6 +155,11 @@ class Exchange:
         packed = packed.to(self.wire_dtype)
         work = dist.all_to_all_single(arrived, packed, receive_sizes, send_sizes, group=self.group, async_op=True)
         return arrived, work
+
+
+def _square(matrices: Tensor) -> Tensor:
+    """Return the sum of squares of each matrix in fp64: those of fp32 would leave its range."""
+    return torch.linalg.matrix_norm(matrices, dtype=torch.float64).square()
 
 
 def _elements(pieces: Iterable[Piece]) -> int:

@@ -49,7 +49,8 @@ def newton_schulz(
         x: `[..., A, B]`. It is not changed.
         polynomials: one quintic for each step.
         form: in which they are applied; None for the one with fewer operations.
-        dtype: of the products; None for that of `x`. The norm is taken before the cast.
+        dtype: of the products; None for that of `x`. The norm is taken before the cast, of any float: a momentum decays
+            through every scale that there is.
         workspace: where everything is computed, the result included, which the next call overwrites.
 
     Returns:
@@ -61,9 +62,11 @@ def newton_schulz(
     batch = x.reshape(-1, rows, columns)
     whole, square = tuple(batch.shape), (batch.shape[0], *[min(rows, columns)] * 2)
     left, right, *squares = (workspace or Workspace()).carve(x.device, dtype, whole, whole, *[square] * 4)
-    norm = torch.linalg.matrix_norm(batch, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    # However small a gradient is, its direction counts.
-    torch.mul(batch, torch.where(norm > 0, 1 / norm, 0.0), out=left)
+    # The squares of fp32 leave its range long before the elements do. The inverse of a norm near either end does, too,
+    # so that half of it is multiplied at a time.
+    norm = torch.linalg.matrix_norm(batch, keepdim=True, dtype=torch.float64)
+    root = torch.where(norm > 0, norm.rsqrt(), 0.0).to(torch.promote_types(x.dtype, torch.float32))
+    torch.mul(batch * root, root, out=left)
     if rows > columns:  # The Gram matrix is taken on the shorter side.
         left, right = left.mT, right.mT
     beginnings, blocks = restarts(polynomials, PRECISIONS[dtype]), _blocks(left)

@@ -79,6 +79,11 @@ class OrthogonalizePlan:
                 if piece.holder != matrix.owner:
                     self._routes.setdefault((piece.holder, matrix.owner), []).append(piece)
 
+    @property
+    def numel(self) -> int:
+        """Elements of all matrices."""
+        return sum(rows * columns for rank in range(len(self.local)) for rows, columns in self.matrices(rank))
+
     def sent(self, rank: int, peer: int) -> list[Piece]:
         """Pieces that `rank` sends to `peer` for orthogonalization, in the order in which they are packed.
 

@@ -29,6 +29,8 @@ class ReferenceMuon(torch.optim.Optimizer):
         ns_dtype: dtype of Newton-Schulz.
         update_rms: root mean square of the update, over lr.
         update_norm: measure the update and divide by what is found, instead of `update_rms * sqrt(max(A, B)) * O`.
+
+    A matrix without a gradient, or with one whose RMS is less than 1e-6 of that of all its parameters, is not moved.
     """
 
     def __init__(
@@ -54,6 +56,9 @@ class ReferenceMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
+        gradients = [p.grad.double() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        elements = sum(gradient.numel() for gradient in gradients)
+        rms = (sum(gradient.square().sum().item() for gradient in gradients) / max(1, elements)) ** 0.5
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -67,9 +72,11 @@ class ReferenceMuon(torch.optim.Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 rows, columns = parameter.shape[-2:]
                 scale = group["update_rms"] * max(rows, columns) ** 0.5
-                for weight, matrix in zip(
-                    parameter.view(-1, rows, columns), update.reshape(-1, rows, columns), strict=True
+                for weight, matrix, gradient in zip(
+                    *(tensor.reshape(-1, rows, columns) for tensor in (parameter, update, parameter.grad)), strict=True
                 ):
+                    if gradient.double().square().mean().sqrt() <= 1e-6 * rms:
+                        continue
                     orthogonal = newton_schulz(matrix, group["polynomials"], "standard", group["ns_dtype"])
                     if self.update_norm:
                         scale = group["update_rms"] / orthogonal.float().square().mean().sqrt().item()

@@ -22,7 +22,9 @@ from orchestrator.preflight import find_origin, identity
 from orchestrator.progress import Progress
 from orchestrator.run_log import RunLog
 from orchestrator.stop import StopSignal
+from tests.closeness import ADAMW_EPS
 from tests.processes import ProcessCluster
+from tests.workers.test_loop import TEXT
 from tests.workers.test_moonlight import TINY
 from workers.checkpoint.manifest import Manifest
 from workers.checkpoint.shards import CheckpointReader
@@ -37,8 +39,8 @@ def config_of(folder: Path, *, recovery: dict[str, Any] | None = None, **changes
     train |= {"validate_every": 0, "sample_prompt": ""}
     config = RunConfig(
         model=TINY,
-        optim=OptimConfig(lr=1e-2),
-        data=DataConfig(source=__file__, prepared_url=f"{folder}/data", held_out_fraction=0.2),
+        optim=OptimConfig(lr=1e-2, eps=ADAMW_EPS),
+        data=DataConfig(source=str(TEXT), prepared_url=f"{folder}/data", held_out_fraction=0.2),
         train=TrainConfig(**{**train, **changes.pop("train", {})}),
         scaling=ScalingConfig(**{"wait_s": 60.0, "settle_s": 0.0, **changes.pop("scaling", {})}),
         checkpoint=CheckpointConfig(**{"every": 0, "snapshot_every": 1, **changes.pop("checkpoint", {})}),

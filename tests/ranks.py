@@ -92,7 +92,6 @@ def join(rank: int, world_size: int, port: Any, device: str = "cpu") -> None:
 
     from workers.engine import join_process_group
 
-    torch.set_num_threads(1)
     if rank == 0:
         store = TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
         for _ in range(world_size - 1):

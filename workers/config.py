@@ -16,40 +16,41 @@ fp32 4 would do, but a model that trains on a CPU trains on a GPU, too."""
 class MoonlightConfig:
     """A Moonlight: DeepSeek-V3's architecture (multi-head latent attention, mixture of experts).
 
-    The defaults are Moonlight-16B-A3B's own, except for the vocabulary, which is bytes.
+    The default sizes are small, one million parameters, so that they train anywhere; all else is as in
+    Moonlight-16B-A3B, whose sizes are in the built-in config `moonlight-16b`.
     """
 
     name: Literal["moonlight"] = "moonlight"
     """Architecture."""
     vocab_size: int = 256
     """Tokens; 256 is the byte-level vocabulary."""
-    hidden_size: int = 2048
+    hidden_size: int = 128
     """Width of the residual stream."""
-    num_layers: int = 27
+    num_layers: int = 3
     """Transformer layers."""
-    num_heads: int = 16
+    num_heads: int = 4
     """Attention heads."""
-    kv_lora_rank: int = 512
+    kv_lora_rank: int = 64
     """Width of the compressed keys and values."""
-    qk_nope_head_dim: int = 128
+    qk_nope_head_dim: int = 16
     """Width per head of the query and key without positions."""
-    qk_rope_head_dim: int = 64
+    qk_rope_head_dim: int = 16
     """Width per head of the query and key with rotary positions; even."""
-    v_head_dim: int = 128
+    v_head_dim: int = 32
     """Width per head of the values."""
     rope_theta: float = 50000.0
     """Base of the rotary positions."""
-    intermediate_size: int = 11264
+    intermediate_size: int = 352
     """Width of the dense layers' SwiGLU."""
     num_dense_layers: int = 1
     """The first layers have a dense SwiGLU instead of experts."""
-    moe_intermediate_size: int = 1408
+    moe_intermediate_size: int = 96
     """Width of one expert's SwiGLU; where there are experts it and hidden_size are multiples of 8."""
-    num_experts: int = 64
+    num_experts: int = 8
     """Routed experts per layer."""
-    num_experts_per_token: int = 6
+    num_experts_per_token: int = 2
     """Routed experts that a token visits."""
-    num_shared_experts: int = 2
+    num_shared_experts: int = 1
     """Experts' worth of SwiGLU that every token visits."""
     routed_scaling_factor: float = 2.446
     """Scale of the renormalized gates."""
@@ -97,26 +98,26 @@ class MoonlightConfig:
 class LlamaConfig:
     """A Llama: a dense transformer with grouped-query attention.
 
-    The defaults are Llama-3.2-1B's sizes, except for the vocabulary, which is bytes, and an output layer of its own.
+    The default sizes are small, one million parameters, so that they train anywhere; the output layer is its own.
     """
 
     name: Literal["llama"] = "llama"
     """Architecture."""
     vocab_size: int = 256
     """Tokens; 256 is the byte-level vocabulary."""
-    hidden_size: int = 2048
+    hidden_size: int = 128
     """Width of the residual stream."""
-    num_layers: int = 16
+    num_layers: int = 4
     """Transformer layers."""
-    num_heads: int = 32
+    num_heads: int = 8
     """Query heads."""
-    num_kv_heads: int = 8
+    num_kv_heads: int = 2
     """Key and value heads; divides num_heads."""
-    head_dim: int = 64
+    head_dim: int = 16
     """Width per head; even."""
     rope_theta: float = 500000.0
     """Base of the rotary positions."""
-    intermediate_size: int = 8192
+    intermediate_size: int = 480
     """Width of the SwiGLU."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""

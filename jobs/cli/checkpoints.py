@@ -173,5 +173,5 @@ def import_(
     """Make a Hugging Face model a checkpoint with which a run can begin: train.init=URL."""
     from jobs.import_ import import_model
 
-    url = import_model(folder, to)
+    url = import_model(folder, to, typer.echo)
     typer.echo(f"imported; begin a run with it: train.init={url}")

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.checkpoints import open_checkpoint
 from jobs.export import export, export_series, model_of, register
-from jobs.import_ import import_model
+from jobs.hugging_face import refuse_unloadable
 from jobs.stack.seaweed import BUCKET, s3_environment, seaweedfs
 from orchestrator.run_log import RunLog
 from tests.workers import test_llama, test_moonlight
@@ -185,37 +184,85 @@ def test_an_exported_model_becomes_a_version_of_a_registered_one(tmp_path):
     AutoModelForCausalLM.from_pretrained(client.get_model_version_download_uri("tiny", "2"))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_what_transformers_saved_comes_back(tmp_path, name):
+ODD = {
+    "llama": [
+        *({"num_heads": heads, "num_kv_heads": heads} for heads in (1, 3, 5, 16)),
+        {"num_heads": 6, "num_kv_heads": 2},
+        {"num_heads": 3, "num_kv_heads": 1, "hidden_size": 33},
+        {"num_heads": 64, "num_kv_heads": 64, "head_dim": 2},
+        {"head_dim": 64},
+        *({"init_std": std} for std in (1, 1.0, 1.5)),
+        {"norm_eps": 1, "rope_theta": 10},
+        {"vocab_size": 257, "intermediate_size": 7, "num_layers": 1},
+    ],
+    "moonlight": [
+        {"num_experts": 1, "num_experts_per_token": 1},
+        {"num_experts": 1, "num_experts_per_token": 1, "num_dense_layers": 2},
+        {"num_experts": 2, "num_experts_per_token": 1},
+        {"num_experts": 3, "num_experts_per_token": 3},
+        {"num_heads": 3},
+        {"num_dense_layers": 0},
+        {"num_dense_layers": 2, "hidden_size": 33, "moe_intermediate_size": 90},
+        {"num_shared_experts": 0},
+        {"init_std": 1.5, "routed_scaling_factor": 1, "norm_eps": 1, "rope_theta": 10},
+        {"kv_lora_rank": 1, "qk_rope_head_dim": 2, "qk_nope_head_dim": 5, "v_head_dim": 3},
+        {"vocab_size": 300, "intermediate_size": 7, "num_layers": 1, "num_dense_layers": 0},
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "change"), [(name, change) for name in ODD for change in ODD[name]])
+def test_what_transformers_cannot_load_is_told_before_anything_is_written(tmp_path, monkeypatch, name, change):
+    """The oracle is transformers: a model is refused where, and only where, it does not come out of there the same."""
     from transformers import AutoModelForCausalLM
 
-    model = trained(tmp_path / "run", name)
-    export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
-    url = import_model(str(tmp_path / "again"), str(tmp_path / "imported"))
-    reader = open_checkpoint(url)
-    expected = {**dict(model.named_parameters()), **{k: v for k, v in model.named_buffers() if k in model.state_dict()}}
-    found = {key: reader.tensor(kind, key) for kind in reader.kinds for key in reader.names(kind)}
-    assert found.keys() == expected.keys()
-    assert all(np.array_equal(found[key], expected[key].detach().numpy()) for key in expected)
-    assert model_of(reader.manifest) == MODELS[name]
+    model = trained(tmp_path / "run", replace(MODELS[name], **change))
+    try:
+        export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32")
+        told = ""
+    except ConfigError as error:
+        told = str(error)
+        assert not (tmp_path / "hf").exists()
+        monkeypatch.setattr("jobs.export.refuse_unloadable", lambda model: None)
+        export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32")
+    tokens = torch.tensor([list(TEXT.encode())])
+    try:
+        with torch.no_grad():
+            theirs, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(tokens).logits, model(tokens)
+        loads = ((theirs - ours).abs().max() / theirs.abs().max()).item() < 1e-4
+    except Exception:
+        loads = False
+    assert loads == (not told), told
 
 
-def test_what_cannot_be_imported_is_told(tmp_path):
-    (tmp_path / "hf").mkdir()
-    with pytest.raises(ConfigError, match=r"no config.json of a model"):
-        import_model(str(tmp_path / "hf"), str(tmp_path / "x"))
-    trained(tmp_path / "run", "llama")
-    export(str(tmp_path / "run"), str(tmp_path / "good"), "float32")
-    config = json.loads((tmp_path / "good" / "config.json").read_text())
-    for key, value, told in (
-        ("model_type", "gpt2", "model_type must be deepseek_v3 or llama, not 'gpt2'"),
-        ("hidden_act", "gelu", "hidden_act must be 'silu', not 'gelu'"),
-        ("rope_scaling", {"type": "linear"}, "scaled rotary positions"),
-        ("num_hidden_layers", 3, "there is no tensor model.layers.2."),
-        ("intermediate_size", 64, "config.json says"),
+def test_why_transformers_cannot_load_it():
+    for name, change, told in (
+        ("llama", {"num_heads": 6}, "its hidden_size (32) divides by num_heads (6)"),
+        ("llama", {"init_std": 1.5}, "its init_std (1.5) is 1 or less"),
+        ("moonlight", {"num_experts": 1, "num_experts_per_token": 1}, "its num_experts is 2 or more"),
     ):
-        (tmp_path / "good" / "config.json").write_text(json.dumps({**config, key: value}))
-        with pytest.raises(ConfigError, match=told):
-            import_model(str(tmp_path / "good"), str(tmp_path / "x"))
-        assert not (tmp_path / "x").exists()
+        with pytest.raises(ConfigError) as raised:
+            refuse_unloadable(replace(MODELS[name], **change))
+        assert str(raised.value) == f"transformers loads a {name} only where {told}"
+
+
+def test_a_vocabulary_that_is_larger_than_bytes_has_their_tokenizer(tmp_path):
+    """A run's tokens are bytes, whatever the size of its vocabulary."""
+    from transformers import AutoTokenizer
+
+    trained(tmp_path / "run", replace(MODELS["llama"], vocab_size=300))
+    export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")(TEXT)["input_ids"] == list(TEXT.encode())
+    for name in ("config.json", "generation_config.json"):
+        said = json.loads((tmp_path / "hf" / name).read_text())
+        assert (said["bos_token_id"], said["eos_token_id"], said.get("pad_token_id")) == (0, 0, None)
+
+
+def test_a_checkpoint_whose_model_is_no_longer_allowed_is_told(tmp_path):
+    trained(tmp_path / "run", "moonlight")
+    log = RunLog(Store(str(tmp_path / "run")))
+    (commit,) = log.commits
+    manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
+    manifest.identity["model"] |= {"moe_intermediate_size": 12}
+    with pytest.raises(ConfigError, match="run-7 at step 10: moe_intermediate_size must be a multiple of 8"):
+        model_of(manifest)

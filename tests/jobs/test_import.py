@@ -1,0 +1,451 @@
+"""Imported models against transformers, which is the oracle: the same logits, or a refusal that says why."""
+
+import json
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from jobs.checkpoints import open_checkpoint
+from jobs.cli import app
+from jobs.config_json import DEFAULTS, describe
+from jobs.export import export, model_of
+from jobs.import_ import import_model
+from tests.jobs.test_export import MODELS, TEXT, trained
+from workers.errors import ConfigError
+from workers.models import build
+
+KINDS = {"llama": "llama", "deepseek_v3": "moonlight"}
+TOKENS = torch.tensor([list(TEXT.encode())])
+GONE = object()
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Return a folder of each architecture, with every key that transformers writes."""
+    from transformers import AutoModelForCausalLM
+
+    root = tmp_path_factory.mktemp("exported")
+    for kind, name in KINDS.items():
+        trained(root / f"{kind}-run", name)
+        export(str(root / f"{kind}-run"), str(root / f"{kind}-hf"), "float32")
+        AutoModelForCausalLM.from_pretrained(root / f"{kind}-hf").save_pretrained(root / kind)
+    return root
+
+
+@pytest.fixture
+def folder_of(exported, tmp_path):
+    """Return what makes a folder of an architecture with other keys in its config and other tensors."""
+
+    def make(kind: str, changes: dict | None = None, tensors=lambda tensors: tensors):
+        folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(exported / kind, folder)
+        config = json.loads((folder / "config.json").read_text()) | (changes or {})
+        config = {key: value for key, value in config.items() if value is not GONE}
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(tensors(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return make
+
+
+def imported(folder):
+    """Import a folder and build the model of the checkpoint."""
+    reader = open_checkpoint(import_model(str(folder), f"{folder}-imported"))
+    model = build(model_of(reader.manifest)).eval()
+    found = {key: reader.tensor(kind, key) for kind in reader.kinds for key in reader.names(kind)}
+    model.load_state_dict({key: torch.from_numpy(tensor.copy()) for key, tensor in found.items()})
+    return model
+
+
+def difference(folder) -> float:
+    """Return by how much the logits differ from those of transformers' loading of the folder."""
+    from transformers import AutoModelForCausalLM
+
+    model = imported(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        ours, theirs = model(TOKENS), loaded(TOKENS).logits
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def refused(folder) -> str:
+    """Return why a folder is refused, with nothing written."""
+    to = folder.parent / "refused"
+    with pytest.raises(ConfigError) as raised:
+        import_model(str(folder), str(to))
+    assert not to.exists() and raised.value.exit_code == 2
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_transformers_saved_comes_back(tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    model = trained(tmp_path / "run", name)
+    export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    reader = open_checkpoint(import_model(str(tmp_path / "again"), str(tmp_path / "imported")))
+    expected = {**dict(model.named_parameters()), **{k: v for k, v in model.named_buffers() if k in model.state_dict()}}
+    found = {key: reader.tensor(kind, key) for kind in reader.kinds for key in reader.names(kind)}
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], expected[key].detach().numpy()) for key in expected)
+    assert model_of(reader.manifest) == MODELS[name]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_config_leaves_out_is_transformers_own(kind):
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(kind)
+    assert {key: DEFAULTS[kind][key] for key in DEFAULTS[kind] if key not in ("head_dim", "num_key_value_heads")} == {
+        key: getattr(theirs, key) for key in DEFAULTS[kind] if key not in ("head_dim", "num_key_value_heads")
+    }
+    assert theirs.rope_parameters["rope_theta"] == describe({"model_type": "llama"}).model.rope_theta == 10000
+    ours = DEFAULTS["llama"] | {"model_type": "llama"}
+    assert describe({"model_type": "llama"}) == describe(ours)
+
+
+SAID = [
+    {"rope_parameters": GONE},
+    {"rope_parameters": GONE, "rope_theta": 777},
+    {"rope_parameters": {"rope_theta": 777.0, "type": "default"}},
+    {"rope_parameters": {"rope_theta": 777.0}, "rope_theta": 777.0},
+    {"rope_parameters": GONE, "rope_theta": 777.0, "rope_scaling": None},
+    {"rope_parameters": GONE, "rope_theta": 777.0, "rope_scaling": {"rope_type": "default"}},
+    {"rope_parameters": GONE, "rope_scaling": {"rope_type": "default", "rope_theta": 777.0}},
+    {"rms_norm_eps": GONE},
+    {"rms_norm_eps": 0.03},
+    {"initializer_range": GONE, "max_position_embeddings": GONE, "eos_token_id": [1, 2]},
+    {"num_nextn_predict_layers": 1, "pretraining_tp": 2, "sliding_window": None, "auto_map": {"AutoModel": "x.y"}},
+    {"architectures": GONE, "torch_dtype": "bfloat16", "tie_word_embeddings": GONE},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_accepted_has_transformers_logits(folder_of, kind):
+    own = {
+        "llama": [{"head_dim": None}, {"head_dim": GONE}, {"rope_interleaved": False}],
+        "deepseek_v3": [
+            {"first_k_dense_replace": 1, "num_local_experts": 6, "head_dim": 8, "qk_head_dim": 16},
+            {"num_key_value_heads": None, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
+            {"routed_scaling_factor": 0.5, "aux_loss_alpha": 0.1, "seq_aux": True, "ep_size": 1},
+        ],
+    }
+    assert [change for change in (SAID + own[kind]) if not difference(folder_of(kind, change)) < 1e-4] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_key_is_refused_or_means_what_transformers_takes(folder_of, kind):
+    wrong = []
+    for key in DEFAULTS[kind]:
+        folder = folder_of(kind, {key: GONE})
+        try:
+            if not difference(folder) < 1e-4:
+                wrong.append(key)
+        except ConfigError:
+            continue
+    assert wrong == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_would_change_the_arithmetic_is_refused_by_name(folder_of, kind):
+    scaled = ("linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "ntk", None)
+    refusals: list[tuple[dict, str]] = [
+        *(({"rope_parameters": {"rope_type": one, "rope_theta": 1e4, "factor": 2.0}}, "scaled") for one in scaled),
+        *(({"rope_parameters": {"type": one, "rope_theta": 1e4, "factor": 2.0}}, "scaled") for one in scaled),
+        *(({"rope_scaling": {"type": one, "factor": 2.0}}, "scaled rotary positions") for one in scaled),
+        ({"rope_parameters": {"rope_type": "default", "type": "yarn"}}, "scaled rotary positions"),
+        ({"rope_parameters": {"rope_theta": 1e4, "factor": 2.0}}, "rope_parameters.factor is not known"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters.full_attention"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 5e4}, "rope_theta=50000.0 and rope_parameters.rope_th"),
+        ({"rope_parameters": GONE, "rope_theta": 1e4, "rope_scaling": {"rope_theta": 2.0}}, "differ"),
+        ({"rope_parameters": [1]}, "rope_parameters must be an object"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_parameters.rope_theta must be a number, not None"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', not 'gelu'"),
+        ({"attention_bias": True}, "attention_bias must be False, not True"),
+        ({"attention_dropout": 0.1}, "attention_dropout must be 0.0"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures must be"),
+        ({"sliding_window": 4}, "sliding_window: raymuon does not know"),
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+        ({"logits_scaling": 2.0, "final_logit_softcapping": 30.0}, "final_logit_softcapping, logits_scaling: raymuon"),
+        ({"per_layer_config": {"0": {"hidden_act": "relu"}}}, "per_layer_config"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
+        ({"qk_norm": True}, "qk_norm"),
+        ({"compression_config": {}}, "compression_config"),
+        ({"vocab_size": 100}, "vocab_size must be 256"),
+        ({"hidden_size": "32"}, "hidden_size must be a whole number, not '32'"),
+        ({"hidden_size": 32.0}, "hidden_size must be a whole number, not 32.0"),
+        ({"hidden_size": True}, "hidden_size must be a whole number, not True"),
+        ({"hidden_size": -32}, "hidden_size must be 1 or more"),
+        ({"num_hidden_layers": None}, "num_hidden_layers must be a whole number, not None"),
+        ({"num_hidden_layers": 3}, "there is no tensor model.layers.2."),
+        ({"num_hidden_layers": 1}, "has no place for model.layers.1."),
+        ({"intermediate_size": 64}, "config.json says"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
+        ({"initializer_range": float("inf")}, "initializer_range must be a finite number"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be a token's number"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings must be True or False"),
+        ({"model_type": "gpt2"}, "model_type must be deepseek_v3 or llama, not 'gpt2'"),
+        ({"model_type": GONE}, "model_type must be deepseek_v3 or llama, not None"),
+        ({"model_type": ["llama"]}, "model_type"),
+    ]
+    own: dict[str, list[tuple[dict, str]]] = {
+        "llama": [
+            ({"num_attention_heads": 0}, "num_heads must be 1 or more, not 0"),
+            ({"mlp_bias": True}, "mlp_bias must be False"),
+            ({"rope_interleaved": True}, "rope_interleaved must be False"),
+            ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
+            ({"head_dim": 16}, "config.json says"),
+            ({"n_group": 1}, "n_group"),
+        ],
+        "deepseek_v3": [
+            ({"q_lora_rank": GONE}, "q_lora_rank must be None, not 1536 (transformers' value where it is missing)"),
+            ({"n_group": GONE}, "n_group must be 1, not 8 (transformers' value where it is missing)"),
+            ({"topk_group": GONE}, "topk_group must be 1, not 4"),
+            ({"n_group": 2, "topk_group": 1}, "n_group must be 1, not 2"),
+            ({"norm_topk_prob": False}, "norm_topk_prob must be True"),
+            ({"rope_interleave": False}, "rope_interleave must be True"),
+            ({"scoring_func": "softmax"}, "scoring_func must be 'sigmoid'"),
+            ({"topk_method": "greedy"}, "topk_method must be 'noaux_tc'"),
+            ({"moe_layer_freq": 2}, "moe_layer_freq must be 1"),
+            ({"num_key_value_heads": 1}, "num_key_value_heads must be 2 or None, not 1"),
+            ({"head_dim": 4}, "head_dim must be 8, not 4"),
+            ({"num_local_experts": 3}, "num_local_experts must be 6"),
+            ({"n_shared_experts": None}, "n_shared_experts must be a whole number, not None"),
+            (
+                {"n_routed_experts": 5, "num_local_experts": GONE},
+                "gate.weight has shape [6, 32], config.json says [5, 32]",
+            ),
+            ({"first_k_dense_replace": 0}, "there is no tensor model.layers.0.mlp"),
+        ],
+    }
+    for change, told in refusals + own[kind]:
+        folder = folder_of(kind, change)
+        found = refused(folder)
+        assert told in found, (change, found)
+        shutil.rmtree(folder)
+
+
+def test_tied_embeddings_are_shared_where_the_config_says_so_and_never_else(folder_of):
+    def without_head(tensors):
+        return {key: tensor for key, tensor in tensors.items() if key != HEAD}
+
+    def equal_head(tensors):
+        return tensors | {HEAD: tensors[EMBEDDING].clone()}
+
+    said: list[str] = []
+    assert difference(folder_of("llama", {"tie_word_embeddings": True}, without_head)) < 1e-4
+    assert difference(folder_of("llama", {"tie_word_embeddings": True}, equal_head)) < 1e-4
+    folder = folder_of("llama", {"tie_word_embeddings": True}, without_head)
+    import_model(str(folder), f"{folder}-told", said.append)
+    assert said == ["the output layer, which was the embedding, becomes one of its own: they may part in training"]
+    for tied in (False, GONE):
+        found = refused(folder_of("llama", {"tie_word_embeddings": tied}, without_head))
+        assert "there is no tensor lm_head.weight, and config.json has no tie_word_embeddings: true" in found
+    assert "lm_head.weight is another than" in refused(folder_of("llama", {"tie_word_embeddings": True}))
+
+
+QUANTIZED = {
+    "fp8 with scales": lambda w: {QUERY: w.to(torch.float8_e4m3fn), f"{QUERY}_scale_inv": torch.ones(1, 1)},
+    "fp8 alone": lambda w: {QUERY: w.to(torch.float8_e5m2)},
+    "int8 with SCB": lambda w: {QUERY: w.to(torch.int8), QUERY.replace("weight", "SCB"): torch.ones(32)},
+    "4 bit": lambda w: {QUERY: w.to(torch.uint8).view(-1, 1), f"{QUERY}.absmax": torch.ones(16)},
+    "packed": lambda w: {QUERY: GONE, QUERY.replace("weight", "qweight"): w.to(torch.int32)},
+    "compressed": lambda w: {QUERY: GONE, f"{QUERY}_packed": w.to(torch.int32), f"{QUERY}_scale": torch.ones(32, 1)},
+    "blocks": lambda w: {QUERY: GONE, f"{QUERY}_blocks": w.to(torch.uint8), f"{QUERY}_scales": w.to(torch.uint8)},
+    "scales of the right dtype": lambda w: {f"{QUERY}_scale": torch.ones(32, 1)},
+    "bool": lambda w: {QUERY: w > 0},
+    "complex": lambda w: {QUERY: w.to(torch.complex64)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_weights_are_refused(folder_of, kind):
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    for method in QuantizationMethod:
+        found = refused(folder := folder_of(kind, {"quantization_config": {"quant_method": method.value}}))
+        assert "quantization_config" in found and repr(method.value) in found
+        shutil.rmtree(folder)
+    for quantized in ({}, [], "fp8", {"load_in_8bit": True}):
+        assert "quantization_config" in refused(folder_of(kind, {"quantization_config": quantized}))
+    for name, change in QUANTIZED.items():
+
+        def changed(tensors, change=change):
+            tensors |= change(tensors[QUERY])
+            return {key: tensor for key, tensor in tensors.items() if tensor is not GONE}
+
+        assert QUERY.removesuffix("weight") in refused(folder_of(kind, {}, changed)), name
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F8_E8M0", "F8_E4M3FNUZ", "I16", "U16", "I64", "U64", "XX"])
+def test_dtypes_that_torch_may_not_know_are_refused(folder_of, dtype):
+    folder = folder_of("llama")
+    raw = (folder / "model.safetensors").read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + size])
+    norm = header["model.norm.weight"]
+    first, last = norm["data_offsets"]  # 32 numbers of 4 bytes each.
+    bits = {"F4": 4, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "I16": 16, "U16": 16, "I64": 64, "U64": 64}
+    norm |= {"dtype": dtype, "shape": [(last - first) * 8 // bits.get(dtype, 8)]}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+    found = refused(folder)
+    assert f"model.norm.weight is of dtype {dtype}" in found or ("not a safetensors file" in found and dtype in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_all_usual_dtypes_are_taken(folder_of, dtype):
+    folder = folder_of("deepseek_v3", {}, lambda tensors: {key: tensor.to(dtype) for key, tensor in tensors.items()})
+    assert difference(folder) < 1e-4
+
+
+@pytest.mark.parametrize(("value", "dtype"), [("nan", "float32"), ("-inf", "bfloat16"), (1e300, "float64")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.experts.3.up_proj.weight", "model.norm.weight"])
+def test_weights_that_are_not_finite_are_named(folder_of, name, value, dtype):
+    def poisoned(tensors):
+        tensors[name] = tensors[name].to(getattr(torch, dtype))
+        tensors[name].view(-1)[7] = float(value)
+        return tensors
+
+    assert f"{name} has elements that are NaN or infinite" in refused(folder_of("deepseek_v3", {}, poisoned))
+
+
+def test_stale_files_never_win(folder_of):
+    """Beside an index lies what is of another model: earlier and later by name, known to the index or not."""
+
+    def split(folder):
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        parts = {f"model-0000{n}-of-00002.safetensors": list(tensors)[n - 1 :: 2] for n in (1, 2)}
+        for file, names in parts.items():
+            save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
+        where = {name: file for file, names in parts.items() for name in names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        return tensors, where
+
+    good = folder_of("llama")
+    split(good)
+    assert difference(good) < 1e-4
+    for stale in ("a.safetensors", "model.safetensors", "zz.safetensors"):
+        folder = folder_of("llama")
+        tensors, _ = split(folder)
+        save_file({QUERY: tensors[QUERY] + 1}, folder / stale)
+        assert f"{QUERY} is in" in refused(folder) and stale in refused(folder)
+    folder = folder_of("llama")
+    split(folder)
+    save_file({"other.weight": torch.ones(2)}, folder / "zz.safetensors")
+    assert "other.weight is in zz.safetensors, and model.safetensors.index.json puts it into none" in refused(folder)
+    for change, told in (
+        ({QUERY: "model-00003-of-00003.safetensors"}, "puts it into model-00003-of-00003.safetensors"),
+        ({QUERY: "../model.safetensors"}, "puts it into ../model.safetensors"),
+        ({QUERY: 7}, "puts it into 7"),
+        ({"other.weight": "model-00001-of-00002.safetensors"}, "other.weight is in no file"),
+    ):
+        folder = folder_of("llama")
+        _, where = split(folder)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where | change}))
+        assert told in refused(folder)
+    for index in ("[]", "{}", '{"weight_map": []}', "{"):
+        (good / "model.safetensors.index.json").write_text(index)
+        assert "model.safetensors.index.json" in refused(good)
+
+
+def test_leftovers_are_refused_but_for_what_is_known_anyway(folder_of):
+    def more(name, tensor):
+        return lambda tensors: tensors | {name: tensor}
+
+    mtp = "model.layers.2.eh_proj.weight"
+    assert f"has no place for {mtp}" in refused(folder_of("deepseek_v3", {}, more(mtp, torch.ones(2))))
+    bias = QUERY.replace("weight", "bias")
+    assert f"has no place for {bias}" in refused(folder_of("llama", {}, more(bias, torch.ones(32))))
+    frequencies = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    right = 500000.0 ** -(torch.arange(0, 8, 2) / 8)
+    assert difference(folder_of("llama", {}, more(frequencies, right.bfloat16()))) < 1e-4
+    wrong = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    assert "rope_theta, 500000.0" in refused(folder_of("llama", {}, more(frequencies, wrong)))
+
+
+def test_without_shared_experts_transformers_empty_tensors_are_nothing(tmp_path):
+    from dataclasses import replace
+
+    from transformers import AutoModelForCausalLM
+
+    trained(tmp_path / "run", replace(MODELS["moonlight"], num_shared_experts=0))
+    export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32")
+    assert difference(tmp_path / "hf") < 1e-4
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    assert difference(tmp_path / "again") < 1e-4
+
+
+def test_an_imported_model_is_exported_again_as_it_came(folder_of):
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    ids = {"bos_token_id": 5, "eos_token_id": [7, 9], "pad_token_id": 3, "max_position_embeddings": 99}
+    folder = folder_of("llama", ids)
+    generation = {"eos_token_id": [7, 9, 11], "bos_token_id": 5, "do_sample": True, "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    to = import_model(str(folder), f"{folder}-imported")
+    done = export(to, f"{folder}-again", "float32")
+    again = json.loads((folder.parent / f"{folder.name}-again" / "config.json").read_text())
+    assert {key: again[key] for key in ids} == ids
+    assert GenerationConfig.from_pretrained(done.url).eos_token_id == [7, 9, 11]
+    assert "tokenizer.json" not in done.files, "256 ids are not bytes wherever they come from"
+    card = (folder.parent / f"{folder.name}-again" / "README.md").read_text()
+    assert f"| imported from | {folder.name} |" in card and "AutoTokenizer" not in card
+    loaded, told = AutoModelForCausalLM.from_pretrained(done.url, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits)
+    import_model(done.url, f"{folder}-twice")
+    (folder / "generation_config.json").unlink()
+    to = import_model(str(folder), f"{folder}-without")
+    export(to, f"{folder}-third", "float32")
+    made = json.loads((folder.parent / f"{folder.name}-third" / "generation_config.json").read_text())
+    assert made == {key: ids[key] for key in ids if key.endswith("_token_id")}
+
+
+def test_what_is_no_model_is_one_message(folder_of, tmp_path):
+    def told(folder) -> str:
+        result = CliRunner().invoke(app, ["import", str(folder), "--to", str(tmp_path / "x")], standalone_mode=False)
+        assert isinstance(result.exception, ConfigError) and result.exception.exit_code == 2, result.exception
+        return str(result.exception)
+
+    (tmp_path / "empty").mkdir()
+    assert "no config.json of a model" in told(tmp_path / "empty")
+    assert "no config.json of a model" in told(tmp_path / "nowhere")
+    folder = folder_of("llama")
+    good = (folder / "config.json").read_bytes()
+    for text in (b"", b"{", b"[]", b'"text"', b"null", b"7", b"\xff\xfe", b"[" * 100_000):
+        (folder / "config.json").write_bytes(text)
+        assert "no config.json of a model" in told(folder)
+    (folder / "config.json").write_bytes(good)
+    for raw in (
+        b"",
+        b"\1",
+        struct.pack("<Q", 1 << 60),
+        struct.pack("<Q", 99) + b"{}",
+        good,
+    ):
+        (folder / "model.safetensors").write_bytes(raw)
+        assert "model.safetensors: not a safetensors file" in told(folder)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    assert "there is no tensor" in told(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    assert "no *.safetensors there; other formats are not read; pytorch_model.bin cannot be read" in told(folder)
+    (folder / "generation_config.json").write_text("[")
+    assert "no generation_config.json of a model" in told(folder)
+    adapter = folder_of("llama")
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "merge the adapter" in told(adapter)
