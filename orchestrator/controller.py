@@ -41,7 +41,7 @@ from orchestrator.progress import Progress, Recorder
 from orchestrator.saves import Saves
 from orchestrator.stop import StopSignal
 from orchestrator.worker_group import WorkerGroup
-from workers.errors import ClusterError, Interrupted, StorageError
+from workers.errors import ClusterError, Interrupted, RaymuonError, StorageError
 from workers.reports import (
     CheckpointDamaged,
     KeeperLost,
@@ -382,11 +382,12 @@ class Controller:
             )
         )
         if found.error is not None:
-            raise found.error
+            raise self._ending(found.error)
         # A second fault while the first is being recovered from counts from the first.
         since = self.change.began if self.change is not None and self.change.reason != "start" else found.began
         self.change = _Change("fault", found.cause, since)
-        delay = self._budget(found.kind, found.cause, self._reached + 1 if in_step else None)
+        next_step = self._reached + 1 if in_step and self._reached < self.saves.task.last_step else None
+        delay = self._budget(found.kind, found.cause, next_step)
         until = time.monotonic() + delay
         if delay:
             self.recorder.notice(f"trying again in {delay:g} s: {found.cause}")
@@ -398,7 +399,7 @@ class Controller:
     def _budget(self, kind: FaultKind, cause: str, step: int | None) -> float:
         decision = self.policy.fault(kind, cause, time.monotonic(), step)
         if isinstance(decision, GiveUp):
-            raise decision.error
+            raise self._ending(decision.error)
         return decision.delay_s
 
     def _end_hung(self, group: WorkerGroup, suspect: Suspect) -> None:
@@ -501,6 +502,10 @@ class Controller:
 
     def _now(self) -> dict[str, Any]:
         return {"time": time.time(), "step": self.progress.step}
+
+    def _ending(self, error: RaymuonError) -> RaymuonError:
+        """Return the error that ends the run, with what is left of it."""
+        return type(error)(self._kept(str(error)))
 
     def _kept(self, text: str) -> str:
         kept = self.progress.committed

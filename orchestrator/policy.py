@@ -178,7 +178,8 @@ class FailurePolicy:
             kind: whose budget it takes from.
             cause: for people.
             now: seconds, of any clock that does not jump.
-            step: the step in which the group was; None if it was not in one (a fault while it recovered).
+            step: the step in which the group was; None if it was not in one (a fault while it recovered, or after the
+                last step).
         """
         recent = [at for at in self.faults.get(kind, []) if at > now - WINDOW_S] + [now]
         self.faults[kind] = recent
@@ -188,8 +189,8 @@ class FailurePolicy:
                 return GiveUp(
                     TrainingError(
                         f"step {step} is poison: it has ended the group {self.killers[step]} times, the last time by "
-                        f"{cause}. The last checkpoint is good; look at the data of this step, or raise "
-                        f"recovery.poison_after ({self.config.poison_after})"
+                        f"{cause}; look at the data of this step, or raise recovery.poison_after "
+                        f"({self.config.poison_after})"
                     )
                 )
         budget = self.config.budget(kind)

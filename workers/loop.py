@@ -4,13 +4,16 @@ A step: this rank's micro-batch slots forward and backward; DeepSpeed reduces, c
 is copied into the keeper's memory; then one small all-reduce, the boundary. The boundary carries the loss sum, the
 token count, a non-finite flag, a pause flag, whether the snapshot was written, and the experts' load. Every rank gets
 the same sums, so every rank takes the same decision: to pause, to skip, to snapshot, to save.
+
+No state counts that is not finite: the boundary tells of it before the snapshot of its step is agreed on, so that
+neither a recovery nor a checkpoint can come from it.
 """
 
 import json
 import math
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,17 @@ from workers.engine import Engine
 from workers.errors import TrainingError
 from workers.generate import generate
 from workers.reports import Sampled, SaveFailed, SaveSkipped, StepDone, Validated
+from workers.snapshots.schedule import SnapshotSchedule
 from workers.snapshots.writer import SnapshotWriter
-from workers.state import Counters, replicated_tensors, shapes, shard_map, shard_tensors
+from workers.state import (
+    Counters,
+    first_not_finite,
+    is_finite,
+    replicated_tensors,
+    shapes,
+    shard_map,
+    shard_tensors,
+)
 from workers.task import Membership, Task
 from workers.telemetry import Telemetry, expert_load
 
@@ -45,6 +57,8 @@ class Boundary:
     tokens: int
     skipped: bool
     """A gradient was not finite: DeepSpeed changed nothing, on any rank."""
+    finite: bool
+    """Weights and optimizer state of every rank are."""
     pause: Pause
     snapshot: bool
     """Every rank has written its part of the snapshot."""
@@ -56,37 +70,6 @@ class Boundary:
     """Of this step without its snapshot, mean over the ranks."""
     expert_load: Tensor
     """Tokens per expert over the global batch, `[MoE layers, experts]`."""
-
-
-@dataclass
-class SnapshotSchedule:
-    """When to take a snapshot: every `every` steps, or as often as costs no more than `share` of the time."""
-
-    every: int
-    share: float
-    last: int
-    chosen: int = field(init=False)
-    cost: float = 0.0
-    step: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.chosen = self.every or 1
-
-    def due(self, step: int) -> bool:
-        """Tell whether a snapshot of `step` is to be taken."""
-        return step >= self.last + self.chosen
-
-    def taken(self, step: int) -> None:
-        """Note a snapshot on which all agreed."""
-        self.last = step
-
-    def measure(self, step: int, cost: float, seconds: float) -> None:
-        """Take in how long `step` took and what the snapshot before it cost; the same numbers on every rank."""
-        self.step = _moving(self.step, seconds)
-        if self.last == step - 1 and cost:
-            self.cost = _moving(self.cost, cost)
-        if not self.every and self.step:
-            self.chosen = max(1, math.ceil(self.cost / (self.share * self.step)))
 
 
 class Trainer:
@@ -254,15 +237,17 @@ class Trainer:
         tokens = len(self.slots) * train.micro_batch * train.seq_len
         pause = self.controls.pause()
         bad = self.engine.zero.overflow
-        scalars = [loss_sum.item(), tokens, bad, pause.leave, pause.save, written, keeps_up, cost, seconds]
+        finite = is_finite(self.engine)
+        scalars = [loss_sum.item(), tokens, bad, finite, pause.leave, pause.save, written, keeps_up, cost, seconds]
         mine = torch.tensor([float(value) for value in scalars], dtype=torch.float64)
         sums = self.engine.all_reduce(torch.cat([mine, load.flatten().cpu()]))
         model.clear_expert_load()
-        loss, tokens, bad, leave, save, written, keeps_up, cost, seconds = sums[: len(scalars)].tolist()
+        loss, tokens, bad, finite, leave, save, written, keeps_up, cost, seconds = sums[: len(scalars)].tolist()
         return Boundary(
             loss=loss / tokens,
             tokens=int(tokens),
             skipped=bad > 0,
+            finite=finite == ranks,
             pause=Pause(leave > 0, save > 0),
             snapshot=written == ranks,
             storage_keeps_up=keeps_up == ranks,
@@ -278,6 +263,8 @@ class Trainer:
             TrainingError: this was one bad step too many, or one that nobody skipped.
         """
         counters, limit = self.counters, self.task.train.max_skipped_in_a_row
+        if not boundary.finite and (name := first_not_finite(self.engine)):
+            raise TrainingError(f"step {step}: its update has made the {name} infinite or NaN; lower optim.lr")
         if boundary.skipped:
             counters.skipped += 1
             counters.skipped_in_a_row += 1
@@ -285,12 +272,10 @@ class Trainer:
                 raise TrainingError(
                     f"step {step}: the gradient is not finite (loss {boundary.loss}), for the "
                     f"{counters.skipped_in_a_row}. time in a row; train.max_skipped_in_a_row={limit}. "
-                    "The last checkpoint is good; lower optim.lr or look at the data of these steps"
+                    "Lower optim.lr or look at the data of these steps"
                 )
         elif not math.isfinite(boundary.loss):
-            raise TrainingError(
-                f"step {step}: the loss is {boundary.loss} with a finite gradient; the last checkpoint is good"
-            )
+            raise TrainingError(f"step {step}: the loss is {boundary.loss} with a finite gradient; lower optim.lr")
         else:
             counters.skipped_in_a_row = 0
             self.engine.model.balance_experts(boundary.expert_load)
@@ -368,7 +353,11 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Measure the mean loss over the first held-out sequences, spread evenly; the same ones every time."""
+        """Measure the mean loss over the first held-out sequences, spread evenly; the same ones every time.
+
+        Raises:
+            TrainingError: it is not finite.
+        """
         train, engine, split = self.task.train, self.engine, self.validation_split
         count = min(train.validate_sequences, split.num_samples)
         indices = [i * split.num_samples // count for i in range(count)]
@@ -382,6 +371,8 @@ class Trainer:
         self.controls.mark("validate", self.counters.step)
         engine.model.train()
         loss = engine.all_reduce(torch.tensor([total], dtype=torch.float64)).item() / (count * train.seq_len)
+        if not math.isfinite(loss):
+            raise TrainingError(f"step {self.counters.step}: the validation loss is {loss}; lower optim.lr")
         self.validation = {"step": self.counters.step, "loss": loss, "time": time.time()}
         if engine.rank == 0:
             self.controls.report(Validated, step=self.counters.step, loss=loss)
@@ -389,10 +380,6 @@ class Trainer:
 
 def _imbalance(load: Tensor) -> float:
     return (load.amax(1) / load.mean(1).clamp(min=1)).max().item() if load.numel() else 0.0
-
-
-def _moving(mean: float, value: float) -> float:
-    return 0.8 * mean + 0.2 * value if mean else value
 
 
 class _Ledger:

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from optim.layout import Fragment
 from workers.checkpoint.manifest import BUFFER, WEIGHT
@@ -111,6 +112,39 @@ def load_state(engine: Engine, reader: Reader, counters: Counters) -> None:
         buffer.copy_(torch.from_numpy(flat).view_as(buffer))
     engine.optimizer.applied_steps = counters.applied_steps
     engine.publish_weights()
+
+
+def is_finite(engine: Engine) -> bool:
+    """Tell whether all that this rank holds is finite, at the cost of one sum over it.
+
+    A sum that is not may be one of large numbers: `first_not_finite` looks at each.
+    """
+    tensors = [*shard_tensors(engine), *replicated_tensors(engine)]
+    return bool(torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors]).isfinite().all())
+
+
+def first_not_finite(engine: Engine) -> str:
+    """Name the first of all ranks' weights, optimizer state and buffers that is not finite; empty where all are.
+
+    All ranks come here together.
+    """
+    layouts = engine.optimizer.layouts(1)
+    names = [f"{kind} of {name}" for layout, kinds in layouts for kind in kinds for name in layout.names]
+    names += _replicated(engine)
+    mine = "" if is_finite(engine) else _not_finite(engine)
+    index = names.index(mine) if mine else len(names)
+    first = int(engine.all_reduce(torch.tensor([index]), ReduceOp.MIN).item())
+    return [*names, ""][first]
+
+
+def _not_finite(engine: Engine) -> str:
+    """Name the first that is not finite of what this rank holds."""
+    for group in engine.optimizer.flat_state(engine.rank):
+        for kind, tensor in group.tensors.items():
+            for fragment in group.fragments:
+                if not tensor[fragment.offset : fragment.offset + fragment.length].isfinite().all():
+                    return f"{kind} of {fragment.name}"
+    return next((name for name, buffer in _replicated(engine).items() if not buffer.isfinite().all()), "")
 
 
 def _replicated(engine: Engine) -> dict[str, Tensor]:

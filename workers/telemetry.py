@@ -190,8 +190,9 @@ class Telemetry:
             found |= {f"bytes_sent/{name}": total / self.engine.world_size for name, total in totals if total}
         for kind, (update, weight, count) in zip(KINDS, squares, strict=True):
             if count:
-                found[f"update_rms/{kind}"] = math.sqrt(update / count)
                 found[f"weight_rms/{kind}"] = math.sqrt(weight / count)
+            if count and lr:
+                found[f"update_rms/{kind}"] = math.sqrt(update / count)
         for kind, (entropy, count) in zip(SPECTRA, spectra, strict=True):
             if count:
                 found[f"svd_entropy/{kind}"] = entropy / count
@@ -215,7 +216,7 @@ class Telemetry:
                 for first in range(fragment.offset, fragment.offset + fragment.length, CHUNK):
                     last = min(first + CHUNK, fragment.offset + fragment.length)
                     now = state.tensors["weight"][first:last]
-                    update = (before[first:last].to(device) * decay - now) / lr
+                    update = (before[first:last].to(device) * decay - now) / (lr or 1.0)
                     counted = now.new_tensor(last - first, dtype=torch.float64)
                     row += torch.stack(
                         [update.square().sum(dtype=torch.float64), now.square().sum(dtype=torch.float64), counted]
@@ -231,7 +232,8 @@ class Telemetry:
         for index, (kind, matrix) in enumerate(self._matrices()):
             if index % self.engine.world_size == self.engine.rank:
                 self.tick()
-                sums[SPECTRA.index(kind)] += torch.tensor([svd_entropy(matrix), 1.0], dtype=torch.float64)
+                if (entropy := svd_entropy(matrix)) is not None:
+                    sums[SPECTRA.index(kind)] += torch.tensor([entropy, 1.0], dtype=torch.float64)
         return sums
 
     def _matrices(self) -> Iterator[tuple[str, Tensor]]:
@@ -272,17 +274,27 @@ def _compile_watched(config: ModelConfig, train: TrainConfig, dtype: torch.dtype
     model(tokens).float().sum().backward()
 
 
-def svd_entropy(matrix: Tensor) -> float:
+def svd_entropy(matrix: Tensor) -> float | None:
     """Return the entropy of the squared singular values as shares of their sum, over the log of their number: 0 to 1.
 
     `-sum(p log p) / log n`, `p_i = s_i^2 / sum(s^2)` (Moonlight, section 3.4). The shares come from the eigenvalues of
-    the smaller Gram matrix, which are had faster than singular values; what they lose to rounding adds nothing.
+    the smaller Gram matrix, which are had faster than singular values; what they lose to rounding adds nothing. A
+    matrix that has none is no reason to end a run: None for one that is not finite, or whose eigenvalues are not found.
     """
     wide = matrix.float() if matrix.size(0) <= matrix.size(1) else matrix.float().mT
-    shares = torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0).double()
-    if len(shares) == 1 or not (total := shares.sum()):
+    largest = wide.abs().max()
+    if not largest.isfinite():
+        return None
+    if not largest:
         return 0.0
-    return (torch.special.entr(shares / total).sum() / math.log(len(shares))).item()
+    wide = wide / largest  # Of any scale: squares leave the range of fp32 long before the elements do.
+    try:
+        shares = torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0).double()
+    except torch.linalg.LinAlgError:
+        return None
+    if len(shares) == 1:
+        return 0.0
+    return (torch.special.entr(shares / shares.sum()).sum() / math.log(len(shares))).item()
 
 
 def expert_load(load: Tensor) -> dict[str, float]:

@@ -11,11 +11,11 @@ from workers.checkpoint.shards import CheckpointReader
 from workers.config import MoonlightConfig
 from workers.controls import Controls
 from workers.engine import Engine, build_engine, default_device, join_process_group, leave_process_group
-from workers.errors import DamagedError, StorageError
+from workers.errors import DamagedError, StorageError, TrainingError
 from workers.loop import Trainer
 from workers.reports import CheckpointDamaged, Planned, Restored
 from workers.snapshots.reader import SnapshotReader
-from workers.state import Counters, WeightsOnly, load_state, shard_map
+from workers.state import Counters, WeightsOnly, first_not_finite, load_state, shard_map
 from workers.storage import Store
 from workers.task import Membership, Task
 from workers.telemetry import warm_up
@@ -40,7 +40,7 @@ def train(engine: Engine, task: Task, member: Membership, controls: Controls) ->
     """Take the state, train, and return the outcome and the last finished step.
 
     Raises:
-        TrainingError: too many steps were not finite.
+        TrainingError: the state is not finite, or too many steps were not.
         DamagedError: the checkpoint is not what was written; it is reported, too.
         StorageError: the checkpoint, a snapshot or the data could not be read.
     """
@@ -51,6 +51,10 @@ def train(engine: Engine, task: Task, member: Membership, controls: Controls) ->
     except DamagedError as error:
         controls.report(CheckpointDamaged, step=task.manifest.step if task.manifest else 0, error=str(error))
         raise
+    if name := first_not_finite(engine):
+        begins = task.origin is not None and counters.step == 0
+        start = f"train.init={task.train.init}" if begins else f"the state of step {counters.step}"
+        raise TrainingError(f"{start} cannot be trained on from: its {name} is infinite or NaN; take an earlier one")
     controls.report(Restored, step=counters.step, storage_bytes=storage_bytes)
     if engine.rank == 0 and member.tell_plan:
         itemsize = next(engine.model.parameters()).element_size()

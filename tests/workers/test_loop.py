@@ -1,6 +1,7 @@
 """The elastic batch: the world size decides who computes a slot, and nothing else."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,24 @@ def task_of(folder, **train) -> Task:
     )
 
 
-def trained(rank: int, world_size: int, task: Task, pause_at: int = 0, poison: tuple[int, ...] = ()) -> dict:
+def trained(
+    rank: int,
+    world_size: int,
+    task: Task,
+    pause_at: int = 0,
+    poison: tuple[int, ...] = (),
+    breaks: tuple[int, str] = (0, ""),
+) -> dict:
+    """Train.
+
+    Args:
+        rank: of this process.
+        world_size: of the group.
+        task: what to train.
+        pause_at: the last rank asks for a pause there.
+        poison: steps in which the loss of rank 0 is NaN; negative ones are of validations.
+        breaks: step after whose update something on the last rank is not finite, and what.
+    """
     from workers.controls import Controls, Pause
     from workers.engine import build_engine, default_device
     from workers.loop import Trainer
@@ -62,9 +80,21 @@ def trained(rank: int, world_size: int, task: Task, pause_at: int = 0, poison: t
     loss = trainer._loss
 
     def poisoned(model, split, indices):
-        bad = model is engine.engine and rank == 0 and counters.step + 1 in poison
+        step = counters.step + 1 if model is engine.engine else -counters.step
+        bad = rank == 0 and step in poison
         return loss(model, split, indices) * (math.nan if bad else 1.0)
 
+    def broken(*_) -> None:
+        step, what = breaks
+        if rank == world_size - 1 and counters.step + 1 == step:
+            if what == "bias":
+                next(b for name, b in engine.model.named_buffers() if "bias" in name)[1] = math.nan
+            else:
+                for state in engine.optimizer.flat_state(rank):  # DeepSpeed shows one group at a time.
+                    if what in state.tensors:
+                        state.tensors[what][-3] = -math.inf
+
+    engine.optimizer.register_step_post_hook(broken)
     trainer._loss = poisoned
     try:
         outcome = trainer.run()
@@ -141,3 +171,24 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
     for result in results:
         assert "step 5: the gradient is not finite" in result["outcome"] and "3. time in a row" in result["outcome"]
         assert result["saved"] == [2, 4] and result["step"] == 4
+
+
+@pytest.mark.parametrize("what", ["weight", "momentum_buffer", "bias"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_state_that_is_not_finite_ends_the_run_by_name_before_it_counts(tmp_path, world_size, what):
+    """Everybody says the same, and neither the snapshot nor the checkpoint of that step comes to be."""
+    results = run_ranks(world_size, trained, task_of(tmp_path, steps=6), 0, (), (4, what))
+    (outcome,) = {result["outcome"] for result in results}
+    assert outcome.startswith("step 4: its update has made the ") and "optim.lr" in outcome
+    expected = r"mlp.gate.e_score_correction_bias" if what == "bias" else rf"{what} of model\.layers\.[\w.]+"
+    assert re.search(rf"the (\S+\.)?{expected} infinite or NaN", outcome), outcome
+    assert all(result["saved"] == [2] and result["step"] == 3 for result in results)
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_before_its_checkpoint(tmp_path):
+    task = task_of(tmp_path, steps=6, validate_every=4)
+    results = run_ranks(2, trained, task, 0, (-4,))
+    for result in results:
+        assert result["outcome"] == "step 4: the validation loss is nan; lower optim.lr"
+        assert result["saved"] == [2]
+    assert [step for step, _ in results[0]["validation"]] == [0]

@@ -128,6 +128,30 @@ def test_svd_entropy_equals_its_definition():
     assert svd_entropy(torch.zeros(6, 4)) == 0.0
 
 
+@pytest.mark.parametrize("exponent", [-149, -130, -80, -60, 0, 60, 80, 120])
+def test_svd_entropy_is_that_of_any_scale(exponent):
+    matrix = torch.randn(6, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    scaled = (matrix * 2.0**exponent).float()
+    assert svd_entropy(scaled) == pytest.approx(entropy_by_svd(scaled.double()), abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_matrix_without_a_spectrum_is_left_out(tmp_path, value):
+    matrix = torch.eye(5, 7)
+    matrix[2, 2] = value
+    assert svd_entropy(matrix) is None
+
+
+def test_a_step_without_a_learning_rate_has_no_update_to_measure(tmp_path):
+    every = TelemetryConfig(every=1, peak_tflops=0.5)
+    task = replace(task_of(tmp_path, steps=2), telemetry=every)
+    task = replace(task, optim=replace(task.optim, final_lr_fraction=0.0))
+    first, last = run_ranks(1, measured, task)[0]["rows"]
+    assert last["lr"] == 0 and any(name.startswith("update_rms/") for name in first["measured"])
+    assert not any(name.startswith("update_rms/") for name in last["measured"])
+    assert all(math.isfinite(value) for value in last["measured"].values())
+
+
 def test_every_parameter_is_of_the_kind_that_one_expects():
     with torch.device("meta"):
         moonlight = build_empty(replace(MOONLIGHT, num_dense_layers=1, num_layers=2))

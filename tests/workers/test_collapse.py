@@ -1,0 +1,64 @@
+"""A router that collapses: experts that get no token for more than a thousand steps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from optim.config import OptimConfig
+from tests.ranks import run_ranks
+from tests.trainer import trainer_of
+from tests.workers.test_loop import task_of
+from workers.config import TelemetryConfig
+from workers.reports import StepDone
+from workers.task import Task
+
+STEPS = 1500
+
+
+def collapsed(rank: int, world_size: int, task: Task, forced: bool) -> dict:
+    """Train with biases that let all tokens go to two experts, or with whatever the router comes to."""
+    trainer, told = trainer_of(rank, world_size, task)
+    model = trainer.engine.model
+    if forced:
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer[2:] = -10.0
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loads = []
+    count = trainer._count
+    trainer._count = lambda step, boundary: (loads.append(boundary.expert_load.clone()), count(step, boundary))
+    outcome = trainer.run()
+    return {
+        "outcome": outcome,
+        "rows": told.of(StepDone),
+        "loads": torch.stack(loads),
+        "before": before,
+        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "finite": all(
+            t.isfinite().all() for g in trainer.engine.optimizer.flat_state(rank) for t in g.tensors.values()
+        ),
+    }
+
+
+@pytest.mark.parametrize("forced", [True, False], ids=["forced", "natural"])
+def test_experts_that_get_no_token_for_long_stay_as_they_are(tmp_path, forced):
+    task = task_of(tmp_path, steps=STEPS, global_batch=2, validate_every=0)
+    task = replace(
+        task,
+        model=replace(task.model, router_bias_rate=0.0, num_experts=16),
+        optim=OptimConfig(lr=3e-2 if forced else 0.2, weight_decay=0.02),
+        telemetry=TelemetryConfig(every=50),
+    )
+    (result,) = run_ranks(1, collapsed, task, forced)
+    assert result["outcome"] == "finished" and result["finite"]
+    assert all(weight.isfinite().all() for weight in result["weights"].values())
+    assert result["rows"][-1]["skipped"] == 0
+    idle = result["loads"][-1200:].sum(0) == 0  # [layers, experts]
+    assert idle.any(), "nothing has collapsed"
+    if forced:
+        stacks = [(n, w) for n, w in result["weights"].items() if ".experts." in n]
+        for name, weight in stacks:
+            cosine = torch.cosine_similarity(weight.flatten(1), result["before"][name].flatten(1))
+            assert (cosine[2:] > 0.9999).all(), "an expert without a token is not turned"
+            assert (cosine[:2] < 0.9).all()
