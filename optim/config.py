@@ -4,10 +4,18 @@ A config dataclass checks itself when it is made and names *all* its problems at
 one go. `jobs` prefixes the section's name and gathers the problems of all sections.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
 
 from optim.polynomials import CoefficientSet, Form, Products, coefficients, form_of, products, restarts
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+MOST_DECAY = 0.1
+"""Share of every weight that decay may take in one step at the peak of the learning rate."""
 
 
 class ConfigProblems(ValueError):
@@ -18,10 +26,25 @@ class ConfigProblems(ValueError):
         self.problems = problems
 
 
-def require(*checks: tuple[bool, str]) -> None:
-    """Raise ConfigProblems with the text of every check that does not hold."""
-    if problems := [text for holds, text in checks if not holds]:
-        raise ConfigProblems(problems)
+def require(config: "DataclassInstance", *checks: tuple[bool, str]) -> None:
+    """Check a config: every number is finite, and every check holds.
+
+    Args:
+        config: a dataclass.
+        checks: whether each holds, and what is wrong where it does not; the text begins with the key.
+
+    Raises:
+        ConfigProblems: with all that is wrong.
+    """
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    problems = {
+        key: f"{key} must be a finite number, not {value}"
+        for key, value in values.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    found = [*problems.values(), *(text for holds, text in checks if not holds and text.split()[0] not in problems)]
+    if found:
+        raise ConfigProblems(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,16 +103,23 @@ class OptimConfig:
     """Learning rate at the last step, as a share of the peak."""
 
     def __post_init__(self) -> None:
+        most_decay = MOST_DECAY / self.lr if 0 < self.lr <= 1 else math.inf
         require(
-            (self.lr > 0, f"lr must be greater than 0, not {self.lr}"),
+            self,
+            (0 < self.lr <= 1, f"lr must be greater than 0 and at most 1, not {self.lr}"),
             (self.weight_decay >= 0, f"weight_decay must be 0 or more, not {self.weight_decay}"),
+            (
+                self.weight_decay <= most_decay,
+                f"weight_decay must be at most {most_decay:g} with lr={self.lr} (a tenth of the weights in a step), "
+                f"not {self.weight_decay}",
+            ),
             (0 <= self.momentum < 1, f"momentum must be in [0, 1), not {self.momentum}"),
-            (self.ns_steps >= 1, f"ns_steps must be 1 or more, not {self.ns_steps}"),
-            (self.update_rms > 0, f"update_rms must be greater than 0, not {self.update_rms}"),
+            (1 <= self.ns_steps <= 50, f"ns_steps must be between 1 and 50, not {self.ns_steps}"),
+            (0 < self.update_rms <= 10, f"update_rms must be greater than 0 and at most 10, not {self.update_rms}"),
             (self.qk_clip >= 0, f"qk_clip must be 0 (off) or more, not {self.qk_clip}"),
             (0 <= self.beta1 < 1, f"beta1 must be in [0, 1), not {self.beta1}"),
             (0 <= self.beta2 < 1, f"beta2 must be in [0, 1), not {self.beta2}"),
-            (self.eps > 0, f"eps must be greater than 0, not {self.eps}"),
+            (0 < self.eps <= 1, f"eps must be greater than 0 and at most 1, not {self.eps}"),
             (self.grad_clip >= 0, f"grad_clip must be 0 (off) or more, not {self.grad_clip}"),
             (self.warmup_steps >= 0, f"warmup_steps must be 0 or more, not {self.warmup_steps}"),
             (0 <= self.decay_fraction <= 1, f"decay_fraction must be in [0, 1], not {self.decay_fraction}"),

@@ -31,6 +31,7 @@ class RunInfo:
 
     def __post_init__(self) -> None:
         require(
+            self,
             (bool(self.name.strip()), "name must not be empty"),
             ('"' not in self.name, f"name must not have a double quote in it, as {self.name} does"),
         )
@@ -57,6 +58,7 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         require(
+            self,
             (self.min_workers >= 1, f"min_workers must be 1 or more, not {self.min_workers}"),
             (
                 self.max_workers >= self.min_workers,
@@ -96,6 +98,7 @@ class RecoveryConfig:
 
     def __post_init__(self) -> None:
         require(
+            self,
             *(
                 (getattr(self, key) >= -1, f"{key} must be -1 (any number) or more, not {getattr(self, key)}")
                 for key in ("max_failures", "max_preemptions", "max_storage_failures")
@@ -136,6 +139,7 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         require(
+            self,
             (bool(self.uri.strip()), "uri must not be empty"),
             *no_password(uri=self.uri),
             (bool(self.experiment.strip()), "experiment must not be empty"),
@@ -172,7 +176,7 @@ class RunConfig:
     """Of the initial weights, the data order and everything random."""
 
     def __post_init__(self) -> None:
-        require((0 <= self.seed < 2**63, f"seed must be 0 or more, and less than 2**63, not {self.seed}"))
+        require(self, (0 <= self.seed < 2**63, f"seed must be 0 or more, and less than 2**63, not {self.seed}"))
 
 
 def absolute(config: RunConfig) -> RunConfig:

@@ -68,6 +68,7 @@ class MoonlightConfig:
             *("num_experts_per_token",),
         )
         require(
+            self,
             *((getattr(self, key) >= 1, f"{key} must be 1 or more, not {getattr(self, key)}") for key in sizes),
             (self.vocab_size >= 256, f"vocab_size must be 256 (bytes) or more, not {self.vocab_size}"),
             (self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}"),
@@ -89,8 +90,12 @@ class MoonlightConfig:
                 for key in ("hidden_size", "moe_intermediate_size")
             ),
             (self.num_shared_experts >= 0, f"num_shared_experts must be 0 or more, not {self.num_shared_experts}"),
-            (self.router_bias_rate >= 0, f"router_bias_rate must be 0 or more, not {self.router_bias_rate}"),
-            (self.init_std > 0, f"init_std must be greater than 0, not {self.init_std}"),
+            (0 <= self.router_bias_rate <= 1, f"router_bias_rate must be between 0 and 1, not {self.router_bias_rate}"),
+            (
+                0 < self.routed_scaling_factor <= 1000,
+                f"routed_scaling_factor must be greater than 0 and at most 1000, not {self.routed_scaling_factor}",
+            ),
+            *_sane(self),
         )
 
 
@@ -127,6 +132,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
         require(
+            self,
             *((getattr(self, key) >= 1, f"{key} must be 1 or more, not {getattr(self, key)}") for key in sizes),
             (self.vocab_size >= 256, f"vocab_size must be 256 (bytes) or more, not {self.vocab_size}"),
             (self.head_dim % 2 == 0, f"head_dim must be even, not {self.head_dim}"),
@@ -134,8 +140,15 @@ class LlamaConfig:
                 self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads == 0,
                 f"num_heads must be a multiple of num_kv_heads ({self.num_kv_heads}), not {self.num_heads}",
             ),
-            (self.init_std > 0, f"init_std must be greater than 0, not {self.init_std}"),
+            *_sane(self),
         )
+
+
+def _sane(model: "ModelConfig") -> Iterator[tuple[bool, str]]:
+    """Yield the checks of numbers that a model trains with, whatever they are, and of which it makes nonsense."""
+    for key, low, high in (("norm_eps", 0, 1), ("init_std", 0, 2), ("rope_theta", 1, 1e15)):
+        value = getattr(model, key)
+        yield low < value <= high, f"{key} must be greater than {low} and at most {high:g}, not {value}"
 
 
 ModelConfig = MoonlightConfig | LlamaConfig
@@ -170,6 +183,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(
+            self,
             (bool(self.source.strip()), "source must name a file, a glob, a URL or python-stdlib; it is empty"),
             (bool(self.prepared_url.strip()), "prepared_url must name a folder; it is empty"),
             *no_password(source=self.source, prepared_url=self.prepared_url, ledger=self.ledger),
@@ -209,6 +223,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(
+            self,
             *no_password(init=self.init),
             *(
                 (getattr(self, key) >= 1, f"{key} must be 1 or more, not {getattr(self, key)}")
@@ -254,6 +269,7 @@ class TelemetryConfig:
 
     def __post_init__(self) -> None:
         require(
+            self,
             (self.every >= 0, f"every must be 0 (never) or more, not {self.every}"),
             (self.spectra >= 0, f"spectra must be 0 (none) or more, not {self.spectra}"),
             (self.peak_tflops >= 0, f"peak_tflops must be 0 (automatic) or more, not {self.peak_tflops}"),
@@ -288,6 +304,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require(
+            self,
             (bool(self.url.strip()), "url must name a folder; it is empty"),
             *no_password(url=self.url),
             (self.every >= 0, f"every must be 0 (the last step only) or more, not {self.every}"),
@@ -311,6 +328,7 @@ class StorageConfig:
 
     def __post_init__(self) -> None:
         require(
+            self,
             (
                 self.max_upload_mb_per_s >= 0,
                 f"max_upload_mb_per_s must be 0 (no limit) or more, not {self.max_upload_mb_per_s}",

@@ -1,4 +1,5 @@
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -6,6 +7,7 @@ import yaml
 
 from jobs.load import CONFIGS, documented_yaml, load, load_values, plain_yaml
 from jobs.planning.state import layout_of
+from optim.config import ConfigProblems
 from orchestrator.config import RunConfig
 from workers.config import LlamaConfig, MoonlightConfig
 from workers.errors import ConfigError
@@ -54,6 +56,54 @@ def test_the_models_name_chooses_its_keys():
         load("demo-llama", ["model.name=lama"])
     with pytest.raises(ConfigError, match="model.kv_lora_rank: unknown key"):
         load("demo-llama", ["model.kv_lora_rank=4"])
+
+
+def sections() -> list[tuple[str, object]]:
+    """Return every section of a config with each of its forms."""
+    config = load("demo", [])
+    found = [(field.name, getattr(config, field.name)) for field in fields(RunConfig) if field.name != "seed"]
+    return [*found, ("model", LlamaConfig())]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_every_number_has_to_be_finite(value):
+    checked = 0
+    for _, section in sections():
+        for field in fields(section):
+            if isinstance(getattr(section, field.name), float):
+                with pytest.raises(ConfigProblems) as raised:
+                    replace(section, **{field.name: value})
+                assert raised.value.problems[0] == f"{field.name} must be a finite number, not {value}"
+                checked += 1
+    assert checked > 25
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "optim.lr=1e4",
+            "optim.lr=0",
+            "optim.weight_decay=1e3",
+            "optim.update_rms=1e3",
+            "optim.eps=0",
+            "optim.eps=10",
+        ),
+        *(
+            "optim.lr=.inf",
+            "optim.weight_decay=1e999",
+            "optim.ns_steps=1000000",
+            "model.norm_eps=0",
+            "model.norm_eps=7",
+        ),
+        *("model.rope_theta=0", "model.rope_theta=1e30", "model.init_std=100", "model.routed_scaling_factor=0"),
+        *("model.router_bias_rate=3", "model.router_bias_rate=.nan", "checkpoint.grace_s=.inf", "scaling.wait_s=.inf"),
+    ],
+)
+def test_numbers_that_ruin_a_model_are_refused_by_key(override):
+    key, _, _ = override.partition("=")
+    with pytest.raises(ConfigError, match=rf"{key} must be"):
+        load("demo", [override])
 
 
 def test_all_problems_are_gathered_with_hints():
