@@ -257,7 +257,7 @@ def _attempt(
         record.tag(key, value)
     journal = Journal(log.store, attempt)
     restored = manifest.step if manifest else 0
-    tally, events = go_on_with(record, journal, restored, time.time(), watcher.warn)
+    tally, events = go_on_with(config, record, journal, restored, time.time(), watcher.warn)
     last_step = options.stretch.last_step if options.stretch else config.train.steps
     recorder = RunRecorder(config, record, journal, watcher, links, last_step, tally, events)
     progress = Progress(

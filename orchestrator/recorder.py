@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from optim.schedule import learning_rate
 from orchestrator.config import RunConfig
 from orchestrator.events import DriverStarted, Event, Fault, Membership, Recovery, Tally
 from orchestrator.journal import Journal, read_journal
@@ -19,6 +20,8 @@ BULKY = ("config", "provenance")
 """Keys of events that stay in the journal alone."""
 LOSSES_KEPT = 10_000
 """Steps whose losses wait for their checkpoint."""
+RATE_TOLERANCE = 0.01
+"""Relative difference of a learning rate that is not worth a word."""
 HURRY_S = 2.0
 """How long a commit waits for MLflow to take the rows before it: the journal has them."""
 
@@ -237,16 +240,22 @@ class RunRecorder:
 
 
 def go_on_with(
-    record: Any, journal: Journal, last_step: int, now: float, warn: Callable[[str], object]
+    config: RunConfig,
+    record: Any,
+    journal: Journal,
+    last_step: int,
+    now: float,
+    warn: Callable[[str], object],
 ) -> tuple[Tally, list[dict[str, Any]]]:
     """Give MLflow the rows that earlier drivers journalled and could not log, and add up what has happened so far.
 
     Args:
+        config: with which the run goes on.
         record: the MLflow run.
         journal: of this attempt; earlier ones are read.
         last_step: rows after it are of steps that will be trained again.
         now: seconds since the epoch.
-        warn: told of damage.
+        warn: told of damage, and of a learning rate that jumps.
 
     Returns:
         What adds up, and the events.
@@ -254,6 +263,7 @@ def go_on_with(
     tally = Tally(now)
     events: list[dict[str, Any]] = []
     seen: set[int] = set()
+    recorded = None
     for line in read_journal(journal.store, warn):
         if "event" in line:
             events.append(_slim(line))
@@ -266,7 +276,30 @@ def go_on_with(
             if line["series"] == "train" and line["step"] not in seen:
                 seen.add(line["step"])
                 tally.step(line["values"]["step_seconds"])
+            if line["series"] == "train" and line["step"] == last_step:
+                recorded = line["values"]["lr"]
+    if recorded is not None and (jump := rate_jump(config, last_step, recorded)):
+        warn(jump)
     return tally, events
+
+
+def rate_jump(config: RunConfig, step: int, recorded: float) -> str:
+    """Tell whether a run goes on with another learning rate than it had; empty where it does not.
+
+    Args:
+        config: with which it goes on: with more steps, a cosine that was at its end is in its middle again.
+        step: that it goes on from.
+        recorded: learning rate of that step.
+    """
+    rate = learning_rate(config.optim, step, config.train.steps)
+    if abs(rate - recorded) <= RATE_TOLERANCE * recorded:
+        return ""
+    peak = config.optim.lr
+    return (
+        f"the learning rate jumps {'up' if rate > recorded else 'down'}: step {step} was trained with {recorded:.3g} "
+        f"({recorded / peak:.2f} of optim.lr), and with this config its rate is {rate:.3g} ({rate / peak:.2f}); "
+        f"train.steps={config.train.steps} or the schedule of optim are not what they were"
+    )
 
 
 def _slim(event: dict[str, Any]) -> dict[str, Any]:

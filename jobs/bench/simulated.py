@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from optim.schedule import learning_rate
 from orchestrator.usage import Usage
 from workers.checkpoint.manifest import SHARDS, WEIGHT, Entry, ShardFile, place_of
 from workers.config import StorageConfig
@@ -131,7 +132,7 @@ class SimulatedCluster:
             time=time.time(),
             step=step,
             loss=5.5 / (1 + step / 100) + 1.0,
-            lr=task.optim.lr,
+            lr=learning_rate(task.optim, step, task.train.steps),
             grad_norm=1.0 + 1.0 / step,
             tokens=step * task.train.global_batch * task.train.seq_len,
             seconds=1.0 / self.rate,

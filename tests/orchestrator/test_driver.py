@@ -2,18 +2,20 @@
 
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 
 import mlflow
 import pytest
 
 from jobs.bench.simulated import SimulatedCluster
 from jobs.load import load
+from optim.schedule import learning_rate
 from orchestrator.config import RunConfig
 from orchestrator.driver import Options, RunResult, lead
 from orchestrator.keeper import new_token
 from orchestrator.pool import Pool
 from orchestrator.preflight import check_inputs, find_run
-from orchestrator.recorder import Watcher
+from orchestrator.recorder import Watcher, rate_jump
 from orchestrator.run_log import FencedError, RunLog
 from orchestrator.stop import StopSignal
 from orchestrator.tracking import Tracking
@@ -95,6 +97,20 @@ def test_a_record_that_mlflow_does_not_take_at_the_end_is_made_good_by_the_next_
     client = mlflow.MlflowClient(config.tracking.uri)
     before = {metric.step for metric in client.get_metric_history(watcher.run_id, "loss")}
     assert len(before) < 60
-    drive(config_of(tmp_path, steps=70), At(0, lambda run_id: None), resume=watcher.run_id)
+    successor = At(0, lambda run_id: None)
+    drive(config_of(tmp_path, steps=70), successor, resume=watcher.run_id)
+    (jump,) = (text for text in successor.warnings if "learning rate" in text)
+    assert jump.startswith("the learning rate jumps up: step 60 was trained with 0.0016 (0.10 of optim.lr)")
     history = client.get_metric_history(watcher.run_id, "loss")
     assert sorted(metric.step for metric in history) == list(range(1, 71))
+
+
+def test_a_learning_rate_that_jumps_on_resume_is_told():
+    config = load("demo", ["train.steps=200", "optim.lr=1e-2", "optim.warmup_steps=0"])
+    at_its_end = learning_rate(config.optim, 200, 200)
+    assert rate_jump(config, 200, at_its_end) == ""
+    longer = replace(config, train=replace(config.train, steps=400))
+    jump = rate_jump(longer, 200, at_its_end)
+    assert "jumps up: step 200 was trained with 0.001 (0.10 of optim.lr)" in jump and "0.0055 (0.55)" in jump
+    assert "jumps down" in rate_jump(replace(config, optim=replace(config.optim, lr=1e-3)), 200, at_its_end)
+    assert "jumps up" in rate_jump(longer, 200, 0.0)
