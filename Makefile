@@ -5,10 +5,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test e2e chaos test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-checkpoint bench-load lock clean
+.PHONY: help install demo test test-processors e2e chaos test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-checkpoint bench-load lock clean
 
 help: ## list the verbs
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## put raymuon and all that it needs into .venv/
 
@@ -22,6 +22,9 @@ demo: $(INSTALLED) ## train a small Moonlight on real text, and lose a worker on
 
 test: $(INSTALLED) ## run the tests, those through Ray beside the others; ARGS="--numprocesses 0" one after another
 	$(BIN)/pytest --numprocesses 2 --no-loadscope-reorder $(ARGS)
+
+test-processors: $(INSTALLED) ## run the numeric tests as on other processors: fewer instructions, two threads (half an hour)
+	$(BIN)/python -m tests.processors --numprocesses 2 $(ARGS)
 
 chaos: $(INSTALLED) ## 200 random faults without Ray, 20 through Ray, 10,000 operations on storage (half an hour)
 	$(BIN)/pytest -s tests/orchestrator/test_storage_machine.py tests/orchestrator/test_chaos.py tests/e2e/test_chaos.py \

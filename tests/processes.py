@@ -78,10 +78,6 @@ class ProcessHandle:
 
 
 def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
     target, lock = make(*arguments), threading.Lock()
 
     def answer(number: int, method: str, arguments: tuple[Any, ...]) -> None:

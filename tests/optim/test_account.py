@@ -10,6 +10,8 @@ from optim.routing import is_matrix
 from tests.optim.test_zero1_oracle import SHAPES, Toy, engine_of, targets_of
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.numeric
+
 
 def counted(rank: int, world_size: int, shapes: dict, config: OptimConfig) -> dict:
     """Train two steps; count in the second one what goes through the collectives and through Newton-Schulz."""

@@ -7,6 +7,8 @@ from optim.newton_schulz import newton_schulz
 from optim.polynomials import JORDAN, POLAR_EXPRESS, coefficients, form_of, products, restarts
 from optim.reference import ReferenceMuon
 
+pytestmark = pytest.mark.numeric
+
 SHAPES = [(16, 16), (40, 12), (12, 40), (3, 12, 20)]
 WITHIN = {"quintic": (0.65, 1.25), "two_phase": (0.6, 1.05), "polar_express": (0.85, 1.15)}
 """Where the singular values of a Gaussian matrix end after five steps (eight of `two_phase`)."""

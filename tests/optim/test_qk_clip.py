@@ -11,6 +11,8 @@ from optim.qk_clip import HeadRows, factors
 from tests.optim.test_zero1_oracle import CONFIG, SHAPES, Toy, assert_trained, engine_of, targets_of
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.numeric
+
 HEADS = [
     HeadRows("square", 0, 7, 0, 0.5),
     HeadRows("square", 7, 17, 1, 1.0),

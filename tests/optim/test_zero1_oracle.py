@@ -18,6 +18,8 @@ from optim.routing import is_matrix, matrices_in
 from tests.closeness import ADAMW_EPS, assert_close_weights, gain
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.numeric
+
 LR, STEPS, CLIP = 0.02, 5, 0.05
 CONFIG = OptimConfig(lr=LR, grad_clip=CLIP, eps=ADAMW_EPS, ns_dtype="fp32", wire_dtype="fp32")
 SHAPES = {

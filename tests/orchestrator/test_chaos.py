@@ -133,6 +133,7 @@ def test_at_a_fixed_world_size_chaos_leaves_no_trace(tmp_path, seed, rounds, per
         assert {member.world_size for member in notes.memberships} == {3}
 
 
+@pytest.mark.numeric
 def test_where_the_world_size_changes_the_curve_stays(tmp_path, seed, rounds, per_run):
     """A dense twin's losses stay within 1e-3 of the undisturbed run's all along."""
     dense = {"model": replace(config_of(tmp_path).model, num_dense_layers=config_of(tmp_path).model.num_layers)}

@@ -322,6 +322,7 @@ def test_a_fault_before_the_rendezvous_costs_no_survivor(tmp_path):
     assert_every_sample_of(lead, tmp_path)
 
 
+@pytest.mark.numeric
 def test_announced_changes_of_the_world_size_touch_no_storage(tmp_path):
     """4 -> 3 -> 5 -> 1 -> 2; each first loss as at the old world size from the same state, within 1e-5."""
     config = config_of(

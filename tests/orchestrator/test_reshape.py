@@ -12,6 +12,8 @@ from tests.trainer import trainer_of
 from workers.checkpoint.manifest import BUFFER
 from workers.reports import StepDone
 
+pytestmark = pytest.mark.numeric
+
 WORLDS = (1, 2, 3, 4)
 SAVED, STEPS = 4, 7
 

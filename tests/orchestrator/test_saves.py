@@ -229,6 +229,7 @@ def test_retention_beside_training(tmp_path):
     assert len(log.store.files("shards")) == 2 * len(kept) and len(log.store.files("manifests")) == len(kept)
 
 
+@pytest.mark.numeric
 def test_a_run_begins_with_the_weights_of_another(tmp_path):
     """At another world size, without the optimizer's state; of another model it is refused."""
     with lead(tmp_path / "first", steps=6) as first:

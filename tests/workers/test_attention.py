@@ -18,6 +18,8 @@ from workers.models import build
 from workers.models.attention import CausalAttention, take_logits, watch
 from workers.reports import StepDone
 
+pytestmark = pytest.mark.numeric
+
 ONE_KEY_PER_HEAD = replace(LLAMA, num_kv_heads=LLAMA.num_heads)
 MODELS = {"moonlight": MOONLIGHT, "llama": LLAMA, "llama without groups": ONE_KEY_PER_HEAD}
 

@@ -14,6 +14,8 @@ from workers.models import build
 from workers.models.layers import rotary
 from workers.models.llama import Llama
 
+pytestmark = pytest.mark.numeric
+
 TINY = LlamaConfig(
     hidden_size=32,
     num_layers=2,

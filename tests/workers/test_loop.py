@@ -18,6 +18,8 @@ from workers.errors import TrainingError
 from workers.reports import ShardWritten, StepDone, Validated
 from workers.task import KeeperLinks, Membership, Task
 
+pytestmark = pytest.mark.numeric
+
 TEXT = Path(__file__).parents[2] / "LICENSE"
 """It stays as it is: with a test's own text, what is trained on changed with each line of the test."""
 

@@ -17,6 +17,8 @@ from workers.models import build
 from workers.models.layers import rotary
 from workers.models.moonlight import Experts, Moonlight
 
+pytestmark = pytest.mark.numeric
+
 TINY = MoonlightConfig(
     hidden_size=32,
     num_layers=2,

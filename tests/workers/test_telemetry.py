@@ -23,6 +23,8 @@ from workers.reports import Profiled, StepDone
 from workers.task import Task
 from workers.telemetry import KINDS, kind_of, svd_entropy
 
+pytestmark = pytest.mark.numeric
+
 
 def measured(rank: int, world_size: int, task: Task) -> dict:
     """Train; return what was told, and all weights before each call of the optimizer and at the end."""
