@@ -6,6 +6,7 @@ import torch
 from optim.newton_schulz import newton_schulz
 from optim.polynomials import JORDAN, POLAR_EXPRESS, coefficients, form_of, products, restarts
 from optim.reference import ReferenceMuon
+from tests.closeness import EPS, ROUNDINGS, gain
 
 pytestmark = pytest.mark.numeric
 
@@ -60,7 +61,7 @@ def test_each_polar_express_step_is_minimax_on_what_the_ones_before_leave():
 @pytest.mark.parametrize("decades", [0, 3, 6, 9])
 @pytest.mark.parametrize("short", [96, 390])
 def test_forms_and_precisions_agree_on_ill_conditioned_matrices(decades, short):
-    """In fp32 both forms are within 3e-4 of exact arithmetic."""
+    """In fp32 the standard form enlarges the rounding of a matrix, the gram form that of each row of its square."""
     u, _ = torch.linalg.qr(gaussian((short, short), 1))
     v, _ = torch.linalg.qr(gaussian((3 * short, short), 2))
     x = u @ torch.diag(torch.logspace(0, -decades, short, dtype=torch.float64)) @ v.mT
@@ -69,10 +70,14 @@ def test_forms_and_precisions_agree_on_ill_conditioned_matrices(decades, short):
     def error(form: str, dtype: torch.dtype) -> float:
         result = newton_schulz(x.float(), form=form, dtype=dtype)
         assert result.dtype == dtype
-        return ((result.double() - exact).norm() / exact.norm()).item()
+        return (result.double() - exact).norm().item()
 
-    assert error("standard", torch.float32) < 3e-5 and error("gram", torch.float32) < 3e-4
-    assert error("standard", torch.bfloat16) < 0.25 and error("gram", torch.bfloat16) < 0.3
+    rounding = ROUNDINGS * EPS * gain(coefficients("quintic", 5))
+    assert error("standard", torch.float32) < rounding and error("gram", torch.float32) < rounding * short**0.5
+    # In bf16 the smallest singular values are less than rounding, which is enlarged in their stead: by all of them.
+    assert (
+        error("standard", torch.bfloat16) < 0.25 * exact.norm() and error("gram", torch.bfloat16) < 0.3 * exact.norm()
+    )
 
 
 @pytest.mark.parametrize("steps", [3, 5, 8, 10])
