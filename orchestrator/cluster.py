@@ -248,7 +248,12 @@ def _gone(error: BaseException) -> Gone:
     name = type(error).__name__.removeprefix("Ray").removesuffix("Error")
     if isinstance(error, RayActorError) and error.actor_init_failed:
         name = str(error).strip().splitlines()[-1]  # What its constructor raised comes last.
-    gone = Gone({"ActorDied": "its process died", "ActorUnavailable": "it cannot be reached"}.get(name, name))
+    texts = {
+        "ActorDied": "its process died",
+        "ActorUnavailable": "it cannot be reached",
+        "OutOfMemory": "out of memory: Ray has killed its process, as its node had hardly any left",
+    }
+    gone = Gone(texts.get(name, name))
     gone.__cause__ = error
     return gone
 

@@ -84,7 +84,8 @@ class RecoveryConfig:
     max_failed_saves: int = 3
     """Checkpoints in a row that could not be written; one more ends the run."""
     poison_after: int = 3
-    """A step that has ended the group this often ends the run."""
+    """A step that has ended the group this often ends the run; so does the same failure before any step. One of memory
+    ends it when it comes a second time."""
     max_in_a_row: int = 10
     """Failures without a new step in between; one more ends the run."""
     free_retries: int = 3

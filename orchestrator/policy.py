@@ -1,5 +1,6 @@
 """The decisions of the worker group, as pure functions and small state machines: no Ray, no clock of their own."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -156,13 +157,32 @@ def backoff(first_s: float, most_s: float, times: int) -> float:
     return min(first_s * 2 ** min(times, 64), most_s)
 
 
+_VARIABLE = re.compile(r"0x[0-9a-f]+|\[[0-9a-f:.]*:[0-9a-f:.]*\]|[0-9a-f]{16,}|\d+(\.\d+)*", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"out.?of.?memory|MemoryError|can't allocate memory|cannot allocate memory|unable to allocate|bad_alloc"
+    r"|failed to allocate|ALLOC_FAILED|memory allocation",
+    re.IGNORECASE,
+)
+
+
+def same_failure(cause: str) -> str:
+    """Return what two causes share that are one failure: no rank, address, port, size, id or time; the node's name."""
+    return " ".join(_VARIABLE.sub("#", cause).split())
+
+
+def lacks_memory(cause: str) -> bool:
+    """Tell whether a failure is an allocation that was refused, or a process that Ray has killed for its memory."""
+    return _NO_MEMORY.search(cause) is not None
+
+
 @dataclass
 class FailurePolicy:
     """Budgets for faults, and back-off.
 
     Each kind has a budget of its own within a sliding hour: nodes that come and go must not use up what is meant for
     bugs. The first fault after progress is recovered from at once; each further one without progress waits longer. A
-    step that kills the group again and again is poison: the same data and state will do the same once more.
+    step that kills the group again and again is poison: the same data and state will do the same once more. What comes
+    again and again before this driver has seen any step is no fault but a setting, or a machine that is too small.
     """
 
     config: RecoveryConfig
@@ -170,6 +190,10 @@ class FailurePolicy:
     killers: Counter[int] = field(default_factory=Counter)
     in_a_row: int = 0
     failed_saves: int = 0
+    stepped: bool = False
+    """Whether any step was finished since the driver began."""
+    early: Counter[str] = field(default_factory=Counter)
+    """Failures before that, by what they share."""
 
     def fault(self, kind: FaultKind, cause: str, now: float, step: int | None = None) -> GoOn | GiveUp:
         """Decide what a fault leads to.
@@ -183,6 +207,8 @@ class FailurePolicy:
         """
         recent = [at for at in self.faults.get(kind, []) if at > now - WINDOW_S] + [now]
         self.faults[kind] = recent
+        if kind == "failure" and not self.stepped and (end := self._early(cause)):
+            return end
         if kind == "failure" and step is not None:
             self.killers[step] += 1
             if self.killers[step] >= self.config.poison_after:
@@ -215,9 +241,23 @@ class FailurePolicy:
         exponent = self.in_a_row - self.config.free_retries - 1
         return GoOn(backoff(self.config.backoff_s, self.config.max_backoff_s, exponent))
 
+    def _early(self, cause: str) -> GiveUp | None:
+        """Note a failure before the first step; return the end of the run where it will only come again."""
+        same = same_failure(cause)
+        self.early[same] += 1
+        if lacks_memory(cause) and self.early[same] >= 2:
+            mend = "raymuon plan tells what is needed; lower train.micro_batch or the model's sizes"
+        elif self.early[same] >= self.config.poison_after:
+            mend = f"mend its cause, or raise recovery.poison_after ({self.config.poison_after})"
+            if cause.endswith("its process died"):
+                mend += "; a system that lacks memory kills like that (raymuon plan tells what is needed)"
+        else:
+            return None
+        return GiveUp(TrainingError(f"the same failure {self.early[same]} times before any step: {cause}; {mend}"))
+
     def progressed(self) -> None:
         """Note a new finished step."""
-        self.in_a_row = 0
+        self.in_a_row, self.stepped = 0, True
 
     def save_failed(self, cause: str) -> GiveUp | None:
         """Note that a checkpoint could not be written; return the end of the run if it was one too many in a row."""

@@ -11,10 +11,12 @@ import faulthandler
 import gc
 import os
 import queue
+import re
 import signal
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -202,6 +204,7 @@ class Member:
             if not lost:
                 traceback.print_exc()
             text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            text += settings_behind(text, os.environ)
             report(Ended, outcome="lost" if lost else "failed", error=text, broken=_is_broken(error))
         finally:
             self._leave()
@@ -233,6 +236,18 @@ def _is_loss_of_a_peer(error: Exception) -> bool:
     return isinstance(error, (dist.DistError, ConnectionError)) or any(
         word in text for word in ("gloo", "Gloo", "Connection", "recvValue", "sendBytes", "NCCL", "ProcessGroup")
     )
+
+
+def settings_behind(error: str, environment: Mapping[str, str]) -> str:
+    """Return the settings of gloo and NCCL whose value an error speaks of; their own messages do not name them."""
+    told = [
+        f"{name}={value}"
+        for name, value in sorted(environment.items())
+        if name.startswith(("GLOO_", "NCCL_", "TP_"))
+        and value
+        and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", error)
+    ]
+    return f" ({', '.join(told)} in the worker's environment)" if told else ""
 
 
 def _is_broken(error: Exception) -> bool:

@@ -14,10 +14,13 @@ from orchestrator.policy import (
     buddies,
     choose_members,
     diagnose,
+    lacks_memory,
     newest_snapshot,
+    same_failure,
     should_grow,
 )
 from workers.errors import StorageError, TrainingError
+from workers.member import settings_behind
 from workers.reports import Ended, Mark
 from workers.snapshots.kept import KeptShard
 from workers.snapshots.region import RegionSize
@@ -154,7 +157,7 @@ def test_an_hour_later_the_budget_is_whole_again():
 
 def test_without_progress_each_wait_is_twice_the_last():
     config = RecoveryConfig(max_failures=-1, free_retries=1, backoff_s=1, max_backoff_s=5, max_in_a_row=7)
-    policy = FailurePolicy(config)
+    policy = FailurePolicy(config, stepped=True)
     delays = [policy.fault("failure", "x", float(i)).delay_s for i in range(6)]
     assert delays == [0, 1, 2, 4, 5, 5]
     policy.progressed()
@@ -165,7 +168,7 @@ def test_without_progress_each_wait_is_twice_the_last():
 
 
 def test_a_step_that_kills_three_times_is_poison():
-    policy = FailurePolicy(RecoveryConfig(max_failures=-1, free_retries=99))
+    policy = FailurePolicy(RecoveryConfig(max_failures=-1, free_retries=99), stepped=True)
     for at in range(2):
         assert isinstance(policy.fault("failure", "rank 0: boom", float(at), step=12), GoOn)
         assert isinstance(policy.fault("failure", "rank 0: boom", float(at)), GoOn), "while recovering: no step's fault"
@@ -173,6 +176,85 @@ def test_a_step_that_kills_three_times_is_poison():
     verdict = policy.fault("failure", "rank 0: boom", 3.0, step=12)
     assert isinstance(verdict, GiveUp) and verdict.error.exit_code == 4
     assert "step 12 is poison: it has ended the group 3 times, the last time by rank 0: boom" in str(verdict.error)
+
+
+GLOO = "rank {}: RuntimeError: [enforce fail at device.cc:84] ifa != nullptr. Unable to find address for: ib0"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (GLOO.format(0), GLOO.format(1)),
+        (
+            "rank 0: DistBackendError: Connection closed by peer [10.0.0.7]:43112 after 12.5 s",
+            "rank 3: DistBackendError: Connection closed by peer [10.0.0.9]:999 after 0.1 s",
+        ),
+        ("rank 1: RuntimeError: peer [::ffff:127.0.0.1]:5", "rank 1: RuntimeError: peer [fe80::1:2]:61234"),
+        ("rank 0: OSError: 0x7f00ab id 0123456789abcdef0123", "rank 0:  OSError: 0x1 id fedcba98765432100000"),
+    ],
+)
+def test_ranks_addresses_and_numbers_make_no_other_failure(one, other):
+    assert same_failure(one) == same_failure(other)
+
+
+def test_other_texts_and_other_nodes_are_other_failures():
+    texts = (
+        GLOO,
+        "rank 0: KeyError: 'x'",
+        "rank 0 on node aaaa: its process died",
+        "rank 0 on node bbbb: its process died",
+    )
+    assert len(set(map(same_failure, texts))) == 4
+
+
+def verdicts(policy: FailurePolicy, *causes: str, step: int | None = None) -> list[str]:
+    """Return the end's text, or nothing, for each cause."""
+    found = [policy.fault("failure", cause, float(at), step) for at, cause in enumerate(causes)]
+    return [str(one.error) if isinstance(one, GiveUp) else "" for one in found]
+
+
+@pytest.mark.parametrize("step", [None, 1])
+def test_the_same_failure_three_times_before_any_step_ends_the_run_with_its_cause(step):
+    policy = FailurePolicy(RecoveryConfig())
+    first, second, third = verdicts(policy, GLOO.format(0), GLOO.format(1), GLOO.format(0), step=step)
+    assert not first and not second
+    assert third.startswith(f"the same failure 3 times before any step: {GLOO.format(0)}; ")
+    assert isinstance(policy.fault("failure", GLOO.format(7), 9.0), GiveUp)
+    told = verdicts(FailurePolicy(RecoveryConfig()), *["rank 0 on node aaaa: its process died"] * 3)
+    assert "lacks memory kills like that" in told[2]
+
+
+def test_other_failures_do_not_add_up_and_a_step_ends_the_count():
+    policy = FailurePolicy(RecoveryConfig(max_failures=-1))
+    assert verdicts(policy, "rank 0: a", "rank 1: b", "rank 0: a", "rank 1: b", "rank 1: c") == [""] * 5
+    policy.progressed()
+    assert verdicts(policy, *["rank 0: a"] * 10) == [""] * 10, "from then on the budgets are what counts"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rank 0: RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory:"
+        " you tried to allocate {} bytes. Error code 12 (Cannot allocate)",
+        "rank 0: OutOfMemoryError: CUDA out of memory. Tried to allocate {} MiB.",
+        "rank 0: MemoryError",
+        "rank 0: _ArrayMemoryError: Unable to allocate {} GiB for an array",
+        "rank 0: RuntimeError: std::bad_alloc",
+        "rank 0: RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "rank 0 on node aaaa: out of memory: Ray has killed its process, as its node had hardly any left",
+        "rank 0: OSError: [Errno 12] Cannot allocate memory",
+    ],
+)
+def test_memory_that_is_refused_is_asked_for_once_more_and_without_a_pause(text):
+    policy = FailurePolicy(RecoveryConfig())
+    assert policy.fault("failure", text.format(12), 0.0) == GoOn(0.0)
+    end = policy.fault("failure", text.format(13), 1.0)
+    assert isinstance(end, GiveUp) and isinstance(end.error, TrainingError)
+    assert "the same failure 2 times before any step" in str(end.error) and "raymuon plan" in str(end.error)
+
+
+def test_what_has_nothing_to_do_with_memory_is_not_taken_for_it():
+    assert not any(map(lacks_memory, (GLOO, "rank 0: KeyError: 'memory'", "rank 0 on node a: its process died")))
 
 
 def mark(phase: str, step: int, age_s: float = 0.0, busy_s: float = 0.1, cpu: float = 0.0) -> Mark:
@@ -273,3 +355,9 @@ def test_a_pause_of_the_driver_is_no_silence_of_the_members():
 
 def test_a_back_off_doubles_up_to_its_limit_however_often():
     assert [backoff(1.0, 60.0, times) for times in (0, 1, 3, 6, 5000)] == [1.0, 2.0, 8.0, 60.0, 60.0]
+
+
+def test_the_settings_behind_an_error_are_named():
+    environment = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "i", "HOME": "ib0", "NCCL_IB_HCA": "b0"}
+    assert settings_behind(GLOO, environment) == " (GLOO_SOCKET_IFNAME=ib0 in the worker's environment)"
+    assert settings_behind("rank 0: KeyError", environment) == ""
