@@ -234,8 +234,8 @@ def test_other_failures_do_not_add_up_and_a_step_ends_the_count():
 @pytest.mark.parametrize(
     "text",
     [
-        "rank 0: RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory:"
-        " you tried to allocate {} bytes. Error code 12 (Cannot allocate)",
+        "rank 0: RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+        ": you tried to allocate {} bytes. Error code 12 (Cannot allocate)",
         "rank 0: OutOfMemoryError: CUDA out of memory. Tried to allocate {} MiB.",
         "rank 0: MemoryError",
         "rank 0: _ArrayMemoryError: Unable to allocate {} GiB for an array",
