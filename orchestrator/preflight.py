@@ -47,7 +47,7 @@ def check_inputs(config: RunConfig, corpus: Corpus | None = None) -> Inputs:
         ConfigError: the corpus is missing, empty or too small.
         StorageError: a server does not answer, or storage cannot be written.
     """
-    reach_tracking(config.tracking.uri)
+    reach_tracking(config.tracking.uri, config.tracking.experiment)
     _make_folder(config.tracking.uri)
     url = config.checkpoint.url
     fences = Store(url).probe()

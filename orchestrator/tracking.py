@@ -5,8 +5,6 @@ again. Rows carry the time at which the step happened. An unreachable server nev
 and go out with the next flush; `close` raises if some could not be written at all.
 """
 
-import logging
-import os
 import tempfile
 import threading
 import time
@@ -17,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Metric, Param, Run, RunStatus
+from mlflow.entities import LifecycleStage, Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 
 from orchestrator.config import TrackingConfig
+from orchestrator.mlflow_client import beside, database, file_of, first_line, open_client, tracking_errors
+from orchestrator.reach import SQLITE, deleted_experiment
 from workers.errors import ConfigError, StorageError
 
 FLUSH_S = 2.0
@@ -36,7 +36,6 @@ KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Of our experiment: MLflow's UI shows it as training, not as the evaluation of an application."""
 SUBMITTED = "raymuon.submitted"
 """The tag of a run that was made before its first driver."""
-logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
 class Tracking:
@@ -51,6 +50,25 @@ class Tracking:
         with tracking_errors(config.uri):
             self.client = open_client(config.uri)
             self.experiment_id = self._experiment(config)
+        self._file = file_of(config.uri)
+
+    @contextmanager
+    def reach(self) -> Iterator[None]:
+        """Tell in a line what goes wrong inside, and before that whether the database is still the one we have opened.
+
+        SQLite would make an empty one in its place, or write on into a file that has no name any more.
+
+        Raises:
+            StorageError: something went wrong.
+        """
+        with tracking_errors(self.uri):
+            if (now := file_of(self.uri)) != self._file:
+                gone = "is gone" if not now else "is another file now"
+                raise StorageError(
+                    f"the database {gone}; put it back and the rows that wait are written. Checkpoints and the journal "
+                    "beside them have everything"
+                )
+            yield
 
     def create(self, name: str, params: Mapping[str, Any], begins: bool = True) -> str:
         """Make a run and return its id; the params are logged once, with the run.
@@ -61,7 +79,7 @@ class Tracking:
             begins: it begins now; otherwise a job will begin it, and it is marked so.
         """
         logged = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()]
-        with tracking_errors(self.uri):
+        with self.reach():
             run_id = self.client.create_run(self.experiment_id, run_name=name).info.run_id
             try:
                 self.client.log_batch(run_id, params=logged)
@@ -75,29 +93,29 @@ class Tracking:
 
     def discard(self, run_id: str) -> None:
         """Delete a run that nothing will come of."""
-        with tracking_errors(self.uri):
+        with self.reach():
             self.client.delete_run(run_id)
 
     def page(self, run_id: str) -> str:
         """Return where the UI shows a run; of a database, its URI."""
-        with tracking_errors(self.uri):
+        with self.reach():
             experiment = self.client.get_run(run_id).info.experiment_id
         return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}" if "http" in self.uri else self.uri
 
     def submitted(self, run_id: str) -> bool:
         """Tell whether a run was made before its first driver."""
-        with tracking_errors(self.uri):
+        with self.reach():
             return SUBMITTED in self.client.get_run(run_id).data.tags
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
-        with tracking_errors(self.uri):
+        with self.reach():
             for key, value in tags.items():
                 self.client.set_tag(run_id, key, value)
 
     def keep(self, run_id: str, name: str, text: str) -> None:
         """Make a text an artifact of a run."""
-        with tracking_errors(self.uri):
+        with self.reach():
             self.client.log_text(run_id, text, name)
 
     def register(self, model: str, source: str, run_id: str, tags: Mapping[str, Any]) -> str:
@@ -109,7 +127,7 @@ class Tracking:
             run_id: of the run that trained it; left out where this server does not have it.
             tags: of the version.
         """
-        with tracking_errors(self.uri):
+        with self.reach():
             try:
                 self.client.create_registered_model(model)
             except MlflowException as error:
@@ -137,7 +155,7 @@ class Tracking:
             return self.client.get_run(run).info.run_id
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise StorageError(f"tracking.uri={self.uri}: {_first_line(error)}") from error
+                raise StorageError(f"tracking.uri={self.uri}: {first_line(error)}") from error
             found = self._newest(f"attributes.run_name = {_quoted(run)}")
             if found is None:
                 raise ConfigError(
@@ -146,16 +164,25 @@ class Tracking:
             return found
 
     def _newest(self, condition: str) -> str | None:
-        with tracking_errors(self.uri):
+        with self.reach():
             run = _newest(self.client, [self.experiment_id], condition)
         return run and run.info.run_id
 
     def _experiment(self, config: TrackingConfig) -> str:
-        if found := self.client.get_experiment_by_name(config.experiment):
-            return found.experiment_id
-        # A server has its own place for artifacts; beside a database file they go into a folder next to it.
-        artifacts = _beside(config.uri)
-        return self.client.create_experiment(config.experiment, artifacts, tags=KIND)
+        found = self.client.get_experiment_by_name(config.experiment)
+        if found is None:
+            # A server has its own place for artifacts; beside a database file they go into a folder next to it.
+            artifacts = beside(config.uri)
+            try:
+                return self.client.create_experiment(config.experiment, artifacts, tags=KIND)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = self.client.get_experiment_by_name(config.experiment)  # Another driver was faster.
+        assert found is not None
+        if found.lifecycle_stage != LifecycleStage.ACTIVE:
+            raise deleted_experiment(config.uri, config.experiment, found.experiment_id)
+        return found.experiment_id
 
 
 def look_up(uri: str, run: str) -> Run:
@@ -166,7 +193,7 @@ def look_up(uri: str, run: str) -> Run:
         StorageError: the store does not answer.
     """
     hint = "name the server or database that has it with --tracking-uri"
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if uri.startswith(SQLITE) and not database(uri).exists():
         raise ConfigError(f"run {run}: there is no MLflow database at {uri}; {hint}")
     with tracking_errors(uri):
         client = open_client(uri)
@@ -202,18 +229,6 @@ def read_artifact(uri: str, run_id: str, name: str) -> str:
         return Path(open_client(uri).download_artifacts(run_id, name, folder)).read_text()
 
 
-def open_client(uri: str) -> mlflow.MlflowClient:
-    """Return a client of this server alone, that gives up within seconds; by itself it would try for minutes.
-
-    Whatever the environment says: models are registered where the runs are, and a row that is told written is.
-    """
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
-    return mlflow.MlflowClient(uri, registry_uri=uri)
-
-
 @dataclass
 class _Row:
     step: int
@@ -230,11 +245,11 @@ class RunRecord:
     """
 
     def __init__(self, tracking: Tracking, run_id: str) -> None:
-        self.client, self.uri, self.run_id = tracking.client, tracking.uri, run_id
+        self.client, self.reach, self.run_id = tracking.client, tracking.reach, run_id
         self.marks = {
             series: max((step for step, _ in self.history(metric)), default=-1) for series, metric in MARKS.items()
         }
-        with tracking_errors(self.uri):
+        with self.reach():
             self.client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
         self._rows: list[_Row] = []
         self._tags: dict[str, str] = {}
@@ -271,14 +286,16 @@ class RunRecord:
                 rows, tags = list(self._rows), dict(self._tags)
             try:
                 for number, metrics in _batches(rows):
-                    self.client.log_batch(self.run_id, metrics=metrics)
+                    with self.reach():
+                        self.client.log_batch(self.run_id, metrics=metrics)
                     self.written_at = time.time()
                     with self._lock:  # At once: a failure among many batches must not send them all again.
                         del self._rows[:number]
-                for key, value in tags.items():
-                    self.client.set_tag(self.run_id, key, value)
-            except Exception as error:  # Whatever a store's driver raises: training goes on.
-                self.failure = _first_line(error)
+                with self.reach():
+                    for key, value in tags.items():
+                        self.client.set_tag(self.run_id, key, value)
+            except StorageError as error:  # Training goes on.
+                self.failure = str(error)
                 return False
             self.failure = None
             with self._lock:
@@ -303,22 +320,22 @@ class RunRecord:
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
-        with tracking_errors(self.uri):
+        with self.reach():
             self.client.set_tag(self.run_id, key, value)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Put a file beside the run, into a folder there where one is named."""
-        with tracking_errors(self.uri):
+        with self.reach():
             self.client.log_artifact(self.run_id, str(path), folder)
 
     def has_artifact(self, name: str) -> bool:
         """Tell whether a file of that name lies beside the run."""
-        with tracking_errors(self.uri):
+        with self.reach():
             return any(artifact.path == name for artifact in self.client.list_artifacts(self.run_id))
 
     def history(self, metric: str) -> list[tuple[int, float]]:
         """Return all `(step, value)` of a metric, in order."""
-        with tracking_errors(self.uri):
+        with self.reach():
             return sorted((m.step, m.value) for m in self.client.get_metric_history(self.run_id, metric))
 
     def abandon(self) -> None:
@@ -336,7 +353,7 @@ class RunRecord:
         self._end_thread()
         if not self.flush():
             raise StorageError(f"{len(self._rows)} rows could not be written to the MLflow run: {self.failure}")
-        with tracking_errors(self.uri):
+        with self.reach():
             self.client.set_terminated(self.run_id, status)
 
     def _run(self) -> None:
@@ -369,26 +386,6 @@ def _batches(rows: Iterable[_Row]) -> Iterator[tuple[int, list[Metric]]]:
         yield number, batch
 
 
-@contextmanager
-def tracking_errors(uri: str) -> Iterator[None]:
-    """Turn whatever MLflow or its store's driver raises into a StorageError."""
-    try:
-        yield
-    except Exception as error:
-        raise StorageError(f"tracking.uri={uri}: {_first_line(error)}") from error
-
-
-def _beside(uri: str) -> str | None:
-    """Return the artifact folder for a local database, None for a server."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "artifacts").as_uri()
-
-
 def _quoted(name: str) -> str:
     """Quote a name for MLflow's filter language, which has no escapes; RunInfo refuses names with a double quote."""
     return '"{}"'.format(name.replace('"', ""))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -40,7 +40,7 @@ def look_at_tracking(config: TrackingConfig) -> TrackingSeen:
             return replace(seen, error=f"{folder} cannot be written")
         return replace(seen, note=f"{file.name} is not there yet; the first run makes it")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    from orchestrator.tracking import open_client  # MLflow takes seconds to import.
+    from orchestrator.mlflow_client import open_client  # MLflow takes seconds to import.
 
     steps = _Steps(open_client(config.uri), config)
     try:

@@ -1,12 +1,16 @@
 """Against a real SQLite store."""
 
 import json
+import sqlite3
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from orchestrator import mlflow_client
 from orchestrator.config import TrackingConfig
 from orchestrator.events import Tally
 from orchestrator.journal import Journal
@@ -21,7 +25,7 @@ from workers.checkpoint.manifest import WEIGHT, Entry, Manifest, place_of
 from workers.checkpoint.shards import write_shard
 from workers.config import CheckpointConfig
 from workers.data.corpus import prepare
-from workers.errors import ConfigError
+from workers.errors import ConfigError, StorageError
 from workers.reports import Planned, StepDone, Validated
 from workers.storage import Store
 
@@ -164,7 +168,7 @@ def test_rows_wait_while_the_store_does_not_answer(tracking, monkeypatch):
     with record._flushing:  # So that the writing thread does not come in between.
         monkeypatch.setattr(record.client, "log_batch", refuse)
         record.log("train", 1, 1.0, {"loss": 1.0})
-    assert not record.flush() and record.failure == "the store is away"
+    assert not record.flush() and record.failure == f"tracking.uri={tracking.uri}: the store is away"
     monkeypatch.setattr(record.client, "log_batch", write)
     record.close("FINISHED")
     assert rows(tracking, run_id, "loss") == [(1, 1.0)]
@@ -203,3 +207,70 @@ def test_what_was_written_before_a_failure_is_not_sent_again(tracking, monkeypat
     record.close("FINISHED")
     assert sent == [{1}, {2}, {2}, {3}]
     assert [step for step, _ in rows(tracking, run_id, "loss")] == [1, 2, 3]
+
+
+def test_drivers_that_begin_together_in_a_fresh_folder_all_have_their_run(tmp_path):
+    code = (
+        "import sys; from orchestrator.config import TrackingConfig; from orchestrator.tracking import Tracking\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "print(Tracking(TrackingConfig(uri=sys.argv[1])).create('x', {'seed': 0}))"
+    )
+    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/new/mlflow.db"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    drivers = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    for driver in drivers:
+        assert driver.stdout.readline() == "ready\n"
+    for driver in drivers:
+        driver.stdin.write("\n")
+        driver.stdin.flush()
+    told = [driver.communicate() for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0, 0], told
+    assert len({run for run, _ in told}) == 3
+
+
+def test_a_locked_database_is_waited_for(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    Tracking(TrackingConfig(uri=uri))
+    monkeypatch.setattr(mlflow_client, "LOCKED_S", 1)
+    lock = sqlite3.connect(tmp_path / "mlflow.db", check_same_thread=False, isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StorageError, match="database is locked; another process has held it for 1 s: end that one"):
+        Tracking(TrackingConfig(uri=uri))
+    monkeypatch.setattr(mlflow_client, "LOCKED_S", 60)
+    unlock = threading.Timer(1.0, lock.execute, ["COMMIT"])
+    unlock.start()
+    assert Tracking(TrackingConfig(uri=uri)).create("x", {"seed": 0})
+    unlock.join()
+    lock.close()
+
+
+@pytest.mark.parametrize("then", ["put back", "another", "gone"])
+def test_a_database_that_is_removed_is_told_in_one_line_and_nothing_takes_its_place(tmp_path, capfd, then):
+    file, aside = tmp_path / "mlflow.db", tmp_path / "aside.db"
+    tracking = Tracking(TrackingConfig(uri=f"sqlite:///{file}"))
+    run_id = tracking.create("removed", {"seed": 0})
+    record = RunRecord(tracking, run_id)
+    record.log("train", 1, 1.0, {"loss": 3.0})
+    assert record.flush()
+    file.rename(aside)
+    if then == "another":
+        file.write_bytes(aside.read_bytes())
+    capfd.readouterr()
+    for step in (2, 3):
+        record.log("train", step, 1.0, {"loss": 1.0})
+        assert not record.flush()
+    record.tag_later("x", "y")
+    what = "is another file now" if then == "another" else "is gone"
+    assert f"the database {what}; put it back and the rows that wait are written" in record.failure
+    with pytest.raises(StorageError, match=f"the database {what}"):
+        record.history("loss")
+    assert file.exists() is (then == "another") and capfd.readouterr() == ("", "")
+    if then == "put back":
+        aside.rename(file)
+        record.close("FINISHED")
+        assert rows(tracking, run_id, "loss") == [(1, 3.0), (2, 1.0), (3, 1.0)]
+    else:
+        with pytest.raises(
+            StorageError, match=rf"2 rows could not be written to the MLflow run: .*the database {what}"
+        ):
+            record.close("FINISHED")
