@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test test-processors e2e chaos test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-checkpoint bench-load lock clean
+.PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-checkpoint bench-load lock clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ chaos: $(INSTALLED) ## 200 random faults without Ray, 20 through Ray, 10,000 ope
 
 e2e: $(INSTALLED) ## the whole way of a run on a local stack: submit, faults, stop, resume, replay; needs Debian's chromium
 	$(BIN)/pytest tests/e2e/test_stack.py --e2e-steps 400 --screenshot docs/mlflow.png $(ARGS)
+
+signals: $(INSTALLED) ## every signal at every moment of a run, as a table (20 minutes)
+	$(BIN)/pytest -s tests/e2e/test_ends.py -k test_a_signal --all-signals $(ARGS)
 
 test-gpu: $(INSTALLED) ## run what needs a GPU
 	$(BIN)/pytest -m gpu tests/gpu $(ARGS)

@@ -62,7 +62,7 @@ def logs(found: Found, address: str, allow_open: bool, follow: bool) -> None:
     """Print what a run's newest job has written, or follow it to its end."""
     jobs, job = job_of(found, address, allow_open)
     if follow:
-        watch(jobs, job, found.run_id)
+        watch(jobs, job, found.run_id, unread=False)
     else:
         sys.stdout.write(jobs.logs(job))
 

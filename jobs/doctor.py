@@ -1,6 +1,5 @@
 """`raymuon doctor`: what the probes have found, as a table or as JSON, and the exit code that it comes to."""
 
-import signal
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -48,8 +47,7 @@ def doctor(
     """
     run_config, scope = asked_for(config, overrides, storage, calibration is not None)
     stop = StopSignal()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.request())
+    stop.listen(outlive_terminal=False)  # What it finds goes to the terminal alone.
     console = Console(stderr=True, highlight=False)
 
     def phase(text: str) -> None:

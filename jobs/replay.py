@@ -8,7 +8,6 @@ same float. Otherwise they are equal within a tolerance, or the first step that 
 import json
 import math
 import os
-import signal
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +34,7 @@ from orchestrator.stretch import Stretch
 from workers.checkpoint.manifest import Manifest
 from workers.data import corpus as corpora
 from workers.data.corpus import Corpus
-from workers.errors import ConfigError, Interrupted, StorageError, TrainingError
+from workers.errors import ConfigError, StorageError, TrainingError
 from workers.reports import Report, StepDone, Validated
 from workers.storage import configure_s3
 
@@ -64,7 +63,7 @@ class Request:
     overrides: tuple[str, ...] = ()
 
 
-def replay(request: Request, as_json: bool) -> None:
+def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
     """Replay, and say how it compares; with `as_json` as one JSON object on the last line of stdout.
 
     Raises:
@@ -95,7 +94,7 @@ def replay(request: Request, as_json: bool) -> None:
     source = f"the checkpoint of step {manifest.step}" if manifest else "the run's start"
     console.print(f"steps {first} to {last} of run {found.run_id}, from {source}, {_workers(config)}", soft_wrap=True)
 
-    stop, replayed = StopSignal(), Record()
+    replayed = Record()
 
     def comparison() -> Comparison:
         was = precision_of(attempt.config["train"]["precision"], record.devices[begin])
@@ -107,8 +106,6 @@ def replay(request: Request, as_json: bool) -> None:
         if result.status == "finished":
             _keep(run_record, found, comparison())
 
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.request())
     options = Options(
         stretch=Stretch(run_url=found.url, manifest=manifest, corpus=corpus, last_step=last),
         artifacts=keep,
@@ -116,7 +113,7 @@ def replay(request: Request, as_json: bool) -> None:
     with _Listener(config.train.global_batch * config.train.seq_len, replayed) as watcher:
         result = run(config, "never", request.address, watcher, stop, options)
     if result.status != "finished":
-        raise Interrupted(f"interrupted at step {result.steps} of {last}: nothing is compared; replay it again")
+        raise stop.interrupted(f"interrupted at step {result.steps} of {last}")
     compared = comparison()
     _show(console, compared, first, last)
     summary = _summary(found, result, record, compared, first, last, begin)

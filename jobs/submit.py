@@ -18,6 +18,7 @@ from rich.console import Console
 
 from jobs.environment import CONFIG, pins, working_directory
 from jobs.load import load, load_values, plain_yaml
+from jobs.output import nobody_reads
 from jobs.ray_jobs import ENDED, RUN_ID, Jobs
 from jobs.runs import Found
 from jobs.tell import tell
@@ -149,8 +150,14 @@ def _relative(url: str) -> bool:
     return bool(url) and "://" not in url and not url.startswith("/")
 
 
-def watch(jobs: Jobs, job: str, run_id: str) -> None:
+def watch(jobs: Jobs, job: str, run_id: str, unread: bool = True) -> None:
     """Hand on a job's output until it ends, and end as it did.
+
+    Args:
+        jobs: of the cluster.
+        job: its submission id.
+        run_id: of its run.
+        unread: wait for the end also when nobody reads the output any more; otherwise end then.
 
     Raises:
         Interrupted: a person stops watching; the job goes on.
@@ -160,6 +167,8 @@ def watch(jobs: Jobs, job: str, run_id: str) -> None:
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
+        if nobody_reads() and not unread:
+            raise SystemExit(0)
 
     try:
         jobs.follow(job, write)

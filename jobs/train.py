@@ -2,8 +2,6 @@
 
 import math
 import os
-import shlex
-import signal
 import tempfile
 import time
 from dataclasses import asdict
@@ -20,7 +18,6 @@ from orchestrator.cluster import JOB_VARIABLE
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, RunResult, run
 from orchestrator.stop import StopSignal
-from workers.errors import Interrupted
 from workers.storage import storage_errors
 
 
@@ -29,6 +26,7 @@ def train(
     overrides: list[str],
     resume: str,
     address: str | None,
+    stop: StopSignal,
     as_json: bool,
     kill_worker: int | None = None,
     take_over: bool = False,
@@ -36,12 +34,9 @@ def train(
     """Train, then say what came out of it; with `as_json` as one JSON object on the last line of stdout.
 
     Raises:
-        RaymuonError: with its exit code; Interrupted after a clean stop, too.
+        RaymuonError: with its exit code; Interrupted after a clean stop, too, with the way on.
     """
     run_config = absolute(load(config, overrides))
-    stop = StopSignal()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.request())
     plots: list[Path | None] = []
     options = Options(
         files={"config.yaml": plain_yaml(run_config).encode()},
@@ -56,10 +51,8 @@ def train(
     if as_json:
         tell(summary)
     if result.status == "interrupted":
-        raise Interrupted(
-            f"stopped at step {result.steps} with a checkpoint; "
-            f"go on with: raymuon train {shlex.join([config, *overrides])} --resume {result.run_id}"
-        )
+        saved = "with a checkpoint" if result.checkpoint else "before the first checkpoint"
+        raise stop.interrupted(f"stopped at step {result.steps} {saved}")
 
 
 def _keep_curve(config: RunConfig, result: RunResult, record: Any) -> Path | None:

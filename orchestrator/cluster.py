@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 # Ray prints paragraphs on stdout about each worker and node that dies; the driver tells of them in a line. Ray reads
@@ -18,6 +19,8 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|ha
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 import ray
+from ray._private import services
+from ray._private import utils as ray_utils
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as JOB_VARIABLE
 from ray._private.state import state as global_state
 from ray._private.worker import get_dashboard_url
@@ -37,7 +40,7 @@ from orchestrator.keeper import Keeper
 from orchestrator.reach import reach
 from workers.actor import Worker
 from workers.config import StorageConfig
-from workers.errors import ClusterError, Interrupted
+from workers.errors import ClusterError
 from workers.source import ROOT
 
 LOOK_S = 0.5
@@ -71,6 +74,27 @@ def _own_code(address: str) -> _OwnCode | None:
 
 
 @contextmanager
+def signals_apart() -> Iterator[None]:
+    """Have Ray leave our signals to us: its handlers are not put in place, and what it starts is out of their reach.
+
+    A signal to our process group (a terminal's Ctrl-C and hang-up, `timeout`, many a service manager) would end Ray's
+    processes, and all that the keepers hold, before anything is saved. So each of those that we start gets a session of
+    its own, and what it starts is in there, too. The kernel still kills them when this process dies.
+
+    Both are private to Ray: without them it raises here, and does not go on unprotected.
+    """
+    popen, set_handler = services.ConsolePopen, ray_utils.set_sigterm_handler
+    ours = signal.getsignal(signal.SIGTERM)
+    services.ConsolePopen = partial(popen, start_new_session=True)  # type: ignore[misc]
+    ray_utils.set_sigterm_handler = lambda sigterm_handler: None
+    try:
+        yield
+    finally:
+        services.ConsolePopen, ray_utils.set_sigterm_handler = popen, set_handler  # type: ignore[misc]
+        signal.signal(signal.SIGTERM, ours)  # Ray's library has put one before it that prints a stack.
+
+
+@contextmanager
 def connected(address: str | None) -> Iterator[Joined]:
     """Join the cluster at `address` (or RAY_ADDRESS), or start a local Ray.
 
@@ -80,22 +104,19 @@ def connected(address: str | None) -> Iterator[Joined]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     local = address == "local"
     _reach(address)
-    on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own in its place.
     try:
-        # "local" keeps Ray from joining whatever cluster happens to run on this machine.
-        context = ray.init(
-            address,
-            include_dashboard=False if local else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-            # Ray starts workers at niceness 15, behind everything else on the machine; training is what it is for.
-            _system_config={"worker_niceness": 0} if local else None,
-            job_config=_own_code(address),  # type: ignore[arg-type]  (None is Ray's default)
-        )
-        signal.signal(signal.SIGTERM, on_sigterm)
-    except SystemExit as error:  # What Ray's own handler makes of a SIGTERM.
-        raise Interrupted("interrupted; nothing had begun") from error
+        with signals_apart():
+            # "local" keeps Ray from joining whatever cluster happens to run on this machine.
+            context = ray.init(
+                address,
+                include_dashboard=False if local else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                # Ray starts workers at niceness 15, behind everything else on the machine; training is what it is for.
+                _system_config={"worker_niceness": 0} if local else None,
+                job_config=_own_code(address),  # type: ignore[arg-type]  (None is Ray's default)
+            )
     except Exception as error:  # Ray raises bare ones, too, for instance where a node does not start in time.
         if local:
             raise ClusterError(f"a local Ray could not be started: {error}") from error

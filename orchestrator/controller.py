@@ -6,6 +6,7 @@ next one is formed. The controller decides; what it decides by is in `policy`, h
 """
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,7 @@ from orchestrator.progress import Progress, Recorder
 from orchestrator.saves import Saves
 from orchestrator.stop import StopSignal
 from orchestrator.worker_group import WorkerGroup
-from workers.errors import ClusterError, Interrupted, RaymuonError, StorageError
+from workers.errors import ClusterError, RaymuonError, StorageError
 from workers.reports import (
     CheckpointDamaged,
     KeeperLost,
@@ -137,24 +138,27 @@ class Controller:
         """
         while not self.outcome:
             members = self._assemble(stop)
-            group = self._form(members)
-            self._lead(group, stop)
+            if stop.requests and self._end_without_group(stop):
+                break
+            if not members:
+                raise stop.interrupted(self._kept("interrupted while too few workers were there"))
+            self._lead(self._form(members), stop)
         return self.outcome
 
     # -- forming a generation ------------------------------------------------------------------------------------------
 
     def _assemble(self, stop: StopSignal) -> list[PoolWorker]:
-        """Wait until enough workers are ready, and choose."""
+        """Wait until enough workers are ready, and choose; after a request to stop, perhaps none."""
         self.pool.lose_leaving()
         deadline, noticed = time.monotonic() + self.config.scaling.wait_s, False
         while True:
             stop.check()
             self._look_after_pool()
             chosen = choose_members(self.pool.candidates, self.members, self.config.scaling)
+            if stop.requests:
+                return [self.pool.workers[number] for number in chosen or ()]
             if chosen and (self.generation or not self._more_to_come(len(chosen)) or time.monotonic() > deadline):
                 return [self.pool.workers[number] for number in chosen]
-            if stop.requests and self.generation:
-                raise Interrupted(self._kept("interrupted while too few workers were there"))
             if time.monotonic() > deadline:
                 raise ClusterError(
                     self._kept(
@@ -224,6 +228,39 @@ class Controller:
         self.pool.training = True
         return group
 
+    def _end_without_group(self, stop: StopSignal) -> bool:
+        """End the run while nobody trains: the keepers write what the last generation has left with them.
+
+        Returns:
+            False if a part is only a copy with another node's keeper, or went meanwhile: then it takes a generation.
+        """
+        self.generation += 1  # Keepers listen to the last one no more.
+        snapshot = self._snapshot()
+        self.ended_at = max(0, self.progress.committed)
+        if snapshot is not None and snapshot.step > self.ended_at:
+            self.recorder.notice(f"stopping, with a checkpoint of step {snapshot.step}; once more ends at once")
+            self.saves.expect(snapshot.generation, snapshot.step)
+            what = snapshot.generation, snapshot.step, snapshot.counters
+            where = self.saves.task.run_url, self.saves.task.attempt
+            asked = {
+                node: (keeper, keeper.handle.call("save", *what, *where))
+                for node, keeper in self.pool.keepers.items()
+                if keeper.address
+            }
+            while not all(answer.done() for _, answer in asked.values()):
+                stop.check()
+                self._look_after_pool()
+                time.sleep(0.02)
+            ranks = {rank for _, answer in asked.values() if not answer.exception() for rank in answer.result()}
+            if len(ranks) < snapshot.world_size:
+                return False
+            self.ended_at = snapshot.step
+            kept = lambda: all(self.pool.keepers.get(node) is keeper for node, (keeper, _) in asked.items())  # noqa: E731
+            if not self._await_commit(kept, snapshot.generation, stop):
+                return False
+        self.outcome = "interrupted"
+        return True
+
     def _snapshot(self) -> Snapshot | None:
         """Ask all keepers what they have; take in the rows and the validation that come with it."""
         asked: list[Future[list[KeptShard]]] = [
@@ -286,7 +323,7 @@ class Controller:
         outcome, self.ended_at = ended.outcome, ended.step
         if outcome == "paused" and not stopping:
             self._after_change(group, leaving or _Change("grow"))
-        elif self._await_commit(group, keepers, stop):
+        elif self._await_commit(lambda: self._keepers(group) == keepers, self.generation, stop):
             self.outcome = "finished" if outcome == "finished" else "interrupted"
         else:
             self._recover(group, stop)
@@ -332,17 +369,17 @@ class Controller:
         """Return who keeps the shards of each node."""
         return {node: self.pool.keepers.get(node) for node in group.nodes}
 
-    def _await_commit(self, group: WorkerGroup, keepers: dict[str, PoolKeeper | None], stop: StopSignal) -> bool:
-        """Wait for the checkpoint that ends the run; False if one of the keepers took it with it."""
+    def _await_commit(self, kept: Callable[[], bool], generation: int, stop: StopSignal) -> bool:
+        """Wait for the checkpoint that ends the run; False if it is not with its keepers any more."""
         step = self.ended_at
         self._heard_of_save = time.monotonic()
         while self.progress.committed < step:
             if stop.requests > 1:
                 stop.check()
             self._look_after_pool()
-            if self._keepers(group) != keepers and not self.saves.needs_no_keeper(self.generation, step):
+            if not kept() and not self.saves.needs_no_keeper(generation, step):
                 return False
-            if (error := self.saves.given_up.get((self.generation, step))) is not None:
+            if (error := self.saves.given_up.get((generation, step))) is not None:
                 raise StorageError(error)
             if time.monotonic() > self._heard_of_save + COMMIT_S:
                 raise StorageError(f"the checkpoint of step {step}: no part of it was written for {COMMIT_S:g} s")
@@ -391,8 +428,7 @@ class Controller:
         until = time.monotonic() + delay
         if delay:
             self.recorder.notice(f"trying again in {delay:g} s: {found.cause}")
-        while time.monotonic() < until:
-            stop.check()
+        while time.monotonic() < until and not stop.requests:
             self._look_after_pool()
             time.sleep(0.05)
 

@@ -201,7 +201,7 @@ def lead(
     """Make or take over the run, train with the pool's workers, and close the record whatever happens."""
     from orchestrator.tracking import RunRecord
 
-    run_id = found.run_id or found.tracking.create(config.run.name, flatten(asdict(config)))
+    run_id = stop.run_id = found.run_id or found.tracking.create(config.run.name, flatten(asdict(config)))
     record = RunRecord(found.tracking, run_id)
     try:
         with Lease(run_store(config, run_id), strict=bool(inputs.warning)) as lease:

@@ -58,6 +58,8 @@ class _Held:
     buddy: Address | None = None
     saving: int = 0
     """Snapshots of this region that are on their way to storage."""
+    saved: set[int] = field(default_factory=set)
+    """Steps of those, and of those that have come there."""
     agreed: int = 0
     """Snapshots so far that all ranks have agreed on."""
 
@@ -127,6 +129,23 @@ class Keeper:
                         )
         return found
 
+    def save(self, generation: int, step: int, counters: dict[str, int], run_url: str, attempt: int) -> list[int]:
+        """Write the parts of a snapshot that this node's workers have left here to storage; no worker is there to ask.
+
+        Returns:
+            The ranks whose parts are on their way; a copy for another node does not know what lies where in it.
+        """
+        with self._lock:
+            own = [held for held in self._own.values() if held.generation == generation]
+        ranks = []
+        for held in own:
+            slot = next((slot for slot in range(SLOTS) if held.region.sealed(slot) == step), None)
+            if slot is not None:
+                ranks.append(held.rank)
+                if step not in held.saved:
+                    self._save(held, slot, run_url, attempt, counters)
+        return ranks
+
     def drop(self, before: int) -> None:
         """Forget all generations before one that can be gone on from."""
         with self._lock:
@@ -173,7 +192,8 @@ class Keeper:
                     case "idle" if held:
                         peer.send({"idle": held.saving < MAX_SAVING})
                     case "save" if held:
-                        self._save(held, **message)
+                        counters = held.region.notes(message["slot"])["counters"]
+                        self._save(held, **message, counters=counters)
                         peer.send({})
                     case "store":
                         self._store(peer, message, size)
@@ -266,12 +286,11 @@ class Keeper:
         else:
             peer.send({}, region.floats(slot)[offset : offset + count].data.cast("B"))
 
-    def _save(self, held: _Held, slot: int, run_url: str, attempt: int) -> None:
+    def _save(self, held: _Held, slot: int, run_url: str, attempt: int, counters: dict[str, int]) -> None:
         """Copy the snapshot, so that its slot is free again, and write the copy to storage in a thread of its own."""
         values = held.region.floats(slot).copy()
         tensors = {entry: values[offset : offset + entry.length] for entry, offset in held.entries}
-        step, counters = held.region.agreed(slot), held.region.notes(slot)["counters"]
-
+        step = held.region.sealed(slot)
         about = {"generation": held.generation, "rank": held.rank, "step": step}
         place = place_of(step, attempt, held.generation)
 
@@ -298,10 +317,13 @@ class Keeper:
             report = write()
             with self._lock:
                 held.saving -= 1
+                if isinstance(report, SaveFailed):
+                    held.saved.discard(step)
             self._outbox.put(report)
 
         with self._lock:
             held.saving += 1
+            held.saved.add(step)
         self._uploads.submit(upload)
 
 

@@ -62,6 +62,8 @@ class Saves:
         """Generations and steps of which storage has every shard, and has refused the commit."""
         self._due: set[int] = set()
         """Steps whose checkpoints are on their way."""
+        self._as_it_is = -1
+        """Step whose checkpoint needs no validation before it counts."""
         self._doubtful: set[int] = set()
         """Those of them that were on their way when a keeper was lost, perhaps with a part that nobody else had."""
 
@@ -74,6 +76,12 @@ class Saves:
         """Note that a step is finished, with which a checkpoint may begin."""
         if (every := self.config.checkpoint.every) and step % every == 0:
             self._due.add(step)
+
+    def expect(self, generation: int, step: int) -> None:
+        """Have a checkpoint that ends the run early count without its validation: who goes on from it makes that."""
+        self._as_it_is = step
+        self.given_up.pop((generation, step), None)
+        self.take_held()
 
     def skipped(self, step: int) -> None:
         """Note that a checkpoint was left out."""
@@ -191,5 +199,5 @@ class Saves:
 
     def _on_record(self, step: int) -> bool:
         """Tell whether all that belongs to a step has come: that goes on record before its checkpoint counts."""
-        validated = self.progress.validated >= step or not self.config.train.validates(step)
+        validated = self.progress.validated >= step or not self.config.train.validates(step) or step == self._as_it_is
         return self.progress.step >= step and validated

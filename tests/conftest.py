@@ -15,6 +15,7 @@ os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp(prefix="matplotlib-"))
 
 
 def pytest_addoption(parser):
+    parser.addoption("--all-signals", action="store_true", help="every signal at every moment of a run")
     parser.addoption("--chaos-faults", type=int, default=8, help="random faults without Ray")
     parser.addoption("--chaos-ray-faults", type=int, default=2, help="random faults through Ray")
     parser.addoption("--e2e-steps", type=int, default=160, help="length of the run on the local stack")

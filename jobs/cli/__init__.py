@@ -3,11 +3,13 @@
 Exit codes: 0 ok, 2 config, 3 cluster, 4 training, 5 storage or tracking, 130 interrupted.
 """
 
+import signal
 import sys
 
 import typer
 
 from jobs.cli import before, bench, checkpoints, runs
+from jobs.output import outlive_output
 from optim.config import ConfigProblems
 from workers.errors import RaymuonError
 
@@ -18,6 +20,9 @@ for commands in (runs, before, checkpoints, bench):
 
 def main() -> None:
     """Run the command line; the console script's entry."""
+    outlive_output()
+    # For what has no handler of its own: files that are only of this process are removed, as after a Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(standalone_mode=False) or 0
     except RaymuonError as error:

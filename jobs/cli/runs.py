@@ -1,5 +1,8 @@
 """Runs: start one, go on with it, look at it, stop it, train a stretch of it once more."""
 
+import os
+import shlex
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -23,6 +26,7 @@ from jobs.cli.options import (
     TrackingUri,
 )
 from orchestrator.config import DEFAULT_TRACKING_URI
+from orchestrator.stop import StopSignal
 
 app = typer.Typer()
 
@@ -47,9 +51,11 @@ def train(
     ] = None,
 ) -> None:
     """Train a run from its start, or go on with one."""
+    stop = StopSignal(partial(way_on, config, overrides or [], resume, address))
+    stop.listen()  # Before the slow imports.
     from jobs.train import train
 
-    train(config, overrides or [], resume, address, as_json, kill_worker, takeover)
+    train(config, overrides or [], resume, address, stop, as_json, kill_worker, takeover)
 
 
 @app.command()
@@ -166,7 +172,23 @@ def replay(
     as_json: AsJson = False,
 ) -> None:
     """Train a stretch of a run once more, and compare losses and gradient norms with its record."""
+    stop = StopSignal(lambda _: "nothing is compared; replay it again")
+    stop.listen()  # Before the slow imports.
     from jobs.replay import Request, replay
 
     request = Request(run, steps, tracking_uri, s3_endpoint, address, workers, tolerance, tuple(overrides or []))
-    replay(request, as_json)
+    replay(request, stop, as_json)
+
+
+def way_on(config: str, overrides: list[str], resume: str, address: str | None, run_id: str) -> str:
+    """Return how to go on with a run that was ended, or, where none has begun, how to begin again."""
+    if run_id:
+        from orchestrator.cluster import JOB_VARIABLE  # Ray is there by now.
+
+        if JOB_VARIABLE in os.environ:
+            return f"go on with: raymuon resume {run_id}"
+    options = [] if address is None else ["--address", address]
+    if run_id or resume != "never":
+        options += ["--resume", run_id or resume]
+    command = shlex.join(["raymuon", "train", config, *overrides, *options])
+    return f"go on with: {command}" if run_id else f"nothing has begun; begin again with: {command}"

@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 import shlex
-import signal
 import socket
 import sys
 import time
@@ -120,23 +119,20 @@ def local_stack(folder: Path, nodes: int, gpus: int, workers: int) -> Iterator[S
 
 
 def stack(folder: str, nodes: int, gpus: int, workers: int) -> None:
-    """Run a stack until Ctrl-C or SIGTERM, and say how to use it."""
+    """Run a stack until Ctrl-C or SIGTERM, also without its terminal, and say how to use it."""
     from rich.console import Console
 
     console, stop = Console(stderr=True, highlight=False), StopSignal()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.request())
+    stop.listen(at_once=False)  # Its servers would be left behind.
     console.print(f"starting S3, MLflow and Ray with {nodes} node(s) ...", style="dim")
     with local_stack(Path(folder).resolve(), nodes, gpus, workers) as up:
-        for name in (signal.SIGINT, signal.SIGTERM):  # Ray has put handlers of its own in their place.
-            signal.signal(name, lambda *_: stop.request())
         console.print(f"MLflow         {up.tracking_uri}, as {ADMIN}; the password is in {ENVIRONMENT}")
         console.print(f"Ray dashboard  {up.dashboard}, with the token")
         console.print(f"S3             {up.s3_endpoint}, bucket {BUCKET}")
         console.print("\nIn another terminal:")
         console.print(f"  source {shlex.quote(str(Path(folder) / ENVIRONMENT))}", soft_wrap=True)
         console.print(f"  raymuon submit demo {' '.join(up.overrides)} --follow", soft_wrap=True)
-        console.print("\nCtrl-C ends it; what it holds is kept.")
+        console.print(f"\nCtrl-C ends it, and so does kill {os.getpid()}; what it holds is kept.")
         while not stop.requests:
             time.sleep(0.2)
         console.print("ending ...", style="dim")
@@ -187,6 +183,8 @@ def _ray(environment: dict[str, str], nodes: int, gpus: int, workers: int) -> It
     os.environ["RAY_JOB_STOP_WAIT_TIME_S"] = "120"
     from ray.cluster_utils import Cluster
 
+    from orchestrator.cluster import signals_apart
+
     logging.getLogger("ray").setLevel(logging.ERROR)
     port = free_port()
     head = {
@@ -202,9 +200,10 @@ def _ray(environment: dict[str, str], nodes: int, gpus: int, workers: int) -> It
         cluster = Cluster()
         try:
             try:
-                cluster.add_node(**head, **_node())
-                for _ in range(nodes):
-                    cluster.add_node(num_cpus=max(workers, gpus), num_gpus=gpus, **_node())
+                with signals_apart():
+                    cluster.add_node(**head, **_node())
+                    for _ in range(nodes):
+                        cluster.add_node(num_cpus=max(workers, gpus), num_gpus=gpus, **_node())
             except Exception as error:  # Ray raises bare ones.
                 raise ClusterError(f"Ray did not start on this machine: {error}") from error
             yield str(cluster.address), f"http://127.0.0.1:{port}"

@@ -468,3 +468,40 @@ def test_a_node_on_which_no_worker_lives_does_not_end_a_healthy_run(tmp_path):
         notes = lead.wait()
     assert lead.outcome == "finished" and notes.faults == []
     assert [text for text in notes.notices if "it goes on without them, the next try is in 10 s" in text]
+
+
+@pytest.mark.parametrize("whose", ["a worker", "a worker with no other to take its place"])
+def test_a_stop_while_nobody_trains_has_the_keepers_save(uninterrupted, tmp_path, whose):
+    """During a long back-off, or while too few workers are there: the last finished step is saved, at once."""
+    folder, expected = uninterrupted
+    waits = {"free_retries": 0, "backoff_s": 600.0, "max_backoff_s": 600.0} if whose == "a worker" else {}
+    # A step that is due for validation, which nobody is left to make.
+    train = {"steps": STEPS, "validate_every": 1}
+    config = config_with_ledger(tmp_path, scaling=THREE, train=train, recovery=waits, checkpoint={"every": 5})
+    cluster = ProcessCluster({"a": 3}, FaultyMember)
+    lead = Lead(config, cluster, tmp_path)
+
+    def on_step(step: int) -> None:
+        if step == 8:
+            if not waits:
+                cluster.nodes["a"] = 2
+                lead.pool.cluster.start_worker = lambda slot: ProcessHandle(time.sleep, 600)
+            inject(lead, 1, "boundary", 12, "kill", 1)
+
+    lead.notes.on_step = on_step
+    with lead:
+        told = "trying again in 600 s" if waits else "waiting for 3 worker(s)"
+        deadline = time.monotonic() + 60
+        while not any(told in notice for notice in lead.notes.notices):
+            assert time.monotonic() < deadline and lead.error is None, (lead.notes.notices, lead.error)
+            time.sleep(0.01)
+        lead.stop.request()
+        notes = lead.wait(60)
+    assert lead.outcome == "interrupted" and lead.controller.ended_at == 11 == notes.commits[-1]
+    config = replace(config, recovery=replace(config.recovery, free_retries=1000))
+    with Lead(config, ProcessCluster({"a": 3}), tmp_path) as again:
+        notes = again.wait()
+    assert [row.step for row in notes.rows] == [*range(12, STEPS + 1)]
+    assert [row.loss for row in notes.rows] == [row.loss for row in expected.rows[11:]]
+    assert [report.step for report in notes.validations] == [*range(11, STEPS + 1)], "it was made up for"
+    assert_equal_states(folder, tmp_path)

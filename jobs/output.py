@@ -1,0 +1,59 @@
+"""Stdout and stderr of a process that outlives whoever reads them.
+
+A pipe is closed (`| head -5`), a terminal vanishes, a disk is full, `2>&-` left none at all: what is written then is
+dropped, by whichever library and thread, and the command goes on to its end and to its own exit code.
+"""
+
+import io
+import os
+import select
+import sys
+from typing import Any, TextIO
+
+
+class _Output(io.FileIO):
+    """A file descriptor that takes everything."""
+
+    lost = False
+    """Whether something could not be written."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            while (written := super().write(data)) is None:  # Who shares it has made it non-blocking, and it is full.
+                select.select([], [self], [])
+        except OSError:
+            self.lost, written = True, memoryview(data).nbytes
+        return written
+
+
+def outlive_output() -> None:
+    """Make stdout and stderr of this process such."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # Otherwise the next file that is opened, a database, gets this number and all that is printed.
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = _outlived(1, sys.stdout, sys.__stdout__)
+    sys.stderr = _outlived(2, sys.stderr, sys.__stderr__)
+
+
+def nobody_reads() -> bool:
+    """Tell whether stdout has lost its reader."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return isinstance(raw, _Output) and raw.lost
+
+
+def _outlived(descriptor: int, stream: TextIO | None, original: TextIO | None) -> TextIO:
+    if stream is not None and (stream is not original or not isinstance(stream, io.TextIOWrapper)):
+        return stream  # Somebody else's, as a test's.
+    buffer = io.BufferedWriter(_Output(descriptor, "w", closefd=False))
+    if stream is None:
+        return io.TextIOWrapper(buffer, encoding="utf-8", errors="backslashreplace")
+    stream.flush()
+    return io.TextIOWrapper(
+        buffer,
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

@@ -1,0 +1,80 @@
+"""Output that is lost: whatever becomes of stdout and stderr, a process goes on."""
+
+import fcntl
+import os
+import pty
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+TALKS = """
+import logging, os, sys, threading
+from rich.console import Console
+from jobs.output import nobody_reads, outlive_output
+outlive_output()
+logging.basicConfig(stream=sys.stderr)
+with open("kept", "w") as kept:
+    for number in range(300):
+        print("stdout", number, "." * 100)
+        Console(stderr=True).print("stderr", number)
+        logging.warning("log")
+    thread = threading.Thread(target=lambda: print("from a thread"))
+    thread.start()
+    thread.join()
+    sys.stdout.flush()
+    kept.write(str(nobody_reads()))
+"""
+
+
+def talk(folder, **streams) -> tuple[int, str]:
+    process = subprocess.Popen([sys.executable, "-c", TALKS], cwd=folder, **streams)
+    return process.wait(60), (folder / "kept").read_text()
+
+
+def test_a_pipe_that_nobody_reads(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert talk(tmp_path, stdout=writing, stderr=writing) == (0, "True")
+    os.close(writing)
+
+
+def test_a_terminal_that_vanishes(tmp_path):
+    ours, theirs = pty.openpty()
+    os.close(ours)
+    assert talk(tmp_path, stdout=theirs, stderr=theirs) == (0, "True")
+    os.close(theirs)
+
+
+def test_a_disk_that_is_full(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        assert talk(tmp_path, stdout=full, stderr=full) == (0, "True")
+
+
+@pytest.mark.parametrize("closed", [">&- 2>&-", "2>&-", "<&- >&- 2>&-"])
+def test_no_output_at_all(tmp_path, closed):
+    done = subprocess.run(["bash", "-c", f'exec "$@" {closed}', "-", sys.executable, "-c", TALKS], cwd=tmp_path)
+    assert done.returncode == 0
+    assert (tmp_path / "kept").read_text() == "False", "and nothing was printed into the file that was opened next"
+
+
+def test_a_pipe_that_does_not_block_loses_nothing(tmp_path):
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETFL, os.O_NONBLOCK)
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    read: list[bytes] = []
+
+    def drain() -> None:
+        with os.fdopen(reading, "rb") as pipe:
+            read.append(pipe.read())
+
+    reader = threading.Thread(target=drain)
+    reader.start()
+    process = subprocess.Popen([sys.executable, "-c", TALKS], cwd=tmp_path, stdout=writing)
+    os.close(writing)
+    assert process.wait(60) == 0
+    reader.join()
+    lines = b"".join(read).decode().splitlines()
+    assert lines == [*(f"stdout {number} {'.' * 100}" for number in range(300)), "from a thread"]
