@@ -49,7 +49,7 @@ class MoonlightConfig:
     num_experts: int = 8
     """Routed experts per layer."""
     num_experts_per_token: int = 2
-    """Routed experts that a token visits."""
+    """Routed experts that a token visits. With 1 the renormalized gate is always 1, and the router does not learn."""
     num_shared_experts: int = 1
     """Experts' worth of SwiGLU that every token visits."""
     routed_scaling_factor: float = 2.446

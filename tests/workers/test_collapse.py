@@ -62,3 +62,19 @@ def test_experts_that_get_no_token_for_long_stay_as_they_are(tmp_path, forced):
             cosine = torch.cosine_similarity(weight.flatten(1), result["before"][name].flatten(1))
             assert (cosine[2:] > 0.9999).all(), "an expert without a token is not turned"
             assert (cosine[:2] < 0.9).all()
+
+
+@pytest.mark.parametrize(("experts", "learns"), [(1, False), (2, True)])
+def test_a_router_whose_gate_is_always_one_is_not_moved_by_rounding(tmp_path, experts, learns):
+    """With one expert per token the renormalized gate is 1 whatever the router says: its gradient is 1e-7 of others'."""
+    task = task_of(tmp_path, steps=30, validate_every=0)
+    task = replace(
+        task,
+        model=replace(task.model, num_experts_per_token=experts),
+        optim=OptimConfig(lr=1e-2, weight_decay=0.0),
+        telemetry=TelemetryConfig(every=0),
+    )
+    (result,) = run_ranks(1, collapsed, task, False)
+    (router,) = (name for name in result["weights"] if name.endswith("mlp.gate.weight"))
+    moved = (result["weights"][router] - result["before"][router]).norm()
+    assert moved > 0.1 if learns else moved == 0
