@@ -108,11 +108,20 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: there is none.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path.parent}: no {path.name} of a model ({error})") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path.parent}: no {path.name} of a model (it is no object but {_said(found)})")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of a key that stands there twice nobody knows which one counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} stands there twice")
     return found
 
 
@@ -139,6 +148,8 @@ def describe(config: dict[str, Any]) -> Described:
     tied = keys.one_of("tie_word_embeddings", True, False)
     about = {"max_position_embeddings": keys.size("max_position_embeddings")}
     about |= {key: _ids(key, keys.take(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if (about["pad_token_id"] or 0) >= model.vocab_size:  # transformers looks it up in the embedding.
+        raise ConfigError(f"config.json: pad_token_id must be below vocab_size, not {about['pad_token_id']}")
     if unknown := sorted(key for key, value in config.items() if key not in keys.known and value is not None):
         raise ConfigError(
             f"config.json: {', '.join(unknown)}: raymuon does not know whether this changes what the model computes; "
@@ -273,15 +284,12 @@ def _theta(keys: _Keys) -> float:
     return next(iter(thetas.values()), ROPE_THETA)
 
 
-def _ids(key: str, value: object) -> object:
-    """Return a special token's id, or several, or none."""
-    if all(
-        isinstance(one, int) and not isinstance(one, bool) for one in (value if isinstance(value, list) else [value])
-    ):
-        return value
-    if value is None:
-        return value
-    raise ConfigError(f"config.json: {key} must be a token's number, not {_said(value)}")
+def _ids(key: str, value: Any) -> Any:
+    """Return a special token's id, or none, or several where a text may end in several ways."""
+    for one in value if isinstance(value, list) and key == "eos_token_id" else [value]:
+        if value is not None and (not isinstance(one, int) or isinstance(one, bool)):
+            raise ConfigError(f"config.json: {key} must be a token's number, not {_said(value)}")
+    return value
 
 
 def _finite(key: str, value: object) -> float:

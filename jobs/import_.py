@@ -36,8 +36,8 @@ def import_model(folder: str, to: str, say: Callable[[str], object] = lambda tex
     store = Store(absolute_url(to.rstrip("/")))
     if store.names(""):
         raise ConfigError(f"--to {to}: something is there already; name a new folder")
-    shapes, buffers = _shapes(described.model)
     with open_weights(source) as weights:
+        shapes, buffers = _shapes(described.model, weights)
         parts = _account(weights, described, shapes)
         tensors: dict[Entry, np.ndarray] = {}
         for name in shapes:
@@ -62,14 +62,22 @@ def _generation_config(source: Path, described: Described) -> dict[str, object]:
     return read_json(path) if path.exists() else ids
 
 
-def _shapes(model: ModelConfig) -> tuple[dict[str, list[int]], set[str]]:
+def _shapes(model: ModelConfig, weights: FolderWeights) -> tuple[dict[str, list[int]], set[str]]:
     """Return the shapes of all parameters and replicated buffers, and which are buffers."""
     import torch
 
     from workers.models import build_empty
 
-    with torch.device("meta"):
-        empty = build_empty(model)
+    for key in ("num_layers", "num_experts"):  # Each has tensors of its own; to name those of 10^12 takes for ever.
+        if (count := getattr(model, key, 0)) > len(weights.where):
+            raise ConfigError(
+                f"{weights.folder}: config.json says {key} {count}, there are {len(weights.where)} tensors"
+            )
+    try:
+        with torch.device("meta"):
+            empty = build_empty(model)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ConfigError(f"{weights.folder}: config.json has sizes that no tensor can have ({error})") from error
     parameters = {name for name, _ in empty.named_parameters()}
     shapes = {name: list(tensor.shape) for name, tensor in empty.state_dict().items()}
     return shapes, shapes.keys() - parameters

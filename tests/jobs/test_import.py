@@ -1,8 +1,10 @@
 """Imported models against transformers, which is the oracle: the same logits, or a refusal that says why."""
 
+import itertools
 import json
 import shutil
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from jobs.cli import app
 from jobs.config_json import DEFAULTS, describe
 from jobs.export import export, model_of
 from jobs.import_ import import_model
+from jobs.load import load
 from tests.jobs.test_export import MODELS, TEXT, trained
 from workers.errors import ConfigError
 from workers.models import build
@@ -43,8 +46,10 @@ def exported(tmp_path_factory):
 def folder_of(exported, tmp_path):
     """Return what makes a folder of an architecture with other keys in its config and other tensors."""
 
+    numbers = itertools.count()
+
     def make(kind: str, changes: dict | None = None, tensors=lambda tensors: tensors):
-        folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
+        folder = tmp_path / f"{kind}-{next(numbers)}"
         shutil.copytree(exported / kind, folder)
         config = json.loads((folder / "config.json").read_text()) | (changes or {})
         config = {key: value for key, value in config.items() if value is not GONE}
@@ -99,6 +104,24 @@ def test_what_transformers_saved_comes_back(tmp_path, name):
     assert model_of(reader.manifest) == MODELS[name]
 
 
+def test_the_published_config_of_moonlight_is_our_16b():
+    published = json.loads("""
+    {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "attention_bias": false,
+    "attention_dropout": 0.0, "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "aux_loss_alpha":
+    0.001, "seq_aux": true, "bos_token_id": 163584, "eos_token_id": 163586, "ep_size": 1, "vocab_size": 163840,
+    "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "intermediate_size": 11264, "moe_intermediate_size": 1408, "moe_layer_freq": 1, "first_k_dense_replace": 1,
+    "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1,
+    "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": true, "routed_scaling_factor": 2.446,
+    "q_lora_rank": null, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "rope_theta": 50000.0, "max_position_embeddings": 8192, "rms_norm_eps": 1e-05, "hidden_act": "silu",
+    "initializer_range": 0.02, "num_nextn_predict_layers": 0, "pretraining_tp": 1, "tie_word_embeddings": false,
+    "use_cache": true, "torch_dtype": "bfloat16", "transformers_version": "4.46.3"}
+    """)
+    assert describe(published).model == load("moonlight-16b", []).model
+    assert describe(published).about["eos_token_id"] == 163586
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_config_leaves_out_is_transformers_own(kind):
     from transformers import AutoConfig
@@ -142,16 +165,33 @@ def test_what_is_accepted_has_transformers_logits(folder_of, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_missing_key_is_refused_or_means_what_transformers_takes(folder_of, kind):
-    wrong = []
-    for key in DEFAULTS[kind]:
-        folder = folder_of(kind, {key: GONE})
-        try:
-            if not difference(folder) < 1e-4:
-                wrong.append(key)
-        except ConfigError:
-            continue
-    assert wrong == []
+def test_whatever_a_key_says_it_is_refused_or_means_what_transformers_takes(folder_of, kind):
+    """A key that is missing, too. Where transformers takes no whole number for a fraction, we do."""
+    wrong, taken = [], 0
+    for key in [
+        *DEFAULTS[kind],
+        "rope_theta",
+        "rope_scaling",
+        "head_dim",
+        "num_local_experts",
+        "partial_rotary_factor",
+    ]:
+        for value in (GONE, None, 2, 0.5):
+            folder = folder_of(kind, {key: value})
+            try:
+                far = difference(folder)
+            except ConfigError:
+                continue
+            except Exception as error:
+                if "expected float, got int" in str(error):
+                    continue
+                far = float("nan")
+            finally:
+                shutil.rmtree(folder)
+            taken += 1
+            if not far < 1e-4:
+                wrong.append((key, value, far))
+    assert wrong == [] and taken > 20
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,6 +226,10 @@ def test_what_would_change_the_arithmetic_is_refused_by_name(folder_of, kind):
         ({"hidden_size": 32.0}, "hidden_size must be a whole number, not 32.0"),
         ({"hidden_size": True}, "hidden_size must be a whole number, not True"),
         ({"hidden_size": -32}, "hidden_size must be 1 or more"),
+        ({"hidden_size": 1 << 40}, "config.json says"),
+        ({"hidden_size": 1 << 100}, "sizes that no tensor can have"),
+        ({"vocab_size": 1 << 62}, "sizes that no tensor can have"),
+        ({"num_hidden_layers": 1 << 40}, "config.json says num_layers 1099511627776, there are"),
         ({"num_hidden_layers": None}, "num_hidden_layers must be a whole number, not None"),
         ({"num_hidden_layers": 3}, "there is no tensor model.layers.2."),
         ({"num_hidden_layers": 1}, "has no place for model.layers.1."),
@@ -194,6 +238,8 @@ def test_what_would_change_the_arithmetic_is_refused_by_name(folder_of, kind):
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
         ({"initializer_range": float("inf")}, "initializer_range must be a finite number"),
         ({"eos_token_id": "</s>"}, "eos_token_id must be a token's number"),
+        ({"bos_token_id": [1]}, "bos_token_id must be a token's number, not [1]"),
+        ({"pad_token_id": 256}, "pad_token_id must be below vocab_size, not 256"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings must be True or False"),
         ({"model_type": "gpt2"}, "model_type must be deepseek_v3 or llama, not 'gpt2'"),
         ({"model_type": GONE}, "model_type must be deepseek_v3 or llama, not None"),
@@ -222,6 +268,7 @@ def test_what_would_change_the_arithmetic_is_refused_by_name(folder_of, kind):
             ({"head_dim": 4}, "head_dim must be 8, not 4"),
             ({"num_local_experts": 3}, "num_local_experts must be 6"),
             ({"n_shared_experts": None}, "n_shared_experts must be a whole number, not None"),
+            ({"n_routed_experts": 1 << 40, "num_local_experts": GONE}, "says num_experts 1099511627776"),
             (
                 {"n_routed_experts": 5, "num_local_experts": GONE},
                 "gate.weight has shape [6, 32], config.json says [5, 32]",
@@ -377,8 +424,6 @@ def test_leftovers_are_refused_but_for_what_is_known_anyway(folder_of):
 
 
 def test_without_shared_experts_transformers_empty_tensors_are_nothing(tmp_path):
-    from dataclasses import replace
-
     from transformers import AutoModelForCausalLM
 
     trained(tmp_path / "run", replace(MODELS["moonlight"], num_shared_experts=0))
@@ -426,7 +471,7 @@ def test_what_is_no_model_is_one_message(folder_of, tmp_path):
     assert "no config.json of a model" in told(tmp_path / "nowhere")
     folder = folder_of("llama")
     good = (folder / "config.json").read_bytes()
-    for text in (b"", b"{", b"[]", b'"text"', b"null", b"7", b"\xff\xfe", b"[" * 100_000):
+    for text in (b"", b"{", b"[]", b'"text"', b"null", b"7", b"\xff\xfe", b"[" * 100_000, b'{"a": {"b": 1, "b": 1}}'):
         (folder / "config.json").write_bytes(text)
         assert "no config.json of a model" in told(folder)
     (folder / "config.json").write_bytes(good)
@@ -440,7 +485,7 @@ def test_what_is_no_model_is_one_message(folder_of, tmp_path):
         (folder / "model.safetensors").write_bytes(raw)
         assert "model.safetensors: not a safetensors file" in told(folder)
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
-    assert "there is no tensor" in told(folder)
+    assert "there are 0 tensors" in told(folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"x")
     assert "no *.safetensors there; other formats are not read; pytorch_model.bin cannot be read" in told(folder)
