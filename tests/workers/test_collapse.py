@@ -66,7 +66,7 @@ def test_experts_that_get_no_token_for_long_stay_as_they_are(tmp_path, forced):
 
 @pytest.mark.parametrize(("experts", "learns"), [(1, False), (2, True)])
 def test_a_router_whose_gate_is_always_one_is_not_moved_by_rounding(tmp_path, experts, learns):
-    """With one expert per token the renormalized gate is 1 whatever the router says: its gradient is 1e-7 of others'."""
+    """With one expert per token the renormalized gate is 1 whatever it says: its gradient is 1e-7 of others."""
     task = task_of(tmp_path, steps=30, validate_every=0)
     task = replace(
         task,
