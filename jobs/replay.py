@@ -22,6 +22,7 @@ from jobs.record import OTHER_PRECISION, TOLERANCE, Attempt, Comparison, Record,
 from jobs.runs import Found, find
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
+from orchestrator.cluster import is_local
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, absolute
 from orchestrator.driver import Options, RunResult, run
 from orchestrator.events import Event, Membership
@@ -85,10 +86,10 @@ def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
     corpus = _corpus(config, attempt, warn)
     if log.identity is not None:
         refuse_other(found.url, log.identity, identity(config, corpus))
-    if _local(request):
-        from jobs.planning.plan import require_fit_here  # Imports torch.
+    if is_local(request.address):
+        from jobs.planning.here import look_here  # Imports torch.
 
-        require_fit_here(config, config.scaling.max_workers)
+        look_here(config, config.scaling.max_workers, warn)
     for line in changes(attempt.provenance, provenance()):
         warn(f"the code is not the run's: {line}")
     source = f"the checkpoint of step {manifest.step}" if manifest else "the run's start"
@@ -160,7 +161,7 @@ def _config(request: Request, found: Found, record: Record, attempt: Attempt, be
     config = load_values(attempt.config, list(request.overrides), f"of run {found.run_id}")
     world_size = request.workers or int(record.steps[begin]["world_size"])
     cpus = config.scaling.cpus_per_worker
-    if _local(request):  # Any world size on any machine: with fewer processors it takes longer.
+    if is_local(request.address):  # Any world size on any machine: with fewer processors it takes longer.
         cpus = min(cpus, max(0.01, math.floor(100 * len(os.sched_getaffinity(0)) / world_size) / 100))
     endpoint = request.s3_endpoint or config.storage.s3_endpoint
     return absolute(
@@ -181,11 +182,6 @@ def _config(request: Request, found: Found, record: Record, attempt: Attempt, be
             tracking=replace(config.tracking, uri=DEFAULT_TRACKING_URI, experiment=EXPERIMENT),
         )
     )
-
-
-def _local(request: Request) -> bool:
-    """Tell whether the replay is on this machine."""
-    return not request.address and not os.environ.get("RAY_ADDRESS")
 
 
 def _corpus(config: RunConfig, attempt: Attempt, warn: Callable[[str], object]) -> Corpus:

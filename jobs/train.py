@@ -14,10 +14,11 @@ from rich.console import Console
 from jobs.load import load, plain_yaml
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
-from orchestrator.cluster import JOB_VARIABLE
+from orchestrator.cluster import JOB_VARIABLE, is_local
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, RunResult, run
 from orchestrator.stop import StopSignal
+from workers.errors import ConfigError
 from workers.storage import storage_errors
 
 
@@ -30,6 +31,7 @@ def train(
     as_json: bool,
     kill_worker: int | None = None,
     take_over: bool = False,
+    look: bool = True,
 ) -> None:
     """Train, then say what came out of it; with `as_json` as one JSON object on the last line of stdout.
 
@@ -37,6 +39,8 @@ def train(
         RaymuonError: with its exit code; Interrupted after a clean stop, too, with the way on.
     """
     run_config = absolute(load(config, overrides))
+    if kill_worker is not None:
+        _check_kill(kill_worker, run_config)
     plots: list[Path | None] = []
     options = Options(
         files={"config.yaml": plain_yaml(run_config).encode()},
@@ -45,6 +49,8 @@ def train(
         kill_after=kill_worker,
     )
     with TerminalWatcher(run_config.train.global_batch * run_config.train.seq_len) as watcher:
+        if look and is_local(address):
+            _look(run_config, watcher)
         result = run(run_config, resume, address, watcher, stop, options)
     summary = _summary(run_config, result, plots[0] if plots else None)
     _print(summary, Console(stderr=as_json, highlight=False))
@@ -53,6 +59,24 @@ def train(
     if result.status == "interrupted":
         saved = "with a checkpoint" if result.checkpoint else "before the first checkpoint"
         raise stop.interrupted(f"stopped at step {result.steps} {saved}")
+
+
+def _check_kill(step: int, config: RunConfig) -> None:
+    if step >= config.train.steps:
+        raise ConfigError(f"--kill-worker {step}: must be less than train.steps={config.train.steps}")
+    if config.scaling.max_workers < 2:
+        raise ConfigError(f"--kill-worker {step}: needs scaling.max_workers=2 or more, so that somebody goes on")
+
+
+def _look(config: RunConfig, watcher: TerminalWatcher) -> None:
+    """Say what the run needs and what this machine has; refuse what clearly does not fit."""
+    from jobs.planning.here import look_here, workers_here  # Imports torch.
+
+    try:
+        told = look_here(config, workers_here(config), watcher.warn)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n  this is an estimate: --no-look starts the run all the same") from error
+    watcher.console.print(told, style="dim", markup=False, soft_wrap=True)
 
 
 def _keep_curve(config: RunConfig, result: RunResult, record: Any) -> Path | None:

@@ -43,6 +43,8 @@ from workers.config import StorageConfig
 from workers.errors import ClusterError
 from workers.source import ROOT
 
+LOCAL = "local"
+"""The address that keeps Ray from joining whatever cluster happens to run on this machine."""
 LOOK_S = 0.5
 """How old the list of living nodes may be."""
 PLACED_S = 0.1
@@ -73,6 +75,11 @@ def _own_code(address: str) -> _OwnCode | None:
     return None if address.startswith("ray://") else _OwnCode(_py_driver_sys_path=[str(ROOT)])
 
 
+def is_local(address: str | None) -> bool:
+    """Tell whether a Ray would be started on this machine, rather than one joined at `address` or RAY_ADDRESS."""
+    return (address or os.environ.get("RAY_ADDRESS") or LOCAL) == LOCAL
+
+
 @contextmanager
 def signals_apart() -> Iterator[None]:
     """Have Ray leave our signals to us: its handlers are not put in place, and what it starts is out of their reach.
@@ -101,12 +108,11 @@ def connected(address: str | None) -> Iterator[Joined]:
     Raises:
         ClusterError: no cluster answers there.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    local = address == "local"
+    local = is_local(address)
+    address = address or os.environ.get("RAY_ADDRESS") or LOCAL
     _reach(address)
     try:
         with signals_apart():
-            # "local" keeps Ray from joining whatever cluster happens to run on this machine.
             context = ray.init(
                 address,
                 include_dashboard=False if local else None,

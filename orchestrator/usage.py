@@ -7,6 +7,7 @@ units are MLflow's, so that its UI shows them under "System metrics".
 import importlib
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -58,3 +59,21 @@ def _gpus() -> list[tuple[Any, Any]]:
         return [(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
     except Exception:  # No driver: the library has an exception of its own for each way in which that shows.
         return []
+
+
+CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+"""Files under /sys/fs/cgroup with a container's limit and use: version 2, version 1."""
+
+
+def memory_here() -> tuple[int, int]:
+    """Return the bytes of memory that this machine or container has, and how many of them are available."""
+    machine = psutil.virtual_memory()
+    total, available = machine.total, machine.available
+    for limit_file, used_file in CGROUPS:
+        with suppress(OSError, ValueError):  # `max` is no number: no limit.
+            limit = int(Path("/sys/fs/cgroup", limit_file).read_text())
+            used = int(Path("/sys/fs/cgroup", used_file).read_text())
+            stat = dict(line.split() for line in Path("/sys/fs/cgroup", limit_file).with_name("memory.stat").open())
+            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))  # It goes when memory is short.
+            total, available = min(total, limit), min(available, limit - used + cached)
+    return total, available

@@ -47,15 +47,18 @@ def train(
     ] = False,
     as_json: AsJson = False,
     kill_worker: Annotated[
-        int | None, typer.Option(help="For demonstrations: SIGKILL one worker after this step.")
+        int | None, typer.Option(min=1, help="For demonstrations: SIGKILL one worker after this step.")
     ] = None,
+    no_look: Annotated[
+        bool, typer.Option("--no-look", help="Start although the plan says that memory will not do.")
+    ] = False,
 ) -> None:
     """Train a run from its start, or go on with one."""
     stop = StopSignal(partial(way_on, config, overrides or [], resume, address))
     stop.listen()  # Before the slow imports.
     from jobs.train import train
 
-    train(config, overrides or [], resume, address, stop, as_json, kill_worker, takeover)
+    train(config, overrides or [], resume, address, stop, as_json, kill_worker, takeover, not no_look)
 
 
 @app.command()

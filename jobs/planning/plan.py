@@ -1,13 +1,12 @@
 """The whole plan of a run on so many devices, and the refusal of what cannot fit, with what would.
 
-Nothing is started and no Ray is imported: `raymuon plan`, `raymuon submit` and the driver call it alike.
+Nothing is started and no Ray is imported: `raymuon plan`, `train`, `submit` and `replay` call it alike.
 """
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 
 from jobs.planning.devices import NETWORK_GBIT, calibration_of
@@ -105,8 +104,8 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Return the bytes of device memory; of processors, of a whole machine with its keeper."""
-        return _needed(self.memory, self.machines, self.device)
+        """Return the bytes that have to fit into the device's memory."""
+        return needed_on(self.memory, self.machines, self.device)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
@@ -157,7 +156,7 @@ class Plan:
         Raises:
             ConfigError: it needs more memory than there is; with its parts, and with what would fit.
         """
-        _require_fit(self.config, self.machines, self.device, self.memory)
+        require_fit(self.config, self.machines, self.device, self.memory)
 
 
 def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> Plan:
@@ -182,7 +181,7 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
             "plan with train.precision=auto, or with a calibration of such a device"
         )
     layout = layout_of(config.model, optim, train.seq_len, machines.gpus)
-    memory = _memory(config, machines, device)
+    memory = memory_on(config, machines, device)
     wire = wire_bytes(optim, device.kind)
     sent = traffic_of(layout, itemsize, wire)
     micro = _micro_batch(config, device.kind, watched=optim.qk_clip > 0)
@@ -232,31 +231,13 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
     )
 
 
-def require_fit_here(config: RunConfig, world_size: int) -> None:
-    """Refuse a run whose workers do not fit into this machine: its GPU, or the memory that it has free.
+def require_fit(config: RunConfig, machines: Machines, device: Calibration, memory: Memory) -> None:
+    """Refuse a run that needs more than the device has.
 
     Raises:
-        ConfigError: it needs more; with its parts, and with what would fit.
+        ConfigError: with the parts of what it needs, and with what would fit.
     """
-    cuda = torch.cuda.is_available()
-    name, room = "this machine", psutil.virtual_memory().available
-    if cuda:
-        name, room = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    device = Calibration(
-        device=name,
-        kind="cuda" if cuda else "cpu",
-        precision="",
-        memory_bytes=room,
-        seconds_per_op=0.0,  # Nothing is timed.
-        curves={},
-        host_bytes_per_s=1.0,
-    )
-    machines = Machines(gpus=world_size, gpus_per_node=world_size, calibration=device)
-    _require_fit(config, machines, device, _memory(config, machines, device))
-
-
-def _require_fit(config: RunConfig, machines: Machines, device: Calibration, memory: Memory) -> None:
-    if (needed := _needed(memory, machines, device)) <= device.memory_bytes:
+    if (needed := needed_on(memory, machines, device)) <= device.memory_bytes:
         return
     parts = sorted(memory.parts().items(), key=lambda part: -part[1])
     lines = [
@@ -284,7 +265,7 @@ def _micro_batch(config: RunConfig, kind: str, watched: bool) -> MicroBatch:
     return micro_batch_of(config.model, config.train.micro_batch, config.train.seq_len, dtype, kind == "cuda", watched)
 
 
-def _memory(config: RunConfig, machines: Machines, device: Calibration) -> Memory:
+def memory_on(config: RunConfig, machines: Machines, device: Calibration) -> Memory:
     """Return the memory alone; on a CPU a step that is measured writes all attention scores."""
     layout = layout_of(config.model, config.optim, config.train.seq_len, machines.gpus)
     watched = device.kind == "cpu" and bool(config.telemetry.every or config.optim.qk_clip)
@@ -293,7 +274,8 @@ def _memory(config: RunConfig, machines: Machines, device: Calibration) -> Memor
     return memory_of(layout, micro, config.train, config.optim, device.kind, itemsize, ranks_per_node)
 
 
-def _needed(memory: Memory, machines: Machines, device: Calibration) -> int:
+def needed_on(memory: Memory, machines: Machines, device: Calibration) -> int:
+    """Return the bytes of device memory; of processors, of a whole machine with its keeper."""
     if device.kind == "cuda":
         return memory.peak
     ranks = min(machines.gpus, machines.gpus_per_node)
@@ -307,7 +289,7 @@ def what_would_fit(config: RunConfig, machines: Machines) -> Iterator[str]:
 
     def needs(changed: RunConfig, gpus: int) -> int:
         on = replace(machines, gpus=gpus)
-        return _needed(_memory(changed, on, device), on, device)
+        return needed_on(memory_on(changed, on, device), on, device)
 
     for size in range(train.micro_batch - 1, 0, -1):
         if train.global_batch % size == 0:

@@ -17,19 +17,17 @@ from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
 from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.access import Access, auth_token, head_access
 from orchestrator.doctor.seen import NodeSeen, PlaceSeen
 from orchestrator.provenance import source_files
+from orchestrator.usage import memory_here
 from workers.errors import RaymuonError, StorageError
 from workers.source import digest
 from workers.storage import Store, configure_s3, storage_errors
 
 LIBRARIES = ("ray", "torch", "deepspeed", "numpy", "safetensors", "fsspec", "s3fs")
-CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-"""Files under /sys/fs/cgroup with a container's limit and use: version 2, version 1."""
 LARGE = "-large"
 """Ending of the name of the large file."""
 TRIED = 64 << 20
@@ -49,7 +47,7 @@ class NodeProbe:
 
     def look(self) -> NodeSeen:
         """Return what the node is and has."""
-        memory, available = _memory()
+        memory, available = memory_here()
         names, driver = _gpus()
         token = None
         with suppress(RaymuonError):
@@ -166,20 +164,6 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[library] = version(library)
     return found
-
-
-def _memory() -> tuple[int, int]:
-    """Return the bytes of memory that this machine or container has, and how many of them are available."""
-    machine = psutil.virtual_memory()
-    total, available = machine.total, machine.available
-    for limit_file, used_file in CGROUPS:
-        with suppress(OSError, ValueError):  # `max` is no number: no limit.
-            limit = int(Path("/sys/fs/cgroup", limit_file).read_text())
-            used = int(Path("/sys/fs/cgroup", used_file).read_text())
-            stat = dict(line.split() for line in Path("/sys/fs/cgroup", limit_file).with_name("memory.stat").open())
-            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))  # It goes when memory is short.
-            total, available = min(total, limit), min(available, limit - used + cached)
-    return total, available
 
 
 def _gpus() -> tuple[tuple[str, ...], str]:

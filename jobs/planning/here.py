@@ -1,0 +1,81 @@
+"""What a run takes of this machine, before a local Ray starts: a model that is too large is else killed by the system.
+
+The plan is an estimate, within a quarter of what was measured, so only what is beyond that is refused.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from jobs.planning.memory import PROCESS_BYTES
+from jobs.planning.plan import Machines, gigabytes, memory_on, needed_on, require_fit
+from jobs.planning.state import layout_of
+from orchestrator.config import RunConfig
+from orchestrator.usage import memory_here
+from workers.calibrate import Calibration
+
+CLEARLY = 1.25
+"""Times the memory that is there: more cannot fit, however wrong the plan is (docs/commands/plan.md)."""
+TIGHT = 0.9
+
+
+def workers_here(config: RunConfig) -> int:
+    """Return how many workers a local Ray would start."""
+    if _on_gpus(config):
+        slots = torch.cuda.device_count()
+    else:
+        slots = int(len(os.sched_getaffinity(0)) / config.scaling.cpus_per_worker)
+    return max(config.scaling.min_workers, min(config.scaling.max_workers, slots))
+
+
+def look_here(config: RunConfig, workers: int, warn: Callable[[str], object]) -> str:
+    """Return a line about what the run needs and what is there.
+
+    Args:
+        config: of the run.
+        workers: on this machine.
+        warn: is told where memory is tight.
+
+    Raises:
+        ConfigError: it clearly does not fit; with its parts, and with what would.
+    """
+    cuda = _on_gpus(config)
+    _, free = memory_here()
+    name, room = "this machine", free
+    if cuda:
+        name, room = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    device = Calibration(
+        device=name,
+        kind="cuda" if cuda else "cpu",
+        precision="",
+        memory_bytes=room,
+        seconds_per_op=0.0,  # Nothing is timed.
+        curves={},
+        host_bytes_per_s=1.0,
+    )
+    machines = Machines(gpus=workers, gpus_per_node=workers, calibration=device)
+    memory = memory_on(config, machines, device)
+    if (needed := needed_on(memory, machines, device)) > CLEARLY * room:
+        require_fit(config, machines, device, memory)
+    kept = memory.keeper_bytes_per_node
+    if needed > TIGHT * room:
+        warn(f"memory is tight: about {gigabytes(needed)} are needed, {name} has {gigabytes(room)}")
+    elif kept > TIGHT * free:
+        warn(f"memory is tight: about {gigabytes(kept)} are needed for snapshots, {gigabytes(free)} are free")
+    parameters = layout_of(config.model, config.optim, config.train.seq_len, workers).parameters
+    many = f"{workers} worker{'s' if workers > 1 else ''}"
+    if cuda:
+        return (
+            f"{parameters:,} parameters; each of {many} needs about {gigabytes(needed)} of its GPU's {gigabytes(room)} "
+            f"({name}), and snapshots {gigabytes(kept)} of {gigabytes(free)} free memory"
+        )
+    each = memory.peak + PROCESS_BYTES
+    return (
+        f"{parameters:,} parameters; {many} of about {gigabytes(each)} each and snapshots of {gigabytes(kept)} need "
+        f"{gigabytes(needed)} of {gigabytes(room)} free memory"
+    )
+
+
+def _on_gpus(config: RunConfig) -> bool:
+    return torch.cuda.is_available() and config.scaling.accelerator != "cpu"
