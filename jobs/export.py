@@ -15,7 +15,7 @@ from orchestrator.run_log import Entry, find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader
 from workers.config import MODEL_CONFIGS, ModelConfig
-from workers.errors import ConfigError
+from workers.errors import ConfigError, StorageError
 from workers.storage import Store, absolute_url
 
 SHARD_BYTES = 4 << 30
@@ -43,7 +43,7 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES) -> E
 
     Raises:
         ConfigError: there is no such checkpoint, or something is in the folder already.
-        StorageError: something is damaged or could not be written.
+        StorageError: something is damaged or not finite, or could not be written.
     """
     log, commit = find_commit(url)
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
@@ -149,7 +149,12 @@ def _plan(manifest: Manifest, item_bytes: int, shard_bytes: int) -> list[list[st
 def _exported(reader: CheckpointReader, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
     buffers = set(reader.names(BUFFER))
     for name in names:
-        yield from tensors_of(name, reader.tensor(BUFFER if name in buffers else WEIGHT, name))
+        tensor = reader.tensor(BUFFER if name in buffers else WEIGHT, name)
+        if not np.isfinite(tensor).all():
+            raise StorageError(
+                f"step {reader.manifest.step}: {name} has elements that are NaN or infinite; take an earlier checkpoint"
+            )
+        yield from tensors_of(name, tensor)
 
 
 def _encode(tensors: dict[str, np.ndarray], dtype: Dtype) -> bytes:

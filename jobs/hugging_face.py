@@ -105,7 +105,10 @@ def refuse_unloadable(model: ModelConfig) -> None:
                     model.hidden_size % heads == 0,
                     f"its hidden_size ({model.hidden_size}) divides by num_heads ({heads})",
                 ),
-                (model.init_std <= 1, f"its init_std ({model.init_std}) is 1 or less"),
+                (
+                    model.init_std <= 1,
+                    f"its init_std ({model.init_std}) is 1 or less (a run from it, train.init, may have another)",
+                ),
             )
         case MoonlightConfig():
             experts = model.num_layers > model.num_dense_layers

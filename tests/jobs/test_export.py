@@ -17,7 +17,7 @@ from tests.workers import test_llama, test_moonlight
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Entry, Manifest, place_of
 from workers.checkpoint.shards import write_shard
 from workers.config import ModelConfig
-from workers.errors import ConfigError
+from workers.errors import ConfigError, StorageError
 from workers.models import build
 from workers.storage import Store, configure_s3
 
@@ -52,7 +52,10 @@ def trained(folder, model: str | ModelConfig, steps=(10,), change=lambda model: 
     shapes = {key: list(array.shape) for key, array in {**parameters, **buffers}.items()}
     for step in steps:
         flat = {Entry(WEIGHT, key, 0, array.size): array.ravel() for key, array in parameters.items()}
-        flat |= {Entry("momentum_buffer", key, 0, array.size): 0 * array.ravel() for key, array in parameters.items()}
+        flat |= {
+            Entry("momentum_buffer", key, 0, array.size): np.zeros(array.size, "f4")
+            for key, array in parameters.items()
+        }
         flat |= {Entry(BUFFER, key, 0, array.size): array.ravel() for key, array in buffers.items()}
         shard = write_shard(log.store, place_of(step, 1, 1), 0, flat)
         log.commit(
@@ -240,7 +243,7 @@ def test_what_transformers_cannot_load_is_told_before_anything_is_written(tmp_pa
 def test_why_transformers_cannot_load_it():
     for name, change, told in (
         ("llama", {"num_heads": 6}, "its hidden_size (32) divides by num_heads (6)"),
-        ("llama", {"init_std": 1.5}, "its init_std (1.5) is 1 or less"),
+        ("llama", {"init_std": 1.5}, "its init_std (1.5) is 1 or less (a run from it, train.init, may have another)"),
         ("moonlight", {"num_experts": 1, "num_experts_per_token": 1}, "its num_experts is 2 or more"),
     ):
         with pytest.raises(ConfigError) as raised:
@@ -258,6 +261,17 @@ def test_a_vocabulary_that_is_larger_than_bytes_has_their_tokenizer(tmp_path):
     for name in ("config.json", "generation_config.json"):
         said = json.loads((tmp_path / "hf" / name).read_text())
         assert (said["bos_token_id"], said["eos_token_id"], said.get("pad_token_id")) == (0, 0, None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_exported(tmp_path, value):
+    def poison(model) -> None:
+        model.model.norm.weight.data[3] = value
+
+    trained(tmp_path / "run", "llama", change=poison)
+    with pytest.raises(StorageError, match=r"step 10: model\.norm\.weight has elements that are NaN or infinite"):
+        export(str(tmp_path / "run"), str(tmp_path / "hf"), "bfloat16")
+    assert not (tmp_path / "hf" / "config.json").exists()
 
 
 def test_a_checkpoint_whose_model_is_no_longer_allowed_is_told(tmp_path):
