@@ -151,16 +151,24 @@ def test_the_load_counts_in_training_only():
     assert model.expert_load().sum() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_config_with_experts_is_accepted_where_their_products_work(dtype):
-    """The oracle is a training step: what the config lets through, grouped_mm computes, and bf16 takes no other."""
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", torch.float32), ("cpu", torch.bfloat16), ("meta", torch.bfloat16)]
+)
+def test_a_config_with_experts_is_accepted_where_their_products_work(device, dtype):
+    """The oracle is a training step: what the config lets through, grouped_mm computes, and bf16 takes no other.
+
+    Without data (`meta`) torch makes the checks of its CUDA kernel.
+    """
 
     def works(hidden: int, width: int) -> bool:
-        experts = Experts(SimpleNamespace(num_experts=2, hidden_size=hidden, moe_intermediate_size=width)).to(dtype)
+        experts = Experts(SimpleNamespace(num_experts=2, hidden_size=hidden, moe_intermediate_size=width)).to(
+            device, dtype
+        )
         for weight in experts.parameters():
             torch.nn.init.normal_(weight)
         try:
-            out = experts(torch.ones(3, hidden, dtype=dtype), torch.tensor([1, 3], dtype=torch.int32))
+            ends = torch.tensor([1, 3], dtype=torch.int32, device=device)
+            out = experts(torch.ones(3, hidden, dtype=dtype, device=device), ends)
             out.square().sum().backward()
         except RuntimeError:
             return False
