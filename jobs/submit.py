@@ -26,6 +26,7 @@ from orchestrator.config import RunConfig, absolute, flatten
 from orchestrator.preflight import run_store
 from orchestrator.provenance import COMMIT_VARIABLE, provenance
 from orchestrator.reach import reach_tracking
+from orchestrator.resumption import check_steps
 from workers.data.files import STDLIB, parts_of
 from workers.errors import BY_EXIT_CODE, ClusterError, ConfigError, Interrupted
 
@@ -104,12 +105,16 @@ def resume(found: Found, overrides: list[str], target: Target, follow: bool, as_
     """
     if not found.tracking_uri:
         raise ConfigError(f"run {found.run_id}: name it by its id in MLflow, not by its folder; its job is known there")
-    if found.status == "FINISHED" and not any(override.startswith("train.steps=") for override in overrides):
-        raise ConfigError(f"run {found.run_id} is finished; to train it further give it more steps: train.steps=N")
     from orchestrator.tracking import read_artifact
 
     values = OmegaConf.create(read_artifact(found.tracking_uri, found.run_id, CONFIG))
     run_config = load_values(values, overrides, f"of run {found.run_id}")
+    # As MLflow knows it: storage may be out of reach from here.
+    at = found.tags.get("raymuon.checkpoint", "").rpartition("@")[2]
+    finished = found.status == "FINISHED"
+    reached = int(at) if at.isdigit() else (found.step or 0) if finished else 0
+    if notice := check_steps(found.run_id, reached, run_config.train.steps, finished):
+        sys.stderr.write(f"{notice}\n")
     check_places(run_config)
     jobs = Jobs(target.address, target.allow_open)
     tracking = _tracking(found.tracking_uri, run_config)

@@ -47,7 +47,7 @@ class TerminalWatcher:
 
     def warn(self, text: str) -> None:
         """Say what is wrong."""
-        self.console.print(text, style="yellow")
+        self.console.print(text, style="yellow", soft_wrap=True)  # It may have a command that can be pasted.
 
     def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
         """Show the bar."""

@@ -125,6 +125,8 @@ def run(
     if inputs.warning:
         watcher.warn(inputs.warning)
     found = in_background(lambda: find_run(config, inputs.corpus, resume), may_be_torn=False)
+    if resume != "never" and (notice := _await(found, stop).notice):  # Told, or refused, before Ray starts.
+        watcher.warn(notice)
     free = in_background(lambda: options.take_over or await_free_run(config, found.result()), may_be_torn=True)
 
     def check() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from orchestrator.config import RunConfig, database_files, flatten
 from orchestrator.lease import await_free
 from orchestrator.reach import reach_tracking
+from orchestrator.resumption import check_steps, new_beside
 from orchestrator.run_log import RunLog, find_commit
 from workers.checkpoint.manifest import Manifest
 from workers.data.corpus import Corpus, check_corpus, prepare
@@ -88,13 +89,16 @@ class Found:
     origin: Origin | None = None
     log: RunLog | None = None
     """Of the run, as it was read."""
+    notice: str = ""
+    """For the person."""
 
 
 def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
     """Open the tracking store and find the run that `resume` means: `never`, `auto`, or a run's id or name.
 
     Raises:
-        ConfigError: there is no such run, this config would make another run of it, or `train.init` cannot be used.
+        ConfigError: there is no such run, this config would make another run of it or leaves nothing to train, or
+            `train.init` cannot be used.
         StorageError: the tracking store or the run's files cannot be read.
     """
     origin = find_origin(config) if resume == "never" else None  # Told at once: MLflow takes seconds to import.
@@ -105,17 +109,25 @@ def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
         return Found(tracking, origin=origin)
     run_id = tracking.unfinished(config.run.name) if resume == "auto" else tracking.find(resume)
     if run_id is None:
-        return Found(tracking, origin=find_origin(config))
+        finished = tracking.newest_finished(config.run.name)
+        notice = new_beside(finished, config.run.name) if finished else ""
+        return Found(tracking, origin=find_origin(config), notice=notice)
     log = RunLog(run_store(config, run_id))
     if log.identity is None:
         if resume == "auto":  # Its files are elsewhere: it is not ours to go on with.
-            return Found(tracking, origin=find_origin(config))
+            notice = (
+                f"a new run begins: nothing of the unfinished one named {config.run.name}, {run_id}, is under "
+                f"checkpoint.url={config.checkpoint.url}"
+            )
+            return Found(tracking, origin=find_origin(config), notice=notice)
         if tracking.submitted(run_id):
             return Found(tracking, run_id, find_origin(config))
         raise ConfigError(f"--resume {resume}: nothing of run {run_id} is under checkpoint.url={config.checkpoint.url}")
     check_identity(log, identity(config, corpus))
+    reached = max((commit.step for commit in log.commits), default=0)
+    notice = check_steps(run_id, reached, config.train.steps, tracking.is_finished(run_id))
     # A run with checkpoints has no more need of its origin, which may be gone by now.
-    return Found(tracking, log.run_id, None if log.commits else find_origin(config), log)
+    return Found(tracking, log.run_id, None if log.commits else find_origin(config), log, notice)
 
 
 def await_free_run(config: RunConfig, found: Found) -> None:

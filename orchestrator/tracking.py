@@ -145,6 +145,15 @@ class Tracking:
         """Return the newest run of that name which has not finished."""
         return self._newest(f"attributes.run_name = {_quoted(name)} and attributes.status != 'FINISHED'")
 
+    def newest_finished(self, name: str) -> str | None:
+        """Return the newest run of that name which has finished."""
+        return self._newest(f"attributes.run_name = {_quoted(name)} and attributes.status = 'FINISHED'")
+
+    def is_finished(self, run_id: str) -> bool:
+        """Tell whether a run is on record as finished."""
+        with self.reach():
+            return self.client.get_run(run_id).info.status == "FINISHED"
+
     def find(self, run: str) -> str:
         """Return the id of the run with this id, or the newest with this name.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 from orchestrator.journal import read_journal
 from tests.e2e.conftest import Place
@@ -161,8 +162,20 @@ def test_an_interrupt_during_the_start_ends_it(place):
 
 def test_a_run_that_has_finished_is_not_the_unfinished_one(uninterrupted):
     place, expected = uninterrupted
-    again = place.train("--resume", "auto", "train.steps=2")
+    done = place.run("--resume", "auto", "train.steps=2", "--json")
+    again = json.loads(done.stdout.splitlines()[-1])
     assert again["run_id"] != expected["run_id"] and again["steps"] == 2
+    assert f"--resume {expected['run_id']} train.steps=N" in done.stderr, "and it is said"
+
+
+@pytest.mark.parametrize(("steps", "told"), [(STEPS, "is finished, at step"), (STEPS // 2, "has come to step")])
+def test_a_run_is_not_asked_for_steps_that_it_has_behind_it(uninterrupted, steps, told):
+    place, expected = uninterrupted
+    done = place.run("--resume", expected["run_id"], f"train.steps={steps}", code=2)
+    assert f"{told} {STEPS}" in done.stderr and "train.steps=N" in done.stderr
+    assert "starting Ray" not in done.stderr
+    status = MlflowClient(f"sqlite:///{place.folder}/runs/mlflow.db").get_run(expected["run_id"]).info.status
+    assert status == "FINISHED"
 
 
 @pytest.mark.parametrize("change", ["model.hidden_size=64", "seed=1", "data.held_out_fraction=0.1", "optim.name=adamw"])

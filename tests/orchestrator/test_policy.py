@@ -19,7 +19,8 @@ from orchestrator.policy import (
     same_failure,
     should_grow,
 )
-from workers.errors import StorageError, TrainingError
+from orchestrator.resumption import check_steps
+from workers.errors import ConfigError, StorageError, TrainingError
 from workers.member import settings_behind
 from workers.reports import Ended, Mark
 from workers.snapshots.kept import KeptShard
@@ -361,3 +362,25 @@ def test_the_settings_behind_an_error_are_named():
     environment = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "i", "HOME": "ib0", "NCCL_IB_HCA": "b0"}
     assert settings_behind(GLOO, environment) == " (GLOO_SOCKET_IFNAME=ib0 in the worker's environment)"
     assert settings_behind("rank 0: KeyError", environment) == ""
+
+
+@pytest.mark.parametrize(
+    ("reached", "steps", "finished", "told"),
+    [
+        (0, 1, False, ""),
+        (169, 170, False, ""),
+        (169, 170, True, ""),  # A finished run may be trained further.
+        (169, 169, False, "no step is left, only its end is made good"),  # Its driver may have died before it was told.
+        (169, 169, True, ConfigError("run abc is finished, at step 169; to train it further")),
+        (169, 60, False, ConfigError("run abc has come to step 169, and train.steps=60 is before that")),
+        (169, 60, True, ConfigError("run abc has come to step 169, and train.steps=60 is before that")),
+    ],
+)
+def test_a_run_is_not_trained_backwards_nor_finished_twice(reached, steps, finished, told):
+    if isinstance(told, ConfigError):
+        with pytest.raises(ConfigError, match=str(told)) as refusal:
+            check_steps("abc", reached, steps, finished)
+        assert "train.steps=N with N > 169; or begin a new run" in str(refusal.value)
+    else:
+        text = check_steps("abc", reached, steps, finished)
+        assert told in text and bool(told) == bool(text)

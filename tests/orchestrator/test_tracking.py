@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from orchestrator import mlflow_client
-from orchestrator.config import TrackingConfig
+from orchestrator.config import RunInfo, TrackingConfig
 from orchestrator.events import Tally
 from orchestrator.journal import Journal
-from orchestrator.preflight import find_run, identity, run_store
+from orchestrator.preflight import Found, find_run, identity, run_store
 from orchestrator.provenance import provenance
 from orchestrator.recorder import RunRecorder, Watcher
 from orchestrator.report import Links
@@ -155,6 +155,38 @@ def test_a_run_that_has_checkpoints_needs_its_origin_no_more(tracking, tmp_path)
     for resume in ("auto", run_id):
         found = find_run(config, corpus, resume)
         assert (found.run_id, found.origin) == (run_id, None)
+
+
+def test_steps_that_a_run_has_behind_it_are_told_with_the_way_on(tracking, tmp_path):
+    config = config_of(tmp_path, train={"steps": 60}, run=RunInfo(name="further"))
+    config = replace(config, checkpoint=CheckpointConfig(url=str(tmp_path)), tracking=TrackingConfig(uri=tracking.uri))
+    corpus = prepare(config.data)
+    run_id = tracking.create(config.run.name, {"seed": 0})
+    log = RunLog(run_store(config, run_id))
+    elsewhere = find_run(config, corpus, "auto")
+    assert elsewhere.run_id is None and f"nothing of the unfinished one named further, {run_id}" in elsewhere.notice
+    log.take_over(identity(config, corpus))
+    assert find_run(config, corpus, "auto").notice == ""
+    tensors = {Entry(kind, "w", 0, 2): np.zeros(2, np.float32) for kind in (WEIGHT, "momentum")}
+    shard = write_shard(log.store, place_of(169, 1, 1), 0, tensors)
+    log.commit(Manifest(run_id, 1, 1, 169, 1, {}, {}, {"w": [2]}, (shard,)))
+
+    def to(steps: int, resume: str) -> Found:
+        return find_run(replace(config, train=replace(config.train, steps=steps)), corpus, resume)
+
+    for resume in ("auto", run_id):
+        with pytest.raises(ConfigError, match="has come to step 169, and train.steps=60 is before that"):
+            to(60, resume)
+        assert "no step is left" in to(169, resume).notice
+        further = to(170, resume)
+        assert (further.run_id, further.notice) == (run_id, "")
+    tracking.client.set_terminated(run_id, "FINISHED")
+    with pytest.raises(ConfigError, match="is finished, at step 169"):
+        to(169, run_id)
+    assert to(170, run_id).run_id == run_id
+    begun = to(170, "auto")
+    assert begun.run_id is None and f"--resume {run_id} train.steps=N" in begun.notice
+    assert to(170, "never").notice == ""
 
 
 def test_rows_wait_while_the_store_does_not_answer(tracking, monkeypatch):
