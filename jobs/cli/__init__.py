@@ -5,17 +5,47 @@ Exit codes: 0 ok, 2 config, 3 cluster, 4 training, 5 storage or tracking, 130 in
 
 import signal
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
 from jobs.cli import before, bench, checkpoints, runs
+from jobs.cli.options import BUILT_IN
 from jobs.output import outlive_output
 from optim.config import ConfigProblems
 from workers.errors import RaymuonError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+HELP = """Pretrain language models with Distributed Muon on Ray: workers may die, and the run goes on.
+
+`raymuon train demo` shows it on this machine. Built-in configs: {configs}.
+
+Exit codes: 0 ok, 2 config, 3 cluster, 4 training, 5 storage or tracking, 130 interrupted.
+"""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=HELP.format(configs=", ".join(BUILT_IN)),
+)
 for commands in (runs, before, checkpoints, bench):
     app.add_typer(commands.app)
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"raymuon {version('raymuon')}")
+        raise typer.Exit
+
+
+@app.callback()
+def raymuon(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take what goes before a command; the help is the application's."""
 
 
 def main() -> None:

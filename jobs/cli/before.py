@@ -23,7 +23,7 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     gpus: Annotated[
-        list[int] | None, typer.Option(min=1, help="Data-parallel ranks; may be given several times.")
+        list[int] | None, typer.Option(min=1, max=65536, help="Data-parallel ranks; may be given several times.")
     ] = None,
     gpu_type: GpuType = "",
     calibration: CalibrationFile = None,

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -15,9 +16,16 @@ def _configure_s3(endpoint: str) -> str:
 
 
 def greater_than_0(value: float | None) -> float | None:
-    """Refuse an option's value that is not; typer's own limit would take 0."""
-    if value is not None and not value > 0:
-        raise typer.BadParameter(f"must be greater than 0, not {value:g}")
+    """Refuse an option's value that is not, or is infinite; typer's own limits take 0, and nan."""
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"must be a finite number greater than 0, not {value:g}")
+    return value
+
+
+def at_least_0(value: float | None) -> float | None:
+    """Refuse an option's value that is not, or is infinite."""
+    if value is not None and not 0 <= value < math.inf:
+        raise typer.BadParameter(f"must be a finite number of 0 or more, not {value:g}")
     return value
 
 
@@ -37,7 +45,12 @@ def writable(file: Path | None) -> Path | None:
 
 
 S3Endpoint = Annotated[str, typer.Option(help="Of an S3 store that is not AWS.", callback=_configure_s3)]
-Config = Annotated[str, typer.Argument(help="A YAML file, or a built-in config by name: demo.")]
+BUILT_IN = sorted(file.stem for file in Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
+"""Names of the built-in configs."""
+Config = Annotated[
+    str,
+    typer.Argument(help=f"A YAML file, or a built-in config: {', '.join(BUILT_IN)}.", autocompletion=lambda: BUILT_IN),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance optim.lr=1e-2.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on the last line of stdout.")]
 Run = Annotated[str, typer.Argument(help="A run's id or name in MLflow, or the URL of its folder.")]

@@ -24,6 +24,7 @@ from jobs.cli.options import (
     Run,
     RunEndpoint,
     TrackingUri,
+    at_least_0,
 )
 from orchestrator.config import DEFAULT_TRACKING_URI
 from orchestrator.stop import StopSignal
@@ -124,7 +125,7 @@ def logs(
 @app.command()
 def stop(
     run: Run,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for its end.")] = 600.0,
+    wait: Annotated[float, typer.Option(callback=at_least_0, help="Seconds to wait for its end.")] = 600.0,
     address: JobHead = "",
     tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
     allow_open_head: AllowOpen = False,
@@ -165,7 +166,10 @@ def replay(
     ] = "",
     workers: Annotated[int | None, typer.Option(min=1, help="As many as the run had, where it is not given.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(min=0, help="Relative difference of a loss that is borne; ten times that of a norm.")
+        float | None,
+        typer.Option(
+            callback=at_least_0, help="Relative difference of a loss that is borne; ten times that of a norm."
+        ),
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")

@@ -29,6 +29,8 @@ def traffic_of(layout: Layout, itemsize: int, wire: int) -> dict[str, float]:
     }
     if itemsize == 2:
         sent["all_reduce"] += 2 * (ranks - 1) // ranks
+    if layout.plan is not None:  # The squares of all gradients, and of each straddler's, in fp64.
+        sent["all_reduce"] += 2 * 8 * (1 + len(layout.plan.straddlers)) * (ranks - 1) // ranks
     if layout.plan is not None and layout.plan.straddlers:
         sent["all_to_all"] = wire * sum(layout.plan.elements_sent()) / ranks
     return sent

@@ -1,11 +1,14 @@
 """Options that are refused before anything begins."""
 
+from importlib.metadata import version
+
 import pytest
 from typer import TyperException
 from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.cli.options import writable
+from jobs.load import CONFIGS
 
 
 @pytest.mark.parametrize(
@@ -27,3 +30,57 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path, argumen
 def test_the_folder_of_a_file_to_be_written_is_made(tmp_path):
     assert writable(tmp_path / "new" / "table.md") == tmp_path / "new" / "table.md"
     assert (tmp_path / "new").is_dir() and not (tmp_path / "new" / "table.md").exists()
+
+
+def test_the_help_says_first_what_raymuon_is_and_names_all_built_in_configs():
+    names = {file.stem for file in CONFIGS.glob("*.yaml")}
+    runner = CliRunner(env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+    for arguments in (["-h"], ["--help"], []):
+        told = runner.invoke(app, arguments, prog_name="raymuon").output
+        usage, what, *_ = (line.strip() for line in told.splitlines() if line.strip())
+        assert usage.startswith("Usage: raymuon") and what.startswith(
+            "Pretrain language models with Distributed Muon on Ray"
+        )
+        assert all(name in told for name in names)
+    for command in ("train", "plan", "submit", "config"):
+        told = runner.invoke(app, [command, "-h"]).output
+        assert all(name in told for name in names), command
+
+
+def test_the_version_is_told():
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"raymuon {version('raymuon')}\n")
+
+
+def test_a_shell_completes_commands_and_built_in_configs():
+    def completed(words: str) -> list[str]:
+        number = str(len(words.split(" ")) - 1)
+        env = {"_RAYMUON_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": number}
+        return CliRunner().invoke(app, [], prog_name="raymuon", env=env).output.split()
+
+    assert completed("raymuon tr") == ["train"] and completed("raymuon train demo-") == ["demo-llama"]
+    assert "complete_bash" in CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="raymuon").output
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "demo", "--price"],
+        ["plan", "demo", "--mtbf"],
+        ["plan", "demo", "--network"],
+        ["plan", "demo", "--tokens"],
+        ["plan", "demo", "--gpus"],
+        ["plan", "demo", "--gpus-per-node"],
+        ["stop", "run", "--wait"],
+        ["replay", "run", "--tolerance"],
+        ["replay", "run", "--workers"],
+        ["train", "demo", "--kill-worker"],
+        ["bench", "load", "--steps"],
+    ],
+    ids=lambda arguments: "".join(arguments[::2]),
+)
+def test_numbers_of_options_are_finite_and_in_range(arguments, value):
+    found = CliRunner().invoke(app, [*arguments, value], standalone_mode=False).exception
+    assert isinstance(found, TyperException) and found.exit_code == 2
+    assert arguments[-1] in found.format_message()

@@ -213,7 +213,7 @@ def test_the_precision_of_the_config_counts():
     [
         (["--gpu-type", "H101"], "H101: not in the table; known are B200"),
         (["--calibration", "no-such-file"], "cannot be read"),
-        (["--gpu-type", "H100", "--price", "-1"], "--price': must be greater than 0, not -1"),
+        (["--gpu-type", "H100", "--price", "-1"], "--price': must be a finite number greater than 0, not -1"),
     ],
 )
 def test_wrong_options_are_told(arguments, problem):
