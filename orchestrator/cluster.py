@@ -37,6 +37,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from orchestrator.config import ScalingConfig
 from orchestrator.handles import Gone
 from orchestrator.keeper import Keeper
+from orchestrator.local_ray import ready_for_local_ray
 from orchestrator.reach import reach
 from workers.actor import Worker
 from workers.config import StorageConfig
@@ -110,6 +111,8 @@ def connected(address: str | None) -> Iterator[Joined]:
     """
     local = is_local(address)
     address = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    if local:
+        ready_for_local_ray()
     _reach(address)
     try:
         with signals_apart():
