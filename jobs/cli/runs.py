@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 from functools import partial
 from typing import Annotated
 
@@ -55,7 +56,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a run from its start, or go on with one."""
-    stop = StopSignal(partial(way_on, config, overrides or [], resume, address))
+    stop = StopSignal(partial(way_on, config, overrides or [], address))
     stop.listen()  # Before the slow imports.
     from jobs.train import train
 
@@ -179,7 +180,7 @@ def replay(
     as_json: AsJson = False,
 ) -> None:
     """Train a stretch of a run once more, and compare losses and gradient norms with its record."""
-    stop = StopSignal(lambda _: "nothing is compared; replay it again")
+    stop = StopSignal(lambda _: f"nothing is compared; replay it again with: {_same()}")
     stop.listen()  # Before the slow imports.
     from jobs.replay import Request, replay
 
@@ -187,15 +188,17 @@ def replay(
     replay(request, stop, as_json)
 
 
-def way_on(config: str, overrides: list[str], resume: str, address: str | None, run_id: str) -> str:
+def way_on(config: str, overrides: list[str], address: str | None, run_id: str) -> str:
     """Return how to go on with a run that was ended, or, where none has begun, how to begin again."""
-    if run_id:
-        from orchestrator.cluster import JOB_VARIABLE  # Ray is there by now.
+    if not run_id:
+        return f"nothing has begun; begin again with: {_same()}"
+    from orchestrator.cluster import JOB_VARIABLE  # Ray is there by now.
 
-        if JOB_VARIABLE in os.environ:
-            return f"go on with: raymuon resume {run_id}"
-    options = [] if address is None else ["--address", address]
-    if run_id or resume != "never":
-        options += ["--resume", run_id or resume]
-    command = shlex.join(["raymuon", "train", config, *overrides, *options])
-    return f"go on with: {command}" if run_id else f"nothing has begun; begin again with: {command}"
+    if JOB_VARIABLE in os.environ:
+        return f"go on with: raymuon resume {run_id}"
+    place = [] if address is None else ["--address", address]
+    return f"go on with: {shlex.join(['raymuon', 'train', config, *overrides, *place, '--resume', run_id])}"
+
+
+def _same() -> str:
+    return shlex.join(["raymuon", *sys.argv[1:]])

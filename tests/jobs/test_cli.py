@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.cli.options import writable
+from jobs.cli.runs import way_on
 from jobs.load import CONFIGS
+from orchestrator.cluster import JOB_VARIABLE
 
 
 @pytest.mark.parametrize(
@@ -84,3 +86,14 @@ def test_numbers_of_options_are_finite_and_in_range(arguments, value):
     found = CliRunner().invoke(app, [*arguments, value], standalone_mode=False).exception
     assert isinstance(found, TyperException) and found.exit_code == 2
     assert arguments[-1] in found.format_message()
+
+
+def test_the_way_on_is_a_command_that_can_be_pasted(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["raymuon", "train", "my run.yaml", "--json"])
+    assert way_on("my run.yaml", [], None, "") == (
+        "nothing has begun; begin again with: raymuon train 'my run.yaml' --json"
+    )
+    told = way_on("my run.yaml", ["data.source=a b"], "10.0.0.1:6379", "abc")
+    assert told == "go on with: raymuon train 'my run.yaml' 'data.source=a b' --address 10.0.0.1:6379 --resume abc"
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
+    assert way_on("config.yaml", [], "auto", "abc") == "go on with: raymuon resume abc", "a job's folder goes with it"

@@ -8,6 +8,7 @@ import mlflow
 import pytest
 
 from jobs.bench.simulated import SimulatedCluster
+from jobs.curves import plot_losses
 from jobs.load import load
 from optim.schedule import learning_rate
 from orchestrator.config import RunConfig
@@ -52,7 +53,7 @@ class At(Watcher):
         self.warnings.append(text)
 
 
-def drive(config: RunConfig, watcher: Watcher, resume: str = "never") -> RunResult:
+def drive(config: RunConfig, watcher: Watcher, resume: str = "never", stop: StopSignal | None = None) -> RunResult:
     inputs = check_inputs(config)
     found = find_run(config, inputs.corpus, resume)
     with (
@@ -61,7 +62,7 @@ def drive(config: RunConfig, watcher: Watcher, resume: str = "never") -> RunResu
     ):
         while not pool.num_slots or pool.num_starting:
             pool.refresh()
-        return lead(config, inputs, found, pool, watcher, StopSignal(), Options())
+        return lead(config, inputs, found, pool, watcher, stop or StopSignal(), Options())
 
 
 def test_a_fenced_driver_leaves_the_record_to_its_successor(tmp_path):
@@ -114,3 +115,19 @@ def test_a_learning_rate_that_jumps_on_resume_is_told():
     assert "jumps up: step 200 was trained with 0.001 (0.10 of optim.lr)" in jump and "0.0055 (0.55)" in jump
     assert "jumps down" in rate_jump(replace(config, optim=replace(config.optim, lr=1e-3)), 200, at_its_end)
     assert "jumps up" in rate_jump(longer, 200, 0.0)
+
+
+def test_a_stop_before_the_first_step_leaves_a_run_that_can_be_begun(tmp_path):
+    """It came after the run was made, and before anybody trained."""
+    config = config_of(tmp_path, steps=60)
+    stop = StopSignal(lambda run_id: f"go on with {run_id}")
+    stop.request()
+    result = drive(config, At(0, lambda run_id: None), stop=stop)
+    assert (result.status, result.steps, result.checkpoint) == ("interrupted", 0, "")
+    assert str(stop.interrupted("x")) == f"x; go on with {result.run_id}"
+    client = Tracking(config.tracking).client
+    assert client.get_run(result.run_id).info.status == "KILLED"
+    plot_losses({"none yet": result.losses}, tmp_path / "loss.png")
+    went_on = drive(config, At(0, lambda run_id: None), resume="auto")
+    assert (went_on.run_id, went_on.status, went_on.steps) == (result.run_id, "finished", 60)
+    assert client.get_run(result.run_id).info.status == "FINISHED"
