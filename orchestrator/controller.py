@@ -77,6 +77,20 @@ class _Change:
     reason: Reason
     cause: str = ""
     began: float = field(default_factory=time.time)
+    found: float = field(default_factory=time.monotonic)
+    late_s: float = field(init=False)
+    """From its beginning to when it was found."""
+
+    def __post_init__(self) -> None:
+        self.late_s = max(0.0, time.time() - self.began)
+
+    def seconds(self, resumed: float, step_s: float) -> float:
+        """Return the seconds from its beginning to `resumed`, when a step began that took `step_s` and ended just now.
+
+        Nodes tell the time more exactly than we could find out, but a clock may have been set meanwhile.
+        """
+        told, most = resumed - self.began, self.late_s + time.monotonic() - self.found
+        return told if 0.0 <= told <= most else max(0.0, most - step_s)
 
 
 class Controller:
@@ -360,8 +374,8 @@ class Controller:
         """All have left at a boundary: the next generation goes on from there."""
         self._spare_since = None
         # One that is still being recovered from counts from its beginning.
-        change.began = self.change.began if self.change else max(ended.time for ended in group.ended.values())
-        self.change = change
+        began = self.change.began if self.change else max(ended.time for ended in group.ended.values())
+        self.change = change = _Change(change.reason, change.cause, began)
         if change.reason == "preemption":
             self._budget("preemption", change.cause, None)
 
@@ -525,7 +539,7 @@ class Controller:
                     steps_redone=self.redone,
                     storage_bytes=self.storage_bytes,
                     resumed=report.time - report.seconds,
-                    seconds=max(0.0, report.time - report.seconds - change.began),
+                    seconds=change.seconds(report.time - report.seconds, report.seconds),
                 )
                 self.tally.recovered(recovery)
                 self._event(recovery)

@@ -286,9 +286,9 @@ def _attempt(
         except FencedError:
             raise  # The record is another driver's from here on.
         except BaseException:
-            recorder.close(time.time())
+            recorder.close(time.monotonic())
             raise
-        recorder.close(time.time())
+        recorder.close(time.monotonic())
     record.flush()
     result = RunResult(
         record.run_id,
@@ -302,7 +302,7 @@ def _attempt(
         sample=recorder.sample,
         recoveries=len(tally.faults),
         changes=[change for change in tally.recoveries if change["reason"] != "start"],
-        goodput=tally.goodput(time.time()),
+        goodput=tally.goodput(time.monotonic()),
         mttr_s=tally.mean_time_to_recovery(),
     )
     try:

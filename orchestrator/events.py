@@ -101,10 +101,33 @@ class DriverStarted(Event):
 
 
 @dataclass
+class Elapsed:
+    """Seconds of a run over all its drivers, of which each had a clock that somebody may have set meanwhile."""
+
+    seconds: float = 0.0
+    _at: float | None = None
+    _uptime: float = 0.0
+
+    def begin(self, at: float) -> None:
+        """A driver begins, by its clock at `at`: what its predecessor's clock had not reached yet has passed, too."""
+        if self._at is not None:
+            self.seconds += max(0.0, at - self._at)
+        self._at, self._uptime = at, 0.0
+
+    def live(self, at: float, uptime: float) -> None:
+        """A driver has lived for `uptime` seconds, which no clock set changes, when its clock was at `at`."""
+        self.seconds += max(0.0, uptime - self._uptime)
+        self._at, self._uptime = at, uptime
+
+
+@dataclass
 class Tally:
     """What events and steps add up to."""
 
     began: float
+    """When this driver began, on the monotonic clock."""
+    before_s: float = 0.0
+    """Seconds from the run's beginning to that."""
     productive_s: float = 0.0
     recoveries: list[dict[str, Any]] = field(default_factory=list)
 
@@ -127,5 +150,9 @@ class Tally:
         return sum(seconds) / len(seconds) if seconds else None
 
     def goodput(self, now: float) -> float:
-        """Return the share of the time since the run's beginning that went into steps that count."""
-        return self.productive_s / max(now - self.began, 1e-9)
+        """Return the share of the time since the run's beginning that went into steps that count.
+
+        Args:
+            now: on the monotonic clock.
+        """
+        return self.productive_s / max(self.before_s + now - self.began, self.productive_s, 1e-9)

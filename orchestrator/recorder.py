@@ -3,13 +3,14 @@
 import json
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from optim.schedule import learning_rate
 from orchestrator.config import RunConfig
-from orchestrator.events import DriverStarted, Event, Fault, Membership, Recovery, Tally
+from orchestrator.events import DriverStarted, Elapsed, Event, Fault, Membership, Recovery, Tally
 from orchestrator.journal import Journal, read_journal
 from orchestrator.pool import NodeUsage
 from orchestrator.report import DESCRIPTION, Links, describe, recovery_report
@@ -148,7 +149,7 @@ class RunRecorder:
                     "recovery_seconds": event.seconds,
                     "recovery_steps_redone": event.steps_redone,
                     "recovery_storage_bytes": event.storage_bytes,
-                    "goodput": self.tally.goodput(event.time),
+                    "goodput": self.tally.goodput(time.monotonic()),
                 }
                 self.record.note(event.step, event.time, values)
                 self.record.tag_later("raymuon.recoveries", str(len(self.tally.faults)))
@@ -194,12 +195,12 @@ class RunRecorder:
             The losses of that step.
         """
         self.record.hurry(HURRY_S)
-        self.journal.ship()
+        self._ship()
         self._losses = {at: losses for at, losses in self._losses.items() if at >= step}
         return self._losses.get(step, {})
 
     def close(self, now: float) -> None:
-        """Put down the rest, and what it all adds up to."""
+        """Put down the rest, and what it all adds up to; `now` on the monotonic clock."""
         report = recovery_report(self.events, self.tally, now)
         self.keep({"recovery.md": report.encode(), "events.json": json.dumps(self.events, indent=1).encode()})
         for thread in self._artifacts:
@@ -207,7 +208,11 @@ class RunRecorder:
         self._try(lambda: self.record.tag("raymuon.goodput", f"{self.tally.goodput(now):.4f}"))
         if (mttr := self.tally.mean_time_to_recovery()) is not None:
             self._try(lambda: self.record.tag("raymuon.mttr_seconds", f"{mttr:.2f}"))
-        self._try(self.journal.ship)
+        self._try(self._ship)
+
+    def _ship(self) -> None:
+        self.journal.add({"uptime": time.monotonic() - self.tally.began, "time": time.time()})
+        self.journal.ship()
 
     def _note_loss(self, step: int, name: str, loss: float) -> None:
         self._losses.setdefault(step, {})[name] = loss
@@ -260,7 +265,7 @@ def go_on_with(
     Returns:
         What adds up, and the events.
     """
-    tally = Tally(now)
+    tally, elapsed = Tally(time.monotonic()), Elapsed()
     events: list[dict[str, Any]] = []
     seen: set[int] = set()
     recorded = None
@@ -268,7 +273,9 @@ def go_on_with(
         if "event" in line:
             events.append(_slim(line))
         if line.get("event") == DriverStarted.__name__:
-            tally.began = min(tally.began, line["time"])
+            elapsed.begin(line["time"])
+        elif "uptime" in line:
+            elapsed.live(line["time"], line["uptime"])
         elif line.get("event") == Recovery.__name__:
             tally.recoveries.append(line)
         elif "series" in line and line["step"] <= last_step:
@@ -280,6 +287,8 @@ def go_on_with(
                 recorded = line["values"]["lr"]
     if recorded is not None and (jump := rate_jump(config, last_step, recorded)):
         warn(jump)
+    elapsed.begin(now)
+    tally.before_s = elapsed.seconds
     return tally, events
 
 

@@ -71,7 +71,7 @@ def describe(config: RunConfig, run_id: str, links: Links, events: list[dict[str
 
 
 def recovery_report(events: list[dict[str, Any]], tally: Tally, now: float) -> str:
-    """Return what a run has survived, and what that has cost, as Markdown."""
+    """Return what a run has survived, and what that has cost, as Markdown; `now` on the monotonic clock."""
     mttr = tally.mean_time_to_recovery()
     redone = sum(recovery["steps_redone"] for recovery in tally.recoveries)
     read = sum(recovery["storage_bytes"] for recovery in tally.recoveries if recovery["reason"] != "start")

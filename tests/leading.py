@@ -146,7 +146,7 @@ class Lead:
         progress = Progress(step=restored, committed=restored if manifest else -1)
         self.lease = Lease(self.log.store, strict=False)
         self.controller = Controller(
-            config, self.pool, commits, task, progress, self.notes, Tally(time.time()), self.lease
+            config, self.pool, commits, task, progress, self.notes, Tally(time.monotonic()), self.lease
         )
         self.stop = StopSignal()
         self.error: BaseException | None = None
