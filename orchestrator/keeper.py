@@ -10,7 +10,6 @@ What it holds is found by looking into the regions themselves, so a worker's dea
 import queue
 import secrets
 import signal
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from workers.snapshots.kept import KeptShard
 from workers.snapshots.region import NONE, SLOTS, Region, RegionSize
 from workers.storage import Store, configure_s3
 from workers.uploads import Bandwidth
-from workers.wire import Address, Connection
+from workers.wire import Address, Connection, listen
 
 UPLOADS = 2
 """Shards that are written to storage at the same time, each in several parts."""
@@ -75,7 +74,7 @@ class Keeper:
 
     def __init__(self, host: str, token: str, storage: StorageConfig) -> None:
         configure_s3(storage.s3_endpoint)
-        self._listener = socket.create_server((host, 0))
+        self._listener = listen(host)
         self._address = Address(host, self._listener.getsockname()[1], token)
         self._lock = threading.Lock()
         self._own: dict[tuple[int, int], _Held] = {}

@@ -26,6 +26,12 @@ class Address:
     token: str = field(repr=False)
 
 
+def listen(host: str) -> socket.socket:
+    """Return a socket that listens at any free port of an address of either family, or of a name."""
+    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(address, family=family)
+
+
 class Connection:
     """One end of a connection; ConnectionError when the other end is gone."""
 
