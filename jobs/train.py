@@ -50,7 +50,8 @@ def train(
     )
     with TerminalWatcher(run_config.train.global_batch * run_config.train.seq_len) as watcher:
         if look and is_local(address):
-            _look(run_config, watcher)
+            with stop.abruptly():  # It imports torch.
+                _look(run_config, watcher)
         result = run(run_config, resume, address, watcher, stop, options)
     summary = _summary(run_config, result, plots[0] if plots else None)
     _print(summary, Console(stderr=as_json, highlight=False))

@@ -39,9 +39,10 @@ from orchestrator.handles import Gone
 from orchestrator.keeper import Keeper
 from orchestrator.local_ray import ready_for_local_ray
 from orchestrator.reach import reach
+from orchestrator.stop import StopSignal
 from workers.actor import Worker
 from workers.config import StorageConfig
-from workers.errors import ClusterError
+from workers.errors import ClusterError, Interrupted
 from workers.source import ROOT
 
 LOCAL = "local"
@@ -103,11 +104,12 @@ def signals_apart() -> Iterator[None]:
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[Joined]:
+def connected(address: str | None, stop: StopSignal) -> Iterator[Joined]:
     """Join the cluster at `address` (or RAY_ADDRESS), or start a local Ray.
 
     Raises:
         ClusterError: no cluster answers there.
+        Interrupted: a person has ended it; what Ray has started ends with this process.
     """
     local = is_local(address)
     address = address or os.environ.get("RAY_ADDRESS") or LOCAL
@@ -115,7 +117,7 @@ def connected(address: str | None) -> Iterator[Joined]:
         ready_for_local_ray()
     _reach(address)
     try:
-        with signals_apart():
+        with signals_apart(), stop.abruptly():
             context = ray.init(
                 address,
                 include_dashboard=False if local else None,
@@ -126,6 +128,8 @@ def connected(address: str | None) -> Iterator[Joined]:
                 _system_config={"worker_niceness": 0} if local else None,
                 job_config=_own_code(address),  # type: ignore[arg-type]  (None is Ray's default)
             )
+    except Interrupted:
+        raise
     except Exception as error:  # Ray raises bare ones, too, for instance where a node does not start in time.
         if local:
             raise ClusterError(f"a local Ray could not be started: {error}") from error

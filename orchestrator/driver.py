@@ -136,7 +136,7 @@ def run(
                 answer.result()  # A refusal does not wait for slots or workers.
 
     watcher.phase("starting Ray")
-    with connected(address) as joined:
+    with connected(address, stop) as joined:
         cluster = RayCluster(config.scaling, joined.local)
         with Pool(
             cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, notice=watcher.warn

@@ -24,7 +24,8 @@ class StopSignal:
     """Counts the requests to stop.
 
     The handler of a signal counts. Raising from it would unwind through Ray's C++ calls, which turn it into an error of
-    their own; so whoever waits does so in short stretches and calls `check`.
+    their own; so whoever waits does so in short stretches and calls `check`. What takes long, cannot check and leaves
+    nothing half done does it `abruptly`.
 
     Args:
         way_on: tells how to go on with the run of an id, or, of an empty one, how to begin again.
@@ -39,7 +40,7 @@ class StopSignal:
         self.run_id = ""
         """Of the run that has begun."""
         self._way_on, self._clock = way_on, clock
-        self._heard, self._at_once = -math.inf, True
+        self._heard, self._at_once, self._raises = -math.inf, True, False
 
     def listen(self, outlive_terminal: bool = True, at_once: bool = True) -> None:
         """Take the signals of this process from now on.
@@ -69,6 +70,8 @@ class StopSignal:
                 os.write(2, f"raymuon: {self.interrupted('ended at once')}\n".encode())
             os._exit(Interrupted.exit_code)
         self.request()
+        if self._raises:
+            raise KeyboardInterrupt
 
     def check(self) -> None:
         """Raise Interrupted after a second request, or after the first where there is no step to finish."""
@@ -79,6 +82,19 @@ class StopSignal:
     def interrupted(self, text: str) -> Interrupted:
         """Return the error that ends the command, with the way on as its last words."""
         return Interrupted("; ".join(filter(None, (text, self._way_on(self.run_id)))))
+
+    @contextmanager
+    def abruptly(self) -> Iterator[None]:
+        """Have the handler of a signal raise meanwhile, as Python's own does; it comes out as Interrupted."""
+        self._raises = True
+        try:
+            yield
+            self._raises = False
+            self.check()  # Whatever was done may have swallowed the exception.
+        except KeyboardInterrupt:
+            raise self.interrupted("interrupted") from None
+        finally:
+            self._raises = False
 
     @contextmanager
     def during_training(self) -> Iterator[None]:

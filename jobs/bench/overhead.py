@@ -17,6 +17,7 @@ from jobs.bench.process import raymuon, run_json, torchrun
 from jobs.load import load, plain_yaml
 from orchestrator.cluster import connected
 from orchestrator.config import RunConfig, TrackingConfig
+from orchestrator.stop import StopSignal
 from workers.errors import ClusterError
 
 WARMUP_STEPS = 10
@@ -45,7 +46,7 @@ def overhead(overrides: list[str], repeats: int, say: Any) -> dict[str, Any]:
         for round_ in range(repeats):
             # In turns, and in another order every round: the machine's speed drifts.
             for arm in list(arms)[:: -1 if round_ % 2 else 1]:
-                with nullcontext() if arm == "torchrun_bare" else connected("local"):
+                with nullcontext() if arm == "torchrun_bare" else connected("local", StopSignal()):
                     speed = _raymuon(path, config) if arm == "raymuon" else _torchrun(path, config, folder)
                 arms[arm].append(speed)
                 say(f"round {round_ + 1}, {arm}: {speed:,.0f} tokens/s")

@@ -81,7 +81,7 @@ def examine(
     if scope.tracking:  # A run in MLflow must not be left half made: the thread is waited for.
         looking = in_background(lambda: look_at_tracking(config.tracking), may_be_torn=False)
     phase("joining the cluster")
-    with connected(address) as joined, _Round(config, stop) as round_:
+    with connected(address, stop) as joined, _Round(config, stop) as round_:
         phase(f"looking at {len(round_.machines)} node(s)")
         found = round_.look(joined.dashboard_url)
         if scope.storage:

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -67,3 +68,18 @@ def test_what_each_signal_means(name, outlive):
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 130
         assert process.stderr.read() == "raymuon: ended at once; begin again\n"
+
+
+def test_what_cannot_check_is_ended_by_the_first_signal():
+    stop = StopSignal(lambda run_id: "begin again")
+    with pytest.raises(Interrupted, match="^interrupted; begin again$"), stop.abruptly():
+        stop._hear()
+        raise AssertionError("it goes on")
+    late = StopSignal()
+    with pytest.raises(Interrupted), late.abruptly(), suppress(BaseException):  # As some imports do.
+        late._hear()
+    quiet = StopSignal()
+    with quiet.abruptly():
+        pass
+    quiet._hear()
+    assert quiet.requests == 1
