@@ -20,6 +20,7 @@ class TerminalWatcher:
         self.console = Console(stderr=True, highlight=False, markup=False)  # Errors have brackets of their own.
         self.tokens_per_step = tokens_per_step
         self.last_step = 0
+        self.warned = ""
         self.next_line = 0.0
         self.rate = 0.0
         self.bar = Progress(
@@ -46,7 +47,10 @@ class TerminalWatcher:
         self.console.print(f"{text} ...", style="dim")
 
     def warn(self, text: str) -> None:
-        """Say what is wrong."""
+        """Say what is wrong; once, where several stumble over the same one after the other."""
+        if text == self.warned:
+            return
+        self.warned = text
         self.console.print(text, style="yellow", soft_wrap=True)  # It may have a command that can be pasted.
 
     def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:

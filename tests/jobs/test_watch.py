@@ -11,3 +11,10 @@ def test_an_error_with_brackets_is_told_as_it_is(capsys):
         watcher.event(Fault(time=0.0, step=7, began=0.0, **fault))
         watcher.warn(cause)
     assert "".join(capsys.readouterr().err.split()).count(cause.replace(" ", "")) == 2
+
+
+def test_the_same_warning_one_after_the_other_is_told_once(capsys):
+    with TerminalWatcher(64) as watcher:
+        for text in ("gone", "gone", "gone", "slow", "gone"):
+            watcher.warn(text)
+    assert capsys.readouterr().err.split() == ["gone", "slow", "gone"]
