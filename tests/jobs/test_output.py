@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.submit import watch
+from workers.errors import StorageError
+
 TALKS = """
 import logging, os, sys, threading
 from rich.console import Console
@@ -78,3 +81,27 @@ def test_a_pipe_that_does_not_block_loses_nothing(tmp_path):
     reader.join()
     lines = b"".join(read).decode().splitlines()
     assert lines == [*(f"stdout {number} {'.' * 100}" for number in range(300)), "from a thread"]
+
+
+class Following:
+    """A job that talks twice, and then fails."""
+
+    def __init__(self) -> None:
+        self.told = 0
+
+    def follow(self, job: str, write) -> None:
+        for _ in range(2):
+            self.told += 1
+            write("a line\n")
+
+    def info(self, job: str) -> dict:
+        return {"status": "FAILED", "exit_code": 5}
+
+
+@pytest.mark.parametrize(("unread", "told", "ends"), [(False, 1, SystemExit), (True, 2, StorageError)])
+def test_a_log_that_nobody_reads_is_not_followed_and_a_submission_ends_as_its_job_does(monkeypatch, unread, told, ends):
+    monkeypatch.setattr("jobs.submit.nobody_reads", lambda: True)
+    job = Following()
+    with pytest.raises(ends) as raised:
+        watch(job, "job", "run", unread)
+    assert job.told == told and (ends is StorageError or raised.value.code == 0)
