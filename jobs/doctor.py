@@ -4,12 +4,11 @@ from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from jobs.load import load
+from jobs.table import print_table
 from jobs.tell import tell
 from orchestrator.config import RunConfig, absolute
 from orchestrator.doctor.examine import Scope, examine
@@ -90,17 +89,15 @@ def asked_for(config: str | None, overrides: list[str], storage: str, calibrate:
 
 def show(findings: list[Finding], console: Console) -> None:
     """Print a table, grouped by check, and a line that sums it up."""
-    table = Table("check", "", "node", "seen, and what to do", box=SIMPLE)
-    table.columns[2].overflow = table.columns[3].overflow = "fold"
+    rows = []
     for check, group in groupby(findings, key=lambda finding: finding.check):
         for number, finding in enumerate(group):
             seen = Text(finding.seen)
             if finding.mend:
                 seen.append(f"\n-> {finding.mend}", style="dim")
             status = Text(finding.status, style=COLOURS[finding.status])
-            table.add_row("" if number else check, status, finding.node, seen)
-        table.add_section()
-    console.print(table)
+            rows.append(("" if number else check, status, finding.node, seen))
+    print_table(console, ("check", "", "node", "seen, and what to do"), rows, wrap=True)
     failures, warnings = (sum(one.status == status for one in findings) for status in ("failure", "warning"))
     colour = COLOURS["failure" if failures else "warning" if warnings else "ok"]
     console.print(f"{failures} failure(s), {warnings} warning(s)", style=colour)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from jobs.load import load_values
 from jobs.record import OTHER_PRECISION, TOLERANCE, Attempt, Comparison, Record, attempt_of, compare, read_record
 from jobs.runs import Found, find
+from jobs.table import print_table
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
 from orchestrator.cluster import is_local
@@ -260,14 +260,15 @@ def _verdict(comparison: Comparison) -> str:
 
 def _show(console: Console, comparison: Comparison, first: int, last: int) -> None:
     """Print the steps that say most, and the verdict."""
-    table = Table("step", "metric", "on record", "replayed", "relative difference")
+    head = ("step", "metric", "on record", "replayed", "relative difference")
     rows = [one for one in comparison.differences if first <= one.step <= last]
     if (different := comparison.first_different) is not None:
         rows = [one for one in comparison.differences if one.step >= different.step]
+    cells = []
     for one in rows[:SHOWN]:
         told = "bitwise equal" if one.equal else f"{one.relative:.2g}"
-        table.add_row(str(one.step), one.metric, f"{one.recorded:.9g}", f"{one.replayed:.9g}", told)
-    console.print(table)
+        cells.append((str(one.step), one.metric, f"{one.recorded:.9g}", f"{one.replayed:.9g}", told))
+    print_table(console, head, cells)
     if len(rows) > SHOWN:
         console.print(f"and {len(rows) - SHOWN} more numbers", style="dim")
     for largest in filter(None, map(comparison.largest, ("loss", "grad_norm", "val_loss"))):

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from jobs.cli.options import AsJson, CheckpointUrl, S3Endpoint, TrackingUri
+from jobs.table import print_table
 from jobs.tell import tell
 from orchestrator.config import DEFAULT_TRACKING_URI
 
@@ -30,15 +30,16 @@ def checkpoints_ls(
     if as_json:
         tell(rows)
         return
-    table = Table("run", "step", "attempt", "saved", "world size", "tokens", "MB", "")
+    told = []
     for row in rows:
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
-        known = (
-            (row["world_size"], f"{row['tokens']:,}", f"{row['bytes'] / 1e6:.1f}") if not row["damaged"] else ("?",) * 3
-        )
+        known = ("?", "?", "?")
+        if not row["damaged"]:
+            known = (str(row["world_size"]), f"{row['tokens']:,}", f"{row['bytes'] / 1e6:,.1f} MB")
         note = row["damaged"] or ("pinned" if row["pinned"] else "")
-        table.add_row(row["run_id"], *map(str, (row["step"], row["attempt"], saved, *known)), note)
-    Console().print(table)
+        told.append((row["run_id"], str(row["step"]), str(row["attempt"]), saved, *known, note))
+    head = ("run", "step", "attempt", "saved", "world size", "tokens", "size", "")
+    print_table(Console(highlight=False), head, told)
 
 
 @checkpoints_app.command("show")
@@ -56,11 +57,9 @@ def checkpoints_show(
         return
     console = Console(highlight=False)
     for key in ("run_id", "step", "attempt", "world_size", "counters", "identity"):
-        console.print(f"{key}: {found[key]}")
-    table = Table("kind", "tensor", "shape")
-    for tensor in found["tensors"]:
-        table.add_row(tensor["kind"], tensor["name"], str(tensor["shape"]))
-    console.print(table)
+        console.print(f"{key}: {found[key]}", markup=False, soft_wrap=True)
+    rows = [(tensor["kind"], tensor["name"], str(tensor["shape"])) for tensor in found["tensors"]]
+    print_table(console, ("kind", "tensor", "shape"), rows)
 
 
 @checkpoints_app.command("diff")
@@ -80,11 +79,9 @@ def checkpoints_diff(
         tensors = [asdict(difference) for difference in differences]
         tell({"bitwise_equal": equal, "max_abs": largest, "tensors": tensors})
         return
-    table = Table("kind", "tensor", "largest difference", "bitwise equal")
-    for d in differences:
-        table.add_row(d.kind, d.name, d.note or f"{d.max_abs:.3g}", "yes" if d.bitwise_equal else "no")
-    console = Console()
-    console.print(table)
+    rows = [(d.kind, d.name, d.note or f"{d.max_abs:.3g}", "yes" if d.bitwise_equal else "no") for d in differences]
+    console = Console(highlight=False)
+    print_table(console, ("kind", "tensor", "largest difference", "bitwise equal"), rows)
     console.print("bitwise equal" if equal else f"different; largest difference {largest}")
 
 

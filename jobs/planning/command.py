@@ -1,13 +1,13 @@
 """`raymuon plan`: plans for a person to read."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from jobs.planning.matrices import orthogonalization
-from jobs.planning.plan import Machines, Plan, Terms, gigabytes, plan_run
+from jobs.planning.plan import Machines, Plan, Terms, gigabytes, plan_run, with_types
+from jobs.table import print_table
 from jobs.tell import tell
 from optim.plan import PlanFigures
 from orchestrator.config import RunConfig
@@ -16,7 +16,7 @@ from workers.errors import ConfigError
 
 
 def show(config: RunConfig, counts: list[int], machines: Machines, terms: Terms, as_json: bool) -> None:
-    """Print the plan for each number of GPUs; without a device, that of the matrices alone.
+    """Print the plan for each number of GPUs, a column for each; without a device, for types that would do.
 
     Args:
         config: of the run.
@@ -26,23 +26,22 @@ def show(config: RunConfig, counts: list[int], machines: Machines, terms: Terms,
         as_json: as JSON on the last line of stdout.
 
     Raises:
-        ConfigError: the last of them does not fit.
+        ConfigError: one of them does not fit.
     """
-    console = Console(highlight=False)
+    cases = [replace(machines, gpus=count) for count in counts]
     if not machines.known:
-        of_matrices = [orthogonalization(config, count) for count in counts]
-        if as_json:
-            tell([one.as_dict() for one in of_matrices])
-        else:
-            console.print(_matrices(of_matrices))
-            console.print("With --gpu-type NAME or --calibration FILE: memory, time, traffic and money.")
-        return
-    plans = [plan_run(config, replace(machines, gpus=count), terms) for count in counts]
+        cases = [case for one in cases for case in with_types(config, one)]
+    plans = [plan_run(config, case, terms) for case in cases]
     if as_json:
         tell([one.as_dict() for one in plans] if len(plans) > 1 else plans[0].as_dict())
     else:
-        for table in tables(plans):
-            console.print(table)
+        console = Console(highlight=False)
+        if not machines.known:
+            text = "No --gpu-type and no --calibration: these are the smallest and the fastest GPUs that hold the run."
+            console.print(text, soft_wrap=True)
+        heads = [f"{one.machines.gpus:,} x {one.device.device}" for one in plans]
+        for title, rows in tables(plans).items():
+            print_table(console, ("", *heads), [(name, *cells) for name, cells in rows.items()], title)
     for one in plans:
         one.require_fit()
 
@@ -59,20 +58,12 @@ def read_calibration(path: Path) -> Calibration:
         raise ConfigError(f"--calibration {path}: cannot be read ({error}); raymuon doctor writes it") from error
 
 
-def tables(plans: list[Plan]) -> list[Table]:
-    """Return tables with a column for each plan."""
-    heads = [f"{one.machines.gpus:,} x {one.device.device}" for one in plans]
-
-    def table(title: str, rows: dict[str, list[str]]) -> Table:
-        made = Table(title, *heads)
-        for name, cells in rows.items():
-            if any(cells):
-                made.add_row(name, *cells)
-        return made
-
+def tables(plans: list[Plan]) -> dict[str, dict[str, list[str]]]:
+    """Return by title and name of a row what stands in it for each plan, with its unit."""
     names = dict.fromkeys(part for one in plans for part in one.memory.parts())
     memory = {name: [_bytes(one.memory.parts().get(name, 0)) for one in plans] for name in names}
-    memory["peak, in the phase"] = [f"{gigabytes(one.memory.peak)}, {one.memory.worst_phase}" for one in plans]
+    memory["peak"] = [gigabytes(one.memory.peak) for one in plans]
+    memory["in the phase"] = [one.memory.worst_phase for one in plans]
     memory["device"] = [gigabytes(one.device.memory_bytes) + ("" if one.fits else ": DOES NOT FIT") for one in plans]
     memory["a node's keeper, host memory"] = [gigabytes(one.memory.keeper_bytes_per_node) for one in plans]
 
@@ -85,50 +76,45 @@ def tables(plans: list[Plan]) -> list[Table]:
     time = {name: [_seconds(getattr(one.time, name)) for one in plans] for name in parts}
     time["step"] = [_seconds(one.time.total) for one in plans]
     time["Newton-Schulz, of it"] = [f"{one.time.newton_schulz_share:.1%}" for one in plans]
-    time["tokens per second"] = [f"{one.tokens_per_second:,.0f}" for one in plans]
+    time["speed"] = [f"{one.tokens_per_second:,.0f} tokens/s" for one in plans]
     time["model FLOPs utilization"] = [f"{one.mfu:.1%}" for one in plans]
 
+    best = [one.goodput for one in plans]
     run = {
+        "parameters": [f"{one.parameters:,}" for one in plans],
         "tokens": [f"{one.tokens:,}" for one in plans],
-        "days": [f"{one.days:,.3g}" for one in plans],
-        "GPU-hours": [f"{one.gpu_hours:,.3g}" for one in plans],
+        "time": [f"{one.days:,.3g} days" for one in plans],
+        "GPU time": [f"{one.gpu_hours:,.3g} hours" for one in plans],
         "money": ["" if one.money is None else f"{one.money:,.2f}" for one in plans],
-        "goodput expected": [f"{one.goodput.share:.2%}" if one.goodput else "" for one in plans],
-        "best, with snapshots and checkpoints every": [
-            f"{one.goodput.best_share:.2%}, {one.goodput.best_snapshot_every:,} and "
-            f"{one.goodput.best_checkpoint_every:,} steps"
-            if one.goodput
-            else ""
-            for one in plans
-        ],
+        "goodput expected": [f"{one.share:.2%}" if one else "" for one in best],
+        "best goodput": [f"{one.best_share:.2%}" if one else "" for one in best],
+        "with snapshots every": [f"{one.best_snapshot_every:,} steps" if one else "" for one in best],
+        "and checkpoints every": [f"{one.best_checkpoint_every:,} steps" if one else "" for one in best],
     }
-    found = [
-        table("memory of a rank, at its peak", memory),
-        table("bytes that a rank sends in a step", traffic),
-        table("seconds of a step", time),
-        table("the run", run),
-    ]
-    matrices = [one.matrices for one in plans if one.matrices]
-    return [*found, _matrices(matrices)] if matrices else found
+    found = {
+        "memory of a rank, at its peak": memory,
+        "sent by a rank in a step": traffic,
+        "a step": time,
+        "the run": run,
+        "matrices": _matrices([one.matrices for one in plans]),
+    }
+    said = {title: {name: cells for name, cells in rows.items() if any(cells)} for title, rows in found.items()}
+    return {title: rows for title, rows in said.items() if rows}
 
 
-def _matrices(plans: list[PlanFigures]) -> Table:
-    table = Table(
-        *("GPUs", "matrices", "straddlers", "MB each way", "of the all-gather"),
-        *("TFLOP in all", "worst rank's", "over the mean"),
-    )
-    for one in plans:
-        table.add_row(
-            f"{one.gpus:,}",
-            f"{one.matrices:,}",
-            f"{one.straddlers:,}",
-            f"{one.bytes_each_way / 1e6:,.1f}",
-            f"{one.worst_share_of_all_gather:.3%}",
-            f"{one.operations / 1e12:,.3f}",
-            f"{one.worst_operations / 1e12:,.3f}",
-            f"{one.imbalance:.2f}",
-        )
-    return table
+def _matrices(plans: list[PlanFigures | None]) -> dict[str, list[str]]:
+    def row(cell: Callable[[PlanFigures], str]) -> list[str]:
+        return [cell(one) if one else "" for one in plans]
+
+    return {
+        "orthogonalized": row(lambda one: f"{one.matrices:,}"),
+        "straddlers": row(lambda one: f"{one.straddlers:,}"),
+        "sent each way": row(lambda one: f"{one.bytes_each_way / 1e6:,.1f} MB"),
+        "at worst, of a rank's all-gather": row(lambda one: f"{one.worst_share_of_all_gather:.3%}"),
+        "work in all": row(lambda one: f"{one.operations / 1e12:,.3f} TFLOP"),
+        "work of the worst rank": row(lambda one: f"{one.worst_operations / 1e12:,.3f} TFLOP"),
+        "over the mean": row(lambda one: f"{one.imbalance:.2f} times"),
+    }
 
 
 def _bytes(nbytes: float) -> str:
@@ -136,4 +122,5 @@ def _bytes(nbytes: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:,.3g}"
+    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
+    return f"{scale * seconds:,.3g} {unit}"

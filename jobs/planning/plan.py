@@ -323,6 +323,22 @@ def what_would_fit(config: RunConfig, machines: Machines) -> Iterator[str]:
                 break
 
 
+def with_types(config: RunConfig, machines: Machines) -> list[Machines]:
+    """Return the machines with the GPU of least memory that holds the run, and with the fastest that does.
+
+    Where none does it is the largest, alone.
+    """
+
+    def holds(gpu_type: str) -> bool:
+        on = replace(machines, gpu_type=gpu_type)
+        return needed_on(memory_on(config, on, on.device()), on, on.device()) <= GPUS[gpu_type].memory_gb * 10**9
+
+    types = [name for name in GPUS if holds(name)] or [max(GPUS, key=lambda name: GPUS[name].memory_gb)]
+    smallest = min(types, key=lambda name: (GPUS[name].memory_gb, -GPUS[name].tflops))
+    fastest = max(types, key=lambda name: (GPUS[name].tflops, -GPUS[name].memory_gb))
+    return [replace(machines, gpu_type=name) for name in dict.fromkeys((smallest, fastest))]
+
+
 def gigabytes(nbytes: float) -> str:
     """Return bytes for people."""
     return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"

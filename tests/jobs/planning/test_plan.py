@@ -1,6 +1,7 @@
 """The plan against real engines, and what it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -232,6 +233,27 @@ def test_both_forms_of_the_command(tmp_path):
     assert told["fits"] and told["memory"]["peak_bytes"] > 0 and told["bytes_sent"]["reduce"] > 0
     assert told["seconds"]["total"] > 0 and told["goodput"]["share"] < 1 and told["money"] > 0
     assert told["matrices"]["straddlers"] == 1
+
+
+@pytest.mark.parametrize("width", ["20", "80"])
+def test_without_a_type_those_that_hold_the_run_are_planned_and_the_tables_are_whole(width):
+    arguments = ["plan", "moonlight-16b", "--gpus", "8", "--gpus", "64", "train.steps=1", "train.seq_len=4096"]
+    output = CliRunner(env={"COLUMNS": width}).invoke(app, arguments).output
+    assert "the smallest and the fastest GPUs that hold the run" in output and "…" not in output
+    heads = re.findall(r"^ .*data sheet.*$", output, re.MULTILINE)
+    cases = re.findall(r"\d+ x \S+ \(data sheet\)", heads[0])
+    assert len(heads) == 5 and len(cases) >= 3 and {case.split(" ")[0] for case in cases} == {"8", "64"}
+    rows = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in output.splitlines() if "  " in line.strip())
+    assert rows["weights"].split("  ")[0] == "31.9 GB" and rows["speed"].count("tokens/s") == len(cases)
+    assert rows["time"].count("days") == rows["GPU time"].count("hours") == len(cases)
+    assert rows["straddlers"].split()[0] == "7" and rows["work in all"].count("TFLOP") == len(cases)
+    assert "DOES NOT FIT" not in output
+
+
+def test_where_no_type_holds_the_run_the_largest_is_shown_and_refused():
+    done = CliRunner().invoke(app, ["plan", "moonlight-16b", "--gpus", "1"])
+    assert isinstance(done.exception, ConfigError) and "1 x B200 (data sheet)" in done.output
+    assert "180.0 GB: DOES NOT FIT" in done.output
 
 
 def test_a_plan_starts_neither_ray_nor_deepspeed():
