@@ -20,7 +20,7 @@ model: {hidden_size: 32, num_layers: 2, num_heads: 2, kv_lora_rank: 16, qk_nope_
         v_head_dim: 16, intermediate_size: 64, moe_intermediate_size: 24, num_experts: 4, num_experts_per_token: 2,
         num_shared_experts: 1, router_bias_rate: 0.01, init_std: 0.1}
 data: {source: TEXTS}
-optim: {lr: 1.0e-2, schedule: wsd, decay_fraction: 0}
+optim: {lr: 1.0e-2, eps: 1.0e-3, schedule: wsd, decay_fraction: 0}
 train: {steps: 120, global_batch: 12, micro_batch: 4, seq_len: 64, validate_every: 30, validate_sequences: 8,
         sample_bytes: 50}
 scaling: {min_workers: 2, max_workers: 2, wait_s: 60}

@@ -10,6 +10,8 @@ from optim.reference import ReferenceMuon
 from tests.optim.test_zero1_oracle import Toy, engine_of
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.numeric
+
 LR = 0.02
 CONFIG = OptimConfig(lr=LR, ns_dtype="fp32", wire_dtype="fp32", grad_clip=0)
 SHAPES = {"busy": (24, 40), "experts": (6, 12, 20), "wide": (16, 96), "norm": (3,)}
