@@ -4,18 +4,20 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
-
 from jobs.ray_jobs import ENDED, Jobs
 from jobs.runs import Found
+from jobs.screen import Screen
 from jobs.submit import ADDRESS, JOB, watch
 from jobs.tell import tell
+from orchestrator.metrics import newest
 from orchestrator.run_log import RunLog
 from workers.errors import ClusterError, ConfigError, RaymuonError
 from workers.storage import Store
 
 SHOWN = ("loss", "val_loss", "world_size", "tokens", "tokens_per_second", "goodput", "faults")
 """Metrics of a status."""
+COUNTS = ("world_size", "tokens", "faults")
+"""Those of them that are whole numbers, which MLflow keeps as floats."""
 
 
 def job_of(found: Found, address: str, allow_open: bool) -> tuple[Jobs, str]:
@@ -42,20 +44,27 @@ def status(found: Found, address: str, allow_open: bool, as_json: bool) -> None:
     """Show where a run is: MLflow's view, its job's, and its newest checkpoint."""
     told: dict[str, Any] = {"run_id": found.run_id, "name": found.name, "status": found.status}
     if found.step is not None:
-        told["step"] = f"{found.step} of {found.tags.get('raymuon.steps') or found.params['train.steps']}"
-    told |= {key: found.metrics[key] for key in SHOWN if key in found.metrics}
-    told |= {
-        key: found.tags[f"raymuon.{key}"] for key in ("recoveries", "last_event") if f"raymuon.{key}" in found.tags
-    }
+        told["step"] = found.step
+        told["steps"] = int(found.tags.get("raymuon.steps") or found.params["train.steps"])
+    metrics = {key: newest(found.metrics, key) for key in SHOWN}
+    told |= {key: int(value) if key in COUNTS else value for key, value in metrics.items() if value is not None}
+    if recoveries := found.tags.get("raymuon.recoveries"):
+        told["recoveries"] = int(recoveries)
+    if last := found.tags.get("raymuon.last_event"):
+        told["last_event"] = last
     told |= _checkpoint(found)
     told["job"] = _job(found, address, allow_open)
     if as_json:
         tell(told)
         return
-    console = Console(highlight=False)
+    if (steps := told.pop("steps", None)) is not None:
+        told["step"] = f"{told['step']:,} of {steps:,}"
+    console = Screen()
     for key, value in told.items():
-        text = f"{value:,.4g}" if isinstance(value, float) else str(value)
-        console.print(f"{key.replace('_', ' '):18} {text}", soft_wrap=True, markup=False)
+        if value is None:
+            continue
+        text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        console.print(f"{key.replace('_', ' '):18} {text}")
 
 
 def logs(found: Found, address: str, allow_open: bool, follow: bool) -> None:
@@ -74,18 +83,18 @@ def stop(found: Found, address: str, allow_open: bool, wait_s: float) -> None:
         ClusterError: it has not ended in time; it may still be saving.
     """
     jobs, job = job_of(found, address, allow_open)
-    console = Console(stderr=True, highlight=False)
+    console = Screen(stderr=True)
     if (ended := jobs.info(job)["status"]) in ENDED:
         console.print(f"job {job} has ended already: {ended}")
         return
     jobs.stop(job)
-    console.print(f"[dim]job {job} finishes its step and saves ...[/dim]")
+    console.print(f"job {job} finishes its step and saves ...", style="dim")
     deadline = time.monotonic() + wait_s
     while (ended := jobs.info(job)["status"]) not in ENDED:
         if time.monotonic() > deadline:
             raise ClusterError(f"job {job} has not ended within {wait_s:g} s; see raymuon logs {found.run_id}")
         time.sleep(0.5)
-    console.print(f"job {job}: {ended}. Go on with: raymuon resume {found.run_id}", soft_wrap=True)
+    console.print(f"job {job}: {ended}. Go on with: raymuon resume {found.run_id}")
 
 
 def _checkpoint(found: Found) -> dict[str, Any]:
@@ -103,7 +112,10 @@ def _checkpoint(found: Found) -> dict[str, Any]:
     return {"checkpoint": f"{known} (not seen from here)" if known else "none yet"}
 
 
-def _job(found: Found, address: str, allow_open: bool) -> Any:
+def _job(found: Found, address: str, allow_open: bool) -> str | None:
+    """Return the run's newest job and its state; None of a run that nobody has submitted."""
+    if not address and ADDRESS not in found.tags:
+        return None
     try:
         jobs, job = job_of(found, address, allow_open)
         told = jobs.info(job)

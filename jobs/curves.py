@@ -1,32 +1,92 @@
 """Pictures of losses."""
 
-from collections.abc import Mapping
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
+from workers.text import visible
+
 Series = list[tuple[int, float]]
+BEGINNING = 0.1
+"""Share of the steps whose losses may lie above the picture: all runs fall alike from what chance gives."""
+MARGIN = 0.05
+"""Of the height, above and below."""
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It tells of caches and fonts, which nobody can mend here.
 
 
-def plot_losses(runs: Mapping[str, tuple[Series, Series]], path: Path) -> None:
+def plot_losses(
+    runs: Mapping[str, tuple[Series, Series]], path: Path, changes: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Draw training (thin) and validation (dots) losses of each run over its steps.
 
     Args:
         runs: label to training and validation losses, `(step, nats per byte)`.
         path: of the PNG.
+        changes: of the group of workers (`RunResult.changes`): a line at each, red after a fault, with the new size.
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
+    labelled = []
     for index, (label, (training, validation)) in enumerate(runs.items()):
         color = f"C{index}"
         if training:
             axes.plot(*zip(*training, strict=True), color=color, linewidth=0.8, alpha=0.5)
         if validation:
-            axes.plot(*zip(*validation, strict=True), color=color, marker="o", markersize=4, label=label)
+            labelled += axes.plot(*zip(*validation, strict=True), color=color, marker="o", markersize=4)
+            labelled[-1].set_label(visible(label))
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per byte)")
-    axes.set_ylim(top=min(6.0, axes.get_ylim()[1]))
+    if limits := height([point for series in runs.values() for one in series for point in one]):
+        axes.set_ylim(*limits)
+    _mark(axes, changes)
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(title="dots: validation")
-    figure.savefig(path, dpi=130)
+    if labelled:
+        legend = axes.legend(labelled, [line.get_label() for line in labelled], title="dots: validation")
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # A name is no formula.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # The picture shows a box in its place.
+        figure.savefig(path, dpi=130)
+
+
+def height(points: Sequence[tuple[int, float]]) -> tuple[float, float] | None:
+    """Return the lowest and the highest loss of a picture: where runs differ, and not what the first steps have.
+
+    Args:
+        points: `(step, loss)` of all runs, training and validation.
+
+    Returns:
+        None where there is nothing to see.
+    """
+    finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
+    if not finite:
+        return None
+    begins = BEGINNING * max(step for step, _ in finite)
+    low = min(loss for _, loss in finite)
+    high = max(loss for step, loss in finite if step >= begins)
+    margin = MARGIN * (high - low) or 0.05
+    return low - margin, high + margin
+
+
+def _mark(axes: Any, changes: Sequence[Mapping[str, Any]]) -> None:
+    for change in changes:
+        color = "C3" if change["reason"] == "fault" else "0.5"
+        workers = f"{change['world_size']} worker{'s' if change['world_size'] > 1 else ''}"
+        axes.axvline(change["step"], color=color, linestyle=":", linewidth=1)
+        axes.annotate(
+            f"{change['reason']}, {workers}",
+            (change["step"], 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-2, -4),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=7,
+            color=color,
+        )

@@ -4,10 +4,10 @@ from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from jobs.load import load
+from jobs.screen import Screen
 from jobs.table import print_table
 from jobs.tell import tell
 from orchestrator.config import RunConfig, absolute
@@ -47,17 +47,17 @@ def doctor(
     run_config, scope = asked_for(config, overrides, storage, calibration is not None)
     stop = StopSignal()
     stop.listen(outlive_terminal=False)  # What it finds goes to the terminal alone.
-    console = Console(stderr=True, highlight=False)
+    console = Screen(stderr=True)
 
     def phase(text: str) -> None:
-        console.print(f"{text} ...", style="dim", markup=False, soft_wrap=True)
+        console.print(f"{text} ...", style="dim")
 
     try:
         examined = examine(run_config, scope, address, stop, phase)
     except Interrupted:
         raise Interrupted("interrupted; nothing is left behind") from None
     code = exit_code(examined.findings)
-    show(examined.findings, Console(stderr=as_json, highlight=False))
+    show(examined.findings, Screen(stderr=as_json))
     if calibration is not None and examined.calibration:
         with storage_errors(str(calibration)):
             calibration.write_text(examined.calibration)
@@ -87,7 +87,7 @@ def asked_for(config: str | None, overrides: list[str], storage: str, calibrate:
     )
 
 
-def show(findings: list[Finding], console: Console) -> None:
+def show(findings: list[Finding], console: Screen) -> None:
     """Print a table, grouped by check, and a line that sums it up."""
     rows = []
     for check, group in groupby(findings, key=lambda finding: finding.check):

@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from jobs.load import load_values
 from jobs.record import OTHER_PRECISION, TOLERANCE, Attempt, Comparison, Record, attempt_of, compare, read_record
 from jobs.runs import Found, find
+from jobs.screen import Screen
 from jobs.table import print_table
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
@@ -73,9 +72,9 @@ def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
         Interrupted: a person has ended it.
         RaymuonError: whatever else goes wrong in a training.
     """
-    console = Console(stderr=as_json, highlight=False)
+    console = Screen(stderr=as_json)
     found = find(request.run, request.tracking_uri, request.s3_endpoint)
-    warn = lambda text: console.print(text, style="yellow", markup=False, soft_wrap=True)  # noqa: E731
+    warn = lambda text: console.print(text, style="yellow")  # noqa: E731
     record = read_record(read_journal(found.store, warn))
     log = RunLog(found.store)
     first, last = stretch_of(request.steps, record, log)
@@ -93,7 +92,7 @@ def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
     for line in changes(attempt.provenance, provenance()):
         warn(f"the code is not the run's: {line}")
     source = f"the checkpoint of step {manifest.step}" if manifest else "the run's start"
-    console.print(f"steps {first} to {last} of run {found.run_id}, from {source}, {_workers(config)}", soft_wrap=True)
+    console.print(f"steps {first} to {last} of run {found.run_id}, from {source}, {_workers(config)}")
 
     replayed = Record()
 
@@ -258,7 +257,7 @@ def _verdict(comparison: Comparison) -> str:
     return "different" if comparison.first_beyond else "equal within the tolerance"
 
 
-def _show(console: Console, comparison: Comparison, first: int, last: int) -> None:
+def _show(console: Screen, comparison: Comparison, first: int, last: int) -> None:
     """Print the steps that say most, and the verdict."""
     head = ("step", "metric", "on record", "replayed", "relative difference")
     rows = [one for one in comparison.differences if first <= one.step <= last]
@@ -275,9 +274,9 @@ def _show(console: Console, comparison: Comparison, first: int, last: int) -> No
         if not largest.equal:
             console.print(f"largest relative difference of {largest.metric}: {largest.relative:.2g} at {largest.step}")
     if comparison.bitwise_equal:
-        console.print(f"[green]bitwise equal[/green]: {len(comparison.differences)} numbers")
+        console.print(f"bitwise equal: {len(comparison.differences)} numbers", style="green")
     elif comparison.first_beyond is None:
-        console.print(f"[green]equal within the tolerance[/green] of {comparison.tolerance:g}")
+        console.print(f"equal within the tolerance of {comparison.tolerance:g}", style="green")
 
 
 def _summary(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from orchestrator.metrics import newest
 from orchestrator.reach import reach_tracking
 from workers.errors import ConfigError
 from workers.storage import Store, absolute_url, configure_s3
@@ -27,7 +28,8 @@ class Found:
     def step(self) -> int | None:
         """The last finished step, of which the tokens tell; None before the first."""
         batch = int(self.params.get("train.global_batch", 0)) * int(self.params.get("train.seq_len", 0))
-        return int(self.metrics["tokens"]) // batch if batch and "tokens" in self.metrics else None
+        tokens = newest(self.metrics, "tokens")
+        return int(tokens) // batch if batch and tokens is not None else None
 
     @property
     def store(self) -> Store:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
-from rich.console import Console
 
 from jobs.environment import CONFIG, pins, working_directory
 from jobs.load import load, load_values, plain_yaml
 from jobs.output import nobody_reads
 from jobs.ray_jobs import ENDED, RUN_ID, Jobs
 from jobs.runs import Found
+from jobs.screen import Screen, mlflow_page
 from jobs.tell import tell
 from orchestrator.config import RunConfig, absolute, flatten
 from orchestrator.preflight import run_store
@@ -209,7 +209,7 @@ def _plan(config: RunConfig, target: Target) -> str:
         return json.dumps(told, indent=1)
     plan = plan_run(config, machines)
     plan.require_fit()
-    Console(stderr=True, highlight=False).print(plan.summary(), soft_wrap=True)
+    Screen(stderr=True).print(plan.summary())
     return json.dumps(plan.as_dict(), indent=1)
 
 
@@ -269,12 +269,12 @@ def _tell(jobs: Jobs, config: RunConfig, run_id: str, job: str, tracking: "Track
         "job": job,
         "dashboard": f"{jobs.address}/#/jobs/{job}",
         "checkpoints": run_store(config, run_id).url,
-        "mlflow": tracking.page(run_id),
+        "mlflow": mlflow_page(tracking.uri, tracking.page(run_id)),
     }
     if as_json:
         tell(told)
         return
-    console = Console(highlight=False)
+    console = Screen()
     for key, text in told.items():
-        console.print(f"{key.replace('_', ' '):12} {text}", soft_wrap=True)
+        console.print(f"{key.replace('_', ' '):12} {text}")
     console.print(f"\nwatch it with: raymuon logs {run_id} --follow; see also raymuon status, stop, resume, replay")

@@ -6,19 +6,19 @@ rich cuts a table to the console's width, which is 80 where there is no terminal
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
+
+from jobs.screen import Screen
 
 WIDEST = 1_000_000
 """Columns; no table is wider."""
 
 
 def print_table(
-    console: Console, head: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str = "", wrap: bool = False
+    console: Screen, head: Sequence[str], rows: Iterable[Sequence[str | Text]], title: str = "", wrap: bool = False
 ) -> None:
     """Print a table as wide as its cells are; the terminal breaks what is wider than it.
 
@@ -29,7 +29,7 @@ def print_table(
         title: a line above it; empty for none.
         wrap: in a terminal, break the last column between words, never within one.
     """
-    table = Table(*map(escape, head), box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(*head, box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in table.columns[: -1 if wrap else None]:
         column.no_wrap = True
     table.columns[-1].overflow = "fold"  # No word is longer than the width.

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 
 from jobs.load import load, plain_yaml
+from jobs.screen import Screen, command, mlflow_page
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
 from orchestrator.cluster import JOB_VARIABLE, is_local
@@ -54,7 +54,11 @@ def train(
                 _look(run_config, watcher)
         result = run(run_config, resume, address, watcher, stop, options)
     summary = _summary(run_config, result, plots[0] if plots else None)
-    _print(summary, Console(stderr=as_json, highlight=False))
+    console = Screen(stderr=as_json)
+    _print(summary, console)
+    if result.status == "finished" and JOB_VARIABLE not in os.environ:
+        again = ["--address", address] if address else []
+        _print_what_next(console, [config, *overrides, *again], run_config, result)
     if as_json:
         tell(summary)
     if result.status == "interrupted":
@@ -88,7 +92,7 @@ def _keep_curve(config: RunConfig, result: RunResult, record: Any) -> Path | Non
     # A full disk here, or in the temporary folder, must not look like a failed training.
     with storage_errors(str(kept)), tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "loss.png"
-        plot_losses({config.run.name: result.losses}, picture)
+        plot_losses({config.run.name: result.losses}, picture, result.changes)
         record.artifact(picture)
         if JOB_VARIABLE in os.environ:
             return None  # A job's working directory goes with it.
@@ -115,8 +119,8 @@ def _bits(nats: float | None) -> float | None:
     return None if nats is None else nats / math.log(2)
 
 
-def _print(summary: dict[str, Any], console: Console) -> None:
-    console.print(f"\n[bold]{summary['status']}[/bold] at step {summary['steps']} after {summary['tokens']:,} tokens")
+def _print(summary: dict[str, Any], console: Screen) -> None:
+    console.print(f"\n{summary['status']} at step {summary['steps']} after {summary['tokens']:,} tokens", style="bold")
     survived = f"; {summary['recoveries']} fault(s) survived" if summary["recoveries"] else ""
     mean = f", {summary['mttr_s']:.2f} s on average from a fault to the next new step" if survived else ""
     console.print(f"goodput {summary['goodput']:.1%}{survived}{mean}")
@@ -127,11 +131,20 @@ def _print(summary: dict[str, Any], console: Console) -> None:
             console.print(f"validation at the {when}: {loss:.4f} nats, {bits:.4f} bits per byte")
     if summary["sample"]:
         console.print("sample:")
-        console.print("\n".join(f"    {line}" for line in summary["sample"].splitlines()), markup=False)
+        console.print("\n".join(f"    {line}" for line in summary["sample"].splitlines()))
     if summary["loss_curve"]:
-        console.print(f"loss curve: {summary['loss_curve']}", soft_wrap=True)
-    console.print(f"checkpoint: {summary['checkpoint']}", soft_wrap=True)
-    uri = summary["mlflow_tracking_uri"]
-    console.print(
-        f"MLflow:     {'' if uri.startswith('http') else 'mlflow ui --backend-store-uri '}{uri}", soft_wrap=True
-    )
+        console.print(f"loss curve: {summary['loss_curve']}")
+    console.print(f"checkpoint: {summary['checkpoint']}")
+    console.print(f"MLflow:     {mlflow_page(summary['mlflow_tracking_uri'], summary['page'])}")
+
+
+def _print_what_next(console: Screen, arguments: list[str], config: RunConfig, result: RunResult) -> None:
+    """Print commands that can be pasted: further with this run, its model, and a run on other text."""
+    kept = [argument for argument in arguments if not argument.startswith("train.steps=")]
+    further = [*kept, "--resume", result.run_id, f"train.steps={2 * config.train.steps}"]
+    model = ["export", result.checkpoint, "--to", f"runs/exports/{result.run_id}-{result.steps}"]
+    own = [argument for argument in arguments if not argument.startswith(("run.name=", "data.source="))]
+    console.print("\nwhat next:")
+    console.print(f"  train it further     {command('raymuon', 'train', *further)}")
+    console.print(f"  export the model     {command('raymuon', *model)}")
+    console.print(f"  this folder's text   {command('raymuon', 'train', *own, 'run.name=mine', 'data.source=.')}")

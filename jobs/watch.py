@@ -3,9 +3,9 @@
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from jobs.screen import Screen, mlflow_page
 from orchestrator.events import Event, Fault, Membership, Recovery
 from workers.reports import Report, StepDone, Validated
 
@@ -17,7 +17,7 @@ class TerminalWatcher:
     """Shows step, loss, tokens per second and the time that is left, on stderr."""
 
     def __init__(self, tokens_per_step: int) -> None:
-        self.console = Console(stderr=True, highlight=False, markup=False)  # Errors have brackets of their own.
+        self.console = Screen(stderr=True)
         self.tokens_per_step = tokens_per_step
         self.last_step = 0
         self.warned = ""
@@ -52,6 +52,10 @@ class TerminalWatcher:
             return
         self.warned = text
         self.console.print(text, style="yellow", soft_wrap=True)  # It may have a command that can be pasted.
+
+    def page(self, tracking_uri: str, path: str) -> None:
+        """Say where the run can be watched."""
+        self.console.print(f"MLflow:     {mlflow_page(tracking_uri, path)}", style="dim")
 
     def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
         """Show the bar."""

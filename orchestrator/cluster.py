@@ -45,6 +45,9 @@ from workers.config import StorageConfig
 from workers.errors import ClusterError, Interrupted
 from workers.source import ROOT
 
+# Where it asks for tokens by itself Ray advises to switch that off.
+logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+
 LOCAL = "local"
 """The address that keeps Ray from joining whatever cluster happens to run on this machine."""
 LOOK_S = 0.5

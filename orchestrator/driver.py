@@ -76,6 +76,8 @@ class RunResult:
     """Mean seconds from a fault to the start of the next new step."""
     losses: tuple[list[tuple[int, float]], list[tuple[int, float]]] = ((), ())  # type: ignore[assignment]
     """Training and validation losses of the whole run, `(step, nats per token)`."""
+    page: str = ""
+    """Path of the run in MLflow's UI."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,10 +206,13 @@ def lead(
     from orchestrator.tracking import RunRecord
 
     run_id = stop.run_id = found.run_id or found.tracking.create(config.run.name, flatten(asdict(config)))
+    page = found.tracking.page(run_id)
     record = RunRecord(found.tracking, run_id)
+    watcher.page(found.tracking.uri, page)
     try:
         with Lease(run_store(config, run_id), strict=bool(inputs.warning)) as lease:
             result = _attempt(config, inputs, found, record, lease, pool, watcher, stop, options)
+        result.page = page
         try:
             options.artifacts(result, record)
         except StorageError as error:  # The training is done and saved: a missing picture does not undo it.

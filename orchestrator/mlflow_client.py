@@ -29,6 +29,7 @@ def open_client(uri: str) -> mlflow.MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for results.
     if not uri.startswith(SQLITE):
         return mlflow.MlflowClient(uri, registry_uri=uri)
     waiting = f"{uri}{'&' if '?' in uri else '?'}timeout={LOCKED_S}"

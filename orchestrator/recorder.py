@@ -36,6 +36,9 @@ class Watcher(Protocol):
     def warn(self, text: str) -> None:
         """Something is wrong that does not end the run."""
 
+    def page(self, tracking_uri: str, path: str) -> None:
+        """MLflow shows the run at that path of its UI."""
+
     def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
         """Training begins after `first_step`."""
 

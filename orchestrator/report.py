@@ -7,6 +7,7 @@ from typing import Any
 from orchestrator.config import RunConfig
 from orchestrator.events import Tally
 from orchestrator.provenance import Provenance
+from workers.text import visible
 
 DESCRIPTION = "mlflow.note.content"
 """The tag that MLflow's UI shows as the run's description, as Markdown."""
@@ -118,7 +119,7 @@ def _what(event: dict[str, Any]) -> str:
             said = f"checkpoint of step {event['damaged']} is damaged, back to {event['good']}: {event['cause']}"
         case name:
             said = name
-    return said.replace("|", "/").replace("\n", " ")[:CELL]
+    return visible(said).replace("|", "/").replace("\n", " ")[:CELL]
 
 
 def _when(seconds: float) -> str:

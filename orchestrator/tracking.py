@@ -19,6 +19,7 @@ from mlflow.entities import LifecycleStage, Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 
 from orchestrator.config import TrackingConfig
+from orchestrator.metrics import published, read_history
 from orchestrator.mlflow_client import beside, database, file_of, first_line, open_client, tracking_errors
 from orchestrator.reach import SQLITE, deleted_experiment
 from workers.errors import ConfigError, StorageError
@@ -34,6 +35,8 @@ LOOKED_AT = 20
 """Runs of a name, from the newest on."""
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Of our experiment: MLflow's UI shows it as training, not as the evaluation of an application."""
+AS_TRAINING = "workflowType=machine_learning"
+"""Of the address of a page: from 3.17 on the UI asks its address and the browser, and not the experiment."""
 SUBMITTED = "raymuon.submitted"
 """The tag of a run that was made before its first driver."""
 
@@ -97,10 +100,10 @@ class Tracking:
             self.client.delete_run(run_id)
 
     def page(self, run_id: str) -> str:
-        """Return where the UI shows a run; of a database, its URI."""
+        """Return the path at which the UI shows a run's charts, as those of a training."""
         with self.reach():
             experiment = self.client.get_run(run_id).info.experiment_id
-        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}" if "http" in self.uri else self.uri
+        return f"#/experiments/{experiment}/runs/{run_id}/model-metrics?{AS_TRAINING}"
 
     def submitted(self, run_id: str) -> bool:
         """Tell whether a run was made before its first driver."""
@@ -345,7 +348,7 @@ class RunRecord:
     def history(self, metric: str) -> list[tuple[int, float]]:
         """Return all `(step, value)` of a metric, in order."""
         with self.reach():
-            return sorted((m.step, m.value) for m in self.client.get_metric_history(self.run_id, metric))
+            return [(one.step, one.value) for one in read_history(self.client, self.run_id, metric)]
 
     def abandon(self) -> None:
         """Stop writing and leave the run as it is: it is led by somebody else."""
@@ -390,7 +393,7 @@ def _batches(rows: Iterable[_Row]) -> Iterator[tuple[int, list[Metric]]]:
             yield number, batch
             number, batch = 0, []
         number += 1
-        batch += [Metric(key, value, row.time_ms, row.step) for key, value in row.values.items()]
+        batch += [Metric(published(key), value, row.time_ms, row.step) for key, value in row.values.items()]
     if number:
         yield number, batch
 

@@ -9,6 +9,7 @@ from typing import Any
 from jobs.bench.process import raymuon, run_json
 from jobs.curves import plot_losses
 from orchestrator.config import TrackingConfig
+from orchestrator.metrics import read_history
 from workers.errors import TrainingError
 
 LEARNING_RATES = {"muon": (0.8e-2, 1.6e-2, 3.2e-2), "adamw": (1.5e-3, 3e-3, 6e-3)}
@@ -54,7 +55,7 @@ def curves(picture: Path, overrides: list[str], say: Any) -> dict[str, Any]:
             found[name] = {"val_loss": {f"{rate:g}": run["val_loss"] for rate, run in runs.items()}, "best_lr": best}
             client = Tracking(TrackingConfig(uri=uri)).client
             drawn[f"{name}, lr {best:g}"] = tuple(
-                [(m.step, m.value) for m in client.get_metric_history(runs[best]["run_id"], metric)]
+                [(m.step, m.value) for m in read_history(client, runs[best]["run_id"], metric)]
                 for metric in ("loss", "val_loss")
             )
     plot_losses(drawn, picture)  # type: ignore[arg-type]

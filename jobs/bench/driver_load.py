@@ -22,6 +22,7 @@ from jobs.stack.seaweed import free_port
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, RunResult, lead, run
 from orchestrator.keeper import new_token
+from orchestrator.metrics import read_history
 from orchestrator.pool import Pool
 from orchestrator.preflight import check_inputs, find_run
 from orchestrator.recorder import Watcher
@@ -214,7 +215,7 @@ def _each_step_once(config: RunConfig, result: RunResult, steps: int) -> int:
     """
     from orchestrator.tracking import Tracking
 
-    history = Tracking(config.tracking).client.get_metric_history(result.run_id, "loss")
+    history = read_history(Tracking(config.tracking).client, result.run_id, "loss")
     if sorted(metric.step for metric in history) != list(range(1, steps + 1)):
         raise TrainingError(f"MLflow has {len(history)} rows of {steps} steps, or not each step once")
     return len(history)

@@ -17,6 +17,7 @@ from jobs.bench.process import raymuon, run_json, torchrun
 from jobs.load import load, plain_yaml
 from orchestrator.cluster import connected
 from orchestrator.config import RunConfig, TrackingConfig
+from orchestrator.metrics import read_history
 from orchestrator.stop import StopSignal
 from workers.errors import ClusterError
 
@@ -72,8 +73,8 @@ def _raymuon(path: Path, config: RunConfig) -> float:
     if result["world_size"] != config.scaling.max_workers:
         raise ClusterError(f"{result['world_size']} worker(s) instead of {config.scaling.max_workers}: no comparison")
     client = Tracking(TrackingConfig(uri=config.tracking.uri)).client
-    history = client.get_metric_history(result["run_id"], "loss")
-    return _speed([m.timestamp / 1000 for m in sorted(history, key=lambda m: m.step)], config)
+    history = read_history(client, result["run_id"], "loss")
+    return _speed([m.timestamp / 1000 for m in history], config)
 
 
 def _torchrun(path: Path, config: RunConfig, folder: str) -> float:

@@ -15,6 +15,7 @@ from jobs.cli.options import BUILT_IN
 from jobs.output import outlive_output
 from optim.config import ConfigProblems
 from workers.errors import RaymuonError
+from workers.text import visible
 
 HELP = """Pretrain language models with Distributed Muon on Ray: workers may die, and the run goes on.
 
@@ -56,7 +57,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False) or 0
     except RaymuonError as error:
-        sys.stderr.write(f"raymuon: {error}\n")
+        sys.stderr.write(visible(f"raymuon: {error}\n"))
         code = error.exit_code
     except typer.Abort:
         code = 130
@@ -64,10 +65,10 @@ def main() -> None:
         sys.stderr.write("raymuon: interrupted\n")
         code = 130
     except ConfigProblems as error:  # Of a value that an option or the environment has put into a config.
-        sys.stderr.write(f"raymuon: {error}\n")
+        sys.stderr.write(visible(f"raymuon: {error}\n"))
         code = 2
     except typer.TyperException as error:  # A wrong option or a missing argument; empty where the help was shown.
         if message := error.format_message():
-            sys.stderr.write(f"raymuon: {message}; see raymuon --help\n")
+            sys.stderr.write(visible(f"raymuon: {message}; see raymuon --help\n"))
         code = 2
     sys.exit(code)

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from jobs.cli.options import AsJson, CheckpointUrl, S3Endpoint, TrackingUri
+from jobs.screen import Screen
 from jobs.table import print_table
 from jobs.tell import tell
 from orchestrator.config import DEFAULT_TRACKING_URI
@@ -39,7 +39,7 @@ def checkpoints_ls(
         note = row["damaged"] or ("pinned" if row["pinned"] else "")
         told.append((row["run_id"], str(row["step"]), str(row["attempt"]), saved, *known, note))
     head = ("run", "step", "attempt", "saved", "world size", "tokens", "size", "")
-    print_table(Console(highlight=False), head, told)
+    print_table(Screen(), head, told)
 
 
 @checkpoints_app.command("show")
@@ -55,9 +55,9 @@ def checkpoints_show(
     if as_json:
         tell(found)
         return
-    console = Console(highlight=False)
+    console = Screen()
     for key in ("run_id", "step", "attempt", "world_size", "counters", "identity"):
-        console.print(f"{key}: {found[key]}", markup=False, soft_wrap=True)
+        console.print(f"{key}: {found[key]}")
     rows = [(tensor["kind"], tensor["name"], str(tensor["shape"])) for tensor in found["tensors"]]
     print_table(console, ("kind", "tensor", "shape"), rows)
 
@@ -80,7 +80,7 @@ def checkpoints_diff(
         tell({"bitwise_equal": equal, "max_abs": largest, "tensors": tensors})
         return
     rows = [(d.kind, d.name, d.note or f"{d.max_abs:.3g}", "yes" if d.bitwise_equal else "no") for d in differences]
-    console = Console(highlight=False)
+    console = Screen()
     print_table(console, ("kind", "tensor", "largest difference", "bitwise equal"), rows)
     console.print("bitwise equal" if equal else f"different; largest difference {largest}")
 

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-
 from jobs.planning.plan import Machines, Plan, Terms, gigabytes, plan_run, with_types
+from jobs.screen import Screen
 from jobs.table import print_table
 from jobs.tell import tell
 from optim.plan import PlanFigures
@@ -35,10 +34,10 @@ def show(config: RunConfig, counts: list[int], machines: Machines, terms: Terms,
     if as_json:
         tell([one.as_dict() for one in plans] if len(plans) > 1 else plans[0].as_dict())
     else:
-        console = Console(highlight=False)
+        console = Screen()
         if not machines.known:
             text = "No --gpu-type and no --calibration: these are the smallest and the fastest GPUs that hold the run."
-            console.print(text, soft_wrap=True)
+            console.print(text)
         heads = [f"{one.machines.gpus:,} x {one.device.device}" for one in plans]
         for title, rows in tables(plans).items():
             print_table(console, ("", *heads), [(name, *cells) for name, cells in rows.items()], title)

@@ -10,7 +10,7 @@ SCALARS = 9
 
 
 def traffic_of(layout: Layout, itemsize: int, wire: int) -> dict[str, float]:
-    """Return the bytes that the mean rank sends for DeepSpeed's step, by collective, as a run's `bytes_sent/*`.
+    """Return the bytes that the mean rank sends for DeepSpeed's step, by collective, as a run's `traffic/*`.
 
     Args:
         layout: of the parameters.

@@ -120,9 +120,9 @@ def local_stack(folder: Path, nodes: int, gpus: int, workers: int) -> Iterator[S
 
 def stack(folder: str, nodes: int, gpus: int, workers: int) -> None:
     """Run a stack until Ctrl-C or SIGTERM, also without its terminal, and say how to use it."""
-    from rich.console import Console
+    from jobs.screen import Screen
 
-    console, stop = Console(stderr=True, highlight=False), StopSignal()
+    console, stop = Screen(stderr=True), StopSignal()
     stop.listen(at_once=False)  # Its servers would be left behind.
     console.print(f"starting S3, MLflow and Ray with {nodes} node(s) ...", style="dim")
     with local_stack(Path(folder).resolve(), nodes, gpus, workers) as up:
@@ -130,8 +130,8 @@ def stack(folder: str, nodes: int, gpus: int, workers: int) -> None:
         console.print(f"Ray dashboard  {up.dashboard}, with the token")
         console.print(f"S3             {up.s3_endpoint}, bucket {BUCKET}")
         console.print("\nIn another terminal:")
-        console.print(f"  source {shlex.quote(str(Path(folder) / ENVIRONMENT))}", soft_wrap=True)
-        console.print(f"  raymuon submit demo {' '.join(up.overrides)} --follow", soft_wrap=True)
+        console.print(f"  source {shlex.quote(str(Path(folder) / ENVIRONMENT))}")
+        console.print(f"  raymuon submit demo {' '.join(up.overrides)} --follow")
         console.print(f"\nCtrl-C ends it, and so does kill {os.getpid()}; what it holds is kept.")
         while not stop.requests:
             time.sleep(0.2)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.stack.seaweed import s3_environment, seaweedfs
+from orchestrator.metrics import read_history
 from tests.ledger import assert_every_sample_once
 from tests.servers import ray_cluster
 from workers.config import TrainConfig
@@ -75,7 +76,7 @@ class Place:
         import mlflow
 
         client = mlflow.MlflowClient(f"sqlite:///{self.folder}/runs/mlflow.db")
-        return sorted((m.step, m.value) for m in client.get_metric_history(run_id, metric))
+        return [(m.step, m.value) for m in read_history(client, run_id, metric)]
 
     def assert_every_sample_once(self) -> None:
         (index,) = (self.folder / "runs" / "data").glob("*/index.json")

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,8 @@ import mlflow
 import psutil
 import pytest
 
+from orchestrator.config import TrackingConfig
+from orchestrator.tracking import Tracking
 from tests.e2e.conftest import RAYMUON
 from tests.secrets_search import places_of
 from tests.servers import proxy
@@ -107,7 +110,7 @@ def wait_for(shell: Shell, run_id: str, step: int) -> None:
     """Wait until MLflow has a step of a run."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        tokens = shell.mlflow.get_run(run_id).data.metrics.get("tokens", 0)
+        tokens = shell.mlflow.get_run(run_id).data.metrics.get("run/tokens", 0)
         if tokens >= step * BATCH * 256:
             return
         time.sleep(0.3)
@@ -148,15 +151,15 @@ def finished(shell, request) -> str:
 def test_a_submitted_run_survives_and_is_on_record_once(shell, finished, request):
     steps = request.config.getoption("--e2e-steps")
     told = shell.json("status", finished)
-    assert told["status"] == "FINISHED" and told["step"] == f"{steps} of {steps}" and int(told["recoveries"]) >= 2
+    assert told["status"] == "FINISHED" and told["step"] == told["steps"] == steps and told["recoveries"] >= 2
     assert told["checkpoint"] == f"s3://raymuon/runs/{finished}@{steps}"
-    history = shell.mlflow.get_metric_history(finished, "loss")
+    history = shell.mlflow.get_metric_history(finished, "loss/train")
     assert sorted(metric.step for metric in history) == list(range(1, steps + 1))
 
 
 def test_mlflow_is_the_monitor(shell, finished):
     run = shell.mlflow.get_run(finished)
-    assert {"world_size", "recovery_seconds", "goodput"} <= run.data.metrics.keys()
+    assert {"run/world_size", "run/recovery_seconds", "run/goodput"} <= run.data.metrics.keys()
     nodes = {name.split("/")[1] for name in run.data.metrics if name.startswith("system/")}
     assert len(nodes) >= 2, "a node that had no worker has no keeper"
     files = {artifact.path for artifact in shell.mlflow.list_artifacts(finished)}
@@ -167,7 +170,7 @@ def test_mlflow_is_the_monitor(shell, finished):
 
 
 def test_a_replay_is_bitwise_the_record_and_after_a_fault_within_the_tolerance(shell, finished):
-    sizes = {metric.step: metric.value for metric in shell.mlflow.get_metric_history(finished, "world_size")}
+    sizes = {metric.step: metric.value for metric in shell.mlflow.get_metric_history(finished, "run/world_size")}
     hurt_at = next(step for step in sorted(sizes) if sizes[step] == 1)
     calm = shell.json("replay", finished, "--steps", f"{hurt_at - 12}:{hurt_at - 1}")
     assert calm["verdict"] == "bitwise equal" and calm["recorded_world_sizes"] == [calm["world_size"]] == [2]
@@ -246,18 +249,21 @@ def test_the_page_of_the_run_shows_how_it_went(shell, finished, request):
         "username": shell.environment["MLFLOW_TRACKING_USERNAME"],
         "password": shell.environment["MLFLOW_TRACKING_PASSWORD"],
     }
-    experiment = shell.mlflow.get_run(finished).info.experiment_id
-    page_of_run = f"{shell.environment['MLFLOW_TRACKING_URI']}/#/experiments/{experiment}/runs/{finished}"
+    server = Tracking(TrackingConfig(uri=shell.environment["MLFLOW_TRACKING_URI"]))
+    page_of_run = f"{server.uri}/{server.page(finished)}"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(http_credentials=credentials, viewport={"width": 1500, "height": 1250})
-        page.goto(page_of_run)
+        page.goto(page_of_run.replace("/model-metrics", ""))
         page.get_by_text("training again after").first.wait_for(timeout=120_000)
-        page.goto(f"{page_of_run}/model-metrics")
+        page.goto(page_of_run)
+        groups = page.get_by_text(re.compile(r"^\s*(loss|optim|performance|run|telemetry/\w+|traffic) \(\d+\)\s*$"))
+        groups.first.wait_for(timeout=120_000)
+        shown = [text.split()[0] for text in groups.all_inner_texts()]
+        assert shown[:4] == ["loss", "optim", "performance", "run"] and shown == sorted(shown)
         search = page.get_by_placeholder("Search metric charts").first
-        search.wait_for(timeout=120_000)
-        search.fill("^(loss|world_size|recovery_seconds|goodput|tokens_per_second|faults)$")
-        for metric in ("loss", "world_size", "recovery_seconds", "goodput"):
+        search.fill("^(loss/.*|run/(world_size|recovery_seconds|goodput|faults)|performance/tokens_per_second)$")
+        for metric in ("train", "validation", "world_size", "recovery_seconds", "goodput"):
             page.get_by_text(metric, exact=True).first.wait_for(timeout=120_000)
         page.locator(".js-plotly-plot .trace, .js-plotly-plot .bars").first.wait_for(timeout=120_000, state="attached")
         if picture := request.config.getoption("--screenshot"):

@@ -83,7 +83,7 @@ def test_telemetry_reaches_mlflow_under_the_documented_names(finished):
     logged = mlflow.MlflowClient(result["mlflow_tracking_uri"]).get_run(result["run_id"]).data.metrics
     documented = re.findall(r"^\| `([^`]+)`", Path("docs/telemetry.md").read_text(), re.MULTILINE)
     names = {name.replace("<group>", kind) for name in documented for kind in KINDS}
-    spectra = {f"svd_entropy/{kind}" for kind in KINDS}
+    spectra = {f"telemetry/svd_entropy/{kind}" for kind in KINDS}
     of_nodes = {"system/<node>/" + name.split("/")[2] for name in logged if name.startswith("system/")}
     of_run = {name for name in logged if not name.startswith("system/")}
     assert names - spectra <= of_run | of_nodes <= names

@@ -3,9 +3,9 @@ import resource
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from jobs.doctor import asked_for, show
+from jobs.screen import Screen
 from orchestrator.access import Access
 from orchestrator.config import ScalingConfig
 from orchestrator.doctor import checks, places
@@ -215,7 +215,7 @@ def test_without_a_config_only_what_is_named_is_looked_at():
 
 
 def test_the_table_has_every_finding_whole():
-    console = Console(width=60, record=True, file=io.StringIO())
+    console = Screen(width=60, record=True, file=io.StringIO())
     show([Finding("clock", "10.0.0.1", "failure", "[red] 9 s late", "set it")], console)
     text = console.export_text()
     assert "10.0.0.1" in text and "[red] 9 s late" in text and "-> set it" in text and "1 failure(s), 0 warn" in text

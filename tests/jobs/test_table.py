@@ -4,9 +4,9 @@ import io
 import re
 
 import pytest
-from rich.console import Console
 
 from jobs.doctor import show
+from jobs.screen import Screen
 from jobs.table import print_table
 from orchestrator.doctor.findings import Finding
 
@@ -16,7 +16,7 @@ ROWS = [("a" * 32, LONG, "some words " * 20), ("b", "c", "[bold]not markup[/bold
 
 
 def printed(width: int, terminal: bool, wrap: bool) -> str:
-    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    console = Screen(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
     print_table(console, HEAD, ROWS, title="of [a]", wrap=wrap)
     return console.file.getvalue()
 
@@ -38,7 +38,7 @@ def test_a_terminal_breaks_the_last_column_between_words():
 
 def test_the_doctors_paths_are_whole_in_a_pipe_and_in_a_terminal():
     for terminal in (False, True):
-        console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None)
+        console = Screen(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None)
         show([Finding("storage", "10.0.0.1", "failure", f"{LONG} cannot be written", f"chmod u+w {LONG}")], console)
         text = console.file.getvalue()
         assert text.count(LONG) == 2 and "1 failure(s), 0 warning(s)" in text

@@ -96,13 +96,13 @@ def test_a_record_that_mlflow_does_not_take_at_the_end_is_made_good_by_the_next_
     assert "the training is finished at step 60 and saved" in str(refusal.value)
     assert "its record in MLflow is not complete, its journal is" in str(refusal.value)
     client = mlflow.MlflowClient(config.tracking.uri)
-    before = {metric.step for metric in client.get_metric_history(watcher.run_id, "loss")}
+    before = {metric.step for metric in client.get_metric_history(watcher.run_id, "loss/train")}
     assert len(before) < 60
     successor = At(0, lambda run_id: None)
     drive(config_of(tmp_path, steps=70), successor, resume=watcher.run_id)
     (jump,) = (text for text in successor.warnings if "learning rate" in text)
     assert jump.startswith("the learning rate jumps up: step 60 was trained with 0.0016 (0.10 of optim.lr)")
-    history = client.get_metric_history(watcher.run_id, "loss")
+    history = client.get_metric_history(watcher.run_id, "loss/train")
     assert sorted(metric.step for metric in history) == list(range(1, 71))
 
 

@@ -14,6 +14,7 @@ from orchestrator import mlflow_client
 from orchestrator.config import RunInfo, TrackingConfig
 from orchestrator.events import Tally
 from orchestrator.journal import Journal
+from orchestrator.metrics import NAMES, newest, published
 from orchestrator.preflight import Found, find_run, identity, run_store
 from orchestrator.provenance import provenance
 from orchestrator.recorder import RunRecorder, Watcher
@@ -36,7 +37,7 @@ def tracking(tmp_path_factory):
 
 
 def rows(tracking, run_id, metric):
-    return [(m.step, m.value) for m in tracking.client.get_metric_history(run_id, metric)]
+    return [(m.step, m.value) for m in tracking.client.get_metric_history(run_id, published(metric))]
 
 
 def test_each_step_is_logged_once_over_drivers(tracking):
@@ -54,9 +55,41 @@ def test_each_step_is_logged_once_over_drivers(tracking):
     second.close("FINISHED")
     assert sorted(rows(tracking, run_id, "loss")) == [(step, float(step)) for step in range(1, 11)]
     assert rows(tracking, run_id, "val_loss") == [(4, 4.5)]
-    history = tracking.client.get_metric_history(run_id, "loss")
+    history = tracking.client.get_metric_history(run_id, "loss/train")
     assert {m.step: m.timestamp for m in history}[3] == 1003_000, "the time at which the step happened"
     assert tracking.client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_what_is_compared_leads_in_mlflow():
+    """MLflow's UI orders groups of charts by name, and names without a group come last."""
+    measured = [
+        "bytes_sent/reduce",
+        "attention/max_logit",
+        "seconds/optimizer",
+        "update_rms/router",
+        "svd_entropy/head",
+    ]
+    names = [published(name) for name in (*NAMES, *measured)]
+    groups = sorted({name.rpartition("/")[0] for name in names})
+    assert groups[:4] == ["loss", "optim", "performance", "run"] and groups[-1] == "traffic"
+    assert all(group.startswith("telemetry/") for group in groups[4:-1]) and len(set(names)) == len(names)
+    assert published("system/ab/cpu_utilization_percentage") == "system/ab/cpu_utilization_percentage"
+
+
+def test_a_run_of_before_names_had_groups_is_gone_on_with(tracking):
+    run_id = tracking.create("old", {})
+    for step in range(1, 4):
+        tracking.client.log_metric(run_id, "loss", 10.0 - step, step=step)
+    tracking.client.log_metric(run_id, "val_loss", 9.5, step=2)
+    record = RunRecord(tracking, run_id)
+    assert record.marks == {"train": 3, "validation": 2}
+    for step in range(2, 6):
+        record.log("train", step, 1.0, {"loss": 10.0 - step, "tokens": 8 * step})
+    record.close("FINISHED")
+    assert record.history("loss") == [(step, 10.0 - step) for step in range(1, 6)]
+    assert rows(tracking, run_id, "loss") == [(4, 6.0), (5, 5.0)]
+    logged = tracking.client.get_run(run_id).data.metrics
+    assert newest({"tokens": 1.0}, "tokens") == 1.0 and newest(logged, "tokens") == 40 and newest(logged, "lr") is None
 
 
 class _Nobody(Watcher):

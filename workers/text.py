@@ -1,0 +1,11 @@
+"""Text for a terminal: what a model, a file's name or another program's message holds must not steer it."""
+
+import re
+
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and newline, marks that turn the direction of writing, and halves of characters."""
+
+
+def visible(text: str) -> str:
+    r"""Return a text with what steers a terminal, or cannot be written, as escapes: `\x1b` for Escape."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
