@@ -81,7 +81,7 @@ def _look(config: RunConfig, watcher: TerminalWatcher) -> None:
         told = look_here(config, workers_here(config), watcher.warn)
     except ConfigError as error:
         raise ConfigError(f"{error}\n  this is an estimate: --no-look starts the run all the same") from error
-    watcher.console.print(told, style="dim", markup=False, soft_wrap=True)
+    watcher.console.print(told, style="dim")
 
 
 def _keep_curve(config: RunConfig, result: RunResult, record: Any) -> Path | None:

@@ -1,6 +1,9 @@
 """The documentation names every command and option that there is, and no link in it leads nowhere."""
 
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,8 @@ import pytest
 import typer
 
 from jobs.cli import app
+from jobs.load import load
+from workers.data.corpus import check_corpus, prepare
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = ROOT / "docs" / "commands"
@@ -17,6 +22,22 @@ TEXTS = [
 ]
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """Return the fenced blocks of the tutorial in a language; "" for those with output."""
+    return re.findall(rf"^```{language}\n(.*?)^```", TUTORIAL, re.DOTALL | re.MULTILINE)
+
+
+def printed_commands() -> list[list[str]]:
+    """Return the raymuon commands that the tutorial has its reader type."""
+    typed = [line for block in blocks("sh") for line in block.replace("\\\n", "").splitlines()]
+    shown = [line for block in blocks("") for line in block.replace("\\\n", "").splitlines()]
+    typed += [line.removeprefix("$ ") for line in shown if line.startswith("$ ")]
+    return [shlex.split(line.split(" | ")[0], comments=True)[1:] for line in typed if line.startswith("raymuon ")]
 
 
 def pages() -> dict[str, list[tuple[str, set[str]]]]:
@@ -94,3 +115,33 @@ def test_a_broken_link_is_found(tmp_path):
         "# One, `two` and three\n[here](#one-two-and-three) [file](b.md) [part](a.md#four)\n"
     )
     assert list(broken(tmp_path / "a.md")) == ["b.md: no such file", "a.md#four: no such heading"]
+
+
+@pytest.mark.parametrize("typed", printed_commands(), ids=" ".join)
+def test_the_tutorials_commands_are_taken(typed):
+    """Options and keys as printed; the values that are meant to be wrong are not."""
+    name, *rest = typed
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    if sub := getattr(command, "commands", None):
+        command, rest = sub[rest[0]], rest[1:]
+    given = command.make_context(name, list(rest), resilient_parsing=False).params
+    if overrides := [one for one in given.get("overrides") or [] if one != "train.stepz=9" and "=fast" not in one]:
+        load("demo", overrides)
+
+
+def test_the_tutorials_own_config_finds_its_text_in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (making,) = (block for block in blocks("sh") if "mkdir texts" in block)
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    subprocess.run(["bash", "-euc", making], check=True, cwd=tmp_path, env=environment)
+    (config,) = blocks("yaml")
+    Path("my.yaml").write_text(config)
+    loaded = load("my.yaml", [])
+    corpus = prepare(loaded.data)
+    assert not check_corpus(corpus, loaded.train.seq_len, loaded.train.global_batch)
+
+
+def test_the_tutorial_is_followed_in_any_folder():
+    typed = "\n".join(blocks("sh") + blocks("yaml"))
+    assert "docs/" not in typed and "make " not in typed and ".venv" not in typed
+    assert "workflowType=machine_learning" in TUTORIAL
