@@ -1,7 +1,6 @@
 """Runs: start one, go on with it, look at it, stop it, train a stretch of it once more."""
 
 import os
-import shlex
 import sys
 from functools import partial
 from typing import Annotated
@@ -192,13 +191,16 @@ def way_on(config: str, overrides: list[str], address: str | None, run_id: str) 
     """Return how to go on with a run that was ended, or, where none has begun, how to begin again."""
     if not run_id:
         return f"nothing has begun; begin again with: {_same()}"
+    from jobs.screen import command
     from orchestrator.cluster import JOB_VARIABLE  # Ray is there by now.
 
-    if JOB_VARIABLE in os.environ:
+    if JOB_VARIABLE in os.environ:  # Not here: from where it was submitted.
         return f"go on with: raymuon resume {run_id}"
     place = [] if address is None else ["--address", address]
-    return f"go on with: {shlex.join(['raymuon', 'train', config, *overrides, *place, '--resume', run_id])}"
+    return f"go on with: {command('raymuon', 'train', config, *overrides, *place, '--resume', run_id)}"
 
 
 def _same() -> str:
-    return shlex.join(["raymuon", *sys.argv[1:]])
+    from jobs.screen import command
+
+    return command("raymuon", *sys.argv[1:])

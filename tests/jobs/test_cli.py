@@ -10,6 +10,7 @@ from jobs.cli import app
 from jobs.cli.options import writable
 from jobs.cli.runs import way_on
 from jobs.load import CONFIGS
+from jobs.screen import command
 from orchestrator.cluster import JOB_VARIABLE
 
 
@@ -44,9 +45,9 @@ def test_the_help_says_first_what_raymuon_is_and_names_all_built_in_configs():
             "Pretrain language models with Distributed Muon on Ray"
         )
         assert all(name in told for name in names)
-    for command in ("train", "plan", "submit", "config"):
-        told = runner.invoke(app, [command, "-h"]).output
-        assert all(name in told for name in names), command
+    for verb in ("train", "plan", "submit", "config"):
+        told = runner.invoke(app, [verb, "-h"]).output
+        assert all(name in told for name in names), verb
 
 
 def test_the_version_is_told():
@@ -90,10 +91,11 @@ def test_numbers_of_options_are_finite_and_in_range(arguments, value):
 
 def test_the_way_on_is_a_command_that_can_be_pasted(monkeypatch):
     monkeypatch.setattr("sys.argv", ["raymuon", "train", "my run.yaml", "--json"])
+    raymuon = command("raymuon")  # With its path, where it is not on PATH.
     assert way_on("my run.yaml", [], None, "") == (
-        "nothing has begun; begin again with: raymuon train 'my run.yaml' --json"
+        f"nothing has begun; begin again with: {raymuon} train 'my run.yaml' --json"
     )
     told = way_on("my run.yaml", ["data.source=a b"], "10.0.0.1:6379", "abc")
-    assert told == "go on with: raymuon train 'my run.yaml' 'data.source=a b' --address 10.0.0.1:6379 --resume abc"
+    assert told == f"go on with: {raymuon} train 'my run.yaml' 'data.source=a b' --address 10.0.0.1:6379 --resume abc"
     monkeypatch.setenv(JOB_VARIABLE, "{}")
     assert way_on("config.yaml", [], "auto", "abc") == "go on with: raymuon resume abc", "a job's folder goes with it"
