@@ -21,12 +21,12 @@ TIGHT = 0.9
 
 
 def workers_here(config: RunConfig) -> int:
-    """Return how many workers a local Ray would start."""
+    """Return how many workers a local Ray would start; whether they are enough is told by Ray."""
     if _on_gpus(config):
         slots = torch.cuda.device_count()
     else:
         slots = int(len(os.sched_getaffinity(0)) / config.scaling.cpus_per_worker)
-    return max(config.scaling.min_workers, min(config.scaling.max_workers, slots))
+    return max(1, min(config.scaling.max_workers, slots))
 
 
 def look_here(config: RunConfig, workers: int, warn: Callable[[str], object]) -> str:
