@@ -13,31 +13,36 @@ from workers.config import TelemetryConfig
 from workers.reports import StepDone
 from workers.task import Task
 
-STEPS = 1500
+STEPS, FORCED_AT = 1500, 30
+"""The experts have momentum by then."""
 
 
 def collapsed(rank: int, world_size: int, task: Task, forced: bool) -> dict:
-    """Train with biases that let all tokens go to two experts, or with whatever the router comes to."""
+    """Train; where it is forced, from FORCED_AT on with biases that let all tokens go to two experts."""
     trainer, told = trainer_of(rank, world_size, task)
     model = trainer.engine.model
-    if forced:
-        for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
-                buffer[2:] = -10.0
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    loads = []
-    count = trainer._count
-    trainer._count = lambda step, boundary: (loads.append(boundary.expert_load.clone()), count(step, boundary))
+    weights = lambda: {name: p.detach().clone() for name, p in model.named_parameters()}  # noqa: E731
+    before, loads, count = weights(), [], trainer._count
+
+    def watch(step, boundary):
+        loads.append(boundary.expert_load.clone())
+        count(step, boundary)
+        if forced and step == FORCED_AT:
+            before.update(weights())
+            for name, buffer in model.named_buffers():
+                if name.endswith("correction_bias"):
+                    buffer[2:] = -10.0
+
+    trainer._count = watch
     outcome = trainer.run()
+    state = [tensor for group in trainer.engine.optimizer.flat_state(rank) for tensor in group.tensors.values()]
     return {
         "outcome": outcome,
         "rows": told.of(StepDone),
         "loads": torch.stack(loads),
         "before": before,
-        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
-        "finite": all(
-            t.isfinite().all() for g in trainer.engine.optimizer.flat_state(rank) for t in g.tensors.values()
-        ),
+        "weights": weights(),
+        "finite": all(tensor.isfinite().all() for tensor in state),
     }
 
 
