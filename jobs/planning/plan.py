@@ -239,7 +239,12 @@ def require_fit(config: RunConfig, machines: Machines, device: Calibration, memo
     """
     if (needed := needed_on(memory, machines, device)) <= device.memory_bytes:
         return
-    parts = sorted(memory.parts().items(), key=lambda part: -part[1])
+    held = memory.parts()
+    if device.kind != "cuda":  # A whole machine's, as `needed_on` counts it.
+        ranks = min(machines.gpus, machines.gpus_per_node)
+        held = {name: ranks * nbytes for name, nbytes in (held | {"processes": PROCESS_BYTES}).items()}
+        held["snapshots"] = memory.keeper_bytes_per_node
+    parts = sorted(held.items(), key=lambda part: -part[1])
     lines = [
         f"{config.run.name} does not fit: {gigabytes(needed)} are needed in its worst phase "
         f"({memory.worst_phase}), {device.device} has {gigabytes(device.memory_bytes)}",
