@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.retention import delete
-from orchestrator.run_log import RunLog, find_commit, split_step
+from orchestrator.log.retention import delete
+from orchestrator.log.run_log import RunLog, find_commit, split_step
 from workers.checkpoint.manifest import Manifest
 from workers.checkpoint.shards import CheckpointReader
-from workers.errors import ConfigError, DamagedError, StorageError
-from workers.storage import Store, absolute_url
+from workers.common.errors import ConfigError, DamagedError, StorageError
+from workers.common.storage import Store, absolute_url
 
 
 def list_checkpoints(url: str) -> list[dict[str, Any]]:

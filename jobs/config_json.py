@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from optim.config import ConfigProblems
+from workers.common.errors import ConfigError
 from workers.config import LlamaConfig, ModelConfig, MoonlightConfig
-from workers.errors import ConfigError
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {

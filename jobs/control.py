@@ -9,10 +9,10 @@ from jobs.runs import Found
 from jobs.screen import Screen
 from jobs.submit import ADDRESS, JOB, watch
 from jobs.tell import tell
-from orchestrator.metrics import newest
-from orchestrator.run_log import RunLog
-from workers.errors import ClusterError, ConfigError, RaymuonError
-from workers.storage import Store
+from orchestrator.log.run_log import RunLog
+from orchestrator.record.metrics import newest
+from workers.common.errors import ClusterError, ConfigError, RaymuonError
+from workers.common.storage import Store
 
 SHOWN = ("loss", "val_loss", "world_size", "tokens", "tokens_per_second", "goodput", "faults")
 """Metrics of a status."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from workers.text import visible
+from workers.common.text import visible
 
 Series = list[tuple[int, float]]
 BEGINNING = 0.1

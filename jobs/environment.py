@@ -11,9 +11,8 @@ from tempfile import TemporaryDirectory
 
 from packaging.requirements import Requirement
 
-from orchestrator.provenance import ROOMS
-from workers.errors import ConfigError
-from workers.source import ROOT
+from workers.common.errors import ConfigError
+from workers.common.source import ROOMS, ROOT
 
 CONFIG = "config.yaml"
 """The run's config in the working directory."""

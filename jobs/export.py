@@ -11,12 +11,12 @@ import numpy as np
 from jobs.byte_tokenizer import byte_tokenizer
 from jobs.hugging_face import config_of, refuse_unloadable, tensors_of, trained_on_bytes
 from optim.config import ConfigProblems
-from orchestrator.run_log import Entry, find_commit
+from orchestrator.log.run_log import Entry, find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader
+from workers.common.errors import ConfigError, StorageError
+from workers.common.storage import Store, absolute_url
 from workers.config import MODEL_CONFIGS, ModelConfig
-from workers.errors import ConfigError, StorageError
-from workers.storage import Store, absolute_url
 
 SHARD_BYTES = 4 << 30
 """Of an exported file, at most, but for a tensor that is larger."""
@@ -95,7 +95,7 @@ def register(exported: Exported, model: str, tracking_uri: str) -> str:
         StorageError: the server is away, or refuses.
     """
     from orchestrator.config import TrackingConfig
-    from orchestrator.tracking import Tracking
+    from orchestrator.record.tracking import Tracking
 
     tracking = Tracking(TrackingConfig(uri=tracking_uri))
     tags = {"raymuon.step": exported.step, "raymuon.run_id": exported.run_id, **exported.metrics}

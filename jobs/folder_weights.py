@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jobs.config_json import read_json
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 NUMBERS = {"F64", "F32", "F16", "BF16"}

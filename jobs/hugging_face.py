@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from jobs.byte_tokenizer import END_OF_DOCUMENT
+from workers.common.errors import ConfigError
 from workers.config import LlamaConfig, ModelConfig, MoonlightConfig
-from workers.errors import ConfigError
 
 
 def tensors_of(name: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

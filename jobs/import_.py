@@ -10,12 +10,12 @@ import numpy as np
 from jobs.config_json import Described, describe, read_json
 from jobs.folder_weights import FolderWeights, open_weights
 from jobs.hugging_face import names_of
-from orchestrator.run_log import RunLog
+from orchestrator.log.run_log import RunLog
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Entry, Manifest, place_of
 from workers.checkpoint.shards import write_shard
+from workers.common.errors import ConfigError
+from workers.common.storage import Store, absolute_url
 from workers.config import LlamaConfig, ModelConfig
-from workers.errors import ConfigError
-from workers.storage import Store, absolute_url
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from optim.config import ConfigProblems
 from orchestrator.config import RunConfig
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

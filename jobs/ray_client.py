@@ -8,7 +8,7 @@ CONNECT_S, ANSWER_S = 5.0, 60.0
 
 
 class Client(JobSubmissionClient):
-    """Asks as `orchestrator.access` does: within a time, through no proxy, and with Ray's token alone.
+    """Asks as `orchestrator.group.access` does: within a time, through no proxy, and with Ray's token alone.
 
     Ray's own client waits for ever, and `requests` would send the token to a proxy of the environment, or replace it by
     what ~/.netrc has for the host.

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from jobs.environment import variables
-from orchestrator.access import Access, head_access
-from workers.errors import ClusterError, ConfigError
+from orchestrator.group.access import Access, head_access
+from workers.common.errors import ClusterError, ConfigError
 
 RUN_ID = "raymuon.run_id"
 """The key of a job's metadata that names its run."""

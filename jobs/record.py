@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.provenance import Provenance
-from workers.errors import ConfigError
+from orchestrator.record.provenance import Provenance
+from workers.common.errors import ConfigError
 
 TOLERANCE = 1e-3
 """Relative difference of a loss, where the world size or the hardware is another one; of a gradient's norm ten times

@@ -21,25 +21,25 @@ from jobs.screen import Screen
 from jobs.table import print_table
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
-from orchestrator.cluster import is_local
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, absolute
 from orchestrator.driver import Options, RunResult, run
-from orchestrator.events import Event, Membership
-from orchestrator.journal import read_journal
+from orchestrator.group.cluster import is_local
+from orchestrator.log.run_log import RunLog
 from orchestrator.preflight import identity, refuse_other
-from orchestrator.provenance import changes, provenance
-from orchestrator.run_log import RunLog
+from orchestrator.record.events import Event, Membership
+from orchestrator.record.journal import read_journal
+from orchestrator.record.provenance import changes, provenance
 from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
 from workers.checkpoint.manifest import Manifest
+from workers.common.errors import ConfigError, StorageError, TrainingError
+from workers.common.storage import configure_s3
 from workers.data import corpus as corpora
 from workers.data.corpus import Corpus
-from workers.errors import ConfigError, StorageError, TrainingError
 from workers.reports import Report, StepDone, Validated
-from workers.storage import configure_s3
 
 if TYPE_CHECKING:
-    from orchestrator.tracking import RunRecord
+    from orchestrator.record.tracking import RunRecord
 
 FOLDER = "runs/replays"
 EXPERIMENT = "raymuon-replays"

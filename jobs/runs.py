@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from orchestrator.metrics import newest
 from orchestrator.reach import reach_tracking
-from workers.errors import ConfigError
-from workers.storage import Store, absolute_url, configure_s3
+from orchestrator.record.metrics import newest
+from workers.common.errors import ConfigError
+from workers.common.storage import Store, absolute_url, configure_s3
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def find(run: str, tracking_uri: str, s3_endpoint: str = "") -> Found:
             raise ConfigError(f"{run}: no run's folder (there is no log/ in it)")
         return Found(url.rsplit("/", 1)[-1], url)
     reach_tracking(tracking_uri)
-    from orchestrator.tracking import look_up  # MLflow takes seconds to import.
+    from orchestrator.record.tracking import look_up  # MLflow takes seconds to import.
 
     known = look_up(tracking_uri, run)
     tags, params = dict(known.data.tags), dict(known.data.params)

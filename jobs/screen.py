@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 from rich.text import Text
 
-from workers.text import visible
+from workers.common.text import visible
 
 MLFLOW_UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` listens."""

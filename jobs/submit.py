@@ -24,14 +24,14 @@ from jobs.screen import Screen, mlflow_page
 from jobs.tell import tell
 from orchestrator.config import RunConfig, absolute, flatten
 from orchestrator.preflight import run_store
-from orchestrator.provenance import COMMIT_VARIABLE, provenance
 from orchestrator.reach import reach_tracking
+from orchestrator.record.provenance import COMMIT_VARIABLE, provenance
 from orchestrator.resumption import check_steps
+from workers.common.errors import BY_EXIT_CODE, ClusterError, ConfigError, Interrupted
 from workers.data.files import STDLIB, parts_of
-from workers.errors import BY_EXIT_CODE, ClusterError, ConfigError, Interrupted
 
 if TYPE_CHECKING:
-    from orchestrator.tracking import Tracking
+    from orchestrator.record.tracking import Tracking
 
 STOP_WAIT_S = 600
 """How long a job that is asked to stop may take: it finishes its step and saves. Ray would kill it after 3 s."""
@@ -105,7 +105,7 @@ def resume(found: Found, overrides: list[str], target: Target, follow: bool, as_
     """
     if not found.tracking_uri:
         raise ConfigError(f"run {found.run_id}: name it by its id in MLflow, not by its folder; its job is known there")
-    from orchestrator.tracking import read_artifact
+    from orchestrator.record.tracking import read_artifact
 
     values = OmegaConf.create(read_artifact(found.tracking_uri, found.run_id, CONFIG))
     run_config = load_values(values, overrides, f"of run {found.run_id}")
@@ -257,7 +257,7 @@ def image_env(image: str, variables: dict[str, str]) -> dict[str, Any]:
 
 def _tracking(uri: str, config: RunConfig) -> "Tracking":
     reach_tracking(uri)
-    from orchestrator.tracking import Tracking  # MLflow takes seconds to import.
+    from orchestrator.record.tracking import Tracking  # MLflow takes seconds to import.
 
     return Tracking(replace(config.tracking, uri=uri))
 

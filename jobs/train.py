@@ -14,12 +14,12 @@ from jobs.load import load, plain_yaml
 from jobs.screen import Screen, command, mlflow_page
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
-from orchestrator.cluster import JOB_VARIABLE, is_local
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, RunResult, run
+from orchestrator.group.cluster import JOB_VARIABLE, is_local
 from orchestrator.stop import StopSignal
-from workers.errors import ConfigError
-from workers.storage import storage_errors
+from workers.common.errors import ConfigError
+from workers.common.storage import storage_errors
 
 
 def train(

@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from jobs.screen import Screen, mlflow_page
-from orchestrator.events import Event, Fault, Membership, Recovery
+from orchestrator.record.events import Event, Fault, Membership, Recovery
 from workers.reports import Report, StepDone, Validated
 
 LOG_S = 10.0

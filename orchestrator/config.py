@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from optim.config import OptimConfig, require
 from workers.checkpoint.manifest import Manifest
+from workers.common.errors import ConfigError
+from workers.common.storage import absolute_url
 from workers.config import (
     CheckpointConfig,
     DataConfig,
@@ -17,8 +19,6 @@ from workers.config import (
     no_password,
 )
 from workers.data.corpus import Corpus
-from workers.errors import ConfigError
-from workers.storage import absolute_url
 from workers.task import Origin, Task
 
 

@@ -12,19 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator.commits import Commits
 from orchestrator.config import RunConfig
-from orchestrator.events import (
-    Event,
-    Fault,
-    Membership,
-    Reason,
-    Recovery,
-    Source,
-    Tally,
-)
-from orchestrator.handles import Gone
-from orchestrator.lease import Lease
+from orchestrator.group.handles import Gone
+from orchestrator.group.pool import Pool, PoolKeeper, PoolWorker
+from orchestrator.group.worker_group import WorkerGroup
+from orchestrator.log.commits import Commits
+from orchestrator.log.lease import Lease
+from orchestrator.log.saves import Saves
 from orchestrator.policy import (
     FailurePolicy,
     FaultKind,
@@ -37,12 +31,18 @@ from orchestrator.policy import (
     newest_snapshot,
     should_grow,
 )
-from orchestrator.pool import Pool, PoolKeeper, PoolWorker
-from orchestrator.progress import Progress, Recorder
-from orchestrator.saves import Saves
+from orchestrator.record.events import (
+    Event,
+    Fault,
+    Membership,
+    Reason,
+    Recovery,
+    Source,
+    Tally,
+)
+from orchestrator.record.progress import Progress, Recorder
 from orchestrator.stop import StopSignal
-from orchestrator.worker_group import WorkerGroup
-from workers.errors import ClusterError, RaymuonError, StorageError
+from workers.common.errors import ClusterError, RaymuonError, StorageError
 from workers.reports import (
     CheckpointDamaged,
     KeeperLost,

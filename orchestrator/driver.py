@@ -11,15 +11,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from orchestrator.cluster import RayCluster, connected, job_place
-from orchestrator.commits import Commits
 from orchestrator.config import RunConfig, flatten, task_of
 from orchestrator.controller import Controller
-from orchestrator.events import DriverStarted
-from orchestrator.journal import Journal
-from orchestrator.keeper import new_token
-from orchestrator.lease import Lease
-from orchestrator.pool import Pool
+from orchestrator.group.cluster import RayCluster, connected, job_place
+from orchestrator.group.keeper import new_token
+from orchestrator.group.pool import Pool
+from orchestrator.log.commits import Commits
+from orchestrator.log.lease import Lease
+from orchestrator.log.retention import Janitor
+from orchestrator.log.run_log import FencedError, RunLog
 from orchestrator.preflight import (
     Found,
     Inputs,
@@ -31,19 +31,19 @@ from orchestrator.preflight import (
     in_background,
     run_store,
 )
-from orchestrator.progress import Progress
-from orchestrator.provenance import Provenance, provenance
-from orchestrator.recorder import RunRecorder, Watcher, go_on_with
-from orchestrator.report import Links
-from orchestrator.retention import Janitor
-from orchestrator.run_log import FencedError, RunLog
+from orchestrator.record.events import DriverStarted
+from orchestrator.record.journal import Journal
+from orchestrator.record.progress import Progress
+from orchestrator.record.provenance import Provenance, provenance
+from orchestrator.record.recorder import RunRecorder, Watcher, go_on_with
+from orchestrator.record.report import Links
 from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
-from workers.errors import ClusterError, Interrupted, StorageError
-from workers.storage import configure_s3
+from workers.common.errors import ClusterError, Interrupted, StorageError
+from workers.common.storage import configure_s3
 
 if TYPE_CHECKING:
-    from orchestrator.tracking import RunRecord
+    from orchestrator.record.tracking import RunRecord
 
 T = TypeVar("T")
 GRACE_S = 5.0
@@ -203,7 +203,7 @@ def lead(
     options: Options,
 ) -> RunResult:
     """Make or take over the run, train with the pool's workers, and close the record whatever happens."""
-    from orchestrator.tracking import RunRecord
+    from orchestrator.record.tracking import RunRecord
 
     run_id = stop.run_id = found.run_id or found.tracking.create(config.run.name, flatten(asdict(config)))
     page = found.tracking.page(run_id)

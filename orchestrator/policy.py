@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from orchestrator.config import RecoveryConfig, ScalingConfig
-from orchestrator.events import FaultSeen
-from workers.errors import ConfigError, RaymuonError, StorageError, TrainingError
+from orchestrator.record.events import FaultSeen
+from workers.common.errors import ConfigError, RaymuonError, StorageError, TrainingError
 from workers.reports import Ended, Mark
 from workers.snapshots.kept import KeptShard, Snapshot
 

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.config import RunConfig, database_files, flatten
-from orchestrator.lease import await_free
+from orchestrator.log.lease import await_free
+from orchestrator.log.run_log import RunLog, find_commit
 from orchestrator.reach import reach_tracking
 from orchestrator.resumption import check_steps, new_beside
-from orchestrator.run_log import RunLog, find_commit
 from workers.checkpoint.manifest import Manifest
+from workers.common.errors import ConfigError, StorageError
+from workers.common.storage import Store
 from workers.data.corpus import Corpus, check_corpus, prepare
-from workers.errors import ConfigError, StorageError
-from workers.storage import Store
 from workers.task import Origin
 
 if TYPE_CHECKING:
-    from orchestrator.tracking import Tracking
+    from orchestrator.record.tracking import Tracking
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
         StorageError: the tracking store or the run's files cannot be read.
     """
     origin = find_origin(config) if resume == "never" else None  # Told at once: MLflow takes seconds to import.
-    from orchestrator.tracking import Tracking
+    from orchestrator.record.tracking import Tracking
 
     tracking = Tracking(config.tracking)
     if resume == "never":

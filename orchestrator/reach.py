@@ -13,7 +13,7 @@ from urllib.parse import quote, urlparse
 import requests
 from requests.utils import get_environ_proxies, select_proxy
 
-from workers.errors import ConfigError, StorageError
+from workers.common.errors import ConfigError, StorageError
 
 REACH_S = 5.0
 """How long a server may take to accept a connection."""

@@ -3,7 +3,7 @@
 A run is never trained backwards, and one that is finished is not finished once more: both would look like success.
 """
 
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 
 
 def check_steps(run_id: str, reached: int, steps: int, finished: bool) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from workers.errors import Interrupted
+from workers.common.errors import Interrupted
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 ONE_S = 0.5

@@ -153,7 +153,7 @@ fsspec.register_implementation("crashing", _Current, clobber=True)
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Shards of a few hundred bytes in several parts, one after the other, so that operations can be counted."""
-    monkeypatch.setattr("workers.uploads.PART_BYTES", 128)
-    monkeypatch.setattr("workers.uploads.PARTS_AT_ONCE", 1)
+    monkeypatch.setattr("workers.common.uploads.PART_BYTES", 128)
+    monkeypatch.setattr("workers.common.uploads.PARTS_AT_ONCE", 1)
     monkeypatch.setattr("workers.checkpoint.shards.CHUNK", 128)
     monkeypatch.setattr("workers.checkpoint.shards.READS_AT_ONCE", 1)

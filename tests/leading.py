@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 
 from optim.config import OptimConfig
-from orchestrator.commits import Commits
 from orchestrator.config import RecoveryConfig, RunConfig, ScalingConfig, task_of
 from orchestrator.controller import Controller
-from orchestrator.events import Event, Fault, Membership, Recovery, Tally
-from orchestrator.journal import Journal
-from orchestrator.keeper import new_token
-from orchestrator.lease import Lease
-from orchestrator.pool import NodeUsage, Pool
+from orchestrator.group.keeper import new_token
+from orchestrator.group.pool import Pool
+from orchestrator.log.commits import Commits
+from orchestrator.log.lease import Lease
+from orchestrator.log.run_log import RunLog
 from orchestrator.preflight import find_origin, identity
-from orchestrator.progress import Progress
-from orchestrator.run_log import RunLog
+from orchestrator.record.events import Event, Fault, Membership, Recovery, Tally
+from orchestrator.record.journal import Journal
+from orchestrator.record.metrics import NodeUsage
+from orchestrator.record.progress import Progress
 from orchestrator.stop import StopSignal
 from tests.closeness import ADAMW_EPS
 from tests.processes import ProcessCluster
@@ -28,10 +29,10 @@ from tests.workers.test_loop import TEXT
 from tests.workers.test_moonlight import TINY
 from workers.checkpoint.manifest import Manifest
 from workers.checkpoint.shards import CheckpointReader
+from workers.common.storage import Store
 from workers.config import CheckpointConfig, DataConfig, TrainConfig
 from workers.data.corpus import prepare
 from workers.reports import Report, StepDone, Validated
-from workers.storage import Store
 
 
 def config_of(folder: Path, *, recovery: dict[str, Any] | None = None, **changes: Any) -> RunConfig:

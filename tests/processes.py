@@ -15,15 +15,15 @@ from contextlib import suppress
 from typing import Any
 
 from jobs.stack.seaweed import s3_environment
-from orchestrator.handles import Gone
-from orchestrator.keeper import Keeper
+from orchestrator.group.handles import Gone
+from orchestrator.group.keeper import Keeper
 from workers.config import StorageConfig
 from workers.member import Member
 
 os.environ.update(s3_environment())  # Before the server starts, from which all processes inherit.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "deepspeed", "workers.training", "orchestrator.keeper", "tests.ranks", "tests.processes"]
+    ["torch", "deepspeed", "workers.training", "orchestrator.group.keeper", "tests.ranks", "tests.processes"]
 )
 
 

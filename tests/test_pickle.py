@@ -14,15 +14,15 @@ import torch
 from jobs.checkpoints import diff, list_checkpoints, show, verify
 from jobs.export import export
 from jobs.import_ import import_model
-from orchestrator.journal import Journal, read_journal
-from orchestrator.run_log import RunLog
+from orchestrator.log.run_log import RunLog
+from orchestrator.record.journal import Journal, read_journal
 from tests.jobs.test_export import trained
+from workers.common.errors import RaymuonError
+from workers.common.source import ROOMS
+from workers.common.storage import Store
 from workers.config import DataConfig
 from workers.data.corpus import prepare
-from workers.errors import RaymuonError
-from workers.storage import Store
 
-ROOMS = ("jobs", "orchestrator", "workers", "optim")
 MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.package"}
 CALLS = {
     "torch.load",

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 
 FORMAT = 1
 KINDS = ("matmul", "attention", "attention_backward", "elementwise", "special", "gather")

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optim.schedule import learning_rate
+from workers.common.errors import TrainingError
 from workers.controls import Controls, Pause
 from workers.data.order import random_seed, samples_of_slot, slots_of_rank
 from workers.data.tokens import TokenSplit
 from workers.engine import Engine
-from workers.errors import TrainingError
 from workers.generate import generate
 from workers.reports import Sampled, SaveFailed, SaveSkipped, StepDone, Validated
 from workers.snapshots.schedule import SnapshotSchedule

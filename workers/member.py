@@ -21,12 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from workers.common.errors import RaymuonError
+from workers.common.source import training_code
+from workers.common.storage import configure_s3
 from workers.config import StorageConfig
 from workers.controls import Controls, Pause
-from workers.errors import RaymuonError
 from workers.reports import Ended, KeeperLost, Mark, Pulse, Report, StepDone, Terminating
-from workers.source import training_code
-from workers.storage import configure_s3
 from workers.task import KeeperLinks, Membership, Task
 
 if TYPE_CHECKING:

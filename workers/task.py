@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 from optim.config import OptimConfig
 from workers.checkpoint.manifest import Manifest
+from workers.common.wire import Address
 from workers.config import CheckpointConfig, DataConfig, ModelConfig, TelemetryConfig, TrainConfig
 from workers.data.corpus import Corpus
 from workers.snapshots.kept import Snapshot
-from workers.wire import Address
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,15 +8,15 @@ import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore
 
 from workers.checkpoint.shards import CheckpointReader
+from workers.common.errors import DamagedError, StorageError, TrainingError
+from workers.common.storage import Store
 from workers.config import MoonlightConfig
 from workers.controls import Controls
 from workers.engine import Engine, build_engine, default_device, join_process_group, leave_process_group
-from workers.errors import DamagedError, StorageError, TrainingError
 from workers.loop import Trainer
 from workers.reports import CheckpointDamaged, Planned, Restored
 from workers.snapshots.reader import SnapshotReader
 from workers.state import Counters, WeightsOnly, first_not_finite, load_state, shard_map
-from workers.storage import Store
 from workers.task import Membership, Task
 from workers.telemetry import warm_up
 

@@ -27,15 +27,15 @@ from jobs.load import load, plain_yaml
 from jobs.stack.seaweed import BUCKET, s3_environment, seaweedfs
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import run
-from orchestrator.events import Event, Fault, Recovery
-from orchestrator.recorder import Watcher
-from orchestrator.run_log import RunLog
+from orchestrator.log.run_log import RunLog
+from orchestrator.record.events import Event, Fault, Recovery
+from orchestrator.record.recorder import Watcher
 from orchestrator.stop import StopSignal
 from workers.checkpoint.manifest import BUFFER, Manifest
 from workers.checkpoint.shards import write_shard
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
+from workers.common.storage import Store, configure_s3
 from workers.reports import Report, StepDone
-from workers.storage import Store, configure_s3
 
 WORKERS = 2
 OTHER_WORKERS = 3

@@ -9,8 +9,8 @@ from typing import Any
 from jobs.bench.process import raymuon, run_json
 from jobs.curves import plot_losses
 from orchestrator.config import TrackingConfig
-from orchestrator.metrics import read_history
-from workers.errors import TrainingError
+from orchestrator.record.metrics import read_history
+from workers.common.errors import TrainingError
 
 LEARNING_RATES = {"muon": (0.8e-2, 1.6e-2, 3.2e-2), "adamw": (1.5e-3, 3e-3, 6e-3)}
 
@@ -38,7 +38,7 @@ def curves(picture: Path, overrides: list[str], say: Any) -> dict[str, Any]:
     Returns:
         For each optimizer the validation loss by learning rate, and the best rate.
     """
-    from orchestrator.tracking import Tracking
+    from orchestrator.record.tracking import Tracking
 
     found: dict[str, Any] = {}
     drawn = {}

@@ -21,13 +21,13 @@ from jobs.stack.mlflow_server import ADMIN, check_installed, mlflow_server
 from jobs.stack.seaweed import free_port
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, RunResult, lead, run
-from orchestrator.keeper import new_token
-from orchestrator.metrics import read_history
-from orchestrator.pool import Pool
+from orchestrator.group.keeper import new_token
+from orchestrator.group.pool import Pool
 from orchestrator.preflight import check_inputs, find_run
-from orchestrator.recorder import Watcher
+from orchestrator.record.metrics import read_history
+from orchestrator.record.recorder import Watcher
 from orchestrator.stop import StopSignal
-from workers.errors import TrainingError
+from workers.common.errors import TrainingError
 from workers.reports import Report, StepDone
 
 RATE = 50.0
@@ -213,7 +213,7 @@ def _each_step_once(config: RunConfig, result: RunResult, steps: int) -> int:
     Raises:
         TrainingError: a step is missing, or there twice.
     """
-    from orchestrator.tracking import Tracking
+    from orchestrator.record.tracking import Tracking
 
     history = read_history(Tracking(config.tracking).client, result.run_id, "loss")
     if sorted(metric.step for metric in history) != list(range(1, steps + 1)):

@@ -15,11 +15,11 @@ import ray
 
 from jobs.bench.process import raymuon, run_json, torchrun
 from jobs.load import load, plain_yaml
-from orchestrator.cluster import connected
 from orchestrator.config import RunConfig, TrackingConfig
-from orchestrator.metrics import read_history
+from orchestrator.group.cluster import connected
+from orchestrator.record.metrics import read_history
 from orchestrator.stop import StopSignal
-from workers.errors import ClusterError
+from workers.common.errors import ClusterError
 
 WARMUP_STEPS = 10
 
@@ -66,7 +66,7 @@ def overhead(overrides: list[str], repeats: int, say: Any) -> dict[str, Any]:
 
 def _raymuon(path: Path, config: RunConfig) -> float:
     """Train on the cluster that this process has started."""
-    from orchestrator.tracking import Tracking
+    from orchestrator.record.tracking import Tracking
 
     address = ray.get_runtime_context().gcs_address
     result = run_json(raymuon("train", str(path), "--address", address, "--json"))

@@ -17,7 +17,7 @@ from jobs.bench.process import torchrun
 from jobs.load import load, plain_yaml
 from jobs.planning.plan import Machines, plan_run
 from workers.calibrate import Calibration
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 
 SMALL_BATCH = ["train.global_batch=4", "train.micro_batch=2", "train.seq_len=128"]
 CONFIGS = {

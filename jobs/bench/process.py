@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from workers.errors import TrainingError
+from workers.common.errors import TrainingError
 
 
 def run_json(command: list[str], **environment: str) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from jobs.bench.rival import CALM_STEPS, RIVAL_FAULTS, rival
 from jobs.load import load
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import RunResult, run
-from orchestrator.events import Event, Membership, Recovery
-from orchestrator.recorder import Watcher
+from orchestrator.record.events import Event, Membership, Recovery
+from orchestrator.record.recorder import Watcher
 from orchestrator.stop import StopSignal
-from workers.errors import TrainingError
+from workers.common.errors import TrainingError
 from workers.reports import Report, StepDone
 
 STANDBY_STEPS = 40

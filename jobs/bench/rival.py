@@ -22,7 +22,7 @@ import numpy as np
 from jobs.bench.cluster import BenchCluster, bench_cluster
 from jobs.load import load, plain_yaml
 from orchestrator.config import RunConfig, absolute, task_of
-from workers.errors import TrainingError
+from workers.common.errors import TrainingError
 
 RIVAL_FAULTS = ("worker_kill", "node_kill", "node_add")
 CHECKPOINT_EVERY = 20
@@ -126,13 +126,13 @@ def train_loop(settings: dict[str, str]) -> None:
     from workers.checkpoint.manifest import Entry as ManifestEntry
     from workers.checkpoint.manifest import Manifest, ShardFile
     from workers.checkpoint.shards import CheckpointReader, write_shard
+    from workers.common.storage import Store
     from workers.controls import Controls
     from workers.data.corpus import prepare
     from workers.engine import adopt_process_group, build_engine, default_device
     from workers.loop import Trainer
     from workers.reports import StepDone
     from workers.state import Counters, load_state, replicated_tensors, shard_map, shard_tensors
-    from workers.storage import Store
     from workers.task import Membership
 
     context = ray.train.get_context()

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from optim.schedule import learning_rate
-from orchestrator.usage import Usage
+from orchestrator.group.usage import Usage
 from workers.checkpoint.manifest import SHARDS, WEIGHT, Entry, ShardFile, place_of
+from workers.common.source import training_code
+from workers.common.wire import Address
 from workers.config import StorageConfig
 from workers.member import LINGER_S, Ready
 from workers.reports import Ended, Mark, Pulse, Report, Restored, ShardWritten, StepDone, Validated
-from workers.source import training_code
 from workers.task import Membership, Task
-from workers.wire import Address
 
 WORKERS_PER_NODE = 8
 NAME = "embedding.weight"
@@ -206,7 +206,7 @@ class _Worker:
 
 
 class _Keeper:
-    """Answers as `orchestrator.keeper.Keeper` does, and writes shards."""
+    """Answers as `orchestrator.group.keeper.Keeper` does, and writes shards."""
 
     def __init__(self, timer: "_Timer", token: str) -> None:
         self.timer, self.token = timer, token

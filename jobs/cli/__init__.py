@@ -14,8 +14,8 @@ from jobs.cli import before, bench, checkpoints, runs
 from jobs.cli.options import BUILT_IN
 from jobs.output import outlive_output
 from optim.config import ConfigProblems
-from workers.errors import RaymuonError
-from workers.text import visible
+from workers.common.errors import RaymuonError
+from workers.common.text import visible
 
 HELP = """Pretrain language models with Distributed Muon on Ray: workers may die, and the run goes on.
 

@@ -73,7 +73,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check a cluster, storage and tracking before money is spent: exit code 3 or 5 where something would fail."""
-    from jobs.doctor import doctor
+    from jobs.doctor.command import doctor
 
     if code := doctor(config, overrides or [], address, storage, calibration, as_json):
         raise typer.Exit(code)

@@ -144,7 +144,7 @@ def export(
     """Write a checkpoint as a Hugging Face model: safetensors, config, tokenizer, model card."""
     from jobs.export import export, export_series
     from jobs.export import register as register_
-    from workers.errors import ConfigError
+    from workers.common.errors import ConfigError
 
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"--dtype must be bfloat16 or float32, not {dtype!r}")

@@ -9,7 +9,7 @@ import typer
 
 
 def _configure_s3(endpoint: str) -> str:
-    from workers.storage import configure_s3
+    from workers.common.storage import configure_s3
 
     configure_s3(endpoint)
     return endpoint

@@ -192,7 +192,7 @@ def way_on(config: str, overrides: list[str], address: str | None, run_id: str) 
     if not run_id:
         return f"nothing has begun; begin again with: {_same()}"
     from jobs.screen import command
-    from orchestrator.cluster import JOB_VARIABLE  # Ray is there by now.
+    from orchestrator.group.cluster import JOB_VARIABLE  # Ray is there by now.
 
     if JOB_VARIABLE in os.environ:  # Not here: from where it was submitted.
         return f"go on with: raymuon resume {run_id}"

@@ -11,7 +11,7 @@ from jobs.tell import tell
 from optim.plan import PlanFigures
 from orchestrator.config import RunConfig
 from workers.calibrate import Calibration
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 
 
 def show(config: RunConfig, counts: list[int], machines: Machines, terms: Terms, as_json: bool) -> None:

@@ -7,7 +7,7 @@ reported for eager PyTorch (docs/commands/plan.md); `raymuon doctor --calibratio
 import math
 
 from workers.calibrate import KINDS, Calibration, Collective, Curve
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 from workers.gpus import GPUS
 
 PRODUCT_SHARES = ((64, 0.01), (256, 0.15), (1024, 0.5), (4096, 0.7))

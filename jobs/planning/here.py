@@ -12,7 +12,7 @@ from jobs.planning.memory import PROCESS_BYTES
 from jobs.planning.plan import Machines, gigabytes, memory_on, needed_on, require_fit
 from jobs.planning.state import layout_of
 from orchestrator.config import RunConfig
-from orchestrator.usage import memory_here
+from orchestrator.group.usage import memory_here
 from workers.calibrate import Calibration
 
 CLEARLY = 1.25

@@ -4,7 +4,7 @@ from jobs.planning.state import layout_of
 from optim.config import OptimConfig
 from optim.plan import PlanFigures
 from orchestrator.config import RunConfig
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 
 BF16 = 2
 """Bytes of a parameter where no device is named."""

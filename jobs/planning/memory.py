@@ -13,7 +13,7 @@ from jobs.planning.work import HEAP_BLOCK, MicroBatch
 from optim.config import OptimConfig
 from optim.exchange import BATCH_ELEMENTS
 from optim.plan import OrthogonalizePlan
-from orchestrator.keeper import MAX_SAVING
+from orchestrator.group.keeper import MAX_SAVING
 from workers.config import TrainConfig
 from workers.snapshots.region import SLOTS
 

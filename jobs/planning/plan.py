@@ -20,7 +20,7 @@ from jobs.planning.work import MicroBatch, micro_batch_of
 from optim.plan import PlanFigures
 from orchestrator.config import RunConfig
 from workers.calibrate import Calibration
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 from workers.gpus import GPUS
 
 GPUS_PER_NODE = 8

@@ -22,8 +22,8 @@ from optim.exchange import BATCH_ELEMENTS
 from optim.newton_schulz import Workspace, newton_schulz
 from optim.polynomials import coefficients
 from workers.calibrate import Calibration, Collective
+from workers.common.errors import ConfigError
 from workers.config import CheckpointConfig, TrainConfig
-from workers.errors import ConfigError
 
 
 @dataclass(frozen=True)

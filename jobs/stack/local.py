@@ -25,8 +25,8 @@ from typing import Any
 from jobs.stack.mlflow_server import ADMIN, mlflow_server
 from jobs.stack.seaweed import BUCKET, free_port, free_port_pair, seaweedfs
 from orchestrator.stop import StopSignal
-from workers.errors import ClusterError, ConfigError
-from workers.storage import storage_errors
+from workers.common.errors import ClusterError, ConfigError
+from workers.common.storage import storage_errors
 
 ENVIRONMENT = "env.sh"
 """The file that gives a shell all that it needs; when it is there, the stack is up."""
@@ -183,7 +183,7 @@ def _ray(environment: dict[str, str], nodes: int, gpus: int, workers: int) -> It
     os.environ["RAY_JOB_STOP_WAIT_TIME_S"] = "120"
     from ray.cluster_utils import Cluster
 
-    from orchestrator.cluster import signals_apart
+    from orchestrator.group.cluster import signals_apart
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     port = free_port()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from workers.errors import ConfigError, StorageError
+from workers.common.errors import ConfigError, StorageError
 
 ADMIN = "admin"
 START_S = 300.0

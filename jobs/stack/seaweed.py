@@ -13,7 +13,7 @@ from pathlib import Path
 
 import s3fs
 
-from workers.errors import ConfigError, StorageError
+from workers.common.errors import ConfigError, StorageError
 
 KEY, SECRET = "local-access-key", "not-a-secret-of-anybody"
 BUCKET = "raymuon"

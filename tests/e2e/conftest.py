@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.stack.seaweed import s3_environment, seaweedfs
-from orchestrator.metrics import read_history
+from orchestrator.record.metrics import read_history
 from tests.ledger import assert_every_sample_once
 from tests.servers import ray_cluster
 from workers.config import TrainConfig

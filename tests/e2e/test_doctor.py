@@ -9,10 +9,10 @@ import subprocess
 import mlflow
 import s3fs
 
+from jobs.doctor.node_probe import NodeProbe
+from jobs.doctor.tracking_probe import look_at_tracking
 from jobs.stack.seaweed import client, s3_environment
 from orchestrator.config import TrackingConfig
-from orchestrator.doctor.node_probe import NodeProbe
-from orchestrator.doctor.tracking_probe import look_at_tracking
 from tests.e2e.conftest import RAYMUON
 from tests.servers import rclone
 

@@ -16,12 +16,12 @@ import mlflow
 import psutil
 import pytest
 
-from orchestrator.run_log import RunLog
+from orchestrator.log.run_log import RunLog
 from tests.e2e.conftest import RAYMUON, Place
 from tests.e2e.test_resume import wait_for_step, workers_of
 from tests.leading import tensors_of
 from tests.ledger import ledger
-from workers.storage import Store
+from workers.common.storage import Store
 
 MOMENTS = ("start", "training", "saving", "back-off")
 ENDING = ("INT", "TERM", "QUIT")

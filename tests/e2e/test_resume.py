@@ -11,10 +11,10 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from orchestrator.journal import read_journal
+from orchestrator.record.journal import read_journal
 from tests.e2e.conftest import Place
 from tests.ledger import ledger
-from workers.storage import Store
+from workers.common.storage import Store
 
 STEPS, EVERY = 120, 20
 

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from orchestrator.config import TrackingConfig
-from orchestrator.tracking import Tracking
+from orchestrator.record.tracking import Tracking
 from tests.e2e.conftest import RAYMUON
 from tests.secrets_search import places_of
 from tests.servers import proxy

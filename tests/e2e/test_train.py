@@ -10,9 +10,9 @@ import pytest
 
 from jobs.load import load
 from jobs.planning.matrices import orthogonalization
-from orchestrator.run_log import RunLog
-from orchestrator.tracking import read_artifact
-from workers.storage import Store
+from orchestrator.log.run_log import RunLog
+from orchestrator.record.tracking import read_artifact
+from workers.common.storage import Store
 from workers.telemetry import KINDS
 
 KEYS = {"run_id", "status", "steps", "tokens", "val_loss", "val_bits_per_byte", "world_size", "checkpoint"}

@@ -7,7 +7,7 @@ from jobs.checkpoints import open_checkpoint
 from jobs.export import model_of
 from jobs.import_ import import_model
 from tests.jobs.test_export import TEXT
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 from workers.models import build
 
 KINDS = {"llama": "llama", "deepseek_v3": "moonlight"}

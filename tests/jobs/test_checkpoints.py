@@ -3,9 +3,9 @@
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from orchestrator.run_log import RunLog
+from orchestrator.log.run_log import RunLog
 from tests.jobs.test_export import trained
-from workers.storage import Store
+from workers.common.storage import Store
 
 
 def test_a_list_shows_a_damaged_manifest(tmp_path):

@@ -11,7 +11,7 @@ from jobs.cli.options import writable
 from jobs.cli.runs import way_on
 from jobs.load import CONFIGS
 from jobs.screen import command
-from orchestrator.cluster import JOB_VARIABLE
+from orchestrator.group.cluster import JOB_VARIABLE
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from jobs.bench.curves import best_rate
 from jobs.bench.variants import _spread
 from jobs.curves import height, plot_losses
-from workers.errors import TrainingError
+from workers.common.errors import TrainingError
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from jobs.doctor import asked_for, show
+from jobs.doctor import checks, places
+from jobs.doctor.command import asked_for, show
+from jobs.doctor.findings import CLUSTER, Finding, exit_code, merged, stragglers
+from jobs.doctor.node_probe import NodeProbe
+from jobs.doctor.seen import ClockSeen, LinkSeen, Machine, NodeSeen, PlaceSeen, SlotSeen, TrackingSeen
+from jobs.doctor.slots import ring_pairs
+from jobs.doctor.tracking_probe import look_at_tracking
 from jobs.screen import Screen
-from orchestrator.access import Access
 from orchestrator.config import ScalingConfig
-from orchestrator.doctor import checks, places
-from orchestrator.doctor.findings import CLUSTER, Finding, exit_code, merged, stragglers
-from orchestrator.doctor.node_probe import NodeProbe
-from orchestrator.doctor.seen import ClockSeen, LinkSeen, Machine, NodeSeen, PlaceSeen, SlotSeen, TrackingSeen
-from orchestrator.doctor.slots import ring_pairs
-from orchestrator.doctor.tracking_probe import look_at_tracking
+from orchestrator.group.access import Access
 
 GB = 10**9
 NODE = NodeSeen(

@@ -11,15 +11,15 @@ import torch
 from jobs.export import export, export_series, model_of, register
 from jobs.hugging_face import refuse_unloadable
 from jobs.stack.seaweed import BUCKET, s3_environment, seaweedfs
-from orchestrator.run_log import RunLog
+from orchestrator.log.run_log import RunLog
 from tests.closeness import assert_close
 from tests.workers import test_llama, test_moonlight
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Entry, Manifest, place_of
 from workers.checkpoint.shards import write_shard
+from workers.common.errors import ConfigError, StorageError
+from workers.common.storage import Store, configure_s3
 from workers.config import ModelConfig
-from workers.errors import ConfigError, StorageError
 from workers.models import build
-from workers.storage import Store, configure_s3
 
 MODELS = {"moonlight": test_moonlight.TINY, "llama": test_llama.TINY}
 TEXT = "def naïve(x):\n    return '日本' * x  # ☃\n"

@@ -17,7 +17,7 @@ from jobs.import_ import import_model
 from jobs.load import load
 from tests.jobs.folders import GONE, KINDS, TOKENS, difference, refused
 from tests.jobs.test_export import MODELS, trained
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,8 +9,8 @@ from jobs.load import CONFIGS, documented_yaml, load, load_values, plain_yaml
 from jobs.planning.state import layout_of
 from optim.config import ConfigProblems
 from orchestrator.config import RunConfig
+from workers.common.errors import ConfigError
 from workers.config import LlamaConfig, MoonlightConfig
-from workers.errors import ConfigError
 
 
 def test_overrides_win_and_defaults_fill():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs.submit import watch
-from workers.errors import StorageError
+from workers.common.errors import StorageError
 
 TALKS = """
 import logging, os, sys, threading

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from jobs.record import TOLERANCE, Record, attempt_of, compare, read_record
-from orchestrator.provenance import Provenance, changes, provenance, source_files
-from workers.errors import ConfigError
+from orchestrator.record.provenance import Provenance, changes, provenance, source_files
+from workers.common.errors import ConfigError
 
 
 def started(attempt: int, lr: float = 1e-2, url: str = "s3://a") -> dict:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jobs import screen
 from jobs.screen import Screen, command, mlflow_page
-from workers.text import visible
+from workers.common.text import visible
 
 ROOT = Path(__file__).parent.parent.parent
 HOSTILE = "a\x1b]0;title\x07b\x1b[2Jc\x9b31md\u202ee\ud800f\x00g\rh"

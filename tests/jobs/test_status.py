@@ -5,7 +5,7 @@ import json
 from jobs.control import status
 from jobs.runs import find
 from orchestrator.config import TrackingConfig
-from orchestrator.tracking import RunRecord, Tracking
+from orchestrator.record.tracking import RunRecord, Tracking
 
 
 def test_numbers_are_numbers_and_a_run_that_nobody_submitted_has_no_job(tmp_path, capsys):

@@ -5,7 +5,7 @@ from ray.runtime_env import RuntimeEnv
 
 from jobs.load import load
 from jobs.submit import Target, check_places, image_env
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 
 SHARED = [
     *("checkpoint.url=s3://bucket/runs", "data.prepared_url=s3://bucket/data", "tracking.uri=http://mlflow:5000"),

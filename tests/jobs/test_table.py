@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from jobs.doctor import show
+from jobs.doctor.command import show
+from jobs.doctor.findings import Finding
 from jobs.screen import Screen
 from jobs.table import print_table
-from orchestrator.doctor.findings import Finding
 
 LONG = "/a/folder/[red]/" + "x" * 200
 HEAD = ("run", "where", "note")

@@ -1,7 +1,7 @@
 """What a person sees of a run on the terminal."""
 
 from jobs.watch import TerminalWatcher
-from orchestrator.events import Fault
+from orchestrator.record.events import Fault
 
 
 def test_an_error_with_brackets_is_told_as_it_is(capsys):

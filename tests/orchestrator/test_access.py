@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from jobs.stack.seaweed import free_port
-from orchestrator.access import Access, auth_token, head_access
-from workers.errors import ClusterError, ConfigError
+from orchestrator.group.access import Access, auth_token, head_access
+from workers.common.errors import ClusterError, ConfigError
 
 # Ray's own authentication, before a route of the dashboard's name: a whole head takes ten seconds to start.
 GATE = """

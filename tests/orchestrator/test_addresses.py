@@ -4,9 +4,9 @@ import socket
 
 import pytest
 
-from orchestrator.keeper import Keeper
+from orchestrator.group.keeper import Keeper
+from workers.common.wire import Connection
 from workers.config import StorageConfig
-from workers.wire import Connection
 
 
 def _has(host: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.events import Event, Fault, Membership
+from orchestrator.record.events import Event, Fault, Membership
 from tests.faults import ACTIONS, FaultyMember
 from tests.leading import Lead, Notes, config_of
 from tests.orchestrator.test_recovery import assert_equal_states, assert_every_sample_of, config_with_ledger

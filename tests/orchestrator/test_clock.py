@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.controller import _Change
-from orchestrator.events import Elapsed, Tally
+from orchestrator.record.events import Elapsed, Tally
 
 DAY = 86_400.0
 JUMPS = st.sampled_from([0.0, -DAY, DAY, -3600.0, 56 * 365 * DAY])

@@ -5,16 +5,16 @@ import time
 import numpy as np
 import pytest
 
-from orchestrator.commits import Commits
-from orchestrator.retention import tidy
-from orchestrator.run_log import FencedError, RunLog
+from orchestrator.log.commits import Commits
+from orchestrator.log.retention import tidy
+from orchestrator.log.run_log import FencedError, RunLog
 from tests.crashing import MODES, Crash, CrashingS3, Mode, small_parts  # noqa: F401
 from workers.checkpoint.manifest import Entry, place_of
 from workers.checkpoint.shards import CheckpointReader, write_shard
+from workers.common.errors import StorageError
+from workers.common.storage import Store
 from workers.config import CheckpointConfig
-from workers.errors import StorageError
 from workers.reports import ShardWritten
-from workers.storage import Store
 
 URL = "crashing://bucket/run"
 WORLD, SIZE = 2, 100

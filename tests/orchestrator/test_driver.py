@@ -13,16 +13,16 @@ from jobs.load import load
 from optim.schedule import learning_rate
 from orchestrator.config import RunConfig
 from orchestrator.driver import Options, RunResult, lead
-from orchestrator.keeper import new_token
-from orchestrator.pool import Pool
+from orchestrator.group.keeper import new_token
+from orchestrator.group.pool import Pool
+from orchestrator.log.run_log import FencedError, RunLog
 from orchestrator.preflight import check_inputs, find_run
-from orchestrator.recorder import Watcher, rate_jump
-from orchestrator.run_log import FencedError, RunLog
+from orchestrator.record.recorder import Watcher, rate_jump
+from orchestrator.record.tracking import Tracking
 from orchestrator.stop import StopSignal
-from orchestrator.tracking import Tracking
-from workers.errors import StorageError
+from workers.common.errors import StorageError
+from workers.common.storage import Store
 from workers.reports import Report, StepDone
-from workers.storage import Store
 
 
 def config_of(folder, steps: int) -> RunConfig:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.events import Recovery
+from orchestrator.record.events import Recovery
 from tests.faults import FaultyMember
 from tests.leading import Lead, config_of
 from tests.processes import ProcessCluster

@@ -6,16 +6,16 @@ import time
 
 import pytest
 
-from orchestrator.lease import FILE, Holder, Lease, await_free
-from orchestrator.run_log import FencedError, RunLog
-from workers.errors import ClusterError, StorageError
-from workers.storage import Store
+from orchestrator.log.lease import FILE, Holder, Lease, await_free
+from orchestrator.log.run_log import FencedError, RunLog
+from workers.common.errors import ClusterError, StorageError
+from workers.common.storage import Store
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     for name, seconds in (("LEASE_S", 1.0), ("RENEW_S", 0.1), ("LOOK_S", 0.05)):
-        monkeypatch.setattr(f"orchestrator.lease.{name}", seconds)
+        monkeypatch.setattr(f"orchestrator.log.lease.{name}", seconds)
 
 
 def await_change(store: Store) -> None:

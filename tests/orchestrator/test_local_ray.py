@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.access import auth_token
-from orchestrator.local_ray import SOCKET_BYTES, ready_for_local_ray
-from workers.errors import ConfigError
+from orchestrator.group.access import auth_token
+from orchestrator.group.local_ray import SOCKET_BYTES, ready_for_local_ray
+from workers.common.errors import ConfigError
 
 NAMES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_TMPDIR", "TMPDIR")
 

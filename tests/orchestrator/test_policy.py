@@ -20,12 +20,12 @@ from orchestrator.policy import (
     should_grow,
 )
 from orchestrator.resumption import check_steps
-from workers.errors import ConfigError, StorageError, TrainingError
+from workers.common.errors import ConfigError, StorageError, TrainingError
+from workers.common.wire import Address
 from workers.member import settings_behind
 from workers.reports import Ended, Mark
 from workers.snapshots.kept import KeptShard
 from workers.snapshots.region import RegionSize
-from workers.wire import Address
 
 
 def candidates(text: str) -> list[Candidate]:

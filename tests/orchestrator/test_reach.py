@@ -17,8 +17,8 @@ from jobs.stack.mlflow_server import ADMIN, mlflow_server
 from jobs.stack.seaweed import free_port
 from orchestrator.config import TrackingConfig
 from orchestrator.reach import reach_tracking
-from orchestrator.tracking import Tracking
-from workers.errors import ConfigError, StorageError
+from orchestrator.record.tracking import Tracking
+from workers.common.errors import ConfigError, StorageError
 
 PASSWORD = "a-password-of-the-tests"
 VARIABLES = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy")

@@ -11,19 +11,19 @@ import psutil
 import pytest
 import torch
 
-from orchestrator.events import Membership
-from orchestrator.keeper import Keeper
-from orchestrator.run_log import RunLog
+from orchestrator.group.keeper import Keeper
+from orchestrator.log.run_log import RunLog
+from orchestrator.record.events import Membership
 from tests.faults import FaultyMember, ForeignMember, ForgetfulMember
 from tests.leading import Lead, Notes, config_of, tensors_of
 from tests.ledger import assert_every_sample_once
 from tests.processes import ProcessCluster, ProcessHandle
 from tests.ranks import run_ranks
 from tests.trainer import trainer_of
+from workers.common.errors import ClusterError, TrainingError
+from workers.common.storage import Store
 from workers.config import StorageConfig
-from workers.errors import ClusterError, TrainingError
 from workers.reports import StepDone
-from workers.storage import Store
 
 TWO = {"min_workers": 2, "max_workers": 2}
 THREE = {"min_workers": 3, "max_workers": 3}

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.retention import Janitor, collect_leftovers, expendable, leftovers
-from orchestrator.run_log import Entry, RunLog
+from orchestrator.log.retention import Janitor, collect_leftovers, expendable, leftovers
+from orchestrator.log.run_log import Entry, RunLog
 from tests.workers.test_checkpoint import save
+from workers.common.storage import File, Store
 from workers.config import CheckpointConfig
-from workers.storage import File, Store
 
 
 def commits(**val_losses: float) -> list[Entry]:

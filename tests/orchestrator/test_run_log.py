@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.run_log import FencedError, RunLog
+from orchestrator.log.run_log import FencedError, RunLog
 from tests.workers.test_checkpoint import save
-from workers.errors import DamagedError, StorageError
-from workers.storage import Store
+from workers.common.errors import DamagedError, StorageError
+from workers.common.storage import Store
 
 
 def test_take_over_commit_and_read_back(tmp_path):

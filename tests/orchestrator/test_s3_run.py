@@ -8,14 +8,14 @@ import pytest
 from jobs.checkpoints import list_checkpoints, verify
 from jobs.stack.seaweed import seaweedfs
 from optim.config import OptimConfig
-from orchestrator.retention import Janitor
-from orchestrator.run_log import RunLog
+from orchestrator.log.retention import Janitor
+from orchestrator.log.run_log import RunLog
 from tests.leading import Lead, config_of, tensors_of
 from tests.processes import ProcessCluster
 from tests.servers import rclone, unreliable
+from workers.common.errors import Interrupted
+from workers.common.storage import Store, configure_s3
 from workers.config import CheckpointConfig, StorageConfig
-from workers.errors import Interrupted
-from workers.storage import Store, configure_s3
 
 SERVERS = {"seaweedfs": seaweedfs, "rclone": rclone}
 URL = "s3://raymuon"

@@ -9,17 +9,17 @@ import pytest
 
 from optim.config import OptimConfig
 from orchestrator import controller
-from orchestrator.events import Fallback, SaveFailure
-from orchestrator.lease import await_free
-from orchestrator.retention import Janitor
-from orchestrator.run_log import FencedError, RunLog
+from orchestrator.log.lease import await_free
+from orchestrator.log.retention import Janitor
+from orchestrator.log.run_log import FencedError, RunLog
+from orchestrator.record.events import Fallback, SaveFailure
 from tests.leading import Lead, config_of, tensors_of
 from tests.orchestrator.test_recovery import assert_equal_states
 from tests.processes import ProcessCluster
 from workers.checkpoint.manifest import WEIGHT
+from workers.common.errors import ClusterError, ConfigError, DamagedError, StorageError
+from workers.common.storage import Store
 from workers.config import CheckpointConfig, StorageConfig
-from workers.errors import ClusterError, ConfigError, DamagedError, StorageError
-from workers.storage import Store
 
 TWO = {"min_workers": 2, "max_workers": 2}
 

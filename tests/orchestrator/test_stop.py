@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from orchestrator.stop import StopSignal
-from workers.errors import Interrupted
+from workers.common.errors import Interrupted
 
 
 @pytest.mark.parametrize(

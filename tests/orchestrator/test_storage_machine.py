@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from orchestrator.retention import delete
-from orchestrator.run_log import Entry, FencedError, RunLog
+from orchestrator.log.retention import delete
+from orchestrator.log.run_log import Entry, FencedError, RunLog
 from tests.crashing import MODES, Crash, CrashingS3, small_parts  # noqa: F401
 from tests.orchestrator.test_crash_points import KINDS, URL, Driver, truth
 from workers.checkpoint.manifest import Manifest
 from workers.checkpoint.shards import CheckpointReader
-from workers.errors import DamagedError, StorageError
-from workers.storage import Store
+from workers.common.errors import DamagedError, StorageError
+from workers.common.storage import Store
 
 STEPS_PER_EXAMPLE = 50
 

@@ -10,25 +10,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from orchestrator import mlflow_client
 from orchestrator.config import RunInfo, TrackingConfig
-from orchestrator.events import Tally
-from orchestrator.journal import Journal
-from orchestrator.metrics import NAMES, newest, published
+from orchestrator.log.run_log import RunLog
 from orchestrator.preflight import Found, find_run, identity, run_store
-from orchestrator.provenance import provenance
-from orchestrator.recorder import RunRecorder, Watcher
-from orchestrator.report import Links
-from orchestrator.run_log import RunLog
-from orchestrator.tracking import RunRecord, Tracking, look_up, read_artifact
+from orchestrator.record import mlflow_client
+from orchestrator.record.events import Tally
+from orchestrator.record.journal import Journal
+from orchestrator.record.metrics import NAMES, newest, published
+from orchestrator.record.provenance import provenance
+from orchestrator.record.recorder import RunRecorder, Watcher
+from orchestrator.record.report import Links
+from orchestrator.record.tracking import RunRecord, Tracking, look_up, read_artifact
 from tests.leading import config_of
 from workers.checkpoint.manifest import WEIGHT, Entry, Manifest, place_of
 from workers.checkpoint.shards import write_shard
+from workers.common.errors import ConfigError, StorageError
+from workers.common.storage import Store
 from workers.config import CheckpointConfig
 from workers.data.corpus import prepare
-from workers.errors import ConfigError, StorageError
 from workers.reports import Planned, StepDone, Validated
-from workers.storage import Store
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,8 @@ def test_what_was_written_before_a_failure_is_not_sent_again(tracking, monkeypat
 
 def test_drivers_that_begin_together_in_a_fresh_folder_all_have_their_run(tmp_path):
     code = (
-        "import sys; from orchestrator.config import TrackingConfig; from orchestrator.tracking import Tracking\n"
+        "import sys; from orchestrator.config import TrackingConfig\n"
+        "from orchestrator.record.tracking import Tracking\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "print(Tracking(TrackingConfig(uri=sys.argv[1])).create('x', {'seed': 0}))"
     )

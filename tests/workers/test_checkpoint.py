@@ -11,8 +11,8 @@ import safetensors.numpy
 from optim.layout import Fragment, GroupLayout
 from workers.checkpoint.manifest import BUFFER, CHUNK, Entry, Manifest, place_of
 from workers.checkpoint.shards import CheckpointReader, write_shard
-from workers.errors import DamagedError, StorageError
-from workers.storage import Store
+from workers.common.errors import DamagedError, StorageError
+from workers.common.storage import Store
 
 SHAPES = {"a": [4, 6], "b": [3, 5, 7], "c": [2], "router.bias": [5]}
 KINDS = ("weight", "momentum_buffer")

@@ -7,12 +7,12 @@ import fsspec
 import numpy as np
 import pytest
 
+from workers.common.errors import ConfigError, StorageError
 from workers.config import DataConfig
 from workers.data import corpus as corpus_module
 from workers.data.corpus import Corpus, check_corpus, load, prepare
 from workers.data.files import files_of
 from workers.data.tokens import TokenSplit
-from workers.errors import ConfigError, StorageError
 
 RUN = "0123456789abcdef0123456789abcdef"
 

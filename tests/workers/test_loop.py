@@ -8,13 +8,13 @@ import pytest
 
 from optim.config import OptimConfig
 from optim.polynomials import coefficients
-from orchestrator.keeper import Keeper
+from orchestrator.group.keeper import Keeper
 from tests.closeness import ADAMW_EPS, EPS, ROUNDINGS, assert_close_weights, gain
 from tests.ranks import run_ranks
 from tests.workers.test_moonlight import TINY
+from workers.common.errors import TrainingError
 from workers.config import CheckpointConfig, DataConfig, StorageConfig, TrainConfig
 from workers.data.corpus import prepare
-from workers.errors import TrainingError
 from workers.reports import ShardWritten, StepDone, Validated
 from workers.task import KeeperLinks, Membership, Task
 

@@ -11,9 +11,9 @@ import pytest
 
 from jobs.stack.seaweed import KEY, SECRET, s3_environment, seaweedfs
 from tests.servers import rclone
-from workers.errors import StorageError
-from workers.storage import Store, configure_s3
-from workers.uploads import PART_BYTES, Bandwidth, abort_old_uploads, upload
+from workers.common.errors import StorageError
+from workers.common.storage import Store, configure_s3
+from workers.common.uploads import PART_BYTES, Bandwidth, abort_old_uploads, upload
 
 SERVERS = {"seaweedfs": seaweedfs, "rclone": rclone}
 

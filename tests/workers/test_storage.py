@@ -8,13 +8,13 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from orchestrator.journal import Journal, read_journal
-from orchestrator.run_log import FencedError, RunLog, find_commit
+from orchestrator.log.run_log import FencedError, RunLog, find_commit
+from orchestrator.record.journal import Journal, read_journal
+from workers.common.errors import ConfigError, StorageError
+from workers.common.storage import Store, absolute_url, open_source
+from workers.common.uploads import Bandwidth, upload
 from workers.config import DataConfig
 from workers.data.corpus import prepare
-from workers.errors import ConfigError, StorageError
-from workers.storage import Store, absolute_url, open_source
-from workers.uploads import Bandwidth, upload
 
 
 @pytest.mark.parametrize("scheme", ["local", "memory"])

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from workers.errors import DamagedError, NotFoundError, StorageError
-from workers.storage import Store
+from workers.common.errors import DamagedError, NotFoundError, StorageError
+from workers.common.storage import Store
 
 FORMAT = "raymuon-checkpoint-2"
 CHUNK = 1 << 20

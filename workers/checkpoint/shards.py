@@ -17,9 +17,9 @@ import numpy as np
 
 from optim.layout import Fragment, copies
 from workers.checkpoint.manifest import CHUNK, SHARDS, Entry, Manifest, ShardFile
-from workers.errors import DamagedError, NotFoundError, StorageError
-from workers.storage import Store
-from workers.uploads import Bandwidth, upload
+from workers.common.errors import DamagedError, NotFoundError, StorageError
+from workers.common.storage import Store
+from workers.common.uploads import Bandwidth, upload
 
 READ_CHUNKS = 16
 """Chunks that are asked for in one request."""

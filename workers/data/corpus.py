@@ -16,10 +16,10 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
+from workers.common.errors import ConfigError, StorageError
+from workers.common.storage import Store, storage_errors
 from workers.config import DataConfig
 from workers.data.files import files_of
-from workers.errors import ConfigError, StorageError
-from workers.storage import Store, storage_errors
 
 FORMAT = "raymuon-tokens-2"
 READABLE = ("raymuon-tokens-1", FORMAT)

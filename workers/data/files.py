@@ -15,8 +15,8 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from workers.errors import ConfigError
-from workers.storage import open_source, storage_errors
+from workers.common.errors import ConfigError
+from workers.common.storage import open_source, storage_errors
 
 STDLIB = "python-stdlib"
 STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}

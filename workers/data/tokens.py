@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from workers.common.errors import NotFoundError, StorageError
+from workers.common.storage import Store, is_remote, storage_errors
 from workers.data.corpus import REMAKE, Corpus, Shard
-from workers.errors import NotFoundError, StorageError
-from workers.storage import Store, is_remote, storage_errors
 
 
 class TokenSplit:

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optim.layout import Fragment
+from workers.common.wire import Address
 from workers.snapshots.region import RegionSize
-from workers.wire import Address
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ import numpy as np
 from optim.layout import Fragment, copies
 from workers.checkpoint.manifest import BUFFER
 from workers.checkpoint.shards import CheckpointReader
-from workers.errors import StorageError
+from workers.common.errors import StorageError
+from workers.common.wire import Address, Connection
 from workers.snapshots.kept import KeptShard, ShardMap, Snapshot
 from workers.snapshots.region import Region
-from workers.wire import Address, Connection
 
 
 class SnapshotReader:

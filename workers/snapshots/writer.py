@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from workers.common.wire import Connection
 from workers.snapshots.kept import ShardMap
 from workers.snapshots.region import Region
 from workers.task import KeeperLinks
-from workers.wire import Connection
 
 
 class SnapshotWriter:

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from jobs.load import load
 from jobs.planning import here
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 
 
 def refused(*arguments: str) -> str:

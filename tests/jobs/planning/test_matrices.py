@@ -4,7 +4,7 @@ import pytest
 
 from jobs.load import load
 from jobs.planning.matrices import orthogonalization
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 
 
 @pytest.mark.parametrize(("gpus", "straddlers", "megabytes"), [(8, 7, 11), (64, 63, 97), (512, 511, 786)])

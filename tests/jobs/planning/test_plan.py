@@ -21,7 +21,7 @@ from jobs.planning.work import Work, micro_batch_of, product
 from orchestrator.config import RunConfig
 from tests.ranks import run_ranks
 from workers.calibrate import KINDS, Calibration, Collective, Curve
-from workers.errors import ConfigError
+from workers.common.errors import ConfigError
 
 CPU = Calibration(
     device="a test's CPU",

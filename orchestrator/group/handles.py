@@ -1,0 +1,57 @@
+"""What the controller needs of a cluster: slots on nodes, and processes that can be called and killed.
+
+Ray is one such cluster (`orchestrator.group.cluster`); the chaos tests bring another, of plain local processes.
+"""
+
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from workers.config import StorageConfig
+
+
+class Gone(Exception):
+    """The process that was called is dead, or out of reach."""
+
+
+class Handle(Protocol):
+    """A process that runs one object."""
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        """Call a method; the future raises Gone, or what the method raised."""
+        ...
+
+    def kill(self) -> None:
+        """End the process, if it is there; does not wait."""
+        ...
+
+
+class Cluster(Protocol):
+    """Nodes with room for workers. Slots and nodes are named by strings."""
+
+    def reserve(self) -> str:
+        """Ask for one more slot; it is pending until the cluster has room, and the demand that an autoscaler sees."""
+        ...
+
+    def node_of(self, slot: str) -> str | None:
+        """Return the node on which a slot is, None while it is pending."""
+        ...
+
+    def release(self, slot: str) -> None:
+        """Give a slot back, pending or not."""
+        ...
+
+    def start_worker(self, slot: str) -> Handle:
+        """Start a `Member` in a slot."""
+        ...
+
+    def start_keeper(self, node: str, token: str, storage: StorageConfig) -> Handle:
+        """Start a `Keeper` on a node."""
+        ...
+
+    def alive(self, node: str) -> bool:
+        """Tell whether the cluster takes the node for alive; it may learn of a death seconds late."""
+        ...
+
+    def draining(self) -> dict[str, float]:
+        """Return the nodes that will go away, and the seconds until then."""
+        ...

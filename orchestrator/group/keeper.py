@@ -1,0 +1,354 @@
+"""The keeper of a node: it owns the memory of the node's snapshots, and outlives the workers that write into it.
+
+One process per node, without a GPU and without torch. It makes a region of memory for each worker, sends every agreed
+snapshot to the keeper of another node (the buddy), writes checkpoints from its memory to storage, answers whoever
+restores, and does what only a process of that node can do: look at a worker's stack and end it.
+
+What it holds is found by looking into the regions themselves, so a worker's death at any moment needs no message.
+"""
+
+import queue
+import secrets
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from orchestrator.group.usage import Usage
+from workers.checkpoint.manifest import BUFFER, Entry, place_of
+from workers.checkpoint.shards import write_shard
+from workers.common.storage import Store, configure_s3
+from workers.common.uploads import Bandwidth
+from workers.common.wire import Address, Connection, listen
+from workers.config import StorageConfig
+from workers.member import STACK_FILE
+from workers.reports import Report, SaveFailed, SaveRetried, ShardWritten
+from workers.snapshots.kept import KeptShard
+from workers.snapshots.region import NONE, SLOTS, Region, RegionSize
+
+UPLOADS = 2
+"""Shards that are written to storage at the same time, each in several parts."""
+MAX_SAVING = 2
+"""Copies of a worker's snapshots that may be on their way to storage before further checkpoints are left out."""
+UPLOAD_TRIES = 4
+UPLOAD_BACKOFF_S = 1.0
+"""Before the second try; it doubles."""
+STACK_S = 0.3
+"""How long a worker that is made to show its stack may take."""
+
+
+@dataclass(eq=False)
+class _Held:
+    """A region and whose it is."""
+
+    generation: int
+    rank: int
+    world_size: int
+    region: Region
+    path: str
+    entries: list[tuple[Entry, int]] = field(default_factory=list)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    buddy: Address | None = None
+    saving: int = 0
+    """Snapshots of this region that are on their way to storage."""
+    saved: set[int] = field(default_factory=set)
+    """Steps of those, and of those that have come there."""
+    agreed: int = 0
+    """Snapshots so far that all ranks have agreed on."""
+
+
+class Keeper:
+    """Holds, copies and saves the snapshots of one node's workers.
+
+    Args:
+        host: this node's address, on which it listens.
+        token: the run's secret.
+        storage: how checkpoints reach storage.
+    """
+
+    def __init__(self, host: str, token: str, storage: StorageConfig) -> None:
+        configure_s3(storage.s3_endpoint)
+        self._listener = listen(host)
+        self._address = Address(host, self._listener.getsockname()[1], token)
+        self._lock = threading.Lock()
+        self._own: dict[tuple[int, int], _Held] = {}
+        self._copies: dict[tuple[int, int], _Held] = {}
+        self._fence = 0
+        self._usage = Usage()
+        self._outbox: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._bandwidth = Bandwidth(storage.max_upload_mb_per_s * 1e6 if storage.max_upload_mb_per_s else None)
+        self._uploads = ThreadPoolExecutor(UPLOADS, thread_name_prefix="upload")
+        threading.Thread(target=self._accept, name="accept", daemon=True).start()
+
+    def address(self) -> Address:
+        """Return where it listens."""
+        return self._address
+
+    def poll(self, timeout_s: float) -> list[Report]:
+        """Return what has happened since the last call; wait up to `timeout_s` for the first report."""
+        found: list[Report] = []
+        with suppress(queue.Empty):
+            found.append(self._outbox.get(timeout=timeout_s))
+            while True:
+                found.append(self._outbox.get_nowait())
+        return found
+
+    def usage(self) -> dict[str, float]:
+        """Return how busy the node is, by the names of MLflow's system metrics."""
+        return self._usage.sample()
+
+    def inventory(self, fence: int) -> list[KeptShard]:
+        """Return every whole snapshot that is here, and listen no more to generations before `fence`."""
+        found = []
+        with self._lock:
+            self._fence = max(self._fence, fence)
+            for held in (*self._own.values(), *self._copies.values()):
+                for slot in range(SLOTS):
+                    if held.region.sealed(slot) != NONE:
+                        agreed = held.region.agreed(slot) != NONE
+                        found.append(
+                            KeptShard(
+                                generation=held.generation,
+                                rank=held.rank,
+                                world_size=held.world_size,
+                                step=held.region.sealed(slot),
+                                agreed=agreed,
+                                keeper=self._address,
+                                path=held.path,
+                                slot=slot,
+                                size=held.region.size,
+                                notes=held.region.notes(slot) if agreed else {},
+                            )
+                        )
+        return found
+
+    def save(self, generation: int, step: int, counters: dict[str, int], run_url: str, attempt: int) -> list[int]:
+        """Write the parts of a snapshot that this node's workers have left here to storage; no worker is there to ask.
+
+        Returns:
+            The ranks whose parts are on their way; a copy for another node does not know what lies where in it.
+        """
+        with self._lock:
+            own = [held for held in self._own.values() if held.generation == generation]
+        ranks = []
+        for held in own:
+            slot = next((slot for slot in range(SLOTS) if held.region.sealed(slot) == step), None)
+            if slot is not None:
+                ranks.append(held.rank)
+                if step not in held.saved:
+                    self._save(held, slot, run_url, attempt, counters)
+        return ranks
+
+    def drop(self, before: int) -> None:
+        """Forget all generations before one that can be gone on from."""
+        with self._lock:
+            for regions in (self._own, self._copies):
+                for key in [key for key in regions if key[0] < before]:
+                    regions.pop(key).region.close()
+
+    def end(self, pid: int, evidence: bool) -> str:
+        """Kill a process of this node; with `evidence`, return its state and stack first.
+
+        The worker has registered SIGUSR1 with faulthandler, whose handler needs neither the interpreter nor its lock;
+        a stopped process is woken for as long as that takes.
+        """
+        try:
+            process = psutil.Process(pid)
+            told = _stack(process) if evidence else ""
+            process.kill()
+        except psutil.Error:
+            return ""
+        return told
+
+    # -- what workers and other keepers ask ----------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        while True:
+            sock, _ = self._listener.accept()
+            threading.Thread(target=self._serve, args=(Connection(sock),), name="peer", daemon=True).start()
+
+    def _serve(self, peer: Connection) -> None:
+        held: _Held | None = None
+        buddy: Connection | None = None
+        try:
+            if not peer.admit(self._address.token):
+                return
+            while True:
+                message, size = peer.receive()
+                match message.pop("op"):
+                    case "open":
+                        held = self._open(peer, message) or held
+                        buddy = _close(buddy)
+                    case "push" if held:
+                        buddy = self._push(held, message["slot"], buddy)
+                        peer.send({"pushed": buddy is not None})
+                    case "idle" if held:
+                        peer.send({"idle": held.saving < MAX_SAVING})
+                    case "save" if held:
+                        counters = held.region.notes(message["slot"])["counters"]
+                        self._save(held, **message, counters=counters)
+                        peer.send({})
+                    case "store":
+                        self._store(peer, message, size)
+                        peer.send({})
+                    case "read":
+                        self._read(peer, **message)
+        except OSError:
+            pass  # The other end is gone; what it had finished is in its region.
+        finally:
+            _close(buddy)
+            peer.close()
+
+    def _open(self, peer: Connection, message: dict[str, Any]) -> _Held | None:
+        """Make a region for a worker, or find the one that it has already."""
+        size = RegionSize(message["shard"], message["replicated"])
+        key = message["generation"], message["rank"]
+        if (refusal := self._refusal(key, size)) is not None:
+            peer.send({"error": refusal})
+            return None
+        buddy = None
+        if message["buddy"] is not None:
+            host, port = message["buddy"]
+            buddy = Address(host, port, self._address.token)
+        with self._lock:
+            held = self._own.get(key)
+            if held is None:
+                held = self._own[key] = self._held(message, size)
+            held.buddy = buddy
+            held.shapes = message["shapes"]
+            held.entries = [
+                (Entry(kind, name, start, length), offset)
+                for kind, name, start, length, offset in message["fragments"]
+                if kind != BUFFER or held.rank == 0
+            ]
+        peer.send({"path": held.path})
+        return held
+
+    def _refusal(self, key: tuple[int, int], size: RegionSize) -> str | None:
+        if key[0] < self._fence:
+            return f"generation {key[0]} is over; {self._fence} is the one that counts"
+        needed = SLOTS * (size.shard + size.replicated)
+        if key not in self._own and needed > (free := psutil.virtual_memory().available):
+            return f"no room for snapshots: they need {needed / 1e6:.0f} MB, the node has {free / 1e6:.0f} MB left"
+        return None
+
+    def _push(self, held: _Held, slot: int, buddy: Connection | None) -> Connection | None:
+        """Send a snapshot to the buddy and wait until it is there; return the connection, None without a buddy."""
+        if held.buddy is not None:
+            try:
+                buddy = buddy or Connection.open(held.buddy)
+                size = held.region.size
+                place = {"generation": held.generation, "rank": held.rank, "world_size": held.world_size}
+                about = {"shard": size.shard, "replicated": size.replicated, "step": held.region.agreed(slot)}
+                buddy.request({"op": "store", **place, **about}, held.region.content(slot))
+            except OSError:  # The driver learns of a dead keeper by itself, and names another buddy.
+                buddy = _close(buddy)
+        self._count(held)
+        return buddy
+
+    def _store(self, peer: Connection, message: dict[str, Any], size: int) -> None:
+        """Take another keeper's snapshot in."""
+        key = message["generation"], message["rank"]
+        with self._lock:
+            held = self._copies.get(key)
+            if held is None:
+                held = self._copies[key] = self._held(message, RegionSize(message["shard"], message["replicated"]))
+        slot = held.region.spare()
+        held.region.clear(slot)
+        peer.receive_into(held.region.target(slot, size))
+        held.region.settle(slot, message["step"], size)
+        self._count(held)
+
+    def _count(self, held: _Held) -> None:
+        """Note one more snapshot on which all ranks agreed; with the second, older generations have served."""
+        held.agreed += 1
+        if held.agreed >= 2:
+            # Every rank came through the step after the first snapshot, so that one has all its copies.
+            self.drop(held.generation)
+
+    def _held(self, message: dict[str, Any], size: RegionSize) -> _Held:
+        region, path = Region.create(size)
+        return _Held(message["generation"], message["rank"], message["world_size"], region, path)
+
+    def _read(self, peer: Connection, path: str, slot: int, step: int, offset: int, count: int) -> None:
+        with self._lock:
+            every = (*self._own.values(), *self._copies.values())
+        region = next((held.region for held in every if held.path == path), None)
+        if region is None or region.sealed(slot) != step:
+            peer.send({"error": f"the snapshot of step {step} is not here any more"})
+        else:
+            peer.send({}, region.floats(slot)[offset : offset + count].data.cast("B"))
+
+    def _save(self, held: _Held, slot: int, run_url: str, attempt: int, counters: dict[str, int]) -> None:
+        """Copy the snapshot, so that its slot is free again, and write the copy to storage in a thread of its own."""
+        values = held.region.floats(slot).copy()
+        tensors = {entry: values[offset : offset + entry.length] for entry, offset in held.entries}
+        step = held.region.sealed(slot)
+        about = {"generation": held.generation, "rank": held.rank, "step": step}
+        place = place_of(step, attempt, held.generation)
+
+        def write() -> Report:
+            for tries in range(1, UPLOAD_TRIES + 1):
+                try:
+                    shard = write_shard(Store(run_url), place, held.rank, tensors, self._bandwidth)
+                    return ShardWritten(
+                        **about,
+                        time=time.time(),
+                        world_size=held.world_size,
+                        shard=shard,
+                        counters=counters,
+                        shapes=held.shapes,
+                    )
+                except Exception as error:  # Whatever it is, the driver has to know that this shard will not come.
+                    if tries == UPLOAD_TRIES:
+                        return SaveFailed(**about, time=time.time(), error=str(error))
+                    self._outbox.put(SaveRetried(**about, time=time.time(), error=str(error)))
+                    time.sleep(UPLOAD_BACKOFF_S * 2 ** (tries - 1))
+            raise AssertionError
+
+        def upload() -> None:
+            report = write()
+            with self._lock:
+                held.saving -= 1
+                if isinstance(report, SaveFailed):
+                    held.saved.discard(step)
+            self._outbox.put(report)
+
+        with self._lock:
+            held.saving += 1
+            held.saved.add(step)
+        self._uploads.submit(upload)
+
+
+def new_token() -> str:
+    """Return a secret for a run's keepers."""
+    return secrets.token_hex(16)
+
+
+def _close(connection: Connection | None) -> None:
+    if connection is not None:
+        connection.close()
+
+
+def _stack(process: psutil.Process) -> str:
+    """Return what a process is doing, as far as it can be made to tell."""
+    told = f"state: {process.status()}, processor time: {sum(process.cpu_times()[:2]):.1f} s\n"
+    path = Path(f"/proc/{process.pid}/fd")
+    with suppress(OSError):
+        stacks = [fd for fd in path.iterdir() if STACK_FILE in str(fd.readlink())]
+        if not stacks:
+            return told
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGCONT)
+        deadline = time.monotonic() + STACK_S
+        while time.monotonic() < deadline and not stacks[0].stat().st_size:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        told += stacks[0].read_text(errors="replace")
+    return told

@@ -1,0 +1,375 @@
+"""The processes of a run: workers that are ready or about to be, and a keeper on every node that has any.
+
+The pool holds as many slots as the config allows, starts a worker in each that has a node, and replaces what dies. A
+worker of a node whose keeper does not answer is replaced only when the node is known to be alive: a dead node is taken
+for alive by the cluster for many seconds, and whatever is sent there dies.
+
+Nothing here blocks; `refresh` looks at everything once.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+
+from orchestrator.config import ScalingConfig
+from orchestrator.group.handles import Cluster, Gone, Handle
+from orchestrator.policy import Attention, Candidate, backoff
+from orchestrator.record.metrics import NodeUsage
+from workers.common.errors import ClusterError
+from workers.common.source import training_code
+from workers.common.wire import Address
+from workers.config import StorageConfig
+from workers.member import Ready
+from workers.reports import Report
+from workers.task import Task
+
+POLL_S = 1.0
+"""How long a keeper holds a poll open when it has nothing to tell."""
+DRAIN_LOOK_S = 0.5
+KEEPER_START_S = 120.0
+"""How long a keeper may take to answer for the first time."""
+REVIVE_S, MOST_REVIVE_S = 1.0, 60.0
+"""Between two tries to start a keeper on a node; twice as long after each that has died before it answered."""
+USAGE_S = 10.0
+"""Between two looks at how busy a node is; MLflow's own interval."""
+STILLBORN = 3
+"""Workers of a slot, or keepers of a node, that may die in a row before they are ready."""
+BARREN_S, MOST_BARREN_S = 10.0, 600.0
+"""How long a slot is left empty after that, where others are enough; then twice as long each time."""
+
+
+@dataclass(eq=False)
+class PoolWorker:
+    """A worker process, from its start on."""
+
+    number: int
+    slot: str
+    node: str
+    handle: Handle
+    preparing: Future[Ready]
+    ready: Ready | None = None
+    leaving: bool = False
+    """It was asked to end, and trains on until the group leaves it behind."""
+
+
+@dataclass(eq=False)
+class PoolKeeper:
+    """A node's keeper, from its start on."""
+
+    node: str
+    handle: Handle
+    starting: Future[Address]
+    address: Address | None = None
+    polling: Future[list[Report]] | None = None
+    heard: float = 0.0
+    """On the driver's clock of attention."""
+    measuring: Future[dict[str, float]] | None = None
+    measured: float = -math.inf
+    """When its node's usage was asked for last."""
+
+
+class Pool:
+    """All worker and keeper processes of a run.
+
+    Args:
+        cluster: where they live.
+        scaling: how many.
+        storage: how they reach storage.
+        token: the keepers' secret.
+        hang_s: a keeper that does not answer for this long is replaced.
+        notice: takes a line about what is wrong.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        scaling: ScalingConfig,
+        storage: StorageConfig,
+        token: str,
+        hang_s: float,
+        notice: Callable[[str], None],
+    ) -> None:
+        self.cluster, self.scaling, self.storage, self.token = cluster, scaling, storage, token
+        self.hang_s, self.notice = hang_s, notice
+        self.slots: list[str] = []
+        self.workers: dict[int, PoolWorker] = {}
+        self.keepers: dict[str, PoolKeeper] = {}
+        self.rehearsal: Task | None = None
+        """What newcomers and standbys rehearse; the first members have no time to lose, and rehearse by training."""
+        self.training = False
+        """Whether a generation has been formed."""
+        self._attention = Attention()
+        self.news = threading.Event()
+        """Set where a member or a keeper has told something, or is gone; cleared by whoever takes it in."""
+        self.draining: dict[str, float] = {}
+        self._orphans: dict[str, float] = {}
+        """Nodes that have lost their keeper, and when to start another."""
+        self._revived: dict[str, float] = {}
+        self._unstarted: dict[str, int] = {}
+        """Nodes that wait for their first keeper's answer, or of whose later ones one has died before it answered, and
+        how many have: what began to train there could not be saved."""
+        self._looked_for_drains = 0.0
+        self._next_number = 0
+        self._stillborn: dict[str, int] = {}
+        self._barren: dict[str, float] = {}
+        """Slots that are left empty, and until when."""
+        self._code = training_code()
+        self._reports: list[Report] = []
+        self._lost_keepers = 0
+        self._usage: list[NodeUsage] = []
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all processes and give all slots back."""
+        for process in (*self.workers.values(), *self.keepers.values()):
+            process.handle.kill()
+        for slot in self.slots:
+            self.cluster.release(slot)
+
+    def look(self) -> float:
+        """Return the time by which the silence of processes is measured: it leaves the driver's own pauses out."""
+        return self._attention.look(time.monotonic())
+
+    # -- what is there -------------------------------------------------------------------------------------------------
+
+    @property
+    def free(self) -> list[PoolWorker]:
+        """The workers that could train now."""
+        return [
+            worker
+            for worker in self.workers.values()
+            if self._is_ready(worker) and not worker.leaving and worker.node not in self.draining
+        ]
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The same, as the policy knows them."""
+        return [Candidate(worker.number, worker.node) for worker in self.free]
+
+    @property
+    def num_starting(self) -> int:
+        """Workers that have a slot, and are not ready yet or have no keeper, where one may still come."""
+        return sum(not self._is_ready(one) and not self._is_hopeless(one.node) for one in self.workers.values())
+
+    def _is_ready(self, worker: PoolWorker) -> bool:
+        return worker.ready is not None and worker.node not in self._unstarted
+
+    def _is_hopeless(self, node: str | None) -> bool:
+        return self._unstarted.get(node or "", 0) >= STILLBORN
+
+    @property
+    def _others_suffice(self) -> bool:
+        """Tell whether a run can be led without the slots in which nothing starts."""
+        if self.training:
+            return len(self.free) >= self.scaling.min_workers
+        able = [s for s in self.slots if s not in self._barren and not self._is_hopeless(self.cluster.node_of(s))]
+        return len(able) >= self.scaling.min_workers
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that the cluster has given."""
+        return sum(self.cluster.node_of(slot) is not None for slot in self.slots)
+
+    def keeper_of(self, node: str | None) -> Address | None:
+        """Return where a node's keeper listens, None while it has none."""
+        keeper = self.keepers.get(node or "")
+        return keeper.address if keeper else None
+
+    def take_reports(self) -> list[Report]:
+        """Return what the keepers have told since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    def take_lost_keepers(self) -> int:
+        """Return how many keepers were lost since the last call that may have had something."""
+        lost, self._lost_keepers = self._lost_keepers, 0
+        return lost
+
+    def take_usage(self) -> list[NodeUsage]:
+        """Return how busy the nodes were, as their keepers have told since the last call."""
+        usage, self._usage = self._usage, []
+        return usage
+
+    # -- housekeeping --------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Look at everything once: slots, newcomers, keepers, nodes that will go away.
+
+        Raises:
+            ClusterError: workers die before they are ready, again and again, and too few others are there.
+        """
+        now = time.monotonic()
+        if now - self._looked_for_drains > DRAIN_LOOK_S:
+            self._looked_for_drains = now
+            self.draining = self.cluster.draining()
+        staying = [slot for slot in self.slots if self.cluster.node_of(slot) not in self.draining]
+        for _ in range(self.scaling.max_workers + self.scaling.standby - len(staying)):
+            self.slots.append(self.cluster.reserve())
+        for keeper in list(self.keepers.values()):
+            self._look_at_keeper(keeper, self.look())
+        for node in list(self._orphans):
+            self._revive(node, now)
+        occupied = {worker.slot for worker in self.workers.values()}
+        for slot in [slot for slot in self.slots if slot not in occupied and now >= self._barren.get(slot, 0.0)]:
+            self._fill(slot)
+        for worker in [worker for worker in self.workers.values() if worker.ready is None]:
+            self._look_at_newcomer(worker)
+
+    def _fill(self, slot: str) -> None:
+        node = self.cluster.node_of(slot)
+        if node is None or node in self.draining or node in self._orphans:
+            return
+        if node not in self.keepers:
+            self._unstarted[node] = 0
+            self._start_keeper(node)
+        elif self.keepers[node].address is None and self.training:
+            return  # Once training has begun, a keeper that answers is the proof that a node is alive.
+        number, self._next_number = self._next_number, self._next_number + 1
+        handle = self.cluster.start_worker(slot)
+        late = self.training or number >= self.scaling.max_workers
+        preparing = handle.call("prepare", self.storage, self.rehearsal if late else None)
+        self.workers[number] = PoolWorker(number, slot, node, handle, preparing)
+
+    def _start_keeper(self, node: str) -> None:
+        handle = self.cluster.start_keeper(node, self.token, self.storage)
+        self.keepers[node] = PoolKeeper(node, handle, handle.call("address"), heard=self.look())
+
+    def _revive(self, node: str, now: float) -> None:
+        if not self.cluster.alive(node):
+            self._give_up(node)
+        elif now >= self._orphans[node]:
+            del self._orphans[node]
+            self._revived[node] = now
+            self._start_keeper(node)
+
+    def _give_up(self, node: str) -> None:
+        """Forget a dead node, and ask for other slots in place of its own."""
+        self._orphans.pop(node, None)
+        self._unstarted.pop(node, None)
+        if (keeper := self.keepers.pop(node, None)) is not None:
+            self._lost_keepers += keeper.address is not None
+            keeper.handle.kill()
+        for worker in [worker for worker in self.workers.values() if worker.node == node]:
+            self.lose(worker.number)
+        for slot in [slot for slot in self.slots if self.cluster.node_of(slot) == node]:
+            self.slots.remove(slot)
+            self.cluster.release(slot)
+
+    def _look_at_newcomer(self, worker: PoolWorker) -> None:
+        if not worker.preparing.done():
+            return
+        try:
+            ready = worker.preparing.result()
+            if ready.code != self._code:  # The record would name the driver's, silently.
+                raise Gone(
+                    f"its optim/ and workers/ are not the driver's (hash {ready.code}, not {self._code}); start all "
+                    "from one image or commit, or use raymuon submit, which sends them"
+                )
+            worker.ready = ready
+            self._stillborn.pop(worker.slot, None)
+        except Exception as error:
+            deaths = self._stillborn[worker.slot] = self._stillborn.get(worker.slot, 0) + 1
+            self.lose(worker.number)
+            if deaths < STILLBORN or not self.cluster.alive(worker.node):
+                return
+            text = f"workers on node {worker.node[:8]} end before they are ready: {error}"
+            pause = backoff(BARREN_S, MOST_BARREN_S, deaths - STILLBORN)
+            self._barren[worker.slot] = time.monotonic() + pause
+            if not self._others_suffice:
+                raise ClusterError(text) from error
+            self.notice(f"{text}; it goes on without them, the next try is in {pause:g} s")
+
+    def _look_at_keeper(self, keeper: PoolKeeper, now: float) -> None:
+        try:
+            if keeper.address is None:
+                if not keeper.starting.done():
+                    if not self.cluster.alive(keeper.node):
+                        self._give_up(keeper.node)
+                    elif now - keeper.heard > KEEPER_START_S:
+                        raise Gone(f"no answer for {KEEPER_START_S:g} s")
+                    return
+                keeper.address = keeper.starting.result()
+                keeper.heard = now
+                self._unstarted.pop(keeper.node, None)
+            if keeper.polling is not None and keeper.polling.done():
+                self._reports += keeper.polling.result()
+                keeper.polling, keeper.heard = None, now
+            if keeper.polling is None:
+                keeper.polling = keeper.handle.call("poll", POLL_S)
+                keeper.polling.add_done_callback(self._tell)
+            self._ask_for_usage(keeper, now)
+            if now - keeper.heard > self.hang_s:
+                keeper.handle.kill()
+                raise Gone(f"no answer for {now - keeper.heard:.1f} s")
+        except Gone as error:
+            self.lose_keeper(keeper, str(error))
+
+    def _ask_for_usage(self, keeper: PoolKeeper, now: float) -> None:
+        if keeper.measuring is not None and keeper.measuring.done():
+            with suppress(Exception):  # Figures for people; a keeper that is gone fails its poll, too.
+                self._usage.append(NodeUsage(keeper.node, time.time(), keeper.measuring.result()))
+            keeper.measuring = None
+        if keeper.measuring is None and now - keeper.measured >= USAGE_S:
+            keeper.measuring, keeper.measured = keeper.handle.call("usage"), now
+
+    def _tell(self, poll: "Future[list[Report]]") -> None:
+        if poll.exception() is not None or poll.result():
+            self.news.set()
+
+    # -- losses --------------------------------------------------------------------------------------------------------
+
+    def lose(self, number: int) -> None:
+        """Forget a worker that is dead or has to be; its slot gets another, if its node is alive."""
+        if (worker := self.workers.pop(number, None)) is not None:
+            worker.handle.kill()
+
+    def lose_leaving(self) -> None:
+        """Let those go that were asked to end; no generation needs them any more."""
+        for worker in [worker for worker in self.workers.values() if worker.leaving]:
+            self.lose(worker.number)
+
+    def lose_keeper(self, keeper: PoolKeeper, reason: str) -> None:
+        """Have another keeper started on the node, unless the cluster knows that it is dead.
+
+        Raises:
+            ClusterError: none ever starts there, nothing is trained yet, and other nodes are too few.
+        """
+        keeper.handle.kill()
+        if self.keepers.get(keeper.node) is not keeper:
+            return
+        if keeper.address is not None:
+            self._lost_keepers += 1
+            self.notice(f"the keeper of node {keeper.node[:8]} is gone ({reason})")
+        else:
+            self._note_unstarted(keeper.node, reason)
+        # A keeper that died alone comes back at once; on a dead node that the cluster still takes for alive, whatever
+        # is started fails, and is tried again now and then.
+        pause = backoff(REVIVE_S, MOST_REVIVE_S, self._unstarted.get(keeper.node, 0))
+        self._orphans[keeper.node] = self._revived.get(keeper.node, 0.0) + pause
+        del self.keepers[keeper.node]
+
+    def _note_unstarted(self, node: str, reason: str) -> None:
+        """Tell of a node on which no keeper starts; it is tried on, for the node may be dead and not known to be."""
+        deaths = self._unstarted[node] = self._unstarted.get(node, 0) + 1
+        if deaths == STILLBORN and self.cluster.alive(node):
+            text = f"keepers on node {node[:8]} end before they answer: {reason}"
+            if not self.training and not self._others_suffice:
+                raise ClusterError(text)
+            self.notice(f"{text}; nothing begins to train there until one does")
+
+    def end(self, number: int, evidence: bool) -> "Future[str] | None":
+        """Kill a worker through its node's keeper, at once and even if it is stopped; return what it was doing."""
+        worker = self.workers.get(number)
+        if worker is None:
+            return None
+        keeper = self.keepers.get(worker.node)
+        told = keeper.handle.call("end", worker.ready.pid, evidence) if keeper and worker.ready else None
+        if told is None:
+            worker.handle.kill()
+        return told

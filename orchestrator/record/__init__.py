@@ -1,0 +1,1 @@
+"""The record: what happened, in MLflow, in the journal, and in words."""

@@ -1,0 +1,92 @@
+"""MLflow's client as raymuon opens it: of one server or database, patient with a lock, and with errors of one line.
+
+The database of a folder is opened by one process at a time: MLflow makes its tables without asking who else does.
+"""
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import mlflow
+
+from orchestrator.reach import SQLITE
+from workers.common.errors import ConfigError, StorageError
+
+LOCKED_S = 30
+"""How long a database that another process has locked is waited for."""
+logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # It prints what it raises, too, with tracebacks.
+
+
+def open_client(uri: str) -> mlflow.MlflowClient:
+    """Return a client of this server alone, that gives up within seconds; by itself it would try for minutes.
+
+    Whatever the environment says: models are registered where the runs are, and a row that is told written is.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for results.
+    if not uri.startswith(SQLITE):
+        return mlflow.MlflowClient(uri, registry_uri=uri)
+    waiting = f"{uri}{'&' if '?' in uri else '?'}timeout={LOCKED_S}"
+    with _alone(database(uri).parent):
+        return mlflow.MlflowClient(waiting, registry_uri=waiting)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other drivers of this machine from making the same database's tables meanwhile: half of them would be there.
+
+    The folder is locked, not the database, whose own locks SQLite would lose with it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # Some network disks cannot lock.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def tracking_errors(uri: str) -> Iterator[None]:
+    """Turn whatever MLflow or its store's driver raises into a StorageError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        told = first_line(error)
+        if "database is locked" in told:
+            told += f"; another process has held it for {LOCKED_S} s: end that one, or use an MLflow server"
+        raise StorageError(f"tracking.uri={uri}: {told}") from error
+
+
+def database(uri: str) -> Path:
+    """Return the file of a local database."""
+    return Path(uri.removeprefix(SQLITE).partition("?")[0]).resolve()
+
+
+def file_of(uri: str) -> tuple[int, int] | None:
+    """Return which file a local database is; None where there is none, or a server."""
+    if not uri.startswith(SQLITE):
+        return None
+    with suppress(OSError):
+        found = database(uri).stat()
+        return found.st_dev, found.st_ino
+    return None
+
+
+def beside(uri: str) -> str | None:
+    """Return the artifact folder for a local database, None for a server."""
+    return (database(uri).parent / "artifacts").as_uri() if uri.startswith(SQLITE) else None
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, without what comes after its first line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,318 @@
+"""What becomes of everything that happens in a run: MLflow, the journal, and the person who watches."""
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from optim.schedule import learning_rate
+from orchestrator.config import RunConfig
+from orchestrator.record.events import DriverStarted, Elapsed, Event, Fault, Membership, Recovery, Tally
+from orchestrator.record.journal import Journal, read_journal
+from orchestrator.record.metrics import NodeUsage
+from orchestrator.record.report import DESCRIPTION, Links, describe, recovery_report
+from workers.common.errors import StorageError
+from workers.reports import Planned, Profiled, Report, Sampled, StepDone, Validated
+
+BULKY = ("config", "provenance")
+"""Keys of events that stay in the journal alone."""
+LOSSES_KEPT = 10_000
+"""Steps whose losses wait for their checkpoint."""
+RATE_TOLERANCE = 0.01
+"""Relative difference of a learning rate that is not worth a word."""
+HURRY_S = 2.0
+"""How long a commit waits for MLflow to take the rows before it: the journal has them."""
+
+
+class Watcher(Protocol):
+    """Whoever shows a run to a person; called from the driver's loop, so it must be quick. This one shows nothing."""
+
+    def phase(self, text: str) -> None:
+        """A part of the start has begun."""
+
+    def warn(self, text: str) -> None:
+        """Something is wrong that does not end the run."""
+
+    def page(self, tracking_uri: str, path: str) -> None:
+        """MLflow shows the run at that path of its UI."""
+
+    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
+        """Training begins after `first_step`."""
+
+    def report(self, report: Report) -> None:
+        """A worker told something."""
+
+    def event(self, event: Event) -> None:
+        """The group changed, or something went wrong."""
+
+    def committed(self, step: int, url: str) -> None:
+        """A checkpoint counts."""
+
+
+class RunRecorder:
+    """The record of one attempt at a run.
+
+    Args:
+        config: of the run.
+        record: its MLflow run (an `orchestrator.record.tracking.RunRecord`, whose import takes seconds).
+        journal: of this attempt.
+        watcher: shows what happens.
+        links: where everything of the run is.
+        last_step: after which it ends.
+        tally: what adds up.
+        events: of earlier attempts.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        record: Any,
+        journal: Journal,
+        watcher: Watcher,
+        links: Links,
+        last_step: int,
+        tally: Tally,
+        events: list[dict[str, Any]],
+    ) -> None:
+        self.config, self.record, self.journal, self.watcher = config, record, journal, watcher
+        self.links, self.last_step, self.tally, self.events = links, last_step, tally, events
+        self.val_loss: float | None = None
+        self.sample = ""
+        self.checkpoint = ""
+        self.first_step_time: float | None = None
+        self._artifacts: list[threading.Thread] = []
+        self._begun = False
+        self._faults = sum(event["event"] == Fault.__name__ for event in events)
+        self._warned: str | None = None
+        self._slow: set[int] = set()
+        self._step = 0
+        self._losses: dict[int, dict[str, float]] = {}
+        """By step, until a checkpoint that is as new counts: it comes when its upload is done, steps later."""
+
+    def step(self, report: StepDone, world_size: int) -> None:
+        """Record a step, once."""
+        self.first_step_time = self.first_step_time or report.time
+        train = self.config.train
+        values = {
+            "loss": report.loss,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "tokens": report.tokens,
+            "tokens_per_second": train.global_batch * train.seq_len / report.seconds,
+            "step_seconds": report.seconds,
+            "world_size": world_size,
+            "expert_imbalance": report.expert_imbalance,
+            "skipped_steps": report.skipped,
+            "snapshot_every": report.snapshot_every,
+            "snapshot_seconds": report.snapshot_seconds,
+            **report.measured,
+        }
+        self._step = report.step
+        self._note_loss(report.step, "loss", report.loss)
+        self._row("train", report.step, report.time, values)
+        self.watcher.report(report)
+        if self.record.failure not in (None, self._warned):
+            self.watcher.warn(f"MLflow takes no metrics ({self.record.failure}); they wait, training goes on")
+        self._warned = self.record.failure
+
+    def report(self, report: Report) -> None:
+        """Record a validation, a plan, a sample or a trace."""
+        match report:
+            case Validated():
+                self.val_loss = report.loss
+                self._note_loss(report.step, "val_loss", report.loss)
+                self._row("validation", report.step, report.time, {"val_loss": report.loss})
+            case Planned():
+                self._put("plan.json", json.dumps(report.figures, indent=1).encode(), only_first=True)
+            case Sampled():
+                self.sample = report.text
+            case Profiled():
+                self._put(f"step-{report.step}.json.gz", report.trace, "profile")
+        self.watcher.report(report)
+
+    def event(self, event: Event) -> None:
+        """Journal an event, and show it in MLflow: on the loss's axis, and in the run's description."""
+        self._step = max(self._step, event.step)
+        self.journal.add(event.record())
+        self.events.append(_slim(event.record()))
+        self.record.tag_later(DESCRIPTION, describe(self.config, self.record.run_id, self.links, self.events))
+        self.watcher.event(event)
+        match event:
+            case Membership() if not self._begun:
+                self._begun = True
+                self.watcher.begin(self.record.run_id, event.restored_step, self.last_step, event.world_size)
+            case Fault():
+                self._faults += 1
+                self.record.note(event.step, event.time, {"faults": self._faults})
+            case Recovery():
+                values = {
+                    "recovery_seconds": event.seconds,
+                    "recovery_steps_redone": event.steps_redone,
+                    "recovery_storage_bytes": event.storage_bytes,
+                    "goodput": self.tally.goodput(time.monotonic()),
+                }
+                self.record.note(event.step, event.time, values)
+                self.record.tag_later("raymuon.recoveries", str(len(self.tally.faults)))
+                self.record.tag_later(
+                    "raymuon.last_event", f"{event.reason} at step {event.step}, from {event.source}: {event.cause}"
+                )
+
+    def stack(self, name: str, text: str) -> None:
+        """Keep what a worker that hung was doing beside the run."""
+        self._put(f"{name}.txt", text.encode(), "stacks")
+
+    def usage(self, usage: NodeUsage) -> None:
+        """Show how busy a node is, on the loss's axis."""
+        values = {f"system/{usage.node[:8]}/{name}": value for name, value in usage.values.items()}
+        self.record.note(self._step, usage.time, values)
+
+    def keep(self, files: Mapping[str, bytes]) -> None:
+        """Make files artifacts of the run."""
+        for name, content in files.items():
+            self._put(name, content)
+
+    def slow(self, ranks: dict[int, float]) -> None:
+        """Name the ranks that are slower than the others, when they change."""
+        if ranks.keys() != self._slow:
+            self._slow = set(ranks)
+            told = ", ".join(f"rank {rank} ({factor:.1f}x)" for rank, factor in sorted(ranks.items()))
+            self.record.tag_later("raymuon.slow_ranks", told or "none")
+
+    def committed(self, step: int) -> None:
+        """Note the newest checkpoint."""
+        self.checkpoint = f"{self.links.url}@{step}"
+        self.record.tag_later("raymuon.checkpoint", self.checkpoint)
+        self.watcher.committed(step, self.checkpoint)
+
+    def notice(self, text: str) -> None:
+        """Tell the person."""
+        self.watcher.warn(text)
+
+    def before_commit(self, step: int) -> dict[str, float]:
+        """Put down what the checkpoint stands for: what MLflow does not take now is in the journal.
+
+        Returns:
+            The losses of that step.
+        """
+        self.record.hurry(HURRY_S)
+        self._ship()
+        self._losses = {at: losses for at, losses in self._losses.items() if at >= step}
+        return self._losses.get(step, {})
+
+    def close(self, now: float) -> None:
+        """Put down the rest, and what it all adds up to; `now` on the monotonic clock."""
+        report = recovery_report(self.events, self.tally, now)
+        self.keep({"recovery.md": report.encode(), "events.json": json.dumps(self.events, indent=1).encode()})
+        for thread in self._artifacts:
+            thread.join()
+        self._try(lambda: self.record.tag("raymuon.goodput", f"{self.tally.goodput(now):.4f}"))
+        if (mttr := self.tally.mean_time_to_recovery()) is not None:
+            self._try(lambda: self.record.tag("raymuon.mttr_seconds", f"{mttr:.2f}"))
+        self._try(self._ship)
+
+    def _ship(self) -> None:
+        self.journal.add({"uptime": time.monotonic() - self.tally.began, "time": time.time()})
+        self.journal.ship()
+
+    def _note_loss(self, step: int, name: str, loss: float) -> None:
+        self._losses.setdefault(step, {})[name] = loss
+        if len(self._losses) > LOSSES_KEPT:
+            del self._losses[min(self._losses)]
+
+    def _row(self, series: str, step: int, at: float, values: dict[str, float]) -> None:
+        self.record.log(series, step, at, values)
+        self.journal.add({"series": series, "step": step, "time": at, "values": values})
+
+    def _put(self, name: str, content: bytes, folder: str | None = None, only_first: bool = False) -> None:
+        """Make a file an artifact of the run, with `only_first` unless it has one of that name; nobody waits."""
+
+        def put() -> None:
+            if only_first and self.record.has_artifact(name):
+                return
+            with tempfile.TemporaryDirectory() as temporary:
+                path = Path(temporary) / name
+                path.write_bytes(content)
+                self.record.artifact(path, folder)
+
+        self._artifacts.append(threading.Thread(target=self._try, args=(put,), name="artifact"))
+        self._artifacts[-1].start()
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except (StorageError, OSError) as error:
+            self.watcher.warn(str(error))
+
+
+def go_on_with(
+    config: RunConfig,
+    record: Any,
+    journal: Journal,
+    last_step: int,
+    now: float,
+    warn: Callable[[str], object],
+) -> tuple[Tally, list[dict[str, Any]]]:
+    """Give MLflow the rows that earlier drivers journalled and could not log, and add up what has happened so far.
+
+    Args:
+        config: with which the run goes on.
+        record: the MLflow run.
+        journal: of this attempt; earlier ones are read.
+        last_step: rows after it are of steps that will be trained again.
+        now: seconds since the epoch.
+        warn: told of damage, and of a learning rate that jumps.
+
+    Returns:
+        What adds up, and the events.
+    """
+    tally, elapsed = Tally(time.monotonic()), Elapsed()
+    events: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    recorded = None
+    for line in read_journal(journal.store, warn):
+        if "event" in line:
+            events.append(_slim(line))
+        if line.get("event") == DriverStarted.__name__:
+            elapsed.begin(line["time"])
+        elif "uptime" in line:
+            elapsed.live(line["time"], line["uptime"])
+        elif line.get("event") == Recovery.__name__:
+            tally.recoveries.append(line)
+        elif "series" in line and line["step"] <= last_step:
+            record.log(line["series"], line["step"], line["time"], line["values"])
+            if line["series"] == "train" and line["step"] not in seen:
+                seen.add(line["step"])
+                tally.step(line["values"]["step_seconds"])
+            if line["series"] == "train" and line["step"] == last_step:
+                recorded = line["values"]["lr"]
+    if recorded is not None and (jump := rate_jump(config, last_step, recorded)):
+        warn(jump)
+    elapsed.begin(now)
+    tally.before_s = elapsed.seconds
+    return tally, events
+
+
+def rate_jump(config: RunConfig, step: int, recorded: float) -> str:
+    """Tell whether a run goes on with another learning rate than it had; empty where it does not.
+
+    Args:
+        config: with which it goes on: with more steps, a cosine that was at its end is in its middle again.
+        step: that it goes on from.
+        recorded: learning rate of that step.
+    """
+    rate = learning_rate(config.optim, step, config.train.steps)
+    if abs(rate - recorded) <= RATE_TOLERANCE * recorded:
+        return ""
+    peak = config.optim.lr
+    return (
+        f"the learning rate jumps {'up' if rate > recorded else 'down'}: step {step} was trained with {recorded:.3g} "
+        f"({recorded / peak:.2f} of optim.lr), and with this config its rate is {rate:.3g} ({rate / peak:.2f}); "
+        f"train.steps={config.train.steps} or the schedule of optim are not what they were"
+    )
+
+
+def _slim(event: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key not in BULKY}

@@ -1,0 +1,1 @@
+"""What every room imports and no GPU process needs: errors, storage, uploads, messages, which code runs."""
