@@ -23,8 +23,6 @@ from orchestrator.policy import (
     FailurePolicy,
     FaultKind,
     GiveUp,
-    Suspect,
-    Watchdog,
     buddies,
     choose_members,
     diagnose,
@@ -42,6 +40,7 @@ from orchestrator.record.events import (
 )
 from orchestrator.record.progress import Progress, Recorder
 from orchestrator.stop import StopSignal
+from orchestrator.watchdog import Suspect, Watchdog
 from workers.common.errors import ClusterError, RaymuonError, StorageError
 from workers.reports import (
     CheckpointDamaged,

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from orchestrator.config import ScalingConfig
 from orchestrator.group.handles import Cluster, Gone, Handle
-from orchestrator.policy import Attention, Candidate, backoff
+from orchestrator.policy import Candidate, backoff
 from orchestrator.record.metrics import NodeUsage
+from orchestrator.watchdog import Attention
 from workers.common.errors import ClusterError
 from workers.common.source import training_code
 from workers.common.wire import Address

@@ -7,7 +7,7 @@ from queue import SimpleQueue
 
 from orchestrator.group.handles import Gone
 from orchestrator.group.pool import Pool, PoolWorker
-from orchestrator.policy import Suspect, Watchdog
+from orchestrator.watchdog import Suspect, Watchdog
 from workers.reports import Ended, Pulse, Report
 from workers.task import KeeperLinks, Membership, Task
 

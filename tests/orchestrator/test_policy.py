@@ -4,12 +4,10 @@ import pytest
 
 from orchestrator.config import RecoveryConfig, ScalingConfig
 from orchestrator.policy import (
-    Attention,
     Candidate,
     FailurePolicy,
     GiveUp,
     GoOn,
-    Watchdog,
     backoff,
     buddies,
     choose_members,
@@ -23,7 +21,7 @@ from orchestrator.resumption import check_steps
 from workers.common.errors import ConfigError, StorageError, TrainingError
 from workers.common.wire import Address
 from workers.member import settings_behind
-from workers.reports import Ended, Mark
+from workers.reports import Ended
 from workers.snapshots.kept import KeptShard
 from workers.snapshots.region import RegionSize
 
@@ -256,102 +254,6 @@ def test_memory_that_is_refused_is_asked_for_once_more_and_without_a_pause(text)
 
 def test_what_has_nothing_to_do_with_memory_is_not_taken_for_it():
     assert not any(map(lacks_memory, (GLOO, "rank 0: KeyError: 'memory'", "rank 0 on node a: its process died")))
-
-
-def mark(phase: str, step: int, age_s: float = 0.0, busy_s: float = 0.1, cpu: float = 0.0) -> Mark:
-    return Mark(generation=1, step=step, phase=phase, age_s=age_s, busy_s=busy_s, cpu=cpu)
-
-
-def watchdog(*ranks: tuple[str, int], at: float = 10.0) -> Watchdog:
-    """Ranks that have been seen training for a while, and at `at` stand at the given phases."""
-    dog = Watchdog(hang_s=8.0)
-    dog.begin(range(len(ranks)), 0.0)
-    for rank, (phase, step) in enumerate(ranks):
-        for step in (1, 2, 3):
-            dog.observe(rank, mark("compute", step), float(step))
-        dog.observe(rank, mark(phase, step), at)
-    return dog
-
-
-def test_silence_is_found():
-    dog = watchdog(("reduce", 5), ("reduce", 5))
-    dog.observe(0, mark("reduce", 5, 8.1), 18.1)
-    (suspect,) = dog.suspects(18.1)
-    assert suspect.rank == 1 and suspect.reason == "gave no sign of life for 8.1 s (recovery.hang_s)"
-
-
-def test_of_those_that_stand_still_the_one_that_came_the_least_far_is_guilty():
-    dog = watchdog(("reduce", 5), ("compute", 5), ("reduce", 5))
-    assert dog.suspects(17.9) == []
-    for rank, phase in enumerate(("reduce", "compute", "reduce")):
-        dog.observe(rank, mark(phase, 5, 8.5), 18.5)
-    (suspect,) = dog.suspects(18.5)
-    assert suspect.rank == 1 and suspect.reason == (
-        "has been in phase compute of step 5 for 8.5 s without getting on, which recovery.hang_s=8 allows for 8 s"
-    )
-
-
-def test_where_all_are_in_the_same_phase_the_one_that_computes_is_guilty():
-    dog = watchdog(("reduce", 5), ("reduce", 5), ("reduce", 5))
-    for rank in range(3):
-        dog.observe(rank, mark("reduce", 5, 8.5, cpu=0.9 if rank == 1 else 0.01), 18.5)
-    assert [suspect.rank for suspect in dog.suspects(18.5)] == [1]
-
-
-def test_slow_steps_and_first_steps_get_more_time():
-    dog = watchdog(("reduce", 5))
-    dog.observe(0, mark("reduce", 5, 6.0), 16.0)
-    dog.observe(0, mark("compute", 6, 0.1), 16.5)
-    dog.observe(0, mark("reduce", 6, 23.0), 40.0)
-    assert dog.suspects(40.0) == [], "the last one took 6 s: 23 s are no hang"
-    dog.observe(0, mark("reduce", 6, 25.0), 42.0)
-    assert len(dog.suspects(42.0)) == 1
-    young = Watchdog(hang_s=8.0)
-    young.begin([0], 0.0)
-    young.observe(0, mark("restore", -1, 30.0), 30.0)
-    assert young.suspects(30.0) == []
-    young.observe(0, mark("compute", 1, 79.0), 109.0)
-    assert young.suspects(109.0) == [], "the first step compiles and warms up"
-    young.observe(0, mark("compute", 1, 81.0), 111.0)
-    assert len(young.suspects(111.0)) == 1
-    young.observe(0, mark("compute", 2, 0.1), 112.0)
-    young.observe(0, mark("reduce", 2, 79.0), 191.0)
-    assert young.suspects(191.0) == [], "nobody knows yet how long it takes once it is warm"
-    assert young.slowest_s < 1, "what the first step took is no measure"
-
-
-def test_who_was_not_heard_for_a_moment_may_have_got_on():
-    dog = watchdog(("reduce", 5), ("reduce", 5))
-    dog.observe(0, mark("reduce", 5, 7.0), 17.0)
-    dog.observe(1, mark("compute", 6, 0.5), 19.0)
-    assert dog.suspects(19.0) == []
-
-
-def test_after_a_recovery_a_hang_in_the_first_step_is_found_as_fast_as_any():
-    dog = watchdog(("compute", 5))
-    dog.begin([0], 100.0)
-    dog.observe(0, mark("restore", -1, 30.0), 130.0)
-    assert dog.suspects(130.0) == [], "the state of a large model takes its time"
-    dog.observe(0, mark("gather", 6, 8.5), 140.0)
-    assert len(dog.suspects(140.0)) == 1
-
-
-def test_slow_ranks_are_named():
-    dog = Watchdog(hang_s=8.0)
-    dog.begin(range(4), 0.0)
-    for rank, busy in enumerate((1.0, 1.1, 0.9, 1.7)):
-        dog.observe(rank, mark("compute", 3, busy_s=busy), 1.0)
-    assert dog.slow() == {3: pytest.approx(1.7)}
-
-
-def test_a_pause_of_the_driver_is_no_silence_of_the_members():
-    clock, watchdog = Attention(), Watchdog(hang_s=8.0)
-    watchdog.begin([0, 1], clock.look(1000.0))
-    assert watchdog.suspects(clock.look(1060.0)) == [], "the driver slept for a minute; answers come through after it"
-    watchdog.observe(0, None, clock.look(1060.1))
-    for tenth in range(2, 82):
-        found = watchdog.suspects(clock.look(1060.0 + tenth / 10))
-    assert [suspect.rank for suspect in found] == [1], "who is silent while the driver listens is found"
 
 
 def test_a_back_off_doubles_up_to_its_limit_however_often():
