@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optim.config import ConfigProblems
+from optim.checks import ConfigProblems
 from workers.common.errors import ConfigError
 from workers.config import LlamaConfig, ModelConfig, MoonlightConfig
 

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from jobs.ray_jobs import ENDED, Jobs
-from jobs.runs import Found
+from jobs.runs import TrackedRun
 from jobs.screen import Screen
 from jobs.submit import ADDRESS, JOB, watch
 from jobs.tell import tell
@@ -20,7 +20,7 @@ COUNTS = ("world_size", "tokens", "faults")
 """Those of them that are whole numbers, which MLflow keeps as floats."""
 
 
-def job_of(found: Found, address: str, allow_open: bool) -> tuple[Jobs, str]:
+def job_of(found: TrackedRun, address: str, allow_open: bool) -> tuple[Jobs, str]:
     """Return the cluster and the newest job of a run.
 
     Raises:
@@ -40,7 +40,7 @@ def job_of(found: Found, address: str, allow_open: bool) -> tuple[Jobs, str]:
     return jobs, known[-1]
 
 
-def status(found: Found, address: str, allow_open: bool, as_json: bool) -> None:
+def status(found: TrackedRun, address: str, allow_open: bool, as_json: bool) -> None:
     """Show where a run is: MLflow's view, its job's, and its newest checkpoint."""
     told: dict[str, Any] = {"run_id": found.run_id, "name": found.name, "status": found.status}
     if found.step is not None:
@@ -67,7 +67,7 @@ def status(found: Found, address: str, allow_open: bool, as_json: bool) -> None:
         console.print(f"{key.replace('_', ' '):18} {text}")
 
 
-def logs(found: Found, address: str, allow_open: bool, follow: bool) -> None:
+def logs(found: TrackedRun, address: str, allow_open: bool, follow: bool) -> None:
     """Print what a run's newest job has written, or follow it to its end."""
     jobs, job = job_of(found, address, allow_open)
     if follow:
@@ -76,7 +76,7 @@ def logs(found: Found, address: str, allow_open: bool, follow: bool) -> None:
         sys.stdout.write(jobs.logs(job))
 
 
-def stop(found: Found, address: str, allow_open: bool, wait_s: float) -> None:
+def stop(found: TrackedRun, address: str, allow_open: bool, wait_s: float) -> None:
     """Ask a run's job to finish its step and save, and wait until it has.
 
     Raises:
@@ -97,7 +97,7 @@ def stop(found: Found, address: str, allow_open: bool, wait_s: float) -> None:
     console.print(f"job {job}: {ended}. Go on with: raymuon resume {found.run_id}")
 
 
-def _checkpoint(found: Found) -> dict[str, Any]:
+def _checkpoint(found: TrackedRun) -> dict[str, Any]:
     """Return the newest checkpoint, as the run's folder tells it."""
     if not found.url:
         return {"checkpoint": "none yet"}
@@ -112,7 +112,7 @@ def _checkpoint(found: Found) -> dict[str, Any]:
     return {"checkpoint": f"{known} (not seen from here)" if known else "none yet"}
 
 
-def _job(found: Found, address: str, allow_open: bool) -> str | None:
+def _job(found: TrackedRun, address: str, allow_open: bool) -> str | None:
     """Return the run's newest job and its state; None of a run that nobody has submitted."""
     if not address and ADDRESS not in found.tags:
         return None

@@ -10,7 +10,7 @@ import numpy as np
 
 from jobs.byte_tokenizer import byte_tokenizer
 from jobs.hugging_face import config_of, refuse_unloadable, tensors_of, trained_on_bytes
-from optim.config import ConfigProblems
+from optim.checks import ConfigProblems
 from orchestrator.log.run_log import Entry, find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader

@@ -11,7 +11,7 @@ from jobs.config_json import Described, describe, read_json
 from jobs.folder_weights import FolderWeights, open_weights
 from jobs.hugging_face import names_of
 from orchestrator.log.run_log import RunLog
-from workers.checkpoint.manifest import BUFFER, WEIGHT, Entry, Manifest, place_of
+from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
 from workers.common.errors import ConfigError
 from workers.common.storage import Store, absolute_url
@@ -39,11 +39,11 @@ def import_model(folder: str, to: str, say: Callable[[str], object] = lambda tex
     with open_weights(source) as weights:
         shapes, buffers = _shapes(described.model, weights)
         parts = _account(weights, described, shapes)
-        tensors: dict[Entry, np.ndarray] = {}
+        tensors: dict[TensorSlice, np.ndarray] = {}
         for name in shapes:
             stack = [weights.read(part) for part in parts[name]]
             whole = np.stack(stack) if _stacked(name) else stack[0]
-            tensors[Entry(BUFFER if name in buffers else WEIGHT, name, 0, whole.size)] = whole.ravel()
+            tensors[TensorSlice(BUFFER if name in buffers else WEIGHT, name, 0, whole.size)] = whole.ravel()
         if described.tied:
             say("the output layer, which was the embedding, becomes one of its own: they may part in training")
         log = RunLog(store)

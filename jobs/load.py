@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from optim.config import ConfigProblems
+from optim.checks import ConfigProblems
 from orchestrator.config import RunConfig
 from workers.common.errors import ConfigError
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.load import load_values
 from jobs.record import OTHER_PRECISION, TOLERANCE, Attempt, Comparison, Record, attempt_of, compare, read_record
-from jobs.runs import Found, find
+from jobs.runs import TrackedRun, find
 from jobs.screen import Screen
 from jobs.table import print_table
 from jobs.tell import tell
@@ -155,7 +155,7 @@ def _checkpoint_before(log: RunLog, first: int) -> Manifest | None:
     return newest and Manifest.read(log.store, newest.manifest, newest.sha256)
 
 
-def _config(request: Request, found: Found, record: Record, attempt: Attempt, begin: int) -> RunConfig:
+def _config(request: Request, found: TrackedRun, record: Record, attempt: Attempt, begin: int) -> RunConfig:
     """Return the run's config with places, workers and record of this machine."""
     config = load_values(attempt.config, list(request.overrides), f"of run {found.run_id}")
     world_size = request.workers or int(record.steps[begin]["world_size"])
@@ -241,7 +241,7 @@ def _hint(summary: dict[str, Any]) -> str:
     )
 
 
-def _keep(record: "RunRecord", found: Found, comparison: Comparison) -> None:
+def _keep(record: "RunRecord", found: TrackedRun, comparison: Comparison) -> None:
     """Put the comparison beside the replay's own MLflow run."""
     record.tag("raymuon.replay_of", found.run_id)
     record.tag("raymuon.replay", _verdict(comparison))
@@ -280,7 +280,7 @@ def _show(console: Screen, comparison: Comparison, first: int, last: int) -> Non
 
 
 def _summary(
-    found: Found, result: RunResult, record: Record, comparison: Comparison, first: int, last: int, begin: int
+    found: TrackedRun, result: RunResult, record: Record, comparison: Comparison, first: int, last: int, begin: int
 ) -> dict[str, Any]:
     told: Callable[[Any], Any] = lambda one: one and {**asdict(one), "relative": one.relative}  # noqa: E731
     return {

@@ -9,7 +9,7 @@ from workers.common.storage import Store, absolute_url, configure_s3
 
 
 @dataclass(frozen=True)
-class Found:
+class TrackedRun:
     """A run as MLflow has it; of a run that was named by its folder, no more than that."""
 
     run_id: str
@@ -43,7 +43,7 @@ class Found:
         return Store(self.url)
 
 
-def find(run: str, tracking_uri: str, s3_endpoint: str = "") -> Found:
+def find(run: str, tracking_uri: str, s3_endpoint: str = "") -> TrackedRun:
     """Find a run, and set how this process reaches its storage.
 
     Args:
@@ -60,14 +60,14 @@ def find(run: str, tracking_uri: str, s3_endpoint: str = "") -> Found:
         url = absolute_url(run.rstrip("/"))
         if not Store(url).names("log"):
             raise ConfigError(f"{run}: no run's folder (there is no log/ in it)")
-        return Found(url.rsplit("/", 1)[-1], url)
+        return TrackedRun(url.rsplit("/", 1)[-1], url)
     reach_tracking(tracking_uri)
     from orchestrator.record.tracking import look_up  # MLflow takes seconds to import.
 
     known = look_up(tracking_uri, run)
     tags, params = dict(known.data.tags), dict(known.data.params)
     configure_s3(s3_endpoint or params.get("storage.s3_endpoint", ""))
-    return Found(
+    return TrackedRun(
         known.info.run_id,
         tags.get("raymuon.checkpoint_url", ""),
         known.info.run_name or "",

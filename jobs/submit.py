@@ -19,7 +19,7 @@ from jobs.environment import CONFIG, pins, working_directory
 from jobs.load import load, load_values, plain_yaml
 from jobs.output import nobody_reads
 from jobs.ray_jobs import ENDED, RUN_ID, Jobs
-from jobs.runs import Found
+from jobs.runs import TrackedRun
 from jobs.screen import Screen, mlflow_page
 from jobs.tell import tell
 from orchestrator.config import RunConfig, absolute, flatten
@@ -96,7 +96,7 @@ def submit(config: str, overrides: list[str], target: Target, follow: bool, as_j
         watch(jobs, job, run_id)
 
 
-def resume(found: Found, overrides: list[str], target: Target, follow: bool, as_json: bool) -> None:
+def resume(found: TrackedRun, overrides: list[str], target: Target, follow: bool, as_json: bool) -> None:
     """Submit a job that goes on with a run, with the config that it had and the code that is here.
 
     Raises:

@@ -1,50 +1,14 @@
-"""The optimizer's settings, and how every room's config says what is wrong with it.
-
-A config dataclass checks itself when it is made and names *all* its problems at once, so that a person mends a file in
-one go. `jobs` prefixes the section's name and gathers the problems of all sections.
-"""
+"""The optimizer's settings."""
 
 import math
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Literal
 
+from optim.checks import require, within
 from optim.polynomials import CoefficientSet, Form, Products, coefficients, form_of, products, restarts
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 
 MOST_DECAY = 0.1
 """Share of every weight that decay may take in one step at the peak of the learning rate."""
-
-
-class ConfigProblems(ValueError):
-    """Everything that is wrong with one config section; each problem starts with the key's name."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = problems
-
-
-def require(config: "DataclassInstance", *checks: tuple[bool, str]) -> None:
-    """Check a config: every number is finite, and every check holds.
-
-    Args:
-        config: a dataclass.
-        checks: whether each holds, and what is wrong where it does not; the text begins with the key.
-
-    Raises:
-        ConfigProblems: with all that is wrong.
-    """
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    problems = {
-        key: f"{key} must be a finite number, not {value}"
-        for key, value in values.items()
-        if isinstance(value, float) and not math.isfinite(value)
-    }
-    found = [*problems.values(), *(text for holds, text in checks if not holds and text.split()[0] not in problems)]
-    if found:
-        raise ConfigProblems(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,24 +70,18 @@ class OptimConfig:
         most_decay = MOST_DECAY / self.lr if 0 < self.lr <= 1 else math.inf
         require(
             self,
-            (0 < self.lr <= 1, f"lr must be greater than 0 and at most 1, not {self.lr}"),
-            (self.weight_decay >= 0, f"weight_decay must be 0 or more, not {self.weight_decay}"),
+            *within(self, "(0, 1]", "lr", "eps"),
+            *within(self, "[0, inf)", "weight_decay", "warmup_steps"),
             (
                 self.weight_decay <= most_decay,
                 f"weight_decay must be at most {most_decay:g} with lr={self.lr} (a tenth of the weights in a step), "
                 f"not {self.weight_decay}",
             ),
-            (0 <= self.momentum < 1, f"momentum must be in [0, 1), not {self.momentum}"),
-            (1 <= self.ns_steps <= 50, f"ns_steps must be between 1 and 50, not {self.ns_steps}"),
-            (0 < self.update_rms <= 10, f"update_rms must be greater than 0 and at most 10, not {self.update_rms}"),
-            (self.qk_clip >= 0, f"qk_clip must be 0 (off) or more, not {self.qk_clip}"),
-            (0 <= self.beta1 < 1, f"beta1 must be in [0, 1), not {self.beta1}"),
-            (0 <= self.beta2 < 1, f"beta2 must be in [0, 1), not {self.beta2}"),
-            (0 < self.eps <= 1, f"eps must be greater than 0 and at most 1, not {self.eps}"),
-            (self.grad_clip >= 0, f"grad_clip must be 0 (off) or more, not {self.grad_clip}"),
-            (self.warmup_steps >= 0, f"warmup_steps must be 0 or more, not {self.warmup_steps}"),
-            (0 <= self.decay_fraction <= 1, f"decay_fraction must be in [0, 1], not {self.decay_fraction}"),
-            (0 <= self.final_lr_fraction <= 1, f"final_lr_fraction must be in [0, 1], not {self.final_lr_fraction}"),
+            *within(self, "[0, 1)", "momentum", "beta1", "beta2"),
+            *within(self, "[1, 50]", "ns_steps"),
+            *within(self, "(0, 10]", "update_rms"),
+            *within(self, "[0, inf)", "qk_clip", "grad_clip", lowest="off"),
+            *within(self, "[0, 1]", "decay_fraction", "final_lr_fraction"),
         )
 
     @property

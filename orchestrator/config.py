@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from optim.config import OptimConfig, require
+from optim.checks import filled, no_password, require, within
+from optim.config import OptimConfig
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError
 from workers.common.storage import absolute_url
@@ -16,7 +17,6 @@ from workers.config import (
     StorageConfig,
     TelemetryConfig,
     TrainConfig,
-    no_password,
 )
 from workers.data.corpus import Corpus
 from workers.task import Origin, Task
@@ -32,7 +32,7 @@ class RunInfo:
     def __post_init__(self) -> None:
         require(
             self,
-            (bool(self.name.strip()), "name must not be empty"),
+            *filled(self, name="the run"),
             ('"' not in self.name, f"name must not have a double quote in it, as {self.name} does"),
         )
 
@@ -59,15 +59,13 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            (self.min_workers >= 1, f"min_workers must be 1 or more, not {self.min_workers}"),
+            *within(self, "[1, inf)", "min_workers"),
             (
                 self.max_workers >= self.min_workers,
                 f"max_workers must be at least min_workers ({self.min_workers}), not {self.max_workers}",
             ),
-            (self.cpus_per_worker > 0, f"cpus_per_worker must be greater than 0, not {self.cpus_per_worker}"),
-            (self.standby >= 0, f"standby must be 0 or more, not {self.standby}"),
-            (self.wait_s > 0, f"wait_s must be greater than 0, not {self.wait_s}"),
-            (self.settle_s >= 0, f"settle_s must be 0 or more, not {self.settle_s}"),
+            *within(self, "(0, inf)", "cpus_per_worker", "wait_s"),
+            *within(self, "[0, inf)", "standby", "settle_s"),
         )
 
 
@@ -100,20 +98,14 @@ class RecoveryConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            *(
-                (getattr(self, key) >= -1, f"{key} must be -1 (any number) or more, not {getattr(self, key)}")
-                for key in ("max_failures", "max_preemptions", "max_storage_failures")
-            ),
-            (self.poison_after >= 1, f"poison_after must be 1 or more, not {self.poison_after}"),
-            (self.max_failed_saves >= 0, f"max_failed_saves must be 0 or more, not {self.max_failed_saves}"),
-            (self.max_in_a_row >= 1, f"max_in_a_row must be 1 or more, not {self.max_in_a_row}"),
-            (self.free_retries >= 0, f"free_retries must be 0 or more, not {self.free_retries}"),
-            (self.backoff_s >= 0, f"backoff_s must be 0 or more, not {self.backoff_s}"),
+            *within(self, "[-1, inf)", "max_failures", "max_preemptions", "max_storage_failures", lowest="any number"),
+            *within(self, "[1, inf)", "poison_after", "max_in_a_row"),
+            *within(self, "[0, inf)", "max_failed_saves", "free_retries", "backoff_s"),
             (
                 self.max_backoff_s >= self.backoff_s,
                 f"max_backoff_s must be at least backoff_s ({self.backoff_s}), not {self.max_backoff_s}",
             ),
-            (self.hang_s > 0, f"hang_s must be greater than 0, not {self.hang_s}"),
+            *within(self, "(0, inf)", "hang_s"),
         )
 
     def budget(self, kind: str) -> int | None:
@@ -141,9 +133,8 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            (bool(self.uri.strip()), "uri must not be empty"),
-            *no_password(uri=self.uri),
-            (bool(self.experiment.strip()), "experiment must not be empty"),
+            *filled(self, uri="a tracking URI", experiment="an experiment"),
+            *no_password(self, "uri"),
         )
 
 

@@ -1,11 +1,10 @@
 """Settings of what runs in a worker: model, data, training and checkpoints."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from optim.config import require
+from optim.checks import Check, filled, no_password, require, within
 
 EXPERT_WIDTH = 8
 """Divides the widths of experts: torch's grouped_mm refuses rows that are not whole 16 bytes, 8 numbers in bf16. In
@@ -63,14 +62,14 @@ class MoonlightConfig:
 
     def __post_init__(self) -> None:
         sizes = (
-            *("vocab_size", "hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim"),
+            *("hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim"),
             *("qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size", "num_experts"),
             *("num_experts_per_token",),
         )
         require(
             self,
-            *((getattr(self, key) >= 1, f"{key} must be 1 or more, not {getattr(self, key)}") for key in sizes),
-            (self.vocab_size >= 256, f"vocab_size must be 256 (bytes) or more, not {self.vocab_size}"),
+            *within(self, "[1, inf)", *sizes),
+            *within(self, "[256, inf)", "vocab_size", lowest="bytes"),
             (self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}"),
             (
                 0 <= self.num_dense_layers <= self.num_layers,
@@ -89,12 +88,9 @@ class MoonlightConfig:
                 )
                 for key in ("hidden_size", "moe_intermediate_size")
             ),
-            (self.num_shared_experts >= 0, f"num_shared_experts must be 0 or more, not {self.num_shared_experts}"),
-            (0 <= self.router_bias_rate <= 1, f"router_bias_rate must be between 0 and 1, not {self.router_bias_rate}"),
-            (
-                0 < self.routed_scaling_factor <= 1000,
-                f"routed_scaling_factor must be greater than 0 and at most 1000, not {self.routed_scaling_factor}",
-            ),
+            *within(self, "[0, inf)", "num_shared_experts"),
+            *within(self, "[0, 1]", "router_bias_rate"),
+            *within(self, "(0, 1000]", "routed_scaling_factor"),
             *_sane(self),
         )
 
@@ -133,8 +129,8 @@ class LlamaConfig:
         sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
         require(
             self,
-            *((getattr(self, key) >= 1, f"{key} must be 1 or more, not {getattr(self, key)}") for key in sizes),
-            (self.vocab_size >= 256, f"vocab_size must be 256 (bytes) or more, not {self.vocab_size}"),
+            *within(self, "[1, inf)", *sizes),
+            *within(self, "[256, inf)", "vocab_size", lowest="bytes"),
             (self.head_dim % 2 == 0, f"head_dim must be even, not {self.head_dim}"),
             (
                 self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads == 0,
@@ -144,27 +140,16 @@ class LlamaConfig:
         )
 
 
-def _sane(model: "ModelConfig") -> Iterator[tuple[bool, str]]:
+def _sane(model: "ModelConfig") -> Iterator[Check]:
     """Yield the checks of numbers that a model trains with, whatever they are, and of which it makes nonsense."""
-    for key, low, high in (("norm_eps", 0, 1), ("init_std", 0, 2), ("rope_theta", 1, 1e15)):
-        value = getattr(model, key)
-        yield low < value <= high, f"{key} must be greater than {low} and at most {high:g}, not {value}"
+    yield from within(model, "(0, 1]", "norm_eps")
+    yield from within(model, "(0, 2]", "init_std")
+    yield from within(model, "(1, 1e15]", "rope_theta")
 
 
 ModelConfig = MoonlightConfig | LlamaConfig
 MODEL_CONFIGS = {"moonlight": MoonlightConfig, "llama": LlamaConfig}
 """By `name`."""
-
-
-_PASSWORD = re.compile(r"https?://[^/]*@|(^|://)[^/@]*:[^/@]*@")
-
-
-def no_password(**urls: str) -> Iterator[tuple[bool, str]]:
-    """Yield the check that a URL has no password in it: a config goes into MLflow, job info and journals."""
-    for key, url in urls.items():
-        text = f"{key} must have no user or password in it; credentials come from a role or the environment "
-        text += "(AWS_ACCESS_KEY_ID, MLFLOW_TRACKING_PASSWORD and so on)"
-        yield not _PASSWORD.search(url), text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,13 +169,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            (bool(self.source.strip()), "source must name a file, a glob, a URL or python-stdlib; it is empty"),
-            (bool(self.prepared_url.strip()), "prepared_url must name a folder; it is empty"),
-            *no_password(source=self.source, prepared_url=self.prepared_url, ledger=self.ledger),
-            (
-                0 < self.held_out_fraction < 1,
-                f"held_out_fraction must be between 0 and 1, not {self.held_out_fraction}",
-            ),
+            *filled(self, source="a file, a glob, a URL or python-stdlib", prepared_url="a folder"),
+            *no_password(self, "source", "prepared_url", "ledger"),
+            *within(self, "(0, 1)", "held_out_fraction"),
         )
 
 
@@ -224,21 +205,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            *no_password(init=self.init),
-            *(
-                (getattr(self, key) >= 1, f"{key} must be 1 or more, not {getattr(self, key)}")
-                for key in ("steps", "global_batch", "micro_batch", "seq_len", "validate_sequences")
-            ),
+            *no_password(self, "init"),
+            *within(self, "[1, inf)", "steps", "global_batch", "micro_batch", "seq_len", "validate_sequences"),
             (
                 self.micro_batch < 1 or self.global_batch % self.micro_batch == 0,
                 f"global_batch must be a multiple of micro_batch ({self.micro_batch}), not {self.global_batch}",
             ),
-            (self.validate_every >= 0, f"validate_every must be 0 (ends only) or more, not {self.validate_every}"),
-            (self.sample_bytes >= 0, f"sample_bytes must be 0 or more, not {self.sample_bytes}"),
-            (
-                self.max_skipped_in_a_row >= 0,
-                f"max_skipped_in_a_row must be 0 (none) or more, not {self.max_skipped_in_a_row}",
-            ),
+            *within(self, "[0, inf)", "validate_every", lowest="ends only"),
+            *within(self, "[0, inf)", "sample_bytes"),
+            *within(self, "[0, inf)", "max_skipped_in_a_row", lowest="none"),
         )
 
     @property
@@ -270,11 +245,10 @@ class TelemetryConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            (self.every >= 0, f"every must be 0 (never) or more, not {self.every}"),
-            (self.spectra >= 0, f"spectra must be 0 (none) or more, not {self.spectra}"),
-            (self.peak_tflops >= 0, f"peak_tflops must be 0 (automatic) or more, not {self.peak_tflops}"),
-            (self.profile_step >= 0, f"profile_step must be 0 (none) or more, not {self.profile_step}"),
-            (self.profile_steps >= 1, f"profile_steps must be 1 or more, not {self.profile_steps}"),
+            *within(self, "[0, inf)", "every", lowest="never"),
+            *within(self, "[0, inf)", "spectra", "profile_step", lowest="none"),
+            *within(self, "[0, inf)", "peak_tflops", lowest="automatic"),
+            *within(self, "[1, inf)", "profile_steps"),
         )
 
 
@@ -305,15 +279,12 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            (bool(self.url.strip()), "url must name a folder; it is empty"),
-            *no_password(url=self.url),
-            (self.every >= 0, f"every must be 0 (the last step only) or more, not {self.every}"),
-            (self.snapshot_every >= 0, f"snapshot_every must be 0 (automatic) or more, not {self.snapshot_every}"),
-            (0 < self.snapshot_share < 1, f"snapshot_share must be between 0 and 1, not {self.snapshot_share}"),
-            *(
-                (getattr(self, key) >= 0, f"{key} must be 0 or more, not {getattr(self, key)}")
-                for key in ("keep_last", "keep_every", "keep_best", "grace_s")
-            ),
+            *filled(self, url="a folder"),
+            *no_password(self, "url"),
+            *within(self, "[0, inf)", "every", lowest="the last step only"),
+            *within(self, "[0, inf)", "snapshot_every", lowest="automatic"),
+            *within(self, "(0, 1)", "snapshot_share"),
+            *within(self, "[0, inf)", "keep_last", "keep_every", "keep_best", "grace_s"),
         )
 
 
@@ -329,13 +300,10 @@ class StorageConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            (
-                self.max_upload_mb_per_s >= 0,
-                f"max_upload_mb_per_s must be 0 (no limit) or more, not {self.max_upload_mb_per_s}",
-            ),
+            *within(self, "[0, inf)", "max_upload_mb_per_s", lowest="no limit"),
             (
                 not self.s3_endpoint or self.s3_endpoint.startswith(("http://", "https://")),
                 f"s3_endpoint must start with http:// or https://, not {self.s3_endpoint!r}",
             ),
-            *no_password(s3_endpoint=self.s3_endpoint),
+            *no_password(self, "s3_endpoint"),
         )

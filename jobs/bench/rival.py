@@ -123,8 +123,7 @@ def train_loop(settings: dict[str, str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from workers.checkpoint.manifest import Entry as ManifestEntry
-    from workers.checkpoint.manifest import Manifest, ShardFile
+    from workers.checkpoint.manifest import Manifest, ShardFile, TensorSlice
     from workers.checkpoint.shards import CheckpointReader, write_shard
     from workers.common.storage import Store
     from workers.controls import Controls
@@ -177,7 +176,7 @@ def train_loop(settings: dict[str, str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             values = torch.cat([t.reshape(-1) for t in (*shard_tensors(engine), *replicated_tensors(engine))]).numpy()
             tensors = {
-                ManifestEntry(kind, f.name, f.start, f.length): np.array(values[f.offset : f.offset + f.length])
+                TensorSlice(kind, f.name, f.start, f.length): np.array(values[f.offset : f.offset + f.length])
                 for kind, f in placed.fragments
                 if kind != "buffer" or rank == 0
             }

@@ -16,7 +16,7 @@ from typing import Any
 
 from optim.schedule import learning_rate
 from orchestrator.group.usage import Usage
-from workers.checkpoint.manifest import SHARDS, WEIGHT, Entry, ShardFile, place_of
+from workers.checkpoint.manifest import SHARDS, WEIGHT, ShardFile, TensorSlice, place_of
 from workers.common.source import training_code
 from workers.common.wire import Address
 from workers.config import StorageConfig
@@ -244,7 +244,7 @@ class _Keeper:
         file = Path(task.run_url) / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(SHARD)
-        entries = tuple(Entry(kind, NAME, rank, 1) for kind in KINDS)
+        entries = tuple(TensorSlice(kind, NAME, rank, 1) for kind in KINDS)
         report = ShardWritten(
             generation=place.generation,
             rank=rank,

@@ -13,7 +13,7 @@ import typer
 from jobs.cli import before, bench, checkpoints, runs
 from jobs.cli.options import BUILT_IN
 from jobs.output import outlive_output
-from optim.config import ConfigProblems
+from optim.checks import ConfigProblems
 from workers.common.errors import RaymuonError
 from workers.common.text import visible
 

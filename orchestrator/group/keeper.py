@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from orchestrator.group.usage import Usage
-from workers.checkpoint.manifest import BUFFER, Entry, place_of
+from workers.checkpoint.manifest import BUFFER, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
 from workers.common.storage import Store, configure_s3
 from workers.common.uploads import Bandwidth
@@ -52,7 +52,7 @@ class _Held:
     world_size: int
     region: Region
     path: str
-    entries: list[tuple[Entry, int]] = field(default_factory=list)
+    entries: list[tuple[TensorSlice, int]] = field(default_factory=list)
     shapes: dict[str, list[int]] = field(default_factory=dict)
     buddy: Address | None = None
     saving: int = 0
@@ -223,7 +223,7 @@ class Keeper:
             held.buddy = buddy
             held.shapes = message["shapes"]
             held.entries = [
-                (Entry(kind, name, start, length), offset)
+                (TensorSlice(kind, name, start, length), offset)
                 for kind, name, start, length, offset in message["fragments"]
                 if kind != BUFFER or held.rank == 0
             ]

@@ -14,7 +14,7 @@ from jobs.stack.seaweed import BUCKET, s3_environment, seaweedfs
 from orchestrator.log.run_log import RunLog
 from tests.closeness import assert_close
 from tests.workers import test_llama, test_moonlight
-from workers.checkpoint.manifest import BUFFER, WEIGHT, Entry, Manifest, place_of
+from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store, configure_s3
@@ -51,12 +51,12 @@ def trained(folder, model: str | ModelConfig, steps=(10,), change=lambda model: 
     }
     shapes = {key: list(array.shape) for key, array in {**parameters, **buffers}.items()}
     for step in steps:
-        flat = {Entry(WEIGHT, key, 0, array.size): array.ravel() for key, array in parameters.items()}
+        flat = {TensorSlice(WEIGHT, key, 0, array.size): array.ravel() for key, array in parameters.items()}
         flat |= {
-            Entry("momentum_buffer", key, 0, array.size): np.zeros(array.size, "f4")
+            TensorSlice("momentum_buffer", key, 0, array.size): np.zeros(array.size, "f4")
             for key, array in parameters.items()
         }
-        flat |= {Entry(BUFFER, key, 0, array.size): array.ravel() for key, array in buffers.items()}
+        flat |= {TensorSlice(BUFFER, key, 0, array.size): array.ravel() for key, array in buffers.items()}
         shard = write_shard(log.store, place_of(step, 1, 1), 0, flat)
         log.commit(
             Manifest("run-7", 1, 1, step, 1, identity, {"step": step, "tokens": 12345}, shapes, (shard,)),

@@ -7,7 +7,7 @@ import yaml
 
 from jobs.load import CONFIGS, documented_yaml, load, load_values, plain_yaml
 from jobs.planning.state import layout_of
-from optim.config import ConfigProblems
+from optim.checks import ConfigProblems
 from orchestrator.config import RunConfig
 from workers.common.errors import ConfigError
 from workers.config import LlamaConfig, MoonlightConfig

@@ -2,7 +2,8 @@ from itertools import pairwise
 
 import pytest
 
-from optim.config import ConfigProblems, OptimConfig
+from optim.checks import ConfigProblems
+from optim.config import OptimConfig
 from optim.schedule import learning_rate
 
 

@@ -9,7 +9,7 @@ from orchestrator.log.commits import Commits
 from orchestrator.log.retention import tidy
 from orchestrator.log.run_log import FencedError, RunLog
 from tests.crashing import MODES, Crash, CrashingS3, Mode, small_parts  # noqa: F401
-from workers.checkpoint.manifest import Entry, place_of
+from workers.checkpoint.manifest import TensorSlice, place_of
 from workers.checkpoint.shards import CheckpointReader, write_shard
 from workers.common.errors import StorageError
 from workers.common.storage import Store
@@ -43,7 +43,7 @@ class Driver:
         values, part = truth(self.step), SIZE // WORLD
         for rank in range(WORLD):
             start = rank * part
-            tensors = {Entry(kind, "w", start, part): values[start : start + part] for kind in KINDS}
+            tensors = {TensorSlice(kind, "w", start, part): values[start : start + part] for kind in KINDS}
             shard = write_shard(self.store, place_of(self.step, self.attempt, 1), rank, tensors)
             manifest = self.commits.take(
                 ShardWritten(

@@ -22,7 +22,7 @@ from orchestrator.record.recorder import RunRecorder, Watcher
 from orchestrator.record.report import Links
 from orchestrator.record.tracking import RunRecord, Tracking, look_up, read_artifact
 from tests.leading import config_of
-from workers.checkpoint.manifest import WEIGHT, Entry, Manifest, place_of
+from workers.checkpoint.manifest import WEIGHT, Manifest, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
@@ -183,7 +183,7 @@ def test_a_run_that_has_checkpoints_needs_its_origin_no_more(tracking, tmp_path)
     for resume in ("never", "auto", run_id):
         with pytest.raises(ConfigError, match="train.init=.*gone: no committed checkpoint"):
             find_run(config, corpus, resume)
-    shard = write_shard(log.store, place_of(0, 1, 1), 0, {Entry(WEIGHT, "w", 0, 2): np.zeros(2, np.float32)})
+    shard = write_shard(log.store, place_of(0, 1, 1), 0, {TensorSlice(WEIGHT, "w", 0, 2): np.zeros(2, np.float32)})
     log.commit(Manifest(run_id, 1, 1, 0, 1, {}, {}, {"w": [2]}, (shard,)))
     for resume in ("auto", run_id):
         found = find_run(config, corpus, resume)
@@ -200,7 +200,7 @@ def test_steps_that_a_run_has_behind_it_are_told_with_the_way_on(tracking, tmp_p
     assert elsewhere.run_id is None and f"nothing of the unfinished one named further, {run_id}" in elsewhere.notice
     log.take_over(identity(config, corpus))
     assert find_run(config, corpus, "auto").notice == ""
-    tensors = {Entry(kind, "w", 0, 2): np.zeros(2, np.float32) for kind in (WEIGHT, "momentum")}
+    tensors = {TensorSlice(kind, "w", 0, 2): np.zeros(2, np.float32) for kind in (WEIGHT, "momentum")}
     shard = write_shard(log.store, place_of(169, 1, 1), 0, tensors)
     log.commit(Manifest(run_id, 1, 1, 169, 1, {}, {}, {"w": [2]}, (shard,)))
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from optim.layout import Fragment, GroupLayout
-from workers.checkpoint.manifest import BUFFER, CHUNK, Entry, Manifest, place_of
+from workers.checkpoint.manifest import BUFFER, CHUNK, Manifest, TensorSlice, place_of
 from workers.checkpoint.shards import CheckpointReader, write_shard
 from workers.common.errors import DamagedError, StorageError
 from workers.common.storage import Store
@@ -29,12 +29,12 @@ def save(store: Store, world_size: int, step: int = 7) -> Manifest:
     shards = []
     for rank in range(world_size):
         tensors = {
-            Entry(kind, f.name, f.start, f.length): TRUTH[kind, f.name].ravel()[f.start : f.stop]
+            TensorSlice(kind, f.name, f.start, f.length): TRUTH[kind, f.name].ravel()[f.start : f.stop]
             for kind in KINDS
             for f in layout(world_size).fragments(rank)
         }
         if rank == 0:
-            tensors[Entry(BUFFER, "router.bias", 0, 5)] = TRUTH[BUFFER, "router.bias"]
+            tensors[TensorSlice(BUFFER, "router.bias", 0, 5)] = TRUTH[BUFFER, "router.bias"]
         shards.append(write_shard(store, place_of(step, 1, 1), rank, tensors))
     counters = {"step": step, "tokens": 70, "applied_steps": step}
     return Manifest("run", 1, 1, step, world_size, {"seed": 0}, counters, SHAPES, tuple(shards))
@@ -138,7 +138,7 @@ def large(store: Store, values: np.ndarray) -> CheckpointReader:
     half = values.size // 2 - 12345
     pieces = [(0, values[:half]), (half, values[half:])]
     shards = [
-        write_shard(store, place_of(1, 1, 1), rank, {Entry("weight", "w", start, part.size): part})
+        write_shard(store, place_of(1, 1, 1), rank, {TensorSlice("weight", "w", start, part.size): part})
         for rank, (start, part) in enumerate(pieces)
     ]
     shapes = {"w": [values.size]}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optim.config import ConfigProblems
+from optim.checks import ConfigProblems
 from optim.routing import is_matrix
 from tests.closeness import assert_close
 from workers.config import LlamaConfig

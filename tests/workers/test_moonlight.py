@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from jobs.load import load
-from optim.config import ConfigProblems
+from optim.checks import ConfigProblems
 from optim.routing import is_matrix
 from tests.closeness import EPS, assert_close
 from workers.config import MoonlightConfig

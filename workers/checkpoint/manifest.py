@@ -25,7 +25,7 @@ WEIGHT, BUFFER = "weight", "buffer"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorSlice:
     """`length` elements of the flattened tensor (`kind`, `name`) from `start` on, fp32."""
 
     kind: str
@@ -51,7 +51,7 @@ class ShardFile:
     size: int
     header: int
     chunks: tuple[str, ...]
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorSlice, ...]
 
     def encode(self) -> dict[str, Any]:
         """Return the manifest's form; entries are lists, of which there are thousands."""
@@ -67,7 +67,7 @@ class ShardFile:
     @staticmethod
     def decode(fields: dict[str, Any]) -> "ShardFile":
         """Read the manifest's form."""
-        entries = tuple(Entry(*entry) for entry in fields["entries"])
+        entries = tuple(TensorSlice(*entry) for entry in fields["entries"])
         return ShardFile(**{**fields, "chunks": tuple(fields["chunks"]), "entries": entries})
 
     @property
@@ -137,7 +137,7 @@ class Manifest:
         Raises:
             StorageError: an element is missing or there twice, or a weight has no optimizer state.
         """
-        held: dict[tuple[str, str], list[Entry]] = {}
+        held: dict[tuple[str, str], list[TensorSlice]] = {}
         for shard in self.shards:
             for entry in shard.entries:
                 held.setdefault((entry.kind, entry.name), []).append(entry)

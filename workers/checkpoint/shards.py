@@ -16,7 +16,7 @@ from math import prod
 import numpy as np
 
 from optim.layout import Fragment, copies
-from workers.checkpoint.manifest import CHUNK, SHARDS, Entry, Manifest, ShardFile
+from workers.checkpoint.manifest import CHUNK, SHARDS, Manifest, ShardFile, TensorSlice
 from workers.common.errors import DamagedError, NotFoundError, StorageError
 from workers.common.storage import Store
 from workers.common.uploads import Bandwidth, upload
@@ -32,7 +32,7 @@ def write_shard(
     store: Store,
     place: str,
     rank: int,
-    tensors: Mapping[Entry, np.ndarray],
+    tensors: Mapping[TensorSlice, np.ndarray],
     bandwidth: Bandwidth | None = None,
 ) -> ShardFile:
     """Write one rank's part as a safetensors file, under a name that nobody else will ever use.
@@ -55,7 +55,7 @@ def write_shard(
 class _Safetensors:
     """The bytes of a safetensors file out of arrays that stay where they are; hashes what is read, chunk by chunk."""
 
-    def __init__(self, tensors: Mapping[Entry, np.ndarray]) -> None:
+    def __init__(self, tensors: Mapping[TensorSlice, np.ndarray]) -> None:
         ends = list(accumulate(array.nbytes for array in tensors.values()))
         about = {
             entry.key: {"dtype": "F32", "shape": [array.size], "data_offsets": [end - array.nbytes, end]}
