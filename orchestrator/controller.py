@@ -59,8 +59,7 @@ from workers.reports import (
     Validated,
 )
 from workers.snapshots.kept import KeptShard, Snapshot
-from workers.task import KeeperLinks, Task
-from workers.task import Membership as Place
+from workers.task import KeeperLinks, Place, Task
 
 INVENTORY_S = 1.0
 """How long a keeper may take to tell what it has; a dead node's never does."""

@@ -12,7 +12,7 @@ import psutil
 from workers.config import StorageConfig
 from workers.member import Member, Ready
 from workers.reports import Report, Validated
-from workers.task import Membership, Task
+from workers.task import Place, Task
 
 ACTIONS = ("kill", "terminate", "stop", "raise", "exit", "exit soon", "spin")
 
@@ -30,7 +30,7 @@ class FaultyMember(Member):
         """Do `action` when the thread comes to `phase` of `step` or later for the `times`-th time."""
         self.plan = phase, step, action, times
 
-    def start(self, member: Membership, task: Task) -> None:
+    def start(self, member: Place, task: Task) -> None:
         if self.plan is not None and self.plan[0] == "start":
             self.plan = None
             raise Injected("a test kept this worker from starting")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from workers.reports import Report
-from workers.task import Membership, Task
+from workers.task import Place, Task
 
 if TYPE_CHECKING:
     from workers.loop import Trainer
@@ -17,8 +17,8 @@ class Told(list[tuple[type[Report], dict[str, Any]]]):
         return [fields for told, fields in self if told is kind]
 
 
-def member_of(rank: int, world_size: int) -> Membership:
-    return Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
+def member_of(rank: int, world_size: int) -> Place:
+    return Place(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
 
 
 def trainer_of(

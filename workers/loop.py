@@ -40,7 +40,7 @@ from workers.state import (
     shard_map,
     shard_tensors,
 )
-from workers.task import Membership, Task
+from workers.task import Place, Task
 from workers.telemetry import Telemetry, expert_load
 
 FINISHED, PAUSED = "finished", "paused"
@@ -83,7 +83,7 @@ class Trainer:
         controls: how it talks to whoever runs it.
     """
 
-    def __init__(self, task: Task, member: Membership, engine: Engine, counters: Counters, controls: Controls) -> None:
+    def __init__(self, task: Task, member: Place, engine: Engine, counters: Counters, controls: Controls) -> None:
         self.task, self.member, self.engine, self.counters, self.controls = task, member, engine, counters, controls
         corpus = task.corpus
         self.train_split = TokenSplit(corpus, corpus.train, task.train.seq_len)
@@ -385,7 +385,7 @@ def _imbalance(load: Tensor) -> float:
 class _Ledger:
     """Writes down which samples this process trained on, one line a slot, for whoever wants proof."""
 
-    def __init__(self, task: Task, member: Membership) -> None:
+    def __init__(self, task: Task, member: Place) -> None:
         self.file = None
         self.place = {"attempt": task.attempt, "generation": member.generation}
         if task.data.ledger:

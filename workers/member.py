@@ -27,7 +27,7 @@ from workers.common.storage import configure_s3
 from workers.config import StorageConfig
 from workers.controls import Controls, Pause
 from workers.reports import Ended, KeeperLost, Mark, Pulse, Report, StepDone, Terminating
-from workers.task import KeeperLinks, Membership, Task
+from workers.task import KeeperLinks, Place, Task
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -107,7 +107,7 @@ class Member:
         self._store = TCPStore(self._host, 0, world_size, is_master=True, wait_for_workers=False)
         return self._store.port
 
-    def start(self, member: Membership, task: Task) -> None:
+    def start(self, member: Place, task: Task) -> None:
         """Become a member of a generation, in a thread of its own; reports tell of the rest."""
         previous, self._generation, self._rank = self._thread, member.generation, member.rank
         self._told = -1
@@ -167,7 +167,7 @@ class Member:
         """Note where the training thread is; fault injection overrides this."""
         self._mark = (self._generation, step, phase, time.monotonic())
 
-    def _train(self, member: Membership, task: Task, previous: threading.Thread | None) -> None:
+    def _train(self, member: Place, task: Task, previous: threading.Thread | None) -> None:
         if previous is not None:
             previous.join()
         from workers.training import join, train

@@ -58,7 +58,7 @@ class KeeperLinks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Membership:
+class Place:
     """This worker's place in a generation of the group, and what the group goes on from."""
 
     generation: int

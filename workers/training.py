@@ -17,11 +17,11 @@ from workers.loop import Trainer
 from workers.reports import CheckpointDamaged, Planned, Restored
 from workers.snapshots.reader import SnapshotReader
 from workers.state import Counters, WeightsOnly, first_not_finite, load_state, shard_map
-from workers.task import Membership, Task
+from workers.task import Place, Task
 from workers.telemetry import warm_up
 
 
-def join(member: Membership, task: Task, rendezvous: dist.Store | None = None) -> Engine:
+def join(member: Place, task: Task, rendezvous: dist.Store | None = None) -> Engine:
     """Become a member of a generation: join its process group and build an engine.
 
     Args:
@@ -36,7 +36,7 @@ def join(member: Membership, task: Task, rendezvous: dist.Store | None = None) -
     return build_engine(task.model, task.optim, task.train, task.seed if fresh else None, device)
 
 
-def train(engine: Engine, task: Task, member: Membership, controls: Controls) -> tuple[str, int]:
+def train(engine: Engine, task: Task, member: Place, controls: Controls) -> tuple[str, int]:
     """Take the state, train, and return the outcome and the last finished step.
 
     Raises:
@@ -64,7 +64,7 @@ def train(engine: Engine, task: Task, member: Membership, controls: Controls) ->
 
 
 def take_state(
-    engine: Engine, task: Task, member: Membership, progress: Callable[[], None] = lambda: None
+    engine: Engine, task: Task, member: Place, progress: Callable[[], None] = lambda: None
 ) -> tuple[Counters, int]:
     """Fill the engine from the snapshot, else from the checkpoint, else from the origin, else leave it as it is.
 

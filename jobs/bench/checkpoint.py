@@ -43,7 +43,7 @@ SAVE_EVERY = 2
 LEAST_STATE = 256 << 20
 """Bytes per rank."""
 WARMUP_SAVES = 2
-"""The memory of the first save and of the second, in the other slot, is new: the system has to find its pages."""
+"""The memory of the first save and of the second, in the other half, is new: the system has to find its pages."""
 MODEL = [
     "model.hidden_size=512",
     "model.num_layers=5",

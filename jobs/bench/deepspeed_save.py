@@ -19,7 +19,7 @@ from jobs.tell import tell
 from orchestrator.config import absolute, task_of
 from workers.controls import Controls
 from workers.data.corpus import prepare
-from workers.task import Membership
+from workers.task import Place
 from workers.training import join, train
 
 
@@ -27,7 +27,7 @@ def main(config_path: str, folder: str, saves: int) -> None:
     """Train and save as one rank of a torchrun group."""
     config = absolute(load(config_path, []))
     store, rank, world_size = next(rendezvous("env://"))
-    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
+    member = Place(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
     task = task_of(config, prepare(config.data), folder, attempt=1, manifest=None)
     engine = join(member, task, store)
     seconds, size = [], 0

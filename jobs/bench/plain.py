@@ -16,7 +16,7 @@ from orchestrator.config import absolute, task_of
 from workers.controls import Controls
 from workers.data.corpus import prepare
 from workers.reports import Report, StepDone, Validated
-from workers.task import Membership
+from workers.task import Place
 from workers.training import join, train
 
 
@@ -24,7 +24,7 @@ def main(config_path: str, run_url: str) -> None:
     """Train as one rank of a torchrun group."""
     config = absolute(load(config_path, []))
     store, rank, world_size = next(rendezvous("env://"))
-    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
+    member = Place(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
     task = task_of(config, prepare(config.data), run_url, attempt=1, manifest=None)
     times: list[float] = []
     losses: list[float] = []

@@ -29,7 +29,7 @@ from workers.engine import Engine
 from workers.loop import Trainer
 from workers.reports import Report, StepDone
 from workers.state import Counters
-from workers.task import Membership
+from workers.task import Place
 from workers.training import join
 
 WARMUP_STEPS, LEAST_STEPS, LEAST_SECONDS = 1, 2, 8.0
@@ -40,7 +40,7 @@ def main(config_path: str, run_url: str, turns: int) -> None:
     """Train and measure as one rank of a torchrun group."""
     config = absolute(load(config_path, []))
     store, rank, world_size = next(rendezvous("env://"))
-    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
+    member = Place(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
     task = task_of(config, prepare(config.data), run_url, attempt=1, manifest=None)
     before = _memory("VmRSS")
     engine, counters = join(member, task, store), Counters()

@@ -132,7 +132,7 @@ def train_loop(settings: dict[str, str]) -> None:
     from workers.loop import Trainer
     from workers.reports import StepDone
     from workers.state import Counters, load_state, replicated_tensors, shard_map, shard_tensors
-    from workers.task import Membership
+    from workers.task import Place
 
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -160,7 +160,7 @@ def train_loop(settings: dict[str, str]) -> None:
         reader = CheckpointReader(Store(checkpoint.path), known)
         load_state(engine, reader, counters)
         tell(bytes=reader.bytes_read, restored=counters.step)
-    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
+    member = Place(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
 
     def report(kind: type, **fields: Any) -> None:
         if kind is StepDone:

@@ -22,7 +22,7 @@ from workers.common.wire import Address
 from workers.config import StorageConfig
 from workers.member import LINGER_S, Ready
 from workers.reports import Ended, Mark, Pulse, Report, Restored, ShardWritten, StepDone, Validated
-from workers.task import Membership, Task
+from workers.task import Place, Task
 
 WORKERS_PER_NODE = 8
 NAME = "embedding.weight"
@@ -115,7 +115,7 @@ class SimulatedCluster:
         self.step = task.manifest.step if task.manifest else 0
         self.began, self.began_at = time.time(), self.timer.now
 
-    def finish_step(self, place: Membership, task: Task) -> StepDone:
+    def finish_step(self, place: Place, task: Task) -> StepDone:
         """Finish a step, with its checkpoint where one is due, and return rank 0's report."""
         self.step += 1
         step, every = self.step, task.checkpoint.every
@@ -149,7 +149,7 @@ class _Worker:
 
     def __init__(self, cluster: SimulatedCluster, node: str) -> None:
         self.cluster, self.node = cluster, node
-        self.place: Membership | None = None
+        self.place: Place | None = None
         self.task: Task | None = None
         self._waiting: list[Report] = []
 
@@ -238,7 +238,7 @@ class _Keeper:
     def kill(self) -> None:
         """There is nothing to end."""
 
-    def write(self, task: Task, place: Membership, rank: int, step: int) -> None:
+    def write(self, task: Task, place: Place, rank: int, step: int) -> None:
         """Write a rank's shard, and tell."""
         path = f"{SHARDS}/{place_of(step, task.attempt, place.generation)}-{rank:04d}.safetensors"
         file = Path(task.run_url) / path

@@ -93,7 +93,7 @@ class SlotProbe(Member):
             (1 + len(STATE_KEYS[group["method"]])) * sum(p.numel() for p in group["params"]) for group in groups
         )
         replicated = sum(buffer.numel() for buffer in built.buffers())
-        return RegionSize(-(-4 * floats // world_size), 4 * replicated).slot
+        return RegionSize(-(-4 * floats // world_size), 4 * replicated).half
 
     def calibrate(self) -> str:
         """Measure the device as `raymuon plan` wants it; all slots of a machine at the same time.

@@ -19,7 +19,7 @@ from orchestrator.group.cluster import RayCluster, RayHandle
 from orchestrator.group.keeper import MAX_SAVING
 from orchestrator.stop import StopSignal
 from workers.member import Ready
-from workers.snapshots.region import SLOTS
+from workers.snapshots.region import HALVES
 
 PLACED_S = 10.0
 """How long to wait for slots on nodes that are up; a slot that is not given by then is taken by somebody else."""
@@ -198,7 +198,7 @@ class Slots:
         counts = self.on_nodes()
         most = max(counts.values(), default=0) if len(counts) > 1 else 0
         return {
-            node: ((number + most) * SLOTS * self._snapshot, number * MAX_SAVING * self._snapshot)
+            node: ((number + most) * HALVES * self._snapshot, number * MAX_SAVING * self._snapshot)
             for node, number in counts.items()
         }
 

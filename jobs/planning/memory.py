@@ -15,7 +15,7 @@ from optim.exchange import BATCH_ELEMENTS
 from optim.plan import OrthogonalizePlan
 from orchestrator.group.keeper import MAX_SAVING
 from workers.config import TrainConfig
-from workers.snapshots.region import SLOTS
+from workers.snapshots.region import HALVES
 
 LARGEST_BUCKET = 500_000_000
 """Elements of DeepSpeed's bucket at most (`workers/engine.py`)."""
@@ -118,7 +118,7 @@ def memory_of(
     phases["build"] = build  # In large blocks, before anything is freed.
     snapshot = ranks_per_node * (layout.state_bytes + 4 * layout.replicated_elements)
     nodes = 2 if ranks > ranks_per_node else 1
-    return Memory(state, phases, FIXED_BYTES[kind], (nodes * SLOTS + MAX_SAVING) * snapshot)
+    return Memory(state, phases, FIXED_BYTES[kind], (nodes * HALVES + MAX_SAVING) * snapshot)
 
 
 def workspace_bytes(plan: OrthogonalizePlan, optim: OptimConfig, kind: str) -> int:

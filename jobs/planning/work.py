@@ -105,7 +105,7 @@ def product(batch: int, m: int, k: int, n: int, itemsize: int, parts: int = 1) -
     )
 
 
-class Recorder(TorchDispatchMode):
+class OpRecorder(TorchDispatchMode):
     """Notes the ops that are called within it, and the memory of what they return."""
 
     def __init__(self) -> None:
@@ -194,7 +194,7 @@ def _nbytes(tensor: Tensor) -> int:
 class _Kernels(TorchFunctionMode):
     """Puts the devices' own kernels in the place of what the meta device would do."""
 
-    def __init__(self, recorder: Recorder, cuda: bool) -> None:
+    def __init__(self, recorder: OpRecorder, cuda: bool) -> None:
         super().__init__()
         self.recorder, self.cuda = recorder, cuda
 
@@ -213,7 +213,7 @@ class _Attention(torch.autograd.Function):
     """Causal attention in one kernel: the scores are never written, the backward pass computes them again."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, recorder: Recorder, kind: str) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, recorder: OpRecorder, kind: str) -> Tensor:
         out = q.new_empty((*q.shape[:-1], v.size(-1)))
         sums = q.new_empty(q.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, sums)
@@ -241,7 +241,7 @@ class _GroupedProduct(torch.autograd.Function):
     """Rows by experts: on a GPU one kernel, on a CPU one product after the other."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, recorder: Recorder, cuda: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: Tensor, recorder: OpRecorder, cuda: bool) -> Tensor:
         ctx.save_for_backward(x, weights)
         ctx.recorder, ctx.cuda = recorder, cuda
         experts, k, n = weights.shape
@@ -258,7 +258,7 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 def _grouped(
-    recorder: Recorder, cuda: bool, experts: int, rows: int, k: int, n: int, like: Tensor, *shape: int
+    recorder: OpRecorder, cuda: bool, experts: int, rows: int, k: int, n: int, like: Tensor, *shape: int
 ) -> Tensor:
     """Note the products of `rows / experts` rows with each expert's `[k, n]`, and return the empty result."""
     work = product(experts, max(1, rows // experts), k, n, like.element_size(), parts=1 if cuda else experts)
@@ -270,7 +270,7 @@ class _RmsNorm(torch.autograd.Function):
     """The fused kernel of a GPU: one pass forward, which keeps the input and a number per row; two passes backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recorder: Recorder) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recorder: OpRecorder) -> Tensor:
         inverse = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         ctx.save_for_backward(x, weight, inverse)
         ctx.recorder = recorder
@@ -302,7 +302,7 @@ def micro_batch_of(
         model = build_empty(config).to(dtype)
         watch(model, watched and not cuda)
         tokens = torch.zeros(micro_batch, seq_len + 1, dtype=torch.int64)
-    recorder = Recorder()
+    recorder = OpRecorder()
     with recorder, _Kernels(recorder, cuda):
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
@@ -325,8 +325,8 @@ def micro_batch_of(
 
 
 @contextmanager
-def recorded() -> Iterator[Recorder]:
+def recorded() -> Iterator[OpRecorder]:
     """Note what is called on tensors without data."""
-    recorder = Recorder()
+    recorder = OpRecorder()
     with recorder:
         yield recorder

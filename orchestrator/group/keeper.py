@@ -30,7 +30,7 @@ from workers.config import StorageConfig
 from workers.member import STACK_FILE
 from workers.reports import Report, SaveFailed, SaveRetried, ShardWritten
 from workers.snapshots.kept import KeptShard
-from workers.snapshots.region import NONE, SLOTS, Region, RegionSize
+from workers.snapshots.region import HALVES, NONE, Region, RegionSize
 
 UPLOADS = 2
 """Shards that are written to storage at the same time, each in several parts."""
@@ -109,21 +109,21 @@ class Keeper:
         with self._lock:
             self._fence = max(self._fence, fence)
             for held in (*self._own.values(), *self._copies.values()):
-                for slot in range(SLOTS):
-                    if held.region.sealed(slot) != NONE:
-                        agreed = held.region.agreed(slot) != NONE
+                for half in range(HALVES):
+                    if held.region.sealed(half) != NONE:
+                        agreed = held.region.agreed(half) != NONE
                         found.append(
                             KeptShard(
                                 generation=held.generation,
                                 rank=held.rank,
                                 world_size=held.world_size,
-                                step=held.region.sealed(slot),
+                                step=held.region.sealed(half),
                                 agreed=agreed,
                                 keeper=self._address,
                                 path=held.path,
-                                slot=slot,
+                                half=half,
                                 size=held.region.size,
-                                notes=held.region.notes(slot) if agreed else {},
+                                notes=held.region.notes(half) if agreed else {},
                             )
                         )
         return found
@@ -138,11 +138,11 @@ class Keeper:
             own = [held for held in self._own.values() if held.generation == generation]
         ranks = []
         for held in own:
-            slot = next((slot for slot in range(SLOTS) if held.region.sealed(slot) == step), None)
-            if slot is not None:
+            half = next((half for half in range(HALVES) if held.region.sealed(half) == step), None)
+            if half is not None:
                 ranks.append(held.rank)
                 if step not in held.saved:
-                    self._save(held, slot, run_url, attempt, counters)
+                    self._save(held, half, run_url, attempt, counters)
         return ranks
 
     def drop(self, before: int) -> None:
@@ -186,12 +186,12 @@ class Keeper:
                         held = self._open(peer, message) or held
                         buddy = _close(buddy)
                     case "push" if held:
-                        buddy = self._push(held, message["slot"], buddy)
+                        buddy = self._push(held, message["half"], buddy)
                         peer.send({"pushed": buddy is not None})
                     case "idle" if held:
                         peer.send({"idle": held.saving < MAX_SAVING})
                     case "save" if held:
-                        counters = held.region.notes(message["slot"])["counters"]
+                        counters = held.region.notes(message["half"])["counters"]
                         self._save(held, **message, counters=counters)
                         peer.send({})
                     case "store":
@@ -233,20 +233,20 @@ class Keeper:
     def _refusal(self, key: tuple[int, int], size: RegionSize) -> str | None:
         if key[0] < self._fence:
             return f"generation {key[0]} is over; {self._fence} is the one that counts"
-        needed = SLOTS * (size.shard + size.replicated)
+        needed = HALVES * (size.shard + size.replicated)
         if key not in self._own and needed > (free := psutil.virtual_memory().available):
             return f"no room for snapshots: they need {needed / 1e6:.0f} MB, the node has {free / 1e6:.0f} MB left"
         return None
 
-    def _push(self, held: _Held, slot: int, buddy: Connection | None) -> Connection | None:
+    def _push(self, held: _Held, half: int, buddy: Connection | None) -> Connection | None:
         """Send a snapshot to the buddy and wait until it is there; return the connection, None without a buddy."""
         if held.buddy is not None:
             try:
                 buddy = buddy or Connection.open(held.buddy)
                 size = held.region.size
                 place = {"generation": held.generation, "rank": held.rank, "world_size": held.world_size}
-                about = {"shard": size.shard, "replicated": size.replicated, "step": held.region.agreed(slot)}
-                buddy.request({"op": "store", **place, **about}, held.region.content(slot))
+                about = {"shard": size.shard, "replicated": size.replicated, "step": held.region.agreed(half)}
+                buddy.request({"op": "store", **place, **about}, held.region.content(half))
             except OSError:  # The driver learns of a dead keeper by itself, and names another buddy.
                 buddy = _close(buddy)
         self._count(held)
@@ -259,10 +259,10 @@ class Keeper:
             held = self._copies.get(key)
             if held is None:
                 held = self._copies[key] = self._held(message, RegionSize(message["shard"], message["replicated"]))
-        slot = held.region.spare()
-        held.region.clear(slot)
-        peer.receive_into(held.region.target(slot, size))
-        held.region.settle(slot, message["step"], size)
+        half = held.region.spare()
+        held.region.clear(half)
+        peer.receive_into(held.region.target(half, size))
+        held.region.settle(half, message["step"], size)
         self._count(held)
 
     def _count(self, held: _Held) -> None:
@@ -276,20 +276,20 @@ class Keeper:
         region, path = Region.create(size)
         return _Held(message["generation"], message["rank"], message["world_size"], region, path)
 
-    def _read(self, peer: Connection, path: str, slot: int, step: int, offset: int, count: int) -> None:
+    def _read(self, peer: Connection, path: str, half: int, step: int, offset: int, count: int) -> None:
         with self._lock:
             every = (*self._own.values(), *self._copies.values())
         region = next((held.region for held in every if held.path == path), None)
-        if region is None or region.sealed(slot) != step:
+        if region is None or region.sealed(half) != step:
             peer.send({"error": f"the snapshot of step {step} is not here any more"})
         else:
-            peer.send({}, region.floats(slot)[offset : offset + count].data.cast("B"))
+            peer.send({}, region.floats(half)[offset : offset + count].data.cast("B"))
 
-    def _save(self, held: _Held, slot: int, run_url: str, attempt: int, counters: dict[str, int]) -> None:
-        """Copy the snapshot, so that its slot is free again, and write the copy to storage in a thread of its own."""
-        values = held.region.floats(slot).copy()
+    def _save(self, held: _Held, half: int, run_url: str, attempt: int, counters: dict[str, int]) -> None:
+        """Copy the snapshot, so that its half is free again, and write the copy to storage in a thread of its own."""
+        values = held.region.floats(half).copy()
         tensors = {entry: values[offset : offset + entry.length] for entry, offset in held.entries}
-        step = held.region.sealed(slot)
+        step = held.region.sealed(half)
         about = {"generation": held.generation, "rank": held.rank, "step": step}
         place = place_of(step, attempt, held.generation)
 

@@ -9,7 +9,7 @@ from orchestrator.group.handles import Gone
 from orchestrator.group.pool import Pool, PoolWorker
 from orchestrator.watchdog import Suspect, Watchdog
 from workers.reports import Ended, Pulse, Report
-from workers.task import KeeperLinks, Membership, Task
+from workers.task import KeeperLinks, Place, Task
 
 POLL_S = 1.0
 """How long a worker holds a poll open when it has nothing to tell."""
@@ -65,12 +65,12 @@ class WorkerGroup:
         """Tell whether nobody trains any more."""
         return not self._present()
 
-    def start(self, task: Task, membership: Membership, links: dict[str, KeeperLinks]) -> None:
+    def start(self, task: Task, common: Place, links: dict[str, KeeperLinks]) -> None:
         """Form the group and let it train.
 
         Args:
             task: what to train.
-            membership: what is alike for all ranks.
+            common: what is alike for all ranks in their places.
             links: the keepers of each node's ranks.
         """
         self.watchdog.begin(range(self.world_size), self.pool.look())
@@ -84,7 +84,7 @@ class WorkerGroup:
             return
         self._links = links
         for rank, member in enumerate(self.members):
-            place = replace(membership, rank=rank, host=first.ready.host, port=port, links=links[member.node])
+            place = replace(common, rank=rank, host=first.ready.host, port=port, links=links[member.node])
             self._starts[rank] = member.handle.call("start", place, task)
             self._started.add(rank)
             self._poll(rank)

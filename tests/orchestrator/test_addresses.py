@@ -25,6 +25,6 @@ def test_a_keeper_answers_at_an_address_of_either_family(host):
     keeper = Keeper(host, "t" * 32, StorageConfig())
     assert keeper.address().host == host
     connection = Connection.open(keeper.address())
-    answer = connection.request({"op": "read", "path": "none", "slot": 0, "step": 1, "offset": 0, "count": 1})
+    answer = connection.request({"op": "read", "path": "none", "half": 0, "step": 1, "offset": 0, "count": 1})
     assert "not here any more" in answer["error"]
     connection.close()

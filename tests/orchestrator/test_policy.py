@@ -70,7 +70,7 @@ def kept(generation: int, step: int, rank: int, world_size: int, agreed: bool = 
         agreed=agreed,
         keeper=Address("host", 1, "secret"),
         path="",
-        slot=0,
+        half=0,
         size=RegionSize(4, 4),
         notes={"counters": {"step": step}, "rows": []} if agreed else {},
     )

@@ -16,7 +16,7 @@ from workers.common.errors import TrainingError
 from workers.config import CheckpointConfig, DataConfig, StorageConfig, TrainConfig
 from workers.data.corpus import prepare
 from workers.reports import ShardWritten, StepDone, Validated
-from workers.task import KeeperLinks, Membership, Task
+from workers.task import KeeperLinks, Place, Task
 
 pytestmark = pytest.mark.numeric
 
@@ -77,7 +77,7 @@ def trained(
         links=lambda: links,
         mark=lambda phase, step: marks.append((phase, step)),
     )
-    member = Membership(generation=1, rank=rank, world_size=world_size, host="", port=0, links=links)
+    member = Place(generation=1, rank=rank, world_size=world_size, host="", port=0, links=links)
     trainer = Trainer(task, member, engine, counters, controls)
     loss = trainer._loss
 

@@ -39,7 +39,8 @@ class KeptShard:
     keeper: Address
     path: str
     """Where the region is found on the keeper's node."""
-    slot: int
+    half: int
+    """Of the region's two snapshots."""
     size: RegionSize
     notes: dict[str, Any] = field(default_factory=dict)
     """Of an agreed copy: `counters`, and `rows`, the reports that the driver may not have yet."""

@@ -71,12 +71,12 @@ class SnapshotReader:
         if shard.keeper == self.here:
             if shard.path not in self._regions:
                 self._regions[shard.path] = Region.attach(shard.path, shard.size)
-            place[:] = self._regions[shard.path].floats(shard.slot)[offset : offset + place.size]
+            place[:] = self._regions[shard.path].floats(shard.half)[offset : offset + place.size]
             return
         if shard.keeper not in self._connections:
             self._connections[shard.keeper] = Connection.open(shard.keeper)
         connection = self._connections[shard.keeper]
-        wanted = {"path": shard.path, "slot": shard.slot, "step": shard.step, "offset": offset, "count": place.size}
+        wanted = {"path": shard.path, "half": shard.half, "step": shard.step, "offset": offset, "count": place.size}
         connection.send({"op": "read", **wanted})
         answer, size = connection.receive()
         if size != place.nbytes:

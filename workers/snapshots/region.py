@@ -1,6 +1,6 @@
-"""The memory in which one rank's snapshots lie: two slots, so that one is whole at any moment.
+"""The memory in which one rank's snapshots lie: two halves, so that one is whole at any moment.
 
-A worker writes its shard into the slot that is not the newest agreed one, *seals* it, and, once the boundary has told
+A worker writes its shard into the half that is not the newest agreed one, *seals* it, and, once the boundary has told
 that every rank has sealed its own, writes what is replicated and marks it *agreed*. Both marks are in the memory
 itself: whatever a process had done when it died can be read there, without asking it.
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-SLOTS = 2
+HALVES = 2
 NONE = -1
 """No step."""
 _MARKS = struct.Struct("<qqq")
@@ -36,8 +36,8 @@ class RegionSize:
     replicated: int
 
     @property
-    def slot(self) -> int:
-        """Bytes of one slot, in whole pages."""
+    def half(self) -> int:
+        """Bytes of one half, in whole pages."""
         return -(-(_HEAD_BYTES + self.shard + self.replicated + NOTES_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
@@ -46,18 +46,18 @@ class Region:
 
     def __init__(self, descriptor: int, size: RegionSize) -> None:
         self.size = size
-        self._map = mmap.mmap(descriptor, SLOTS * size.slot)
+        self._map = mmap.mmap(descriptor, HALVES * size.half)
         self._view = memoryview(self._map)
 
     @staticmethod
     def create(size: RegionSize) -> "tuple[Region, str]":
         """Make a region; return it and the path at which other processes of the node find it while this one lives."""
         descriptor = os.memfd_create("raymuon-snapshots", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, SLOTS * size.slot)
+        os.ftruncate(descriptor, HALVES * size.half)
         region = Region(descriptor, size)
         region._descriptor = descriptor
-        for slot in range(SLOTS):
-            region.clear(slot)
+        for half in range(HALVES):
+            region.clear(half)
         return region, f"/proc/{os.getpid()}/fd/{descriptor}"
 
     @staticmethod
@@ -74,64 +74,64 @@ class Region:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def sealed(self, slot: int) -> int:
-        """Return the step whose shard the slot holds, or NONE."""
-        return self._marks(slot)[0]
+    def sealed(self, half: int) -> int:
+        """Return the step whose shard the half holds, or NONE."""
+        return self._marks(half)[0]
 
-    def agreed(self, slot: int) -> int:
-        """Return the step that all ranks agreed on in this slot, or NONE."""
-        return self._marks(slot)[1]
+    def agreed(self, half: int) -> int:
+        """Return the step that all ranks agreed on in this half, or NONE."""
+        return self._marks(half)[1]
 
-    def clear(self, slot: int) -> None:
-        """Make the slot hold nothing, before anything in it changes."""
-        self._mark(slot, NONE, NONE, 0)
+    def clear(self, half: int) -> None:
+        """Make the half hold nothing, before anything in it changes."""
+        self._mark(half, NONE, NONE, 0)
 
-    def seal(self, slot: int, step: int) -> None:
+    def seal(self, half: int, step: int) -> None:
         """Mark the shard as whole."""
-        self._mark(slot, step, NONE, 0)
+        self._mark(half, step, NONE, 0)
 
-    def agree(self, slot: int, notes: dict[str, Any]) -> None:
+    def agree(self, half: int, notes: dict[str, Any]) -> None:
         """Put down the notes and mark the sealed step as agreed."""
         encoded = json.dumps(notes).encode()
         if len(encoded) > NOTES_BYTES:
             raise ValueError(f"notes of {len(encoded)} bytes; there is room for {NOTES_BYTES}")
-        begin = self._begin(slot) + self.size.shard + self.size.replicated
+        begin = self._begin(half) + self.size.shard + self.size.replicated
         self._view[begin : begin + len(encoded)] = encoded
-        step = self.sealed(slot)
-        self._mark(slot, step, step, len(encoded))
+        step = self.sealed(half)
+        self._mark(half, step, step, len(encoded))
 
-    def notes(self, slot: int) -> dict[str, Any]:
-        """Return the notes of an agreed slot."""
-        begin = self._begin(slot) + self.size.shard + self.size.replicated
-        return json.loads(bytes(self._view[begin : begin + self._marks(slot)[2]]))
+    def notes(self, half: int) -> dict[str, Any]:
+        """Return the notes of an agreed half."""
+        begin = self._begin(half) + self.size.shard + self.size.replicated
+        return json.loads(bytes(self._view[begin : begin + self._marks(half)[2]]))
 
-    def floats(self, slot: int) -> np.ndarray:
-        """Return the slot's fp32 values, the shard's first and then the replicated ones; a live view."""
-        begin = self._begin(slot)
+    def floats(self, half: int) -> np.ndarray:
+        """Return the half's fp32 values, the shard's first and then the replicated ones; a live view."""
+        begin = self._begin(half)
         return np.frombuffer(self._view[begin : begin + self.size.shard + self.size.replicated], dtype=np.float32)
 
-    def content(self, slot: int) -> memoryview:
-        """Return the bytes of an agreed slot that a copy has to have: values, then notes."""
-        begin = self._begin(slot)
-        return self._view[begin : begin + self.size.shard + self.size.replicated + self._marks(slot)[2]]
+    def content(self, half: int) -> memoryview:
+        """Return the bytes of an agreed half that a copy has to have: values, then notes."""
+        begin = self._begin(half)
+        return self._view[begin : begin + self.size.shard + self.size.replicated + self._marks(half)[2]]
 
-    def target(self, slot: int, size: int) -> memoryview:
+    def target(self, half: int, size: int) -> memoryview:
         """Return the place for `size` bytes of another region's `content`."""
-        return self._view[self._begin(slot) : self._begin(slot) + size]
+        return self._view[self._begin(half) : self._begin(half) + size]
 
-    def settle(self, slot: int, step: int, size: int) -> None:
+    def settle(self, half: int, step: int, size: int) -> None:
         """Mark what was put into `target` as whole and agreed."""
-        self._mark(slot, step, step, size - self.size.shard - self.size.replicated)
+        self._mark(half, step, step, size - self.size.shard - self.size.replicated)
 
     def spare(self) -> int:
-        """Return the slot that may be overwritten: the one that does not hold the newest agreed step."""
-        return min(range(SLOTS), key=self.agreed)
+        """Return the half that may be overwritten: the one that does not hold the newest agreed step."""
+        return min(range(HALVES), key=self.agreed)
 
-    def _begin(self, slot: int) -> int:
-        return slot * self.size.slot + _HEAD_BYTES
+    def _begin(self, half: int) -> int:
+        return half * self.size.half + _HEAD_BYTES
 
-    def _marks(self, slot: int) -> tuple[int, int, int]:
-        return _MARKS.unpack_from(self._view, slot * self.size.slot)
+    def _marks(self, half: int) -> tuple[int, int, int]:
+        return _MARKS.unpack_from(self._view, half * self.size.half)
 
-    def _mark(self, slot: int, *marks: int) -> None:
-        _MARKS.pack_into(self._view, slot * self.size.slot, *marks)
+    def _mark(self, half: int, *marks: int) -> None:
+        _MARKS.pack_into(self._view, half * self.size.half, *marks)

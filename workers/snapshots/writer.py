@@ -4,7 +4,7 @@ The order makes every finished step survive a worker's death, and every one but 
 
 1. before `engine.step()`: `wait`, until the buddy's keeper has the previous snapshot. The reduction inside `step()`
    needs every rank, so whoever comes out of it knows that everybody's previous snapshot has its copy.
-2. after `engine.step()`, before the boundary: `write` the shard into the other slot, over the snapshot before the
+2. after `engine.step()`, before the boundary: `write` the shard into the other half, over the snapshot before the
    previous one.
 3. after the boundary: `agree`, if every rank has written. Whoever sees the boundary knows that all shards are sealed.
 
@@ -47,7 +47,7 @@ class SnapshotWriter:
         self._linked: KeeperLinks | None = None
         self._connection: Connection | None = None
         self._region: Region | None = None
-        self._slot = 0
+        self._half = 0
         self._unanswered = 0
 
     def wait(self) -> None:
@@ -64,18 +64,18 @@ class SnapshotWriter:
         if not self._link():
             return False
         assert self._region is not None
-        self._slot = self._region.spare()
-        self._region.clear(self._slot)
-        _copy(shard, self._region.floats(self._slot))
-        self._region.seal(self._slot, step)
+        self._half = self._region.spare()
+        self._region.clear(self._half)
+        _copy(shard, self._region.floats(self._half))
+        self._region.seal(self._half, step)
         return True
 
     def agree(self, replicated: Iterable[Tensor], notes: dict[str, Any]) -> None:
         """Complete the snapshot that was written last: every rank has written its own."""
         if self._region is not None:
-            _copy(replicated, self._region.floats(self._slot)[self._map.shard :])
-            self._region.agree(self._slot, notes)
-            self._tell({"op": "push", "slot": self._slot})
+            _copy(replicated, self._region.floats(self._half)[self._map.shard :])
+            self._region.agree(self._half, notes)
+            self._tell({"op": "push", "half": self._half})
 
     def idle(self) -> bool:
         """Tell whether the keeper can take another snapshot to save; True where there is no keeper.
@@ -93,7 +93,7 @@ class SnapshotWriter:
 
     def save(self, run_url: str, attempt: int) -> None:
         """Have the keeper write the last agreed snapshot to storage; it reports to the driver itself."""
-        self._tell({"op": "save", "slot": self._slot, "run_url": run_url, "attempt": attempt})
+        self._tell({"op": "save", "half": self._half, "run_url": run_url, "attempt": attempt})
 
     def close(self) -> None:
         """Wait for what the keeper still has to copy, and let go of it."""
