@@ -22,13 +22,14 @@ from jobs.table import print_table
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, absolute
-from orchestrator.driver import Options, RunResult, run
+from orchestrator.driver import Options, run
 from orchestrator.group.cluster import is_local
 from orchestrator.log.run_log import RunLog
 from orchestrator.preflight import identity, refuse_other
 from orchestrator.record.events import Event, Membership
 from orchestrator.record.journal import read_journal
 from orchestrator.record.provenance import changes, provenance
+from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
 from workers.checkpoint.manifest import Manifest

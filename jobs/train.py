@@ -15,8 +15,9 @@ from jobs.screen import Screen, command, mlflow_page
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
 from orchestrator.config import RunConfig, absolute
-from orchestrator.driver import Options, RunResult, run
+from orchestrator.driver import Options, run
 from orchestrator.group.cluster import JOB_VARIABLE, is_local
+from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError
 from workers.common.storage import storage_errors

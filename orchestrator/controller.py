@@ -5,6 +5,7 @@ storage only if no copy is left), and lasts until training ends, the group has t
 next one is formed. The controller decides; what it decides by is in `policy`, how processes are reached in `pool`.
 """
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -36,7 +37,6 @@ from orchestrator.record.events import (
     Reason,
     Recovery,
     Source,
-    Tally,
 )
 from orchestrator.record.progress import Progress, Recorder
 from orchestrator.stop import StopSignal
@@ -101,8 +101,8 @@ class Controller:
         task: what to train; its manifest is where to go on from.
         progress: what the record has already.
         recorder: is told everything.
-        tally: what adds up.
         lease: the right to lead it.
+        stop: tells when a person wants it to end.
         kill_after: for demonstrations: SIGKILL one worker after this step.
     """
 
@@ -114,12 +114,12 @@ class Controller:
         task: Task,
         progress: Progress,
         recorder: Recorder,
-        tally: Tally,
         lease: Lease,
+        stop: StopSignal,
         kill_after: int | None = None,
     ) -> None:
-        self.config, self.pool, self.lease = config, pool, lease
-        self.progress, self.recorder, self.tally, self.kill_after = progress, recorder, tally, kill_after
+        self.config, self.pool, self.lease, self.stop = config, pool, lease, stop
+        self.progress, self.recorder, self.kill_after = progress, recorder, kill_after
         self.policy = FailurePolicy(config.recovery)
         self.saves = Saves(config, commits, task, progress, self.policy, recorder)
         self.watchdog = Watchdog(config.recovery.hang_s)
@@ -142,50 +142,50 @@ class Controller:
         self._looked_for_slow = 0.0
         self._heard_of_save = 0.0
 
-    def run(self, stop: StopSignal) -> str:
+    def run(self) -> str:
         """Train to the end and return `finished`, or `interrupted` after a stop with a checkpoint.
 
         Raises:
             RaymuonError: with the exit code of what went wrong.
         """
         while not self.outcome:
-            members = self._assemble(stop)
-            if stop.requests and self._end_without_group(stop):
+            members = self._assemble()
+            if self.stop.requests and self._end_without_group():
                 break
             if not members:
-                raise stop.interrupted(self._kept("interrupted while too few workers were there"))
-            self._lead(self._form(members), stop)
+                raise self.stop.interrupted(self._kept("interrupted while too few workers were there"))
+            self._lead(self._form(members))
         return self.outcome
 
     # -- forming a generation ------------------------------------------------------------------------------------------
 
-    def _assemble(self, stop: StopSignal) -> list[PoolWorker]:
+    def _assemble(self) -> list[PoolWorker]:
         """Wait until enough workers are ready, and choose; after a request to stop, perhaps none."""
+        scaling = self.config.scaling
         self.pool.lose_leaving()
-        deadline, noticed = time.monotonic() + self.config.scaling.wait_s, False
-        while True:
-            stop.check()
-            self._look_after_pool()
-            chosen = choose_members(self.pool.candidates, self.members, self.config.scaling)
-            if stop.requests:
-                return [self.pool.workers[number] for number in chosen or ()]
-            if chosen and (self.generation or not self._more_to_come(len(chosen)) or time.monotonic() > deadline):
-                return [self.pool.workers[number] for number in chosen]
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    self._kept(
-                        f"scaling.min_workers={self.config.scaling.min_workers}: after "
-                        f"{self.config.scaling.wait_s:g} s {len(self.pool.candidates)} worker(s) are ready"
-                    )
-                )
-            if self.generation and not noticed:
-                noticed = True
-                self.recorder.notice(f"waiting for {self.config.scaling.min_workers} worker(s) to be ready")
-            time.sleep(0.02)
 
-    def _more_to_come(self, chosen: int) -> bool:
-        """Tell whether the first generation waits for workers that are about to be ready."""
-        return chosen < self.config.scaling.max_workers and self.pool.num_starting > 0
+        def choose() -> list[int]:
+            return choose_members(self.pool.candidates, self.members, scaling) or []
+
+        def enough() -> bool:
+            """The first generation waits for workers that are about to be ready, too."""
+            chosen = len(choose())
+            complete = self.generation or chosen == scaling.max_workers or not self.pool.num_starting
+            return bool(self.stop.requests or (chosen and complete))
+
+        if not self._wait(enough, 0.0):
+            if self.generation:
+                self.recorder.notice(f"waiting for {scaling.min_workers} worker(s) to be ready")
+            self._wait(enough, scaling.wait_s)
+        chosen = choose()
+        if not chosen and not self.stop.requests:
+            raise ClusterError(
+                self._kept(
+                    f"scaling.min_workers={scaling.min_workers}: after {scaling.wait_s:g} s "
+                    f"{len(self.pool.candidates)} worker(s) are ready"
+                )
+            )
+        return [self.pool.workers[number] for number in chosen]
 
     def _form(self, members: list[PoolWorker]) -> WorkerGroup:
         """Give out a new generation and let it begin."""
@@ -240,7 +240,7 @@ class Controller:
         self.pool.training = True
         return group
 
-    def _end_without_group(self, stop: StopSignal) -> bool:
+    def _end_without_group(self) -> bool:
         """End the run while nobody trains: the keepers write what the last generation has left with them.
 
         Returns:
@@ -259,16 +259,13 @@ class Controller:
                 for node, keeper in self.pool.keepers.items()
                 if keeper.address
             }
-            while not all(answer.done() for _, answer in asked.values()):
-                stop.check()
-                self._look_after_pool()
-                time.sleep(0.02)
+            self._wait(lambda: all(answer.done() for _, answer in asked.values()))
             ranks = {rank for _, answer in asked.values() if not answer.exception() for rank in answer.result()}
             if len(ranks) < snapshot.world_size:
                 return False
             self.ended_at = snapshot.step
             kept = lambda: all(self.pool.keepers.get(node) is keeper for node, (keeper, _) in asked.items())  # noqa: E731
-            if not self._await_commit(kept, snapshot.generation, stop):
+            if not self._await_commit(kept, snapshot.generation):
                 return False
         self.outcome = "interrupted"
         return True
@@ -304,12 +301,11 @@ class Controller:
 
     # -- leading it ----------------------------------------------------------------------------------------------------
 
-    def _lead(self, group: WorkerGroup, stop: StopSignal) -> None:
+    def _lead(self, group: WorkerGroup) -> None:
         """Listen to a generation until it is over, and find out what comes next."""
         leaving: _Change | None = None
         stopping, keepers = False, self._keepers(group)
         while not group.over and not group.broken:
-            stop.check()
             if not group.ended:  # From then on a checkpoint may be with them that nobody else has.
                 keepers = self._keepers(group)
             reports = group.reports(0.1)
@@ -318,27 +314,28 @@ class Controller:
                 self._end_hung(group, suspect)
             self._take_all(reports)
             group.told = self.progress.step
-            self._look_after_pool()
+            self.pool.refresh()
+            self._look_after()
             group.relink(self._links(group))
             self._look_for_slow()
             self._demonstrate(group)
-            if stop.requests and not stopping and leaving is None:  # Otherwise the next generation stops, and saves.
-                stopping = True
+            if self.stop.requests and not stopping and leaving is None:
+                stopping = True  # Otherwise the next generation stops, and saves.
                 self.recorder.notice("stopping after this step, with a checkpoint; once more ends at once")
                 group.pause(save=True)
             elif not stopping and leaving is None and (leaving := self._wants_change(group)) is not None:
                 group.pause(save=leaving.reason == "preemption" and self._too_few_stay)
         if group.broken:
-            self._recover(group, stop)
+            self._recover(group)
             return
         ended = next(iter(group.ended.values()))
         outcome, self.ended_at = ended.outcome, ended.step
         if outcome == "paused" and not stopping:
             self._after_change(group, leaving or _Change("grow"))
-        elif self._await_commit(lambda: self._keepers(group) == keepers, self.generation, stop):
+        elif self._await_commit(lambda: self._keepers(group) == keepers, self.generation):
             self.outcome = "finished" if outcome == "finished" else "interrupted"
         else:
-            self._recover(group, stop)
+            self._recover(group)
 
     def _wants_change(self, group: WorkerGroup) -> _Change | None:
         """Return why the group should be formed anew at the next boundary, if it should."""
@@ -381,26 +378,26 @@ class Controller:
         """Return who keeps the shards of each node."""
         return {node: self.pool.keepers.get(node) for node in group.nodes}
 
-    def _await_commit(self, kept: Callable[[], bool], generation: int, stop: StopSignal) -> bool:
+    def _await_commit(self, kept: Callable[[], bool], generation: int) -> bool:
         """Wait for the checkpoint that ends the run; False if it is not with its keepers any more."""
         step = self.ended_at
         self._heard_of_save = time.monotonic()
-        while self.progress.committed < step:
-            if stop.requests > 1:
-                stop.check()
-            self._look_after_pool()
-            if not kept() and not self.saves.needs_no_keeper(generation, step):
-                return False
+
+        def decided() -> bool:
+            if self.progress.committed >= step or (not kept() and not self.saves.needs_no_keeper(generation, step)):
+                return True
             if (error := self.saves.given_up.get((generation, step))) is not None:
                 raise StorageError(error)
             if time.monotonic() > self._heard_of_save + COMMIT_S:
                 raise StorageError(f"the checkpoint of step {step}: no part of it was written for {COMMIT_S:g} s")
-            time.sleep(0.02)
-        return True
+            return False
+
+        self._wait(decided)
+        return self.progress.committed >= step
 
     # -- faults --------------------------------------------------------------------------------------------------------
 
-    def _recover(self, group: WorkerGroup, stop: StopSignal) -> None:
+    def _recover(self, group: WorkerGroup) -> None:
         """Find out who is left, and decide whether and when to go on.
 
         Raises:
@@ -437,12 +434,9 @@ class Controller:
         self.change = _Change("fault", found.cause, since)
         next_step = self._reached + 1 if in_step and self._reached < self.saves.task.last_step else None
         delay = self._budget(found.kind, found.cause, next_step)
-        until = time.monotonic() + delay
         if delay:
             self.recorder.notice(f"trying again in {delay:g} s: {found.cause}")
-        while time.monotonic() < until and not stop.requests:
-            self._look_after_pool()
-            time.sleep(0.05)
+            self._wait(lambda: bool(self.stop.requests), delay)
 
     def _budget(self, kind: FaultKind, cause: str, step: int | None) -> float:
         decision = self.policy.fault(kind, cause, time.monotonic(), step)
@@ -469,9 +463,14 @@ class Controller:
 
     # -- reports -------------------------------------------------------------------------------------------------------
 
-    def _look_after_pool(self) -> None:
+    def _wait(self, until: Callable[[], bool], seconds: float = math.inf) -> bool:
+        """Wait for something while no group is led, and look after everything else meanwhile."""
+        return self.pool.wait(until, self._look_after, seconds)
+
+    def _look_after(self) -> None:
+        """Find out whether the run is still ours to lead, and take in what the pool knows."""
+        self.stop.check()
         self.lease.check()
-        self.pool.refresh()
         self._take_all(self.pool.take_reports())
         self.saves.try_again()
         for _ in range(self.pool.take_lost_keepers()):
@@ -522,7 +521,7 @@ class Controller:
     def _step(self, report: StepDone) -> None:
         """A step that was never finished before."""
         self.policy.progressed()
-        self.tally.step(report.seconds)
+        self.recorder.tally.step(report.seconds)
         self.progress.step, self.progress.tokens = report.step, report.tokens
         if self.change is not None and report.generation == self.generation:
             change, self.change = self.change, None
@@ -539,7 +538,7 @@ class Controller:
                     resumed=report.time - report.seconds,
                     seconds=change.seconds(report.time - report.seconds, report.seconds),
                 )
-                self.tally.recovered(recovery)
+                self.recorder.tally.recovered(recovery)
                 self._event(recovery)
         self.recorder.step(report, self.progress.world_size)
         self.saves.begun(report.step)

@@ -6,7 +6,7 @@ beside Ray's start and the workers' own imports.
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +16,7 @@ from orchestrator.log.lease import await_free
 from orchestrator.log.run_log import RunLog, find_commit
 from orchestrator.reach import reach_tracking
 from orchestrator.resumption import check_steps, new_beside
+from orchestrator.stop import StopSignal
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
@@ -57,6 +58,65 @@ def check_inputs(config: RunConfig, corpus: Corpus | None = None) -> Inputs:
     if problems := check_corpus(corpus, config.train.seq_len, config.train.global_batch):
         raise ConfigError("\n".join(problems))
     return Inputs(corpus, "" if fences else warning)
+
+
+class Preflight:
+    """The checks of a run; those that take long go on beside Ray's start and the workers' imports.
+
+    Made, it has refused what can be refused before Ray starts.
+
+    Args:
+        config: of the run, with absolute paths.
+        resume: `never`, `auto`, or a run's id or name.
+        stop: tells when a person wants it to end.
+        warn: told of what does not end the run.
+        corpus: to train on; None prepares what the config names.
+        take_over: do not wait until no other driver leads the run.
+
+    Raises:
+        RaymuonError: something is refused.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        resume: str,
+        stop: StopSignal,
+        warn: Callable[[str], object],
+        corpus: Corpus | None = None,
+        take_over: bool = False,
+    ) -> None:
+        self.config, self.stop = config, stop
+        self.inputs = self._await(in_background(lambda: check_inputs(config, corpus), may_be_torn=True))
+        if self.inputs.warning:
+            warn(self.inputs.warning)
+        self._found = in_background(lambda: find_run(config, self.inputs.corpus, resume), may_be_torn=False)
+        if resume != "never" and self.found.notice:  # Told, or refused, before Ray starts.
+            warn(self.found.notice)
+        self._free = in_background(lambda: take_over or await_free_run(config, self._found.result()), may_be_torn=True)
+
+    def check(self) -> None:
+        """Raise where a person wants an end, or where something has been refused by now."""
+        self.stop.check()
+        for answer in (self._found, self._free):
+            if answer.done():
+                answer.result()  # A refusal does not wait for slots or workers.
+
+    def finish(self) -> None:
+        """Wait for what is still being checked."""
+        self._await(self._free)
+
+    @property
+    def found(self) -> "Found":
+        """What there is of the run; waits for it."""
+        return self._await(self._found)
+
+    def _await(self, answer: Future[T]) -> T:
+        """Wait in short stretches, so that a person can interrupt."""
+        while not answer.done():
+            self.stop.check()
+            wait([answer], timeout=0.1)
+        return answer.result()
 
 
 def find_origin(config: RunConfig) -> Origin | None:

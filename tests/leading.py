@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 
 from optim.config import OptimConfig
-from orchestrator.config import RecoveryConfig, RunConfig, ScalingConfig, task_of
+from orchestrator.attempt import Attempt
+from orchestrator.config import RecoveryConfig, RunConfig, ScalingConfig
 from orchestrator.controller import Controller
 from orchestrator.group.keeper import new_token
 from orchestrator.group.pool import Pool
-from orchestrator.log.commits import Commits
 from orchestrator.log.lease import Lease
 from orchestrator.log.run_log import RunLog
-from orchestrator.preflight import find_origin, identity
+from orchestrator.preflight import Inputs, find_origin
 from orchestrator.record.events import Event, Fault, Membership, Recovery, Tally
-from orchestrator.record.journal import Journal
 from orchestrator.record.metrics import NodeUsage
-from orchestrator.record.progress import Progress
+from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from tests.closeness import ADAMW_EPS
 from tests.processes import ProcessCluster
@@ -62,6 +61,8 @@ def tensors_of(url: str, manifest: Manifest | None = None) -> dict[tuple[str, st
 class Notes:
     """A Recorder that keeps everything, and checks that each step comes once and in order."""
 
+    tally: Tally = field(default_factory=lambda: Tally(time.monotonic()))
+    marks: dict[str, int] = field(default_factory=lambda: {"train": 0, "validation": -1})
     rows: list[StepDone] = field(default_factory=list)
     worlds: list[int] = field(default_factory=list)
     validations: list[Validated] = field(default_factory=list)
@@ -103,6 +104,15 @@ class Notes:
     def notice(self, text: str) -> None:
         self.notices.append(text)
 
+    def before_commit(self, step: int) -> dict[str, float]:
+        return {}
+
+    def close(self, now: float) -> None:
+        pass
+
+    def complete(self, result: RunResult) -> None:
+        pass
+
     def of(self, kind: type) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
 
@@ -132,27 +142,24 @@ class Lead:
     def __init__(self, config: RunConfig, cluster: ProcessCluster, folder: Path, url: str = "") -> None:
         self.config, self.cluster, self.notes = config, cluster, Notes()
         self.corpus = prepare(config.data)
-        self.log = RunLog(Store(f"{url or folder}/run"))
-        same = identity(config, self.corpus)
-        attempt, manifest = self.log.take_over(same), self.log.newest_good()
-        origin = None if manifest else find_origin(config)
-        task = task_of(config, self.corpus, self.log.store.url, attempt, manifest, origin)
-        self.journal = Journal(self.log.store, attempt)
-        commits = Commits(self.log, attempt, same, manifest, self._before_commit)
-        self.pool = Pool(
-            cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, self.notes.notices.append
-        )
-        self.pool.rehearsal = task
-        restored = manifest.step if manifest else 0
-        progress = Progress(step=restored, committed=restored if manifest else -1)
-        self.lease = Lease(self.log.store, strict=False)
-        self.controller = Controller(
-            config, self.pool, commits, task, progress, self.notes, Tally(time.monotonic()), self.lease
-        )
+        self.lease = Lease(Store(f"{url or folder}/run"), strict=False)
+        self.log = RunLog(self.lease.store)
+        origin = None if self.log.commits else find_origin(config)
+        warn, inputs = self.notes.notices.append, Inputs(self.corpus, warning="")
+        self.attempt = Attempt.open(config, inputs, self.lease, lambda *_: self.notes, warn, self.log, origin)
+        self.pool = Pool(cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, warn)
+        self.pool.rehearsal = self.attempt.task
         self.stop = StopSignal()
         self.error: BaseException | None = None
-        self.outcome = ""
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def controller(self) -> Controller:
+        return self.attempt.controller
+
+    @property
+    def outcome(self) -> str:
+        return self.attempt.status
 
     def __enter__(self) -> "Lead":
         self._thread.start()
@@ -170,17 +177,11 @@ class Lead:
             raise self.error
         return self.notes
 
-    def _before_commit(self, step: int) -> dict[str, float]:
-        self.journal.ship()
-        return {}
-
     def _run(self) -> None:
+        least = self.config.scaling.min_workers
         try:
             with self.lease, self.pool:
-                while self.pool.num_slots < self.config.scaling.min_workers or self.pool.num_starting:
-                    self.pool.refresh()
-                    time.sleep(0.01)
-                with self.stop.during_training():
-                    self.outcome = self.controller.run(self.stop)
+                self.pool.wait(lambda: self.pool.num_slots >= least and not self.pool.num_starting, self.stop.check)
+                self.attempt.train(self.pool, self.stop)
         except BaseException as error:
             self.error = error

@@ -20,12 +20,10 @@ from jobs.load import load
 from jobs.stack.mlflow_server import ADMIN, check_installed, mlflow_server
 from jobs.stack.seaweed import free_port
 from orchestrator.config import RunConfig, absolute
-from orchestrator.driver import Options, RunResult, lead, run
-from orchestrator.group.keeper import new_token
-from orchestrator.group.pool import Pool
-from orchestrator.preflight import check_inputs, find_run
+from orchestrator.driver import Options, run, run_on
 from orchestrator.record.metrics import read_history
 from orchestrator.record.recorder import Watcher
+from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from workers.common.errors import TrainingError
 from workers.reports import Report, StepDone
@@ -115,15 +113,8 @@ def simulated(
     def artifacts(_: RunResult, record: Any) -> None:
         done.update(at=record.written_at, cpu=time.process_time(), most_waiting=record.most_waiting)
 
-    inputs = check_inputs(config)
-    found = find_run(config, inputs.corpus, "never")
-    with (
-        SimulatedCluster(rate, real_time) as cluster,
-        Pool(cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, watch.warn) as pool,
-    ):
-        while not pool.num_slots or pool.num_starting:
-            pool.refresh()
-        result = lead(config, inputs, found, pool, watch, StopSignal(), Options(artifacts=artifacts))
+    with SimulatedCluster(rate, real_time) as cluster:
+        result = run_on(cluster, config, "never", watch, StopSignal(), Options(artifacts=artifacts))
         seconds = done["at"] - cluster.began
         return {
             "steps_per_second": steps / seconds,

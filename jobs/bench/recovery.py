@@ -20,9 +20,10 @@ from jobs.bench.cluster import BenchCluster, bench_cluster
 from jobs.bench.rival import CALM_STEPS, RIVAL_FAULTS, rival
 from jobs.load import load
 from orchestrator.config import RunConfig, absolute
-from orchestrator.driver import RunResult, run
+from orchestrator.driver import run
 from orchestrator.record.events import Event, Membership, Recovery
 from orchestrator.record.recorder import Watcher
+from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from workers.common.errors import TrainingError
 from workers.reports import Report, StepDone

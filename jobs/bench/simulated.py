@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from optim.schedule import learning_rate
+from orchestrator.config import ScalingConfig
 from orchestrator.group.usage import Usage
 from workers.checkpoint.manifest import SHARDS, WEIGHT, ShardFile, TensorSlice, place_of
 from workers.common.source import training_code
@@ -41,7 +42,7 @@ MEASURED = (
 
 
 class SimulatedCluster:
-    """Nodes of eight slots each.
+    """Nodes of eight slots each, for one run.
 
     Args:
         rate: steps per second that the group trains. Polls are held open as real members and keepers hold them.
@@ -51,6 +52,7 @@ class SimulatedCluster:
 
     def __init__(self, rate: float, real_time: bool) -> None:
         self.rate = rate
+        self.bundle: dict[str, float] = {}
         self.timer = _Timer(lambda: not real_time and self._keeps_up())
         self.step = 0
         """The last step that the group has finished."""
@@ -76,6 +78,14 @@ class SimulatedCluster:
     def __exit__(self, *_: object) -> None:
         self.timer.end()
         self._writer.shutdown()
+
+    def slots(self, scaling: ScalingConfig) -> "SimulatedCluster":
+        """Have room for any run."""
+        return self
+
+    def room(self) -> int:
+        """Return more than anybody needs."""
+        return 1 << 20
 
     def reserve(self) -> str:
         """Give a slot, at once."""

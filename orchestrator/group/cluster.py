@@ -65,6 +65,14 @@ class Joined:
     dashboard_url: str
     """As the head tells it: of a loopback address where only the head itself is listened to; empty without one."""
 
+    def slots(self, scaling: ScalingConfig) -> "RayCluster":
+        """Return the cluster as a run of this size sees it.
+
+        Raises:
+            ClusterError: a local Ray has no room for its minimum.
+        """
+        return RayCluster(scaling, self.local)
+
 
 class _OwnCode(JobConfig):
     """Has workers import the code that the driver runs, from the folder that it is told.
@@ -190,7 +198,7 @@ class RayCluster:
     def __init__(self, scaling: ScalingConfig, local: bool) -> None:
         self.scaling = scaling
         self.gpu = uses_gpu(scaling)
-        self.bundle = {"CPU": scaling.cpus_per_worker, **({"GPU": 1.0} if self.gpu else {})}
+        self.bundle: dict[str, float] = {"CPU": scaling.cpus_per_worker, **({"GPU": 1.0} if self.gpu else {})}
         self._groups: dict[str, PlacementGroup] = {}
         self._nodes: dict[str, str] = {}
         self._placed = 0.0

@@ -1,4 +1,4 @@
-"""What the controller needs of a cluster: slots on nodes, and processes that can be called and killed.
+"""What a run needs of a cluster: slots on nodes, and processes that can be called and killed.
 
 Ray is one such cluster (`orchestrator.group.cluster`); the chaos tests bring another, of plain local processes.
 """
@@ -6,6 +6,7 @@ Ray is one such cluster (`orchestrator.group.cluster`); the chaos tests bring an
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from orchestrator.config import ScalingConfig
 from workers.config import StorageConfig
 
 
@@ -26,7 +27,14 @@ class Handle(Protocol):
 
 
 class Cluster(Protocol):
-    """Nodes with room for workers. Slots and nodes are named by strings."""
+    """Nodes with room for the workers of one run. Slots and nodes are named by strings."""
+
+    bundle: dict[str, float]
+    """What a slot takes of its node."""
+
+    def room(self) -> int:
+        """Return how many workers the nodes could hold if they were empty."""
+        ...
 
     def reserve(self) -> str:
         """Ask for one more slot; it is pending until the cluster has room, and the demand that an autoscaler sees."""
@@ -54,4 +62,16 @@ class Cluster(Protocol):
 
     def draining(self) -> dict[str, float]:
         """Return the nodes that will go away, and the seconds until then."""
+        ...
+
+
+class Joined(Protocol):
+    """A cluster that this process has joined. Any number of runs may use it at the same time, from any thread."""
+
+    def slots(self, scaling: ScalingConfig) -> Cluster:
+        """Return the cluster as a run of this size sees it.
+
+        Raises:
+            ClusterError: it will never have room for its minimum.
+        """
         ...

@@ -4,7 +4,7 @@ The pool holds as many slots as the config allows, starts a worker in each that 
 worker of a node whose keeper does not answer is replaced only when the node is known to be alive: a dead node is taken
 for alive by the cluster for many seconds, and whatever is sent there dies.
 
-Nothing here blocks; `refresh` looks at everything once.
+`refresh` looks at everything once and never blocks; `wait` does so until a condition holds.
 """
 
 import math
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from orchestrator.config import ScalingConfig
 from orchestrator.group.handles import Cluster, Gone, Handle
@@ -39,6 +40,8 @@ USAGE_S = 10.0
 """Between two looks at how busy a node is; MLflow's own interval."""
 STILLBORN = 3
 """Workers of a slot, or keepers of a node, that may die in a row before they are ready."""
+STRETCH_S = 0.05
+"""Between two looks of whoever waits for what no news tells: a slot that gets its node, a request to stop."""
 BARREN_S, MOST_BARREN_S = 10.0, 600.0
 """How long a slot is left empty after that, where others are enough; then twice as long each time."""
 
@@ -105,7 +108,7 @@ class Pool:
         """Whether a generation has been formed."""
         self._attention = Attention()
         self.news = threading.Event()
-        """Set where a member or a keeper has told something, or is gone; cleared by whoever takes it in."""
+        """Set where a process has told something, or is gone; cleared by whoever takes it in."""
         self.draining: dict[str, float] = {}
         self._orphans: dict[str, float] = {}
         """Nodes that have lost their keeper, and when to start another."""
@@ -222,6 +225,25 @@ class Pool:
         for worker in [worker for worker in self.workers.values() if worker.ready is None]:
             self._look_at_newcomer(worker)
 
+    def wait(self, until: Callable[[], bool], look: Callable[[], object], seconds: float = math.inf) -> bool:
+        """Look at everything, at once where there is news, until a condition holds; return whether it does.
+
+        Args:
+            until: the condition.
+            look: called before it each time; raises where nobody may wait any longer.
+            seconds: to wait at most.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            self.refresh()
+            look()
+            if until():
+                return True
+            if (left := deadline - time.monotonic()) <= 0:
+                return False
+            self.news.wait(min(left, STRETCH_S))
+            self.news.clear()
+
     def _fill(self, slot: str) -> None:
         node = self.cluster.node_of(slot)
         if node is None or node in self.draining or node in self._orphans:
@@ -235,11 +257,14 @@ class Pool:
         handle = self.cluster.start_worker(slot)
         late = self.training or number >= self.scaling.max_workers
         preparing = handle.call("prepare", self.storage, self.rehearsal if late else None)
+        preparing.add_done_callback(self._wake)
         self.workers[number] = PoolWorker(number, slot, node, handle, preparing)
 
     def _start_keeper(self, node: str) -> None:
         handle = self.cluster.start_keeper(node, self.token, self.storage)
-        self.keepers[node] = PoolKeeper(node, handle, handle.call("address"), heard=self.look())
+        starting = handle.call("address")
+        starting.add_done_callback(self._wake)
+        self.keepers[node] = PoolKeeper(node, handle, starting, heard=self.look())
 
     def _revive(self, node: str, now: float) -> None:
         if not self.cluster.alive(node):
@@ -318,6 +343,9 @@ class Pool:
             keeper.measuring = None
         if keeper.measuring is None and now - keeper.measured >= USAGE_S:
             keeper.measuring, keeper.measured = keeper.handle.call("usage"), now
+
+    def _wake(self, _: Future[Any]) -> None:
+        self.news.set()
 
     def _tell(self, poll: "Future[list[Report]]") -> None:
         if poll.exception() is not None or poll.result():

@@ -1,10 +1,12 @@
 """Where a run is, and who is told."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from orchestrator.record.events import Event
+from orchestrator.record.events import Event, Tally
 from orchestrator.record.metrics import NodeUsage
+from orchestrator.record.result import RunResult
 from workers.reports import Report, StepDone
 
 
@@ -24,6 +26,14 @@ class Progress:
 
 class Recorder(Protocol):
     """Whoever keeps the record of a run and shows it."""
+
+    tally: Tally
+    """What adds up, of earlier attempts, too."""
+
+    @property
+    def marks(self) -> Mapping[str, int]:
+        """The last step of `train` and of `validation` that is on record; -1 without any."""
+        ...
 
     def step(self, report: StepDone, world_size: int) -> None:
         """A step is finished; told once for each, in order."""
@@ -48,3 +58,13 @@ class Recorder(Protocol):
 
     def notice(self, text: str) -> None:
         """Something is wrong that does not end the run."""
+
+    def before_commit(self, step: int) -> dict[str, float]:
+        """A checkpoint of this step will count: put down what it stands for; return the losses of the step."""
+        ...
+
+    def close(self, now: float) -> None:
+        """The attempt is over: put down the rest; `now` on the monotonic clock."""
+
+    def complete(self, result: RunResult) -> None:
+        """Fill in what the record alone knows of the run."""

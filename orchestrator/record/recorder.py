@@ -14,6 +14,7 @@ from orchestrator.record.events import DriverStarted, Elapsed, Event, Fault, Mem
 from orchestrator.record.journal import Journal, read_journal
 from orchestrator.record.metrics import NodeUsage
 from orchestrator.record.report import DESCRIPTION, Links, describe, recovery_report
+from orchestrator.record.result import RunResult
 from workers.common.errors import StorageError
 from workers.reports import Planned, Profiled, Report, Sampled, StepDone, Validated
 
@@ -79,6 +80,7 @@ class RunRecorder:
     ) -> None:
         self.config, self.record, self.journal, self.watcher = config, record, journal, watcher
         self.links, self.last_step, self.tally, self.events = links, last_step, tally, events
+        self.marks: dict[str, int] = record.marks
         self.val_loss: float | None = None
         self.sample = ""
         self.checkpoint = ""
@@ -212,6 +214,20 @@ class RunRecorder:
         if (mttr := self.tally.mean_time_to_recovery()) is not None:
             self._try(lambda: self.record.tag("raymuon.mttr_seconds", f"{mttr:.2f}"))
         self._try(self._ship)
+
+    def complete(self, result: RunResult) -> None:
+        """Fill in what the record alone knows of the run: its losses are those of all attempts."""
+        self.record.flush()
+        result.checkpoint, result.sample = self.checkpoint, self.sample
+        result.first_step_time, result.val_loss = self.first_step_time, self.val_loss
+        try:
+            result.losses = self.record.history("loss"), self.record.history("val_loss")
+        except StorageError as error:  # Closing the record will say so; the training is done.
+            self.watcher.warn(str(error))
+        if validations := result.losses[1]:
+            result.val_loss = validations[-1][1]
+            if validations[0][0] == 0:
+                result.val_loss_start = validations[0][1]
 
     def _ship(self) -> None:
         self.journal.add({"uptime": time.monotonic() - self.tally.began, "time": time.time()})

@@ -12,12 +12,10 @@ from jobs.curves import plot_losses
 from jobs.load import load
 from optim.schedule import learning_rate
 from orchestrator.config import RunConfig
-from orchestrator.driver import Options, RunResult, lead
-from orchestrator.group.keeper import new_token
-from orchestrator.group.pool import Pool
+from orchestrator.driver import run_on
 from orchestrator.log.run_log import FencedError, RunLog
-from orchestrator.preflight import check_inputs, find_run
 from orchestrator.record.recorder import Watcher, rate_jump
+from orchestrator.record.result import RunResult
 from orchestrator.record.tracking import Tracking
 from orchestrator.stop import StopSignal
 from workers.common.errors import StorageError
@@ -54,15 +52,8 @@ class At(Watcher):
 
 
 def drive(config: RunConfig, watcher: Watcher, resume: str = "never", stop: StopSignal | None = None) -> RunResult:
-    inputs = check_inputs(config)
-    found = find_run(config, inputs.corpus, resume)
-    with (
-        SimulatedCluster(100.0, real_time=True) as cluster,
-        Pool(cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, watcher.warn) as pool,
-    ):
-        while not pool.num_slots or pool.num_starting:
-            pool.refresh()
-        return lead(config, inputs, found, pool, watcher, stop or StopSignal(), Options())
+    with SimulatedCluster(100.0, real_time=True) as cluster:
+        return run_on(cluster, config, resume, watcher, stop or StopSignal())
 
 
 def test_a_fenced_driver_leaves_the_record_to_its_successor(tmp_path):
@@ -121,8 +112,9 @@ def test_a_stop_before_the_first_step_leaves_a_run_that_can_be_begun(tmp_path):
     """It came after the run was made, and before anybody trained."""
     config = config_of(tmp_path, steps=60)
     stop = StopSignal(lambda run_id: f"go on with {run_id}")
-    stop.request()
-    result = drive(config, At(0, lambda run_id: None), stop=stop)
+    watcher = At(0, lambda run_id: None)
+    watcher.page = lambda *_: stop.request()
+    result = drive(config, watcher, stop=stop)
     assert (result.status, result.steps, result.checkpoint) == ("interrupted", 0, "")
     assert str(stop.interrupted("x")) == f"x; go on with {result.run_id}"
     client = Tracking(config.tracking).client

@@ -325,9 +325,8 @@ def test_a_fault_before_the_rendezvous_costs_no_survivor(tmp_path):
 @pytest.mark.numeric
 def test_announced_changes_of_the_world_size_touch_no_storage(tmp_path):
     """4 -> 3 -> 5 -> 1 -> 2; each first loss as at the old world size from the same state, within 1e-5."""
-    config = config_of(
-        tmp_path, scaling={"max_workers": 4, "settle_s": 5.0}, train={"steps": 2000}, checkpoint={"every": 1}
-    )
+    scaling, keep_all = {"max_workers": 4, "settle_s": 5.0}, {"every": 1, "keep_last": 0}
+    config = config_of(tmp_path, scaling=scaling, train={"steps": 2000}, checkpoint=keep_all)
     cluster = ProcessCluster({"n1": 1, "n2": 1, "n3": 1, "n4": 1})
     lead = Lead(config, cluster, tmp_path)
     done = []

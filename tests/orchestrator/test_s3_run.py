@@ -8,14 +8,13 @@ import pytest
 from jobs.checkpoints import list_checkpoints, verify
 from jobs.stack.seaweed import seaweedfs
 from optim.config import OptimConfig
-from orchestrator.log.retention import Janitor
 from orchestrator.log.run_log import RunLog
 from tests.leading import Lead, config_of, tensors_of
 from tests.processes import ProcessCluster
 from tests.servers import rclone, unreliable
 from workers.common.errors import Interrupted
 from workers.common.storage import Store, configure_s3
-from workers.config import CheckpointConfig, StorageConfig
+from workers.config import StorageConfig
 
 SERVERS = {"seaweedfs": seaweedfs, "rclone": rclone}
 URL = "s3://raymuon"
@@ -65,12 +64,9 @@ def test_killed_during_a_save_and_gone_on_with(tmp_path, server):
 
         end = newest.step + MORE
         quick = StorageConfig(s3_endpoint=endpoint)
-        second = lead(tmp_path, URL, end, checkpoint={"every": 5}, storage=quick)
-        keep = CheckpointConfig(keep_last=2, grace_s=0)
-        with Janitor(second.log, keep, set(), second.notes.notices.append) as janitor:
-            second.controller.saves.commits.after = janitor.wake
-            with second:
-                notes = second.wait()
+        keep = {"every": 5, "keep_last": 2, "grace_s": 0}
+        with lead(tmp_path, URL, end, checkpoint=keep, storage=quick) as second:
+            notes = second.wait()
         assert [row.step for row in notes.rows] == [*range(newest.step + 1, end + 1)]
         assert notes.commits[-1] == end
         listed = list_checkpoints(f"{URL}/run")
@@ -91,7 +87,8 @@ def test_storage_that_fails_now_and_then_costs_nothing(tmp_path, seed):
         unreliable(endpoint, 0.2, seed) as bad,
     ):
         config = StorageConfig(s3_endpoint=bad)
-        one = lead(tmp_path, URL, 40, checkpoint={"every": 4}, storage=config, recovery={"max_failed_saves": 9})
+        keep_all = {"every": 4, "keep_last": 0}
+        one = lead(tmp_path, URL, 40, checkpoint=keep_all, storage=config, recovery={"max_failed_saves": 9})
         with one:
             notes = one.wait(400)
         print(*notes.notices, sep="\n")

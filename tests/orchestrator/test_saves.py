@@ -10,7 +10,6 @@ import pytest
 from optim.config import OptimConfig
 from orchestrator import controller
 from orchestrator.log.lease import await_free
-from orchestrator.log.retention import Janitor
 from orchestrator.log.run_log import FencedError, RunLog
 from orchestrator.record.events import Fallback, SaveFailure
 from tests.leading import Lead, config_of, tensors_of
@@ -19,7 +18,7 @@ from tests.processes import ProcessCluster
 from workers.checkpoint.manifest import WEIGHT
 from workers.common.errors import ClusterError, ConfigError, DamagedError, StorageError
 from workers.common.storage import Store
-from workers.config import CheckpointConfig, StorageConfig
+from workers.config import StorageConfig
 
 TWO = {"min_workers": 2, "max_workers": 2}
 
@@ -217,12 +216,9 @@ def test_checkpoints_that_go_with_their_keepers_are_counted(tmp_path):
 
 
 def test_retention_beside_training(tmp_path):
-    one = lead(tmp_path, steps=40, checkpoint={"every": 4})
-    keep = CheckpointConfig(keep_last=2, keep_every=20, grace_s=0)
-    with Janitor(one.log, keep, one.controller.saves.commits.bad, one.notes.notices.append) as janitor:
-        one.controller.saves.commits.after = janitor.wake
-        with one:
-            made = one.wait().commits
+    one = lead(tmp_path, steps=40, checkpoint={"every": 4, "keep_last": 2, "keep_every": 20, "grace_s": 0})
+    with one:
+        made = one.wait().commits
     log = RunLog(Store(str(tmp_path / "run")))
     kept = sorted({step for step in made if step % 20 == 0} | set(made[-2:]))
     assert [entry.step for entry in log.commits] == kept and len(made) > len(kept)
@@ -264,14 +260,15 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path):
 
 def test_two_drivers_of_one_run(tmp_path):
     """The second is refused; with a take-over the first one ends, and nothing that it writes counts any more."""
-    first = lead(tmp_path, steps=100_000, checkpoint={"every": 4})
+    keep_all = {"every": 4, "keep_last": 0}
+    first = lead(tmp_path, steps=100_000, checkpoint=keep_all)
     second: list[Lead] = []
 
     def take_over(step: int) -> None:
         if first.notes.commits and not second:
             with pytest.raises(ClusterError, match="leads this run.*--takeover"):
                 await_free(first.log.store)
-            second.append(lead(tmp_path, steps=40, checkpoint={"every": 4}))
+            second.append(lead(tmp_path, steps=40, checkpoint=keep_all))
 
     first.notes.on_step = take_over
     with first:

@@ -1,0 +1,144 @@
+"""One driver's attempt at a run: it takes the run over, leads it to its end, and says what that came to.
+
+Whatever an attempt needs hangs on it and on what it is given: nothing here is global to the process, so that several
+runs can be led at the same time.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from orchestrator.config import RunConfig, task_of
+from orchestrator.controller import Controller
+from orchestrator.group.pool import Pool
+from orchestrator.log.commits import Commits
+from orchestrator.log.lease import Lease
+from orchestrator.log.retention import Janitor
+from orchestrator.log.run_log import FencedError, RunLog
+from orchestrator.preflight import Inputs, check_identity, identity
+from orchestrator.record.journal import Journal
+from orchestrator.record.progress import Progress, Recorder
+from orchestrator.record.result import RunResult
+from orchestrator.stop import StopSignal
+from orchestrator.stretch import Stretch
+from workers.task import Origin, Task
+
+Begin = Callable[[Journal, Task], Recorder]
+"""Makes the recorder of an attempt, from its journal and from what is going to be trained."""
+
+
+@dataclass
+class Attempt:
+    """A run that this driver leads; `open` takes it over."""
+
+    config: RunConfig
+    lease: Lease
+    """The right to lead it."""
+    log: RunLog
+    identity: dict[str, Any]
+    """What every later attempt must share."""
+    task: Task
+    """What is trained; its manifest is where to go on from, its `attempt` which take-over of the run this is."""
+    recorder: Recorder
+    """Is told everything."""
+    progress: Progress
+    controller: Controller = field(init=False)
+    """Leads the training, once that has begun."""
+    status: str = field(default="failed", init=False)
+
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig,
+        inputs: Inputs,
+        lease: Lease,
+        begin: Begin,
+        warn: Callable[[str], object],
+        log: RunLog | None = None,
+        origin: Origin | None = None,
+        stretch: Stretch | None = None,
+    ) -> "Attempt":
+        """Take a run over, or begin it.
+
+        Args:
+            config: of the run.
+            inputs: what it is made of besides.
+            lease: on the run's folder.
+            begin: makes the recorder.
+            warn: told of what is damaged.
+            log: of the run, where it was read before.
+            origin: the weights that a new run begins with.
+            stretch: what to train once more of another run.
+
+        Raises:
+            ConfigError: this config would make another run of it.
+            FencedError: another driver has taken it over.
+            StorageError: its log cannot be read or written, or no checkpoint of it is whole.
+        """
+        log = log or RunLog(lease.store)
+        log.guard = lease.check
+        log.refresh()  # Since it was read another driver may have come and gone.
+        same = identity(config, inputs.corpus)
+        if log.identity is not None:
+            check_identity(log, same)
+        manifest, manifest_url = log.newest_good(), ""
+        if manifest is None and stretch is not None:
+            manifest, manifest_url = stretch.manifest, stretch.run_url
+        for text in log.damaged:
+            warn(f"{text}; it does not count")
+        number = log.take_over(same, inputs.warning)
+        task = task_of(config, inputs.corpus, log.store.url, number, manifest, origin)
+        last_step = stretch.last_step if stretch else config.train.steps
+        task = replace(task, manifest_url=manifest_url, until=last_step)
+        recorder = begin(Journal(log.store, number), task)
+        progress = Progress(seen=recorder.marks["train"])
+        if manifest:
+            progress.step = progress.committed = manifest.step
+            progress.tokens = manifest.counters["tokens"]
+            progress.validated = min(recorder.marks["validation"], manifest.step)
+        return cls(config, lease, log, same, task, recorder, progress)
+
+    def train(self, pool: Pool, stop: StopSignal, kill_after: int | None = None) -> None:
+        """Lead the run with the pool's workers until its last step, or until a stop.
+
+        Args:
+            pool: the processes; they may still be starting.
+            stop: tells when a person wants it to end.
+            kill_after: for demonstrations: SIGKILL one worker after this step.
+
+        Raises:
+            RaymuonError: with the exit code of what went wrong.
+        """
+        commits = Commits(self.log, self.task.attempt, self.identity, self.task.manifest, self.recorder.before_commit)
+        with Janitor(self.log, self.config.checkpoint, commits.bad, self.recorder.notice) as janitor:
+            commits.after = janitor.wake
+            self.controller = Controller(
+                self.config, pool, commits, self.task, self.progress, self.recorder, self.lease, stop, kill_after
+            )
+            try:
+                with stop.during_training():
+                    self.status = self.controller.run()
+            except FencedError:
+                raise  # The record is another driver's from here on.
+            except BaseException:
+                self.recorder.close(time.monotonic())
+                raise
+            self.recorder.close(time.monotonic())
+
+    def result(self) -> RunResult:
+        """Return what the run has come to."""
+        tally = self.recorder.tally
+        result = RunResult(
+            self.log.run_id,
+            status=self.status,
+            steps=self.controller.ended_at,
+            tokens=self.progress.tokens,
+            world_size=self.progress.world_size,
+            recoveries=len(tally.faults),
+            changes=[change for change in tally.recoveries if change["reason"] != "start"],
+            goodput=tally.goodput(time.monotonic()),
+            mttr_s=tally.mean_time_to_recovery(),
+        )
+        self.recorder.complete(result)
+        return result

@@ -1,0 +1,34 @@
+"""What a run comes to."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class RunResult:
+    """What a run comes to."""
+
+    run_id: str
+    status: str = "failed"
+    steps: int = 0
+    tokens: int = 0
+    world_size: int = 0
+    """At the end."""
+    val_loss_start: float | None = None
+    val_loss: float | None = None
+    checkpoint: str = ""
+    first_step_time: float | None = None
+    """Seconds since the epoch at which the first step of this attempt was finished."""
+    sample: str = ""
+    recoveries: int = 0
+    """Faults that the run has survived."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Each recovery and each announced change of the group: reason, cause, seconds, steps redone."""
+    goodput: float | None = None
+    """Share of the time since the run's beginning that went into steps that count."""
+    mttr_s: float | None = None
+    """Mean seconds from a fault to the start of the next new step."""
+    losses: tuple[list[tuple[int, float]], list[tuple[int, float]]] = ((), ())  # type: ignore[assignment]
+    """Training and validation losses of the whole run, `(step, nats per token)`."""
+    page: str = ""
+    """Path of the run in MLflow's UI."""
