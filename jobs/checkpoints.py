@@ -1,4 +1,7 @@
-"""`raymuon checkpoints`: list what a run has committed; show, compare, verify, delete and pin checkpoints."""
+"""`raymuon checkpoints`: list what a run has committed; show, compare, verify, delete and pin checkpoints.
+
+`s3_endpoint` is of an S3 store that is not AWS.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +16,13 @@ from workers.common.errors import ConfigError, DamagedError, StorageError
 from workers.common.storage import Store, absolute_url
 
 
-def list_checkpoints(url: str) -> list[dict[str, Any]]:
+def list_checkpoints(url: str, s3_endpoint: str = "") -> list[dict[str, Any]]:
     """Return every commit of the run at `url`, or of all runs under it, oldest first.
 
     Raises:
         StorageError: nothing is there.
     """
-    store = Store(absolute_url(url.rstrip("/")))
+    store = Store(absolute_url(url.rstrip("/")), s3_endpoint)
     if not store.exists():
         raise StorageError(f"{url}: no such folder or bucket")
     runs = [store] if store.names("log") else [store.child(name) for name in store.names("")]
@@ -52,14 +55,14 @@ def _rows(log: RunLog) -> list[dict[str, Any]]:
     return rows
 
 
-def open_checkpoint(url: str) -> CheckpointReader:
+def open_checkpoint(url: str, s3_endpoint: str = "") -> CheckpointReader:
     """Open the checkpoint at `URL[@STEP]`.
 
     Raises:
         ConfigError: there is none.
         DamagedError: it is not what was committed.
     """
-    log, commit = find_commit(url)
+    log, commit = find_commit(url, s3_endpoint)
     return CheckpointReader(log.store, Manifest.read(log.store, commit.manifest, commit.sha256))
 
 
@@ -74,13 +77,13 @@ class Verified:
     """A sentence about each file that is."""
 
 
-def verify(url: str) -> Verified:
+def verify(url: str, s3_endpoint: str = "") -> Verified:
     """Read every byte of the checkpoint at `URL[@STEP]`, and hold it against the hashes.
 
     Raises:
         ConfigError: there is none.
     """
-    log, commit = find_commit(url)
+    log, commit = find_commit(url, s3_endpoint)
     try:
         manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
     except DamagedError as error:
@@ -89,13 +92,13 @@ def verify(url: str) -> Verified:
     return Verified(commit.step, 1 + len(manifest.shards), manifest.size, damaged)
 
 
-def remove(url: str, force: bool) -> str:
+def remove(url: str, force: bool, s3_endpoint: str = "") -> str:
     """Delete the checkpoint at `URL@STEP`.
 
     Raises:
         ConfigError: there is none, it is pinned, or it is the newest.
     """
-    log, commit = find_commit(url)
+    log, commit = find_commit(url, s3_endpoint)
     if split_step(url)[1] is None:
         raise ConfigError(f"{url}: say which one: {url}@{commit.step}")
     if commit == log.find() and not force:
@@ -105,20 +108,20 @@ def remove(url: str, force: bool) -> str:
     return f"{log.store.url}@{commit.step}"
 
 
-def pin(url: str, reason: str, undo: bool) -> str:
+def pin(url: str, reason: str, undo: bool, s3_endpoint: str = "") -> str:
     """Keep the checkpoint at `URL[@STEP]` whatever the retention says, or let it go again.
 
     Raises:
         ConfigError: there is none.
     """
-    log, commit = find_commit(url)
+    log, commit = find_commit(url, s3_endpoint)
     log.mark("unpin" if undo else "pin", commit, reason)
     return f"{log.store.url}@{commit.step}"
 
 
-def show(url: str) -> dict[str, Any]:
+def show(url: str, s3_endpoint: str = "") -> dict[str, Any]:
     """Return what a checkpoint holds: its identity, counters and tensors."""
-    reader = open_checkpoint(url)
+    reader = open_checkpoint(url, s3_endpoint)
     manifest = reader.manifest
     return {
         "run_id": manifest.run_id,
@@ -148,9 +151,9 @@ class TensorDifference:
     note: str = ""
 
 
-def diff(first: str, second: str) -> list[TensorDifference]:
+def diff(first: str, second: str, s3_endpoint: str = "") -> list[TensorDifference]:
     """Compare two checkpoints, tensor by tensor, whatever the world sizes at which they were saved."""
-    left, right = open_checkpoint(first), open_checkpoint(second)
+    left, right = open_checkpoint(first, s3_endpoint), open_checkpoint(second, s3_endpoint)
     keys = {(kind, name): None for reader in (left, right) for kind in reader.kinds for name in reader.names(kind)}
     return [_compare(left, right, kind, name) for kind, name in keys]
 

@@ -12,7 +12,6 @@ from jobs.tell import tell
 from orchestrator.log.run_log import RunLog
 from orchestrator.record.metrics import newest
 from workers.common.errors import ClusterError, ConfigError, RaymuonError
-from workers.common.storage import Store
 
 SHOWN = ("loss", "val_loss", "world_size", "tokens", "tokens_per_second", "goodput", "faults")
 """Metrics of a status."""
@@ -102,7 +101,7 @@ def _checkpoint(found: TrackedRun) -> dict[str, Any]:
     if not found.url:
         return {"checkpoint": "none yet"}
     try:
-        commit = RunLog(Store(found.url)).find()
+        commit = RunLog(found.store).find()
     except RaymuonError as error:  # Storage may be out of reach from here.
         return {"checkpoint": f"{found.tags.get('raymuon.checkpoint', 'unknown')} ({error})"}
     if commit:

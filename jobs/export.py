@@ -36,8 +36,10 @@ class Exported:
     """Known of the run at that step."""
 
 
-def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES) -> Exported:
+def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_endpoint: str = "") -> Exported:
     """Write the checkpoint at `URL[@STEP]` into the folder `to`, a local one or an fsspec URL.
+
+    On S3 both are at this endpoint, where it is not AWS.
 
     `config.json` comes last: without it nobody takes the folder for a model.
 
@@ -45,13 +47,13 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES) -> E
         ConfigError: there is no such checkpoint, or something is in the folder already.
         StorageError: something is damaged or not finite, or could not be written.
     """
-    log, commit = find_commit(url)
+    log, commit = find_commit(url, s3_endpoint)
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
     reader = CheckpointReader(log.store, manifest)
     model, about = model_of(manifest), _about(manifest)
     generation = about.pop("generation_config")
     refuse_unloadable(model)
-    target = Store(absolute_url(to))
+    target = Store(absolute_url(to), s3_endpoint)
     if target.names(""):
         raise ConfigError(f"--to {to}: something is there already; name a new folder")
 
@@ -79,11 +81,16 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES) -> E
     return Exported(target.url, manifest.step, sorted(files), size, manifest.run_id, commit.metrics)
 
 
-def export_series(url: str, to: str, dtype: Dtype) -> list[Exported]:
+def export_series(url: str, to: str, dtype: Dtype, s3_endpoint: str = "") -> list[Exported]:
     """Write every checkpoint of the run at `url` into a folder `step-...` of its own under `to`."""
-    log, _ = find_commit(url)
+    log, _ = find_commit(url, s3_endpoint)
     return [
-        export(f"{log.store.url}@{commit.step}", f"{to.rstrip('/')}/step-{commit.step:08d}", dtype)
+        export(
+            f"{log.store.url}@{commit.step}",
+            f"{to.rstrip('/')}/step-{commit.step:08d}",
+            dtype,
+            s3_endpoint=s3_endpoint,
+        )
         for commit in log.commits
     ]
 

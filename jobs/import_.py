@@ -20,10 +20,11 @@ from workers.config import LlamaConfig, ModelConfig
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def import_model(folder: str, to: str, say: Callable[[str], object] = lambda text: None) -> str:
+def import_model(folder: str, to: str, say: Callable[[str], object] = lambda text: None, s3_endpoint: str = "") -> str:
     """Write the model in a local folder as a checkpoint of step 0 at `to`; return its URL.
 
     Every tensor of the folder and every key of its `config.json` is accounted for; `say` gets what to tell a person.
+    `s3_endpoint` is of an S3 store that is not AWS.
 
     Raises:
         ConfigError: there is no model that we know, a tensor is missing, left over or not finite, or something is at
@@ -33,7 +34,7 @@ def import_model(folder: str, to: str, say: Callable[[str], object] = lambda tex
     source = Path(folder)
     described = describe(read_json(source / "config.json"))
     about = {**described.about, "generation_config": _generation_config(source, described)}
-    store = Store(absolute_url(to.rstrip("/")))
+    store = Store(absolute_url(to.rstrip("/")), s3_endpoint)
     if store.names(""):
         raise ConfigError(f"--to {to}: something is there already; name a new folder")
     with open_weights(source) as weights:

@@ -34,7 +34,7 @@ from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError, TrainingError
-from workers.common.storage import configure_s3
+from workers.common.storage import Store
 from workers.data import corpus as corpora
 from workers.data.corpus import Corpus
 from workers.reports import Report, StepDone, Validated
@@ -189,12 +189,13 @@ def _corpus(config: RunConfig, attempt: Attempt, warn: Callable[[str], object]) 
 
     Whether it is the same is the run's log to say, which has its hash.
     """
-    configure_s3(config.storage.s3_endpoint)
+    endpoint = config.storage.s3_endpoint
     try:
-        return corpora.load(attempt.corpus)
+        return corpora.load(Store(attempt.corpus, endpoint))
     except StorageError as error:
         warn(f"the run's own corpus cannot be read here ({error}); data.source is prepared anew")
-        return corpora.prepare(replace(config.data, prepared_url=str(Path("runs/data").resolve())))
+        here = replace(config.data, prepared_url=str(Path("runs/data").resolve()))
+        return corpora.prepare(here, s3_endpoint=endpoint)
 
 
 def _workers(config: RunConfig) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from orchestrator.reach import reach_tracking
 from orchestrator.record.metrics import newest
 from workers.common.errors import ConfigError
-from workers.common.storage import Store, absolute_url, configure_s3
+from workers.common.storage import Store, absolute_url
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class TrackedRun:
     params: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     """The last value of each."""
+    s3_endpoint: str = ""
+    """Of the S3 store that its folder is in, where that is not AWS."""
 
     @property
     def step(self) -> int | None:
@@ -40,11 +42,11 @@ class TrackedRun:
         """
         if not self.url:
             raise ConfigError(f"run {self.run_id}: it has not begun; nothing of it is in storage yet")
-        return Store(self.url)
+        return Store(self.url, self.s3_endpoint)
 
 
 def find(run: str, tracking_uri: str, s3_endpoint: str = "") -> TrackedRun:
-    """Find a run, and set how this process reaches its storage.
+    """Find a run.
 
     Args:
         run: an id or a name in MLflow, or the URL of a run's folder.
@@ -56,17 +58,15 @@ def find(run: str, tracking_uri: str, s3_endpoint: str = "") -> TrackedRun:
         StorageError: MLflow does not answer.
     """
     if "/" in run:
-        configure_s3(s3_endpoint)
         url = absolute_url(run.rstrip("/"))
-        if not Store(url).names("log"):
+        if not Store(url, s3_endpoint).names("log"):
             raise ConfigError(f"{run}: no run's folder (there is no log/ in it)")
-        return TrackedRun(url.rsplit("/", 1)[-1], url)
+        return TrackedRun(url.rsplit("/", 1)[-1], url, s3_endpoint=s3_endpoint)
     reach_tracking(tracking_uri)
     from orchestrator.record.tracking import look_up  # MLflow takes seconds to import.
 
     known = look_up(tracking_uri, run)
     tags, params = dict(known.data.tags), dict(known.data.params)
-    configure_s3(s3_endpoint or params.get("storage.s3_endpoint", ""))
     return TrackedRun(
         known.info.run_id,
         tags.get("raymuon.checkpoint_url", ""),
@@ -76,4 +76,5 @@ def find(run: str, tracking_uri: str, s3_endpoint: str = "") -> TrackedRun:
         tags,
         params,
         dict(known.data.metrics),
+        s3_endpoint or params.get("storage.s3_endpoint", ""),
     )

@@ -241,4 +241,5 @@ def task_of(
         attempt=attempt,
         manifest=manifest,
         origin=origin,
+        s3_endpoint=config.storage.s3_endpoint,
     )

@@ -52,9 +52,10 @@ def check_inputs(config: RunConfig, corpus: Corpus | None = None) -> Inputs:
     reach_tracking(config.tracking.uri, config.tracking.experiment)
     _make_folder(config.tracking.uri)
     url = config.checkpoint.url
-    fences = Store(url).probe()
+    endpoint = config.storage.s3_endpoint
+    fences = Store(url, endpoint).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
-    corpus = corpus or prepare(config.data, database_files(config.tracking.uri))
+    corpus = corpus or prepare(config.data, database_files(config.tracking.uri), endpoint)
     if problems := check_corpus(corpus, config.train.seq_len, config.train.global_batch):
         raise ConfigError("\n".join(problems))
     return Inputs(corpus, "" if fences else warning)
@@ -129,7 +130,7 @@ def find_origin(config: RunConfig) -> Origin | None:
     if not config.train.init:
         return None
     try:
-        log, commit = find_commit(config.train.init)
+        log, commit = find_commit(config.train.init, config.storage.s3_endpoint)
     except ConfigError as error:
         raise ConfigError(f"train.init={error}") from error
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
@@ -202,7 +203,7 @@ def await_free_run(config: RunConfig, found: Found) -> None:
 
 def run_store(config: RunConfig, run_id: str) -> Store:
     """Return the folder of a run's files."""
-    return Store(config.checkpoint.url).child(run_id)
+    return Store(config.checkpoint.url, config.storage.s3_endpoint).child(run_id)
 
 
 def identity(config: RunConfig, corpus: Corpus) -> dict[str, Any]:

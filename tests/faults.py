@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import psutil
 
-from workers.config import StorageConfig
 from workers.member import Member, Ready
 from workers.reports import Report, Validated
 from workers.task import Place, Task
@@ -55,8 +54,8 @@ class FaultyMember(Member):
 class ForeignMember(Member):
     """One of another version of raymuon."""
 
-    def prepare(self, storage: StorageConfig, task: Task | None) -> Ready:
-        return replace(super().prepare(storage, task), code="0123456789abcdef")
+    def prepare(self, task: Task | None) -> Ready:
+        return replace(super().prepare(task), code="0123456789abcdef")
 
 
 class ForgetfulMember(FaultyMember):

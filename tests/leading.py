@@ -50,9 +50,9 @@ def config_of(folder: Path, *, recovery: dict[str, Any] | None = None, **changes
     return replace(config, **changes)
 
 
-def tensors_of(url: str, manifest: Manifest | None = None) -> dict[tuple[str, str], np.ndarray]:
+def tensors_of(url: str, manifest: Manifest | None = None, endpoint: str = "") -> dict[tuple[str, str], np.ndarray]:
     """Return every tensor of a run's checkpoint, of the newest unless another is given, by kind and name."""
-    store = Store(url)
+    store = Store(url, endpoint)
     reader = CheckpointReader(store, manifest or RunLog(store).manifest())
     return {(kind, name): reader.tensor(kind, name) for kind in reader.kinds for name in reader.names(kind)}
 
@@ -142,7 +142,7 @@ class Lead:
     def __init__(self, config: RunConfig, cluster: ProcessCluster, folder: Path, url: str = "") -> None:
         self.config, self.cluster, self.notes = config, cluster, Notes()
         self.corpus = prepare(config.data)
-        self.lease = Lease(Store(f"{url or folder}/run"), strict=False)
+        self.lease = Lease(Store(f"{url or folder}/run", config.storage.s3_endpoint), strict=False)
         self.log = RunLog(self.lease.store)
         origin = None if self.log.commits else find_origin(config)
         warn, inputs = self.notes.notices.append, Inputs(self.corpus, warning="")

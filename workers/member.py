@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from workers.common.errors import RaymuonError
 from workers.common.source import training_code
-from workers.common.storage import configure_s3
-from workers.config import StorageConfig
 from workers.controls import Controls, Pause
 from workers.reports import Ended, KeeperLost, Mark, Pulse, Report, StepDone, Terminating
 from workers.task import KeeperLinks, Place, Task
@@ -82,11 +80,10 @@ class Member:
         with suppress(ValueError):  # Only a process's main thread can.
             signal.signal(signal.SIGTERM, lambda *_: self._terminate())
 
-    def prepare(self, storage: StorageConfig, task: Task | None) -> Ready:
+    def prepare(self, task: Task | None) -> Ready:
         """Import everything that training needs; with a task, also rehearse one step, for whoever comes later."""
         from workers.training import rehearse  # The slow imports.
 
-        configure_s3(storage.s3_endpoint)
         if task is not None:
             rehearse(task)
         gc.collect()

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from optim.config import OptimConfig
 from workers.checkpoint.manifest import Manifest
+from workers.common.storage import Store
 from workers.common.wire import Address
 from workers.config import CheckpointConfig, DataConfig, ModelConfig, TelemetryConfig, TrainConfig
 from workers.data.corpus import Corpus
@@ -42,6 +43,12 @@ class Task:
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     origin: Origin | None = None
     """Where the weights of a run that starts anew come from; None draws them."""
+    s3_endpoint: str = ""
+    """Of the S3 store that these folders are in, where that is not AWS."""
+
+    def store(self, url: str) -> Store:
+        """Return one of the folders that are named here."""
+        return Store(url, self.s3_endpoint)
 
     @property
     def last_step(self) -> int:

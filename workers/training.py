@@ -9,7 +9,6 @@ from torch.distributed import HashStore, TCPStore
 
 from workers.checkpoint.shards import CheckpointReader
 from workers.common.errors import DamagedError, StorageError, TrainingError
-from workers.common.storage import Store
 from workers.config import MoonlightConfig
 from workers.controls import Controls
 from workers.engine import Engine, build_engine, default_device, join_process_group, leave_process_group
@@ -79,7 +78,7 @@ def take_state(
     """
     checkpoint = None
     if task.manifest is not None:
-        checkpoint = CheckpointReader(Store(task.manifest_url or task.run_url), task.manifest, progress)
+        checkpoint = CheckpointReader(task.store(task.manifest_url or task.run_url), task.manifest, progress)
     if (snapshot := member.snapshot) is not None:
         rest = checkpoint if snapshot.saved else None
         reader = SnapshotReader(snapshot, lambda world, rank: shard_map(engine, world, rank), member.links.keeper, rest)
@@ -96,7 +95,7 @@ def take_state(
         load_state(engine, checkpoint, counters)
         return counters, checkpoint.bytes_read
     if task.origin is not None:
-        weights = CheckpointReader(Store(task.origin.run_url), task.origin.manifest, progress)
+        weights = CheckpointReader(task.store(task.origin.run_url), task.origin.manifest, progress)
         load_state(engine, WeightsOnly(weights), Counters())
         return Counters(), weights.bytes_read
     return Counters(), 0

@@ -34,7 +34,7 @@ from orchestrator.stop import StopSignal
 from workers.checkpoint.manifest import BUFFER, Manifest
 from workers.checkpoint.shards import write_shard
 from workers.common.errors import ConfigError
-from workers.common.storage import Store, configure_s3
+from workers.common.storage import Store
 from workers.reports import Report, StepDone
 
 WORKERS = 2
@@ -107,7 +107,8 @@ def checkpoint(
     with tempfile.TemporaryDirectory(prefix="raymuon-checkpoint-") as folder, _storage(url, endpoint) as (place, s3):
         config = _config(Path(folder), place, s3, overrides)
         watched, run_url = _train(config, repeats + WARMUP_SAVES, say)
-        manifest = RunLog(Store(run_url)).manifest()
+        store = Store(run_url, s3)
+        manifest = RunLog(store).manifest()
         assert manifest is not None
         if (size := min(shard.size for shard in manifest.shards)) < LEAST_STATE:
             raise ConfigError(f"the state of a rank has {size:,} bytes; at least {LEAST_STATE:,} are measured")
@@ -117,7 +118,7 @@ def checkpoint(
             "state_bytes_per_rank": size,
             **_stall(watched, rival["seconds"][WARMUP_SAVES:]),
             "deepspeed_bytes": rival["bytes"],
-            **_bandwidth(run_url, manifest, repeats, say),
+            **_bandwidth(store, manifest, repeats, say),
             **_reshaped(config, manifest, say),
         }
 
@@ -126,7 +127,7 @@ def checkpoint(
 def _storage(url: str, endpoint: str) -> Iterator[tuple[str, str]]:
     """Yield a new folder on S3, which is gone afterwards, and the store's endpoint."""
     if url:
-        store = Store(url).child(f"raymuon-bench-{secrets.token_hex(4)}")
+        store = Store(url, endpoint).child(f"raymuon-bench-{secrets.token_hex(4)}")
         store.probe()
         try:
             yield store.url, endpoint
@@ -136,7 +137,6 @@ def _storage(url: str, endpoint: str) -> Iterator[tuple[str, str]]:
         return
     with tempfile.TemporaryDirectory(prefix="raymuon-seaweed-") as folder, seaweedfs(Path(folder)) as found:
         os.environ.update(s3_environment())
-        configure_s3(found)
         yield f"s3://{BUCKET}/bench", found
 
 
@@ -203,9 +203,9 @@ def _stall(watched: _Saves, rival: list[float]) -> dict[str, Any]:
     }
 
 
-def _bandwidth(run_url: str, manifest: Manifest, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
+def _bandwidth(store: Store, manifest: Manifest, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Upload a shard again and again, in turns: our way, and s3fs' ways with the same bytes."""
-    store, shard = Store(run_url), manifest.shards[0]
+    shard = manifest.shards[0]
     data = store.read(shard.path)
     tensors = {
         entry: np.frombuffer(data, np.float32, entry.length, offset)

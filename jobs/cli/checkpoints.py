@@ -26,7 +26,7 @@ def checkpoints_ls(
     """List committed checkpoints."""
     from jobs.checkpoints import list_checkpoints
 
-    rows = list_checkpoints(url)
+    rows = list_checkpoints(url, s3_endpoint)
     if as_json:
         tell(rows)
         return
@@ -51,7 +51,7 @@ def checkpoints_show(
     """Show what a checkpoint holds."""
     from jobs.checkpoints import show
 
-    found = show(url)
+    found = show(url, s3_endpoint)
     if as_json:
         tell(found)
         return
@@ -72,7 +72,7 @@ def checkpoints_diff(
     """Compare two checkpoints, tensor by tensor."""
     from jobs.checkpoints import diff
 
-    differences = diff(first, second)
+    differences = diff(first, second, s3_endpoint)
     equal = all(difference.bitwise_equal for difference in differences)
     largest = max((d.max_abs for d in differences if d.max_abs is not None), default=None)
     if as_json:
@@ -90,7 +90,7 @@ def checkpoints_verify(url: CheckpointUrl, as_json: AsJson = False, s3_endpoint:
     """Read every byte of a checkpoint and check it against its hashes; exit code 5 where one is wrong."""
     from jobs.checkpoints import verify
 
-    found = verify(url)
+    found = verify(url, s3_endpoint)
     if as_json:
         tell(asdict(found))
     else:
@@ -114,7 +114,7 @@ def checkpoints_rm(
     """Delete the checkpoint at FOLDER@STEP."""
     from jobs.checkpoints import remove
 
-    typer.echo(f"deleted: {remove(url, force)}")
+    typer.echo(f"deleted: {remove(url, force, s3_endpoint)}")
 
 
 @checkpoints_app.command("pin")
@@ -127,7 +127,7 @@ def checkpoints_pin(
     """Keep a checkpoint, whatever the run's retention says."""
     from jobs.checkpoints import pin
 
-    typer.echo(f"{'not pinned any more' if undo else 'pinned'}: {pin(url, reason, undo)}")
+    typer.echo(f"{'not pinned any more' if undo else 'pinned'}: {pin(url, reason, undo, s3_endpoint)}")
 
 
 @app.command()
@@ -148,7 +148,9 @@ def export(
 
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"--dtype must be bfloat16 or float32, not {dtype!r}")
-    exported = export_series(url, to, dtype) if series else [export(url, to, dtype)]
+    exported = (
+        export_series(url, to, dtype, s3_endpoint) if series else [export(url, to, dtype, s3_endpoint=s3_endpoint)]
+    )
     for one in exported:
         line = f"step {one.step}: {len(one.files)} file(s), {one.bytes / 1e6:.1f} MB in {one.url}"
         told = asdict(one)
@@ -170,5 +172,5 @@ def import_(
     """Make a Hugging Face model a checkpoint with which a run can begin: train.init=URL."""
     from jobs.import_ import import_model
 
-    url = import_model(folder, to, typer.echo)
+    url = import_model(folder, to, typer.echo, s3_endpoint)
     typer.echo(f"imported; begin a run with it: train.init={url}")

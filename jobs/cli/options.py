@@ -8,13 +8,6 @@ from typing import Annotated
 import typer
 
 
-def _configure_s3(endpoint: str) -> str:
-    from workers.common.storage import configure_s3
-
-    configure_s3(endpoint)
-    return endpoint
-
-
 def greater_than_0(value: float | None) -> float | None:
     """Refuse an option's value that is not, or is infinite; typer's own limits take 0, and nan."""
     if value is not None and not 0 < value < math.inf:
@@ -44,7 +37,7 @@ def writable(file: Path | None) -> Path | None:
     return file
 
 
-S3Endpoint = Annotated[str, typer.Option(help="Of an S3 store that is not AWS.", callback=_configure_s3)]
+S3Endpoint = Annotated[str, typer.Option(help="Of an S3 store that is not AWS.")]
 BUILT_IN = sorted(file.stem for file in Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
 """Names of the built-in configs."""
 Config = Annotated[

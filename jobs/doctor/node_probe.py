@@ -25,7 +25,7 @@ from orchestrator.group.usage import memory_here
 from orchestrator.record.provenance import source_files
 from workers.common.errors import RaymuonError, StorageError
 from workers.common.source import digest
-from workers.common.storage import Store, configure_s3, storage_errors
+from workers.common.storage import Store, storage_errors
 
 LIBRARIES = ("ray", "torch", "deepspeed", "numpy", "safetensors", "fsspec", "s3fs")
 LARGE = "-large"
@@ -42,7 +42,7 @@ class NodeProbe:
     """
 
     def __init__(self, s3_endpoint: str) -> None:
-        configure_s3(s3_endpoint)
+        self._s3_endpoint = s3_endpoint
         self._made: set[Path] = set()
 
     def look(self) -> NodeSeen:
@@ -90,7 +90,7 @@ class NodeProbe:
 
     def use(self, url: str, folder: str, mark: str) -> PlaceSeen:
         """Create, read, list and delete files in a new folder of a store, time a large one, and leave a mark there."""
-        store = Store(url).child(folder)
+        store = Store(url, self._s3_endpoint).child(folder)
         try:
             self.note_parents(url)
             skew = _store_skew(store)
@@ -119,14 +119,14 @@ class NodeProbe:
     def note_parents(self, url: str) -> None:
         """Remember which folders of a disk are not there yet, so that `tidy` removes them again."""
         with suppress(Exception):  # What is wrong with the URL is told when it is used.
-            store = Store(url)
+            store = Store(url, self._s3_endpoint)
             if isinstance(store.fs, LocalFileSystem):
                 folder = Path(store.path())
                 self._made |= {place for place in (folder, *folder.parents) if not place.exists()}
 
     def mark(self, url: str, folder: str, mark: str) -> str:
         """Leave a mark in a new folder of a store; return why it cannot be."""
-        store = Store(url).child(folder)
+        store = Store(url, self._s3_endpoint).child(folder)
         try:
             self.note_parents(url)
             store.put(mark, mark.encode())
@@ -136,7 +136,7 @@ class NodeProbe:
 
     def marks(self, url: str, folder: str) -> list[str] | str:
         """Return the marks that can be read here, or why nothing can."""
-        store = Store(url).child(folder)
+        store = Store(url, self._s3_endpoint).child(folder)
         try:
             names = [name for name in store.names("") if not name.endswith(LARGE)]  # One that a probe has left.
             return [name for name in names if store.read(name) == name.encode()]
@@ -147,7 +147,7 @@ class NodeProbe:
         """Remove the folder from all the stores, and the parents that were made for it."""
         for url in urls:
             with suppress(RaymuonError):  # What is wrong with the URL was told when it was used.
-                store = Store(url).child(folder)
+                store = Store(url, self._s3_endpoint).child(folder)
                 for name in store.files(""):
                     store.remove(name)
                 if isinstance(store.fs, LocalFileSystem):

@@ -23,7 +23,7 @@ import psutil
 from orchestrator.group.usage import Usage
 from workers.checkpoint.manifest import BUFFER, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
-from workers.common.storage import Store, configure_s3
+from workers.common.storage import Store
 from workers.common.uploads import Bandwidth
 from workers.common.wire import Address, Connection, listen
 from workers.config import StorageConfig
@@ -73,7 +73,7 @@ class Keeper:
     """
 
     def __init__(self, host: str, token: str, storage: StorageConfig) -> None:
-        configure_s3(storage.s3_endpoint)
+        self._s3_endpoint = storage.s3_endpoint
         self._listener = listen(host)
         self._address = Address(host, self._listener.getsockname()[1], token)
         self._lock = threading.Lock()
@@ -296,7 +296,7 @@ class Keeper:
         def write() -> Report:
             for tries in range(1, UPLOAD_TRIES + 1):
                 try:
-                    shard = write_shard(Store(run_url), place, held.rank, tensors, self._bandwidth)
+                    shard = write_shard(Store(run_url, self._s3_endpoint), place, held.rank, tensors, self._bandwidth)
                     return ShardWritten(
                         **about,
                         time=time.time(),

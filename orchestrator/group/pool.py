@@ -82,7 +82,7 @@ class Pool:
     Args:
         cluster: where they live.
         scaling: how many.
-        storage: how they reach storage.
+        storage: how keepers reach storage.
         token: the keepers' secret.
         hang_s: a keeper that does not answer for this long is replaced.
         notice: takes a line about what is wrong.
@@ -256,7 +256,7 @@ class Pool:
         number, self._next_number = self._next_number, self._next_number + 1
         handle = self.cluster.start_worker(slot)
         late = self.training or number >= self.scaling.max_workers
-        preparing = handle.call("prepare", self.storage, self.rehearsal if late else None)
+        preparing = handle.call("prepare", self.rehearsal if late else None)
         preparing.add_done_callback(self._wake)
         self.workers[number] = PoolWorker(number, slot, node, handle, preparing)
 

@@ -303,14 +303,14 @@ def split_step(url: str) -> tuple[str, int | None]:
     return (base, int(step)) if at and step.isdigit() else (url, None)
 
 
-def find_commit(url: str) -> tuple[RunLog, Entry]:
-    """Return the log and the commit of the checkpoint at `URL[@STEP]`.
+def find_commit(url: str, s3_endpoint: str = "") -> tuple[RunLog, Entry]:
+    """Return the log and the commit of the checkpoint at `URL[@STEP]`, on S3 at this endpoint where it is not AWS.
 
     Raises:
         ConfigError: there is none.
     """
     base, step = split_step(url)
-    log = RunLog(Store(absolute_url(base)))
+    log = RunLog(Store(absolute_url(base), s3_endpoint))
     commit = log.find(step)
     if commit is None:
         which = "no committed checkpoint" if step is None else f"no committed checkpoint of step {step}"

@@ -17,7 +17,7 @@ from tests.workers import test_llama, test_moonlight
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
 from workers.common.errors import ConfigError, StorageError
-from workers.common.storage import Store, configure_s3
+from workers.common.storage import Store
 from workers.config import ModelConfig
 from workers.models import build
 
@@ -162,14 +162,10 @@ def test_export_to_s3_is_the_same(tmp_path):
     (tmp_path / "served").mkdir()
     with seaweedfs(tmp_path / "served") as endpoint:
         os.environ.update(s3_environment())
-        configure_s3(endpoint)
-        try:
-            there = export(str(tmp_path / "run"), f"s3://{BUCKET}/hf", "float32", 20_000)
-            store = Store(f"s3://{BUCKET}/hf")
-            assert there.files == here.files and there.bytes == here.bytes
-            assert [f for f in here.files if store.read(f) != (tmp_path / "hf" / f).read_bytes()] == []
-        finally:
-            configure_s3("")
+        there = export(str(tmp_path / "run"), f"s3://{BUCKET}/hf", "float32", 20_000, endpoint)
+        store = Store(f"s3://{BUCKET}/hf", endpoint)
+        assert there.files == here.files and there.bytes == here.bytes
+        assert [f for f in here.files if store.read(f) != (tmp_path / "hf" / f).read_bytes()] == []
 
 
 def test_an_exported_model_becomes_a_version_of_a_registered_one(tmp_path):

@@ -13,7 +13,7 @@ from tests.leading import Lead, config_of, tensors_of
 from tests.processes import ProcessCluster
 from tests.servers import rclone, unreliable
 from workers.common.errors import Interrupted
-from workers.common.storage import Store, configure_s3
+from workers.common.storage import Store
 from workers.config import StorageConfig
 
 SERVERS = {"seaweedfs": seaweedfs, "rclone": rclone}
@@ -29,11 +29,7 @@ SHARD_MB = 0.19
 def served(name: str, folder):
     folder.mkdir()
     with SERVERS[name](folder) as endpoint:
-        configure_s3(endpoint)
-        try:
-            yield endpoint
-        finally:
-            configure_s3("")
+        yield endpoint
 
 
 def lead(folder, url: str, steps: int, **changes) -> Lead:
@@ -58,7 +54,7 @@ def test_killed_during_a_save_and_gone_on_with(tmp_path, server):
         first.notes.on_step = kill
         with first, pytest.raises(Interrupted):
             first.wait()
-        newest = RunLog(Store(f"{URL}/run")).manifest()
+        newest = RunLog(Store(f"{URL}/run", endpoint)).manifest()
         assert newest.step == first.notes.commits[-1]
         assert newest.shards[0].size == pytest.approx(SHARD_MB * 1e6, rel=0.1)
 
@@ -69,15 +65,15 @@ def test_killed_during_a_save_and_gone_on_with(tmp_path, server):
             notes = second.wait()
         assert [row.step for row in notes.rows] == [*range(newest.step + 1, end + 1)]
         assert notes.commits[-1] == end
-        listed = list_checkpoints(f"{URL}/run")
+        listed = list_checkpoints(f"{URL}/run", endpoint)
         assert [row["step"] for row in listed] == notes.commits[-2:] and not any(row["damaged"] for row in listed)
         for row in listed:
-            assert verify(row["url"]).damaged == []
+            assert verify(row["url"], endpoint).damaged == []
         held = [*second.log.store.files("shards"), *second.log.store.files("manifests")]
         assert len(held) == 2 * (2 + 1), "nothing is left of the dead attempt"
         with lead(tmp_path, str(tmp_path), end) as calm:
             calm.wait()
-        expected, found = tensors_of(f"{tmp_path}/run"), tensors_of(f"{URL}/run")
+        expected, found = tensors_of(f"{tmp_path}/run"), tensors_of(f"{URL}/run", endpoint=endpoint)
         assert [key for key in expected if not np.array_equal(expected[key], found[key])] == []
 
 
@@ -94,7 +90,7 @@ def test_storage_that_fails_now_and_then_costs_nothing(tmp_path, seed):
         print(*notes.notices, sep="\n")
         assert notes.faults == [] and [row.step for row in notes.rows] == [*range(1, 41)]
         assert notes.commits[-1] == 40 and notes.commits == sorted(set(notes.commits))
-        listed = list_checkpoints(f"{URL}/run")
+        listed = list_checkpoints(f"{URL}/run", endpoint)
         assert [row["step"] for row in listed] == notes.commits
         for row in listed:
-            assert verify(row["url"]).damaged == []
+            assert verify(row["url"], endpoint).damaged == []

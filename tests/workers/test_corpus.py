@@ -91,7 +91,7 @@ def test_any_fsspec_url_will_do(texts):
     for file in texts.iterdir():
         memory.pipe_file(f"/corpus/{file.name}", file.read_bytes())
     corpus = prepare(DataConfig(source="memory://corpus", prepared_url="memory://prepared"))
-    assert corpus.documents == 5 and load(corpus.url) == corpus
+    assert corpus.documents == 5 and load(corpus.store) == corpus
     assert TokenSplit(corpus, corpus.train, 64).sample(0).shape == (65,)
 
 
@@ -281,7 +281,7 @@ def test_an_unknown_format_is_refused(texts, tmp_path):
     index["format"] = "raymuon-tokens-99"
     fsspec.filesystem("file").pipe_file(f"{corpus.url}/index.json", json.dumps(index).encode())
     with pytest.raises(ConfigError, match="raymuon-tokens-99"):
-        load(corpus.url)
+        load(corpus.store)
 
 
 def test_a_corpus_of_the_first_format_is_read_and_never_taken_for_a_new_one(texts, tmp_path, monkeypatch):
@@ -289,7 +289,7 @@ def test_a_corpus_of_the_first_format_is_read_and_never_taken_for_a_new_one(text
     monkeypatch.setattr(corpus_module, "FORMAT", "raymuon-tokens-1")
     old = prepare(config(texts, tmp_path))
     monkeypatch.undo()
-    assert load(old.url) == old
+    assert load(old.store) == old
     assert prepare(config(texts, tmp_path)).url != old.url
 
 

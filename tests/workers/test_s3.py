@@ -1,10 +1,12 @@
 """Storage over two real S3 servers: SeaweedFS, which honours conditions, and rclone's, which ignores them."""
 
+import io
 import os
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,8 +14,9 @@ import pytest
 from jobs.stack.seaweed import KEY, SECRET, s3_environment, seaweedfs
 from tests.servers import rclone
 from workers.common.errors import StorageError
-from workers.common.storage import Store, configure_s3
+from workers.common.storage import Store, open_source
 from workers.common.uploads import PART_BYTES, Bandwidth, abort_old_uploads, upload
+from workers.data.files import files_of
 
 SERVERS = {"seaweedfs": seaweedfs, "rclone": rclone}
 
@@ -29,9 +32,7 @@ def server(request, tmp_path_factory):
 
 @pytest.fixture
 def store(server, request):
-    configure_s3(server[1])
-    yield Store(f"s3://raymuon/{request.node.name.translate({ord(c): '-' for c in '[]'})}")
-    configure_s3("")
+    return Store(f"s3://raymuon/{request.node.name.translate({ord(c): '-' for c in '[]'})}", server[1])
 
 
 class Bytes:
@@ -97,8 +98,7 @@ ODD = ("team//runs/", "a b", "a#b", "a?b=c", "a%41b", "a%2Fb", "añb", "a*[1]{2}
 
 @pytest.mark.parametrize("prefix", ODD)
 def test_odd_prefixes_are_one_place_for_all_that_use_them(server, prefix):
-    configure_s3(server[1])
-    store = Store(f"s3://raymuon/{prefix}")
+    store = Store(f"s3://raymuon/{prefix}", server[1])
     store.probe()
     assert store.create("log/1.json", b"one")
     assert store.names("log") == ["1.json"] and list(store.files("")) == ["log/1.json"]
@@ -106,12 +106,10 @@ def test_odd_prefixes_are_one_place_for_all_that_use_them(server, prefix):
     assert store.child("shards").names("") == ["x"] and store.exists("shards/x")
     for path in ("log/1.json", "shards/x"):
         store.remove(path)
-    configure_s3("")
 
 
 def test_renewed_keys_are_read_again_by_who_has_a_client_already(server, tmp_path, monkeypatch):
     """In a thread that lives on, as a keeper's uploads have; the file is renewed twice."""
-    configure_s3(server[1])
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     file = tmp_path / "credentials"
@@ -121,7 +119,7 @@ def test_renewed_keys_are_read_again_by_who_has_a_client_already(server, tmp_pat
         (tmp_path / "new").write_text(f"[default]\naws_access_key_id={KEY}\naws_secret_access_key={secret}\n")
         (tmp_path / "new").replace(file)
 
-    store = Store("s3://raymuon/renewed")
+    store = Store("s3://raymuon/renewed", server[1])
     with ThreadPoolExecutor(1) as thread:
 
         def works() -> bool:
@@ -133,7 +131,18 @@ def test_renewed_keys_are_read_again_by_who_has_a_client_already(server, tmp_pat
         for secret, good in ((SECRET, True), ("an-expired-one", False), (SECRET, True)):
             renew(secret)
             assert works() is good
-    configure_s3("")
+
+
+def test_an_archive_is_read_from_where_it_is(store, server):
+    """Without a word to the process about that server: another run's texts may be on another one."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("a.txt", "one")
+    store.put("a.zip", packed.getvalue())
+    fs, path = open_source(f"zip://*.txt::{store.url}/a.zip", server[1])
+    assert [fs.cat_file(name) for name in fs.glob(path)] == [b"one"]
+    ((fs, name),) = files_of(f"{store.url}/a.zip", s3_endpoint=server[1])
+    assert fs.cat_file(name) == packed.getvalue()
 
 
 def test_an_upload_that_fails_leaves_nothing(store):
@@ -143,11 +152,7 @@ def test_an_upload_that_fails_leaves_nothing(store):
 
 
 def test_an_upload_that_is_killed_is_invisible_and_collected_later(store, server):
-    code = (
-        "from tests.workers.test_s3 import *\n"
-        f"configure_s3({server[1]!r})\n"
-        f"upload(Store({store.url!r}), 'x', Bytes(64 << 20), Bandwidth(8e6))\n"
-    )
+    code = f"from tests.workers.test_s3 import *\nupload({store!r}, 'x', Bytes(64 << 20), Bandwidth(8e6))\n"
     process = subprocess.Popen([sys.executable, "-c", code])
     while not pending(store):
         assert process.poll() is None

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import fsspec.config
 from fsspec import AbstractFileSystem
 from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.implementations.chained import ChainedFileSystem
@@ -35,28 +34,16 @@ _LOCAL = ("file", "local")
 _WEB = ("http", "https", "data")
 """Their paths are the server's own affair; nothing can be written there."""
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "oss")
+_S3_CLIENT = {
+    "connect_timeout": 5,
+    "read_timeout": 20,  # s3fs tries five times what botocore has tried four times.
+    "retries": {"max_attempts": 3},
+    # Some stores send the whole file's checksum with a range of it; what matters has hashes of its own.
+    "response_checksum_validation": "when_required",
+}
 _keys: list[tuple[int, ...]] | None = None
 """How the files of S3's keys looked when they were read last."""
 _keys_lock = threading.Lock()
-
-
-def configure_s3(endpoint: str = "") -> None:
-    """Set how this process talks to S3: fsspec's own defaults, so that every user of fsspec in it follows.
-
-    Args:
-        endpoint: URL of a store that is not AWS; empty for AWS, or for what the environment says.
-    """
-    options = fsspec.config.conf.setdefault("s3", {})
-    options["config_kwargs"] = {
-        "connect_timeout": 5,
-        "read_timeout": 20,  # s3fs tries five times what botocore has tried four times.
-        "retries": {"max_attempts": 3},
-        # Some stores send the whole file's checksum with a range of it; what matters has hashes of its own.
-        "response_checksum_validation": "when_required",
-    }
-    options["use_listings_cache"] = False  # Another process's new file has to be seen.
-    if endpoint:
-        options["endpoint_url"] = endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +59,12 @@ class Store:
     """A folder under an fsspec URL; `path` arguments are relative to it."""
 
     url: str
+    s3_endpoint: str = ""
+    """URL of the S3 store that it is in, where that is not AWS; empty for AWS, or for what the environment says."""
 
     def child(self, path: str) -> "Store":
         """Return the folder `path` below this one."""
-        return Store(f"{self.url.rstrip('/')}/{path}")
+        return Store(f"{self.url.rstrip('/')}/{path}", self.s3_endpoint)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", _seen_as(self.url))
@@ -83,11 +72,11 @@ class Store:
     @property
     def fs(self) -> AbstractFileSystem:
         """The filesystem."""
-        return open_place(self.url)[0]
+        return open_place(self.url, self.s3_endpoint)[0]
 
     def path(self, path: str = "") -> str:
         """Return the path that the filesystem wants."""
-        root = open_place(self.url)[1].rstrip("/")
+        root = open_place(self.url, self.s3_endpoint)[1].rstrip("/")
         return f"{root}/{path}" if path else root
 
     def read(self, path: str) -> bytes:
@@ -295,31 +284,43 @@ def is_remote(url: str) -> bool:
     return _URL.fullmatch(url) is not None
 
 
-def open_place(url: str) -> tuple[AbstractFileSystem, str]:
+def open_place(url: str, s3_endpoint: str = "") -> tuple[AbstractFileSystem, str]:
     """Return the filesystem of a URL or a local path, and the path that it wants.
 
-    fsspec keeps one instance for each. It lists anew each time: others write there, too.
+    fsspec keeps one instance for each place and endpoint. It lists anew each time: others write there, too.
+
+    Args:
+        url: of the place.
+        s3_endpoint: URL of the S3 store that it is in, where it is in one that is not AWS.
     """
     if not is_remote(url):  # fsspec would take a `::` in it for a chain.
         return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
-    if url.startswith("s3"):
-        _follow_keys()
-    fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
+    fs, path = fsspec.url_to_fs(url, **(_s3_options(url, s3_endpoint) or {"use_listings_cache": False}))
     return fs, str(path)
 
 
-def open_source(url: str) -> tuple[AbstractFileSystem, str]:
+def open_source(url: str, s3_endpoint: str = "") -> tuple[AbstractFileSystem, str]:
     """Do the same for what is only read: it may lie in an archive or behind a cache, as in `zip://*.txt::s3://b/a.zip`.
 
     Raises:
         ConfigError: it names no place.
     """
-    first = url.partition("::")[0].partition("://")[0]
-    if "::" in url and _is_protocol(first):
+    first, *others = (part.partition("://")[0] for part in url.split("::"))
+    if others and _is_protocol(first):
         with storage_errors(url):
             if issubclass(fsspec.get_filesystem_class(first), ChainedFileSystem | AbstractArchiveFileSystem):
-                return fsspec.url_to_fs(url)
-    return open_place(absolute_url(url))
+                behind = {name: _s3_options(name, s3_endpoint) for name in others if name.startswith("s3")}
+                return fsspec.url_to_fs(url, **behind)
+    return open_place(absolute_url(url), s3_endpoint)
+
+
+def _s3_options(url: str, endpoint: str) -> dict[str, Any]:
+    """Return how S3 is talked to; nothing for a place that is not there."""
+    if not url.startswith("s3"):
+        return {}
+    _follow_keys()
+    known = {"endpoint_url": endpoint} if endpoint else {}
+    return {"use_listings_cache": False, "config_kwargs": _S3_CLIENT, **known}
 
 
 def _follow_keys() -> None:

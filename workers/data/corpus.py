@@ -48,6 +48,13 @@ class Corpus:
     documents: int
     train: tuple[Shard, ...]
     validation: tuple[Shard, ...]
+    s3_endpoint: str = ""
+    """Of the S3 store that it is in, where that is not AWS."""
+
+    @property
+    def store(self) -> Store:
+        """Its folder."""
+        return Store(self.url, self.s3_endpoint)
 
     @staticmethod
     def tokens(shards: tuple[Shard, ...]) -> int:
@@ -55,51 +62,53 @@ class Corpus:
         return sum(shard.tokens for shard in shards)
 
 
-def prepare(config: DataConfig, outputs: Collection[str] = ()) -> Corpus:
+def prepare(config: DataConfig, outputs: Collection[str] = (), s3_endpoint: str = "") -> Corpus:
     """Return the prepared corpus of `config.source`; make it where it is not there yet.
 
     Args:
         config: what is read, and where the tokens go.
         outputs: absolute paths of the run's own files, which are no text wherever they lie.
+        s3_endpoint: of an S3 store that is not AWS.
 
     Raises:
         ConfigError: no file matches, or there is no text in the files.
         StorageError: a place cannot be read or written.
     """
-    files = list(files_of(config.source, outputs))
+    files = list(files_of(config.source, outputs, s3_endpoint))
     fingerprint = hashlib.sha256(repr((FORMAT, config.held_out_fraction)).encode())
     for fs, path in files:
         with storage_errors(path):
             fingerprint.update(f"{path}\0{fs.size(path)}\0{fs.ukey(path)}\n".encode())
-    store = Store(config.prepared_url).child(fingerprint.hexdigest()[:16])
-    if not store.exists("index.json") or not _has_shards(corpus := load(store.url), store):
+    store = Store(config.prepared_url, s3_endpoint).child(fingerprint.hexdigest()[:16])
+    if not store.exists("index.json") or not _has_shards(corpus := load(store)):
         _write(config, files, store)
-        corpus = load(store.url)
+        corpus = load(store)
     return corpus
 
 
-def load(url: str) -> Corpus:
-    """Read the index of a prepared corpus.
+def load(store: Store) -> Corpus:
+    """Read the index of the prepared corpus in a folder.
 
     Raises:
         StorageError: it is missing or damaged.
         ConfigError: it is of a format that this version does not know.
     """
+    url = store.url
     try:
-        index = json.loads(Store(url).read("index.json"))
+        index = json.loads(store.read("index.json"))
         if (found := index["format"]) not in READABLE:
             raise ConfigError(f"{url}: token format {found!r}, this version reads {' and '.join(READABLE)}")
         if index["content_hash"] != _content_hash(found, {split: index[split] for split in SPLITS}):
             raise ValueError("its content hash is not that of its shards")
         splits = {split: tuple(Shard(**shard) for shard in index[split]) for split in SPLITS}
-        return Corpus(url, index["content_hash"], int(index["documents"]), **splits)
+        return Corpus(url, index["content_hash"], int(index["documents"]), **splits, s3_endpoint=store.s3_endpoint)
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{url}/index.json: damaged ({error!r}); delete it. {REMAKE}") from error
 
 
-def _has_shards(corpus: Corpus, store: Store) -> bool:
+def _has_shards(corpus: Corpus) -> bool:
     """Tell whether all shards are there in their sizes; their hashes are checked where they are read."""
-    sizes = {name: file.size for name, file in store.files("").items()}
+    sizes = {name: file.size for name, file in corpus.store.files("").items()}
     return all(sizes.get(shard.name) == shard.tokens for shard in (*corpus.train, *corpus.validation))
 
 

@@ -35,12 +35,13 @@ OUTPUT_BELOW = re.compile(r"(^|/)(mlruns|mlartifacts|runs/(artifacts|checkpoints
 """The folders' default names: left out where a folder over them is read, for one may be named itself."""
 
 
-def parts_of(source: str, ask_servers: bool = True) -> list[str]:
+def parts_of(source: str, ask_servers: bool = True, s3_endpoint: str = "") -> list[str]:
     """Return the parts of a source; a comma belongs to a name where a file or folder of that name is there.
 
     Args:
         source: parts with commas between them.
         ask_servers: look for such names at URLs, too.
+        s3_endpoint: of an S3 store that is not AWS.
 
     Raises:
         StorageError: a place cannot be looked at.
@@ -52,32 +53,35 @@ def parts_of(source: str, ask_servers: bool = True) -> list[str]:
             end += 1
         if "://" in pieces[0] and not ask_servers:
             end = 1
-        while end > 1 and not _there(",".join(pieces[:end]).strip()):
+        while end > 1 and not _there(",".join(pieces[:end]).strip(), s3_endpoint):
             end -= 1
         parts.append(",".join(pieces[:end]).strip())
         del pieces[:end]
     return [part for part in parts if part]
 
 
-def files_of(source: str, outputs: Collection[str] = ()) -> Iterator[tuple[AbstractFileSystem, str]]:
+def files_of(
+    source: str, outputs: Collection[str] = (), s3_endpoint: str = ""
+) -> Iterator[tuple[AbstractFileSystem, str]]:
     """Yield the files of a source, in a fixed order.
 
     Args:
         source: names, folders and globs of any fsspec URL with commas between them, or `python-stdlib`.
         outputs: absolute paths of the run's own files whose names a person has chosen.
+        s3_endpoint: of an S3 store that is not AWS.
 
     Raises:
         ConfigError: a part finds nothing.
         StorageError: a place cannot be looked at: a part of the text would be another run.
     """
-    if not (parts := parts_of(source)):
+    if not (parts := parts_of(source, s3_endpoint=s3_endpoint)):
         raise ConfigError(f"data.source={source!r}: it names nothing")
     for part in parts:
         if part == STDLIB:
             fs, found = fsspec.filesystem("file"), _standard_library()
         else:
             with storage_errors(part):
-                fs, path = open_source(part)
+                fs, path = open_source(part, s3_endpoint)
                 found = _found(fs, path, outputs)
         if not found:
             of = "" if parts == [source.strip()] else f" in {part!r}"
@@ -93,10 +97,10 @@ def _standard_library() -> list[str]:
     return [str(path) for path in found if not STDLIB_SKIPS & set(path.relative_to(root).parts)]
 
 
-def _there(part: str) -> bool:
+def _there(part: str, s3_endpoint: str) -> bool:
     """Tell whether a name with a comma in it is there, or a glob below a folder of such a name."""
     with storage_errors(part):
-        fs, path = open_source(part)
+        fs, path = open_source(part, s3_endpoint)
         if _info(fs, path) is not None:
             return True
         folder, pattern = _literal_part(fs, path)

@@ -32,7 +32,7 @@ class TokenSplit:
         self.seq_len = seq_len
         self.num_samples = max(0, (Corpus.tokens(shards) - 1) // seq_len)
         self._ends = list(accumulate(shard.tokens for shard in shards))
-        self._maps = [_open(corpus.url, shard) for shard in shards]
+        self._maps = [_open(corpus.store, shard) for shard in shards]
 
     def sample(self, index: int) -> np.ndarray:
         """Return the `seq_len + 1` tokens of one sample as int64."""
@@ -51,8 +51,9 @@ class TokenSplit:
         return np.stack([self.sample(index) for index in indices])
 
 
-def _open(url: str, shard: Shard) -> np.ndarray:
+def _open(store: Store, shard: Shard) -> np.ndarray:
     """Map a shard and check its hash, so that no run trains on damaged data."""
+    url = store.url
     if not is_remote(url):
         return _mapped(Path(url, shard.name), shard, url)
     # Copied once per node; the name is the content's, so that corpora and runs can share it.
@@ -60,15 +61,15 @@ def _open(url: str, shard: Shard) -> np.ndarray:
     path = Path(cache.url, shard.sha256)
     with suppress(StorageError):
         return _mapped(path, shard, url)
-    cache.put(shard.sha256, _read(url, shard))  # There is none, or a damaged one.
+    cache.put(shard.sha256, _read(store, shard))  # There is none, or a damaged one.
     return _mapped(path, shard, url)
 
 
-def _read(url: str, shard: Shard) -> bytes:
+def _read(store: Store, shard: Shard) -> bytes:
     try:
-        return Store(url).read(shard.name)
+        return store.read(shard.name)
     except NotFoundError as error:
-        raise StorageError(f"{url}/{shard.name}: missing; {REMAKE}") from error
+        raise StorageError(f"{store.url}/{shard.name}: missing; {REMAKE}") from error
 
 
 def _mapped(path: Path, shard: Shard, url: str) -> np.ndarray:
