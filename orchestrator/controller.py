@@ -2,93 +2,43 @@
 
 A generation is formed out of the workers that are ready, goes on from the newest snapshot in the keepers' memory (from
 storage only if no copy is left), and lasts until training ends, the group has to change, or it loses a member. Then the
-next one is formed. The controller decides; what it decides by is in `policy`, how processes are reached in `pool`.
+next one is formed. The controller decides; what it decides by is in `policy`, how processes are reached in `pool`, and
+what becomes of all that they tell in `intake`.
 """
 
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from orchestrator.config import RunConfig
-from orchestrator.group.handles import Gone
+from orchestrator.generation import Change, Generation
 from orchestrator.group.pool import Pool, PoolKeeper, PoolWorker
 from orchestrator.group.worker_group import WorkerGroup
+from orchestrator.intake import Intake
 from orchestrator.log.commits import Commits
 from orchestrator.log.lease import Lease
-from orchestrator.log.saves import Saves
 from orchestrator.policy import (
-    FailurePolicy,
     FaultKind,
     GiveUp,
     buddies,
     choose_members,
     diagnose,
-    newest_snapshot,
     should_grow,
 )
 from orchestrator.record.events import (
-    Event,
     Fault,
     Membership,
-    Reason,
-    Recovery,
-    Source,
 )
 from orchestrator.record.progress import Progress, Recorder
 from orchestrator.stop import StopSignal
 from orchestrator.watchdog import Suspect, Watchdog
 from workers.common.errors import ClusterError, RaymuonError, StorageError
-from workers.reports import (
-    CheckpointDamaged,
-    KeeperLost,
-    Planned,
-    Profiled,
-    Report,
-    Restored,
-    Sampled,
-    SaveFailed,
-    SaveRetried,
-    SaveSkipped,
-    ShardWritten,
-    StepDone,
-    Terminating,
-    Validated,
-)
-from workers.snapshots.kept import KeptShard, Snapshot
 from workers.task import KeeperLinks, Place, Task
 
-INVENTORY_S = 1.0
-"""How long a keeper may take to tell what it has; a dead node's never does."""
 COMMIT_S = 600.0
 """How long to wait for each next part of the last checkpoint, as long as its keepers live."""
 SLOW_LOOK_S = 5.0
-
-
-@dataclass
-class _Change:
-    """Why the next generation is formed, and since when nothing has been trained."""
-
-    reason: Reason
-    cause: str = ""
-    began: float = field(default_factory=time.time)
-    found: float = field(default_factory=time.monotonic)
-    late_s: float = field(init=False)
-    """From its beginning to when it was found."""
-
-    def __post_init__(self) -> None:
-        self.late_s = max(0.0, time.time() - self.began)
-
-    def seconds(self, resumed: float, step_s: float) -> float:
-        """Return the seconds from its beginning to `resumed`, when a step began that took `step_s` and ended just now.
-
-        Nodes tell the time more exactly than we could find out, but a clock may have been set meanwhile.
-        """
-        told, most = resumed - self.began, self.late_s + time.monotonic() - self.found
-        return told if 0.0 <= told <= most else max(0.0, most - step_s)
 
 
 class Controller:
@@ -120,27 +70,19 @@ class Controller:
     ) -> None:
         self.config, self.pool, self.lease, self.stop = config, pool, lease, stop
         self.progress, self.recorder, self.kill_after = progress, recorder, kill_after
-        self.policy = FailurePolicy(config.recovery)
-        self.saves = Saves(config, commits, task, progress, self.policy, recorder)
+        self.intake = Intake(config, pool, commits, task, progress, recorder)
+        self.policy, self.saves = self.intake.policy, self.intake.saves
         self.watchdog = Watchdog(config.recovery.hang_s)
-        self.generation = 0
-        self.members: list[int] = []
-        self.change: _Change | None = _Change("start")
-        self.source: Source = "start"
-        self.restored = 0
-        self.redone = 0
-        self.storage_bytes = 0
-        self._restored: set[int] = set()
-        self._planned = False
-        """Whether a generation has told how the matrices are shared out."""
         self.outcome = ""
         self.ended_at = progress.step
         self._hung: tuple[str, float] | None = None
-        self._reached = 0
-        """Last step that the generation has finished, be it a new one or one that is redone."""
         self._spare_since: float | None = None
         self._looked_for_slow = 0.0
-        self._heard_of_save = 0.0
+
+    @property
+    def generation(self) -> Generation:
+        """The generation that is being led, or the last one."""
+        return self.intake.generation
 
     def run(self) -> str:
         """Train to the end and return `finished`, or `interrupted` after a stop with a checkpoint.
@@ -165,16 +107,16 @@ class Controller:
         self.pool.lose_leaving()
 
         def choose() -> list[int]:
-            return choose_members(self.pool.candidates, self.members, scaling) or []
+            return choose_members(self.pool.candidates, self.generation.members, scaling) or []
 
         def enough() -> bool:
             """The first generation waits for workers that are about to be ready, too."""
             chosen = len(choose())
-            complete = self.generation or chosen == scaling.max_workers or not self.pool.num_starting
+            complete = self.generation.number or chosen == scaling.max_workers or not self.pool.num_starting
             return bool(self.stop.requests or (chosen and complete))
 
         if not self._wait(enough, 0.0):
-            if self.generation:
+            if self.generation.number:
                 self.recorder.notice(f"waiting for {scaling.min_workers} worker(s) to be ready")
             self._wait(enough, scaling.wait_s)
         chosen = choose()
@@ -189,44 +131,45 @@ class Controller:
 
     def _form(self, members: list[PoolWorker]) -> WorkerGroup:
         """Give out a new generation and let it begin."""
-        change = self.change or _Change("start")
-        self.generation += 1
-        self.members = [member.number for member in members]
+        reason = self.intake.change.reason if self.intake.change else "start"
+        self.generation.number += 1
         nodes = [member.node for member in members]
-        snapshot = self._snapshot()
-        manifest = self.saves.task.manifest
+        snapshot, manifest = self.intake.newest_snapshot(), self.saves.task.manifest
         if snapshot is not None and (manifest is None or snapshot.step >= manifest.step):
-            self.source, self.restored = "keepers and storage" if snapshot.saved else "keepers", snapshot.step
-        elif manifest is not None:
-            snapshot, self.source, self.restored = None, "storage", manifest.step
-        else:
-            snapshot, self.source, self.restored = None, "start", 0
-        self.redone = max(0, max(self.progress.step, self.progress.seen) - self.restored)
-        self._reached = self.restored
-        if snapshot is not None:
+            source, restored = "keepers and storage" if snapshot.saved else "keepers", snapshot.step
             for keeper in self.pool.keepers.values():
                 keeper.handle.call("drop", snapshot.generation)
-        self.storage_bytes = 0
-        self._restored.clear()
-        group = WorkerGroup(self.generation, members, self.pool, self.watchdog)
+        elif manifest is not None:
+            snapshot, source, restored = None, "storage", manifest.step
+        else:
+            snapshot, source, restored = None, "start", 0
+        self.intake.generation = generation = Generation(
+            number=self.generation.number,
+            members=[member.number for member in members],
+            source=source,
+            restored=restored,
+            redone=max(0, max(self.progress.step, self.progress.seen) - restored),
+            reached=restored,
+        )
+        group = WorkerGroup(generation.number, members, self.pool, self.watchdog)
         group.told = self.progress.step
-        self._event(
+        self.recorder.event(
             Membership(
-                **self._now(),
-                generation=self.generation,
+                **self.intake.now(),
+                generation=generation.number,
                 world_size=len(members),
                 previous_world_size=self.progress.world_size,
-                reason=change.reason,
+                reason=reason,
                 nodes=tuple(nodes),
                 pids=tuple(member.ready.pid for member in members if member.ready),
                 devices=tuple(sorted({member.ready.device for member in members if member.ready})),
-                source=self.source,
-                restored_step=self.restored,
+                source=source,
+                restored_step=restored,
             )
         )
         self.progress.world_size = len(members)
         place = Place(
-            generation=self.generation,
+            generation=generation.number,
             rank=0,
             world_size=len(members),
             host="",
@@ -234,7 +177,7 @@ class Controller:
             snapshot=snapshot,
             validated=self.progress.validated,
             committed=self.progress.committed,
-            tell_plan=not self._planned,
+            tell_plan=not self.intake.planned,
         )
         group.start(self.saves.task, place, self._links(group))
         self.pool.training = True
@@ -246,8 +189,8 @@ class Controller:
         Returns:
             False if a part is only a copy with another node's keeper, or went meanwhile: then it takes a generation.
         """
-        self.generation += 1  # Keepers listen to the last one no more.
-        snapshot = self._snapshot()
+        self.generation.number += 1  # Keepers listen to the last one no more.
+        snapshot = self.intake.newest_snapshot()
         self.ended_at = max(0, self.progress.committed)
         if snapshot is not None and snapshot.step > self.ended_at:
             self.recorder.notice(f"stopping, with a checkpoint of step {snapshot.step}; once more ends at once")
@@ -270,27 +213,6 @@ class Controller:
         self.outcome = "interrupted"
         return True
 
-    def _snapshot(self) -> Snapshot | None:
-        """Ask all keepers what they have; take in the rows and the validation that come with it."""
-        asked: list[Future[list[KeptShard]]] = [
-            keeper.handle.call("inventory", self.generation) for keeper in self.pool.keepers.values() if keeper.address
-        ]
-        done, _ = wait(asked, INVENTORY_S)
-        kept: list[KeptShard] = []
-        for answer in done:
-            with suppress(Gone):  # The pool finds out by itself.
-                kept += answer.result()
-        snapshot = newest_snapshot(kept, self.saves.newest)
-        if snapshot is None:
-            return None
-        notes = next(shard for shard in snapshot.shards if shard.agreed).notes
-        for row in notes["rows"]:
-            self._take(StepDone(generation=snapshot.generation, rank=0, **row))
-        if notes["validation"] is not None:
-            self._take(Validated(generation=snapshot.generation, rank=0, **notes["validation"]))
-        # The notes have served; the workers need the counters alone.
-        return replace(snapshot, shards=tuple(replace(shard, notes={}) for shard in snapshot.shards))
-
     def _links(self, group: WorkerGroup) -> dict[str, KeeperLinks]:
         """Return the keepers of the ranks on each node."""
         buddy = buddies(node for node in group.nodes if self.pool.keeper_of(node))
@@ -303,7 +225,7 @@ class Controller:
 
     def _lead(self, group: WorkerGroup) -> None:
         """Listen to a generation until it is over, and find out what comes next."""
-        leaving: _Change | None = None
+        leaving: Change | None = None
         stopping, keepers = False, self._keepers(group)
         while not group.over and not group.broken:
             if not group.ended:  # From then on a checkpoint may be with them that nobody else has.
@@ -312,7 +234,7 @@ class Controller:
             # Before anything else: what follows may wait for MLflow or storage, and silence meanwhile is our own.
             for suspect in self.watchdog.suspects(self.pool.look()):
                 self._end_hung(group, suspect)
-            self._take_all(reports)
+            self.intake.take(reports)
             group.told = self.progress.step
             self.pool.refresh()
             self._look_after()
@@ -331,46 +253,41 @@ class Controller:
         ended = next(iter(group.ended.values()))
         outcome, self.ended_at = ended.outcome, ended.step
         if outcome == "paused" and not stopping:
-            self._after_change(group, leaving or _Change("grow"))
-        elif self._await_commit(lambda: self._keepers(group) == keepers, self.generation):
+            self._after_change(group, leaving or Change("grow"))
+        elif self._await_commit(lambda: self._keepers(group) == keepers, group.generation):
             self.outcome = "finished" if outcome == "finished" else "interrupted"
         else:
             self._recover(group)
 
-    def _wants_change(self, group: WorkerGroup) -> _Change | None:
+    def _wants_change(self, group: WorkerGroup) -> Change | None:
         """Return why the group should be formed anew at the next boundary, if it should."""
         numbers = {member.number for member in group.members}
         if leaving := [rank for rank, member in enumerate(group.members) if member.leaving]:
-            return _Change("preemption", f"rank {leaving[0]} was asked to end (SIGTERM)")
+            return Change("preemption", f"rank {leaving[0]} was asked to end (SIGTERM)")
         going = [member.node for member in group.members if member.node in self.pool.draining]
         if going:
-            return _Change("preemption", f"node {going[0][:8]} goes away in {self.pool.draining[going[0]]:.0f} s")
+            return Change("preemption", f"node {going[0][:8]} goes away in {self.pool.draining[going[0]]:.0f} s")
         spare = [worker for worker in self.pool.free if worker.number not in numbers]
-        if not spare or not self._begun or self._reached + 2 >= self.saves.task.last_step:
+        if not spare or not self.generation.begun or self.generation.reached + 2 >= self.saves.task.last_step:
             self._spare_since = None
             return None
         self._spare_since = self._spare_since or time.monotonic()
         waited = time.monotonic() - self._spare_since
         if should_grow(len(numbers), len(spare), self.pool.num_starting, waited, self.config.scaling):
-            return _Change("grow", f"{len(spare)} more worker(s) are ready")
+            return Change("grow", f"{len(spare)} more worker(s) are ready")
         return None
-
-    @property
-    def _begun(self) -> bool:
-        """Tell whether the generation has finished a step."""
-        return self._reached > self.restored
 
     @property
     def _too_few_stay(self) -> bool:
         """Tell whether the group has to wait for others, perhaps for long, once those that go are gone."""
         return len(self.pool.candidates) < self.config.scaling.min_workers
 
-    def _after_change(self, group: WorkerGroup, change: _Change) -> None:
+    def _after_change(self, group: WorkerGroup, change: Change) -> None:
         """All have left at a boundary: the next generation goes on from there."""
         self._spare_since = None
         # One that is still being recovered from counts from its beginning.
-        began = self.change.began if self.change else max(ended.time for ended in group.ended.values())
-        self.change = change = _Change(change.reason, change.cause, began)
+        began = self.intake.change.began if self.intake.change else max(ended.time for ended in group.ended.values())
+        self.intake.change = change = Change(change.reason, change.cause, began)
         if change.reason == "preemption":
             self._budget("preemption", change.cause, None)
 
@@ -381,14 +298,14 @@ class Controller:
     def _await_commit(self, kept: Callable[[], bool], generation: int) -> bool:
         """Wait for the checkpoint that ends the run; False if it is not with its keepers any more."""
         step = self.ended_at
-        self._heard_of_save = time.monotonic()
+        self.intake.heard_of_save = time.monotonic()
 
         def decided() -> bool:
             if self.progress.committed >= step or (not kept() and not self.saves.needs_no_keeper(generation, step)):
                 return True
             if (error := self.saves.given_up.get((generation, step))) is not None:
                 raise StorageError(error)
-            if time.monotonic() > self._heard_of_save + COMMIT_S:
+            if time.monotonic() > self.intake.heard_of_save + COMMIT_S:
                 raise StorageError(f"the checkpoint of step {step}: no part of it was written for {COMMIT_S:g} s")
             return False
 
@@ -404,9 +321,9 @@ class Controller:
             RaymuonError: this was one fault too many, or one that would come again.
         """
         found_at = time.time()
-        self._take_all(group.settle())
+        self.intake.take(group.settle())
         for rank, text in group.stacks.items():
-            self.recorder.stack(f"generation-{self.generation}-rank-{rank}", text)
+            self.recorder.stack(f"generation-{group.generation}-rank-{rank}", text)
         for rank, ended in group.ended.items():
             if ended.broken:
                 self.pool.lose(group.members[rank].number)
@@ -414,15 +331,13 @@ class Controller:
         if self._hung is not None:
             found = replace(found, seen="hung", cause=self._hung[0], began=self._hung[1])
             self._hung = None
-        # Once every rank has its state, the group is in a step, if only in its first.
-        in_step = len(self._restored) == group.world_size
-        self._event(
+        self.recorder.event(
             Fault(
-                **self._now(),
+                **self.intake.now(),
                 kind=found.seen,
                 cause=found.cause,
-                generation=self.generation,
-                during_recovery=not in_step,
+                generation=group.generation,
+                during_recovery=not self.generation.in_step,
                 ranks=found.ranks,
                 began=found.began,
             )
@@ -430,9 +345,11 @@ class Controller:
         if found.error is not None:
             raise self._ending(found.error)
         # A second fault while the first is being recovered from counts from the first.
-        since = self.change.began if self.change is not None and self.change.reason != "start" else found.began
-        self.change = _Change("fault", found.cause, since)
-        next_step = self._reached + 1 if in_step and self._reached < self.saves.task.last_step else None
+        change, generation = self.intake.change, self.generation
+        since = change.began if change is not None and change.reason != "start" else found.began
+        self.intake.change = Change("fault", found.cause, since)
+        in_training = generation.in_step and generation.reached < self.saves.task.last_step
+        next_step = generation.reached + 1 if in_training else None
         delay = self._budget(found.kind, found.cause, next_step)
         if delay:
             self.recorder.notice(f"trying again in {delay:g} s: {found.cause}")
@@ -461,8 +378,6 @@ class Controller:
             self.recorder.notice(f"--kill-worker: rank {group.world_size - 1} is killed now")
             self.pool.end(group.members[-1].number, evidence=False)
 
-    # -- reports -------------------------------------------------------------------------------------------------------
-
     def _wait(self, until: Callable[[], bool], seconds: float = math.inf) -> bool:
         """Wait for something while no group is led, and look after everything else meanwhile."""
         return self.pool.wait(until, self._look_after, seconds)
@@ -471,84 +386,7 @@ class Controller:
         """Find out whether the run is still ours to lead, and take in what the pool knows."""
         self.stop.check()
         self.lease.check()
-        self._take_all(self.pool.take_reports())
-        self.saves.try_again()
-        for _ in range(self.pool.take_lost_keepers()):
-            self.saves.keeper_lost()
-        for usage in self.pool.take_usage():
-            self.recorder.usage(usage)
-
-    def _take_all(self, reports: list[Report]) -> None:
-        for report in reports:
-            self._take(report)
-
-    def _take(self, report: Report) -> None:
-        match report:
-            case StepDone():
-                if report.generation == self.generation:
-                    self._reached = report.step
-                if report.step > self.progress.step:
-                    self._step(report)
-            case Validated() if report.step > self.progress.validated:
-                self.progress.validated = report.step
-                self.recorder.report(report)
-                self.saves.take_held()
-            case ShardWritten():
-                self._heard_of_save = time.monotonic()
-                self.saves.take(report)
-            case SaveFailed():
-                self.saves.failed(report.generation, report.step, report.error)
-            case SaveRetried():
-                self._heard_of_save = time.monotonic()
-                self.recorder.notice(f"step {report.step}: rank {report.rank} writes its shard again: {report.error}")
-            case SaveSkipped():
-                self.saves.skipped(report.step)
-                self.recorder.notice(f"step {report.step}: no checkpoint; earlier ones are still being written")
-            case CheckpointDamaged():
-                self.saves.fall_back(report)
-            case Restored():
-                self._restored.add(report.rank)
-                self.storage_bytes += report.storage_bytes
-            case Terminating():
-                if (worker := self.pool.workers.get(self.members[report.rank])) is not None:
-                    worker.leaving = True
-            case KeeperLost():
-                self.recorder.notice(f"rank {report.rank} has lost its keeper ({report.error}); training goes on")
-            case Planned() | Sampled() | Profiled():
-                self._planned = self._planned or isinstance(report, Planned)
-                self.recorder.report(report)
-
-    def _step(self, report: StepDone) -> None:
-        """A step that was never finished before."""
-        self.policy.progressed()
-        self.recorder.tally.step(report.seconds)
-        self.progress.step, self.progress.tokens = report.step, report.tokens
-        if self.change is not None and report.generation == self.generation:
-            change, self.change = self.change, None
-            if change.reason != "start" or self.restored:
-                recovery = Recovery(
-                    **self._now(),
-                    reason=change.reason,
-                    cause=change.cause,
-                    generation=self.generation,
-                    world_size=self.progress.world_size,
-                    source=self.source,
-                    steps_redone=self.redone,
-                    storage_bytes=self.storage_bytes,
-                    resumed=report.time - report.seconds,
-                    seconds=change.seconds(report.time - report.seconds, report.seconds),
-                )
-                self.recorder.tally.recovered(recovery)
-                self._event(recovery)
-        self.recorder.step(report, self.progress.world_size)
-        self.saves.begun(report.step)
-        self.saves.take_held()
-
-    def _event(self, event: Event) -> None:
-        self.recorder.event(event)
-
-    def _now(self) -> dict[str, Any]:
-        return {"time": time.time(), "step": self.progress.step}
+        self.intake.look_after_pool()
 
     def _ending(self, error: RaymuonError) -> RaymuonError:
         """Return the error that ends the run, with what is left of it."""

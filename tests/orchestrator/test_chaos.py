@@ -35,7 +35,7 @@ class Chaos:
 
     def on_step(self, step: int) -> None:
         # Rows may come out of a group that has just lost somebody; the next one is there soon.
-        whole = all(number in self.lead.pool.workers for number in self.lead.controller.members)
+        whole = all(number in self.lead.pool.workers for number in self.lead.controller.generation.members)
         if self.plan and step >= self.plan[0] and whole:
             self.plan.pop(0)
             kind = self.random.choices(("member", "recovery", "keeper", "outside"), (6, 2, 1, 2))[0]
@@ -53,7 +53,7 @@ class Chaos:
 
     def member(self, step: int) -> None:
         """A worker breaks by itself, at a certain place."""
-        rank = self.random.randrange(len(self.lead.controller.members))
+        rank = self.random.randrange(len(self.lead.controller.generation.members))
         phase, action = self.random.choice(PHASES), self.random.choice(ACTIONS)
         self.done.append(f"rank {rank}: {action} at {phase}, from step {step + 1} on")
         self.worker(rank).handle.call("inject", phase, step + 1, action, self.random.randint(1, 2))
@@ -81,7 +81,7 @@ class Chaos:
             self.random.choice(workers).handle.kill()
 
     def worker(self, rank: int):
-        return self.lead.pool.workers[self.lead.controller.members[rank]]
+        return self.lead.pool.workers[self.lead.controller.generation.members[rank]]
 
 
 def chaotic_run(folder, nodes, scaling, seed, faults, **changes) -> Chaos:

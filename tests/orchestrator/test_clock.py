@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.controller import _Change
+from orchestrator.generation import Change
 from orchestrator.record.events import Elapsed, Tally
 
 DAY = 86_400.0
@@ -64,6 +64,6 @@ def test_the_seconds_of_a_recovery_are_never_negative_nor_those_of_a_clock(monke
     now = {"monotonic": 100.0, "time": 1e9}
     monkeypatch.setattr(time, "monotonic", lambda: now["monotonic"])
     monkeypatch.setattr(time, "time", lambda: now["time"])
-    change = _Change("fault", "x", began=1e9 - 2.0, found=100.0)
+    change = Change("fault", "x", began=1e9 - 2.0, found=100.0)
     now = {"monotonic": 107.0, "time": 1e9 + 7.0 + jump}
     assert change.seconds(now["time"] - 1.0, 1.0) == pytest.approx(seconds)

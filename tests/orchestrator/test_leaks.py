@@ -28,13 +28,13 @@ def test_fifty_recoveries_leave_nothing_behind(tmp_path):
         if number == RECOVERIES:
             lead.stop.request()
         else:
-            member = lead.pool.workers[lead.controller.members[number % 2]].handle
+            member = lead.pool.workers[lead.controller.generation.members[number % 2]].handle
             phase = ("compute", "reduce", "boundary")[number % 3]
             member.call("inject", phase, lead.controller.progress.step + 1, "raise")
 
     def recovered(event) -> None:
         if isinstance(event, Recovery):
-            members = [lead.pool.workers[number].handle for number in lead.controller.members]
+            members = [lead.pool.workers[number].handle for number in lead.controller.generation.members]
             measured.append([member.call("measure").result(30) for member in members])
             break_again()
 

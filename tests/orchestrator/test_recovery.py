@@ -70,7 +70,7 @@ def broken_run(folder, nodes, break_it, scaling=THREE, recovery=None, **changes)
 
 
 def inject(lead: Lead, rank: int, *plan) -> None:
-    lead.pool.workers[lead.controller.members[rank]].handle.call("inject", *plan)
+    lead.pool.workers[lead.controller.generation.members[rank]].handle.call("inject", *plan)
 
 
 def inject_at_start(lead: Lead, rank: int, *plan) -> None:
@@ -126,7 +126,7 @@ def test_a_worker_that_is_asked_to_end_is_left_at_a_boundary(uninterrupted, tmp_
     asked = []
 
     def terminate(lead):
-        worker = lead.pool.workers[lead.controller.members[1]]
+        worker = lead.pool.workers[lead.controller.generation.members[1]]
         asked.append(worker.handle.process)
         os.kill(worker.handle.process.pid, signal.SIGTERM)
 
@@ -158,7 +158,7 @@ def test_a_lost_node_whose_copies_are_away_costs_no_step(tmp_path):
 
     def kill(step: int) -> None:
         if step == 8:
-            number = lead.controller.members[2]
+            number = lead.controller.generation.members[2]
             worker, deadline = psutil.Process(lead.pool.workers[number].ready.pid), time.monotonic() + 100
             while worker.status() != psutil.STATUS_STOPPED:
                 assert time.monotonic() < deadline
@@ -261,11 +261,11 @@ def test_a_standby_takes_the_place_at_once(uninterrupted, tmp_path):
     def kill(lead):
         while len(lead.pool.candidates) < 4:
             lead.pool.refresh()
-        seen["standby"] = ({c.number for c in lead.pool.candidates} - set(lead.controller.members)).pop()
+        seen["standby"] = ({c.number for c in lead.pool.candidates} - set(lead.controller.generation.members)).pop()
         inject(lead, 1, "compute", 9, "kill")
 
     lead, notes = broken_run(tmp_path, {"a": 4}, kill, scaling={**THREE, "standby": 1})
-    assert len(notes.faults) == 1 and seen["standby"] in lead.controller.members
+    assert len(notes.faults) == 1 and seen["standby"] in lead.controller.generation.members
     assert_equal_states(folder, tmp_path)
 
 
