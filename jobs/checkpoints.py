@@ -22,7 +22,7 @@ def list_checkpoints(url: str, s3_endpoint: str = "") -> list[dict[str, Any]]:
     Raises:
         StorageError: nothing is there.
     """
-    store = Store(absolute_url(url.rstrip("/")), s3_endpoint)
+    store = Store(absolute_url(url), s3_endpoint)
     if not store.exists():
         raise StorageError(f"{url}: no such folder or bucket")
     runs = [store] if store.names("log") else [store.child(name) for name in store.names("")]

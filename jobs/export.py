@@ -15,7 +15,7 @@ from orchestrator.log.run_log import Entry, find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader
 from workers.common.errors import ConfigError, StorageError
-from workers.common.storage import Store, absolute_url
+from workers.common.storage import Store, shared_url
 from workers.config import MODEL_CONFIGS, ModelConfig
 
 SHARD_BYTES = 4 << 30
@@ -53,7 +53,7 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_e
     model, about = model_of(manifest), _about(manifest)
     generation = about.pop("generation_config")
     refuse_unloadable(model)
-    target = Store(absolute_url(to), s3_endpoint)
+    target = Store(shared_url(to), s3_endpoint)
     if target.names(""):
         raise ConfigError(f"--to {to}: something is there already; name a new folder")
 

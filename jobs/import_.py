@@ -14,7 +14,7 @@ from orchestrator.log.run_log import RunLog
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
 from workers.common.errors import ConfigError
-from workers.common.storage import Store, absolute_url
+from workers.common.storage import Store, shared_url
 from workers.config import LlamaConfig, ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -34,7 +34,7 @@ def import_model(folder: str, to: str, say: Callable[[str], object] = lambda tex
     source = Path(folder)
     described = describe(read_json(source / "config.json"))
     about = {**described.about, "generation_config": _generation_config(source, described)}
-    store = Store(absolute_url(to.rstrip("/")), s3_endpoint)
+    store = Store(shared_url(to), s3_endpoint)
     if store.names(""):
         raise ConfigError(f"--to {to}: something is there already; name a new folder")
     with open_weights(source) as weights:

@@ -21,6 +21,7 @@ from workers.common.errors import ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+SWITCH = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
 def load(config: str, overrides: list[str]) -> RunConfig:
@@ -100,10 +101,11 @@ def _merge(values: Any, overrides: list[str], name: str) -> dict[str, Any]:
 def _override(override: str) -> Any:
     """Return one `key=value` as OmegaConf has it.
 
-    A text stands for itself: as YAML the name 1e-3 is a number, and 12:30 is 750. In quotes it is YAML's text.
+    A text stands for itself, and a number is the one that people read: to YAML the name 1e-3 is a number, 010 is 8 and
+    12:30 is 750. In quotes it is YAML's text.
     """
     key, _, text = override.partition("=")
-    if _leaves(RunConfig, "").get(key) is not str or text[:1] in ("'", '"'):
+    if _leaves(RunConfig, "").get(key) not in TYPE_NAMES or text[:1] in ("'", '"'):
         return OmegaConf.from_dotlist([override])
     change = OmegaConf.create()
     OmegaConf.update(change, key, text)
@@ -116,7 +118,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            problems.append(_unknown(name))
+            problems.append(_unknown(name, cls))
         elif kinds := _sections(hints[key]):
             if not isinstance(value, dict):
                 problems.append(f"{name}: is a section with keys of its own, not {value!r}")
@@ -127,6 +129,8 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
                 problems.append(f"{name}.name: must be one of {known}, not {value['name']!r}")
         else:
             try:
+                if hints[key] is bool and str(value).lower() not in SWITCH:
+                    raise OmegaConfBaseException  # It would take any number but 0 for true.
                 arguments[key] = getattr(OmegaConf.merge(OmegaConf.structured(cls), {key: value}), key)
             except OmegaConfBaseException:
                 problems.append(f"{name}: must be {_type_name(hints[key])}, not {value!r}")
@@ -158,9 +162,12 @@ def _default_name(kind: type) -> str:
     return next(field.default for field in fields(kind) if field.name == "name")  # type: ignore[arg-type]
 
 
-def _unknown(name: str) -> str:
-    """Say that there is no such key, and which one may have been meant."""
+def _unknown(name: str, cls: type) -> str:
+    """Say that `cls` has no such key, and which one may have been meant."""
     known = _leaves(RunConfig, "")
+    if name in known:
+        section = name.rpartition(".")[0]
+        return f"{name}: unknown key where {section}.name={_default_name(cls)}"
     same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     close = same_leaf or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"{name}: unknown key" + (f"; did you mean {' or '.join(close)}?" if close else "")

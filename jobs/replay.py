@@ -5,7 +5,6 @@ the run's own world size, on the same kind of hardware and with the same code, e
 same float. Otherwise they are equal within a tolerance, or the first step that is not is named.
 """
 
-import json
 import math
 import os
 import tempfile
@@ -19,7 +18,7 @@ from jobs.record import OTHER_PRECISION, TOLERANCE, Attempt, Comparison, Record,
 from jobs.runs import TrackedRun, find
 from jobs.screen import Screen
 from jobs.table import print_table
-from jobs.tell import tell
+from jobs.tell import json_text, tell
 from jobs.watch import TerminalWatcher
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, absolute
 from orchestrator.driver import Options, run
@@ -249,7 +248,7 @@ def _keep(record: "RunRecord", found: TrackedRun, comparison: Comparison) -> Non
     record.tag("raymuon.replay", _verdict(comparison))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "replay.json"
-        path.write_text(json.dumps([asdict(one) for one in comparison.differences], indent=1))
+        path.write_text(json_text([asdict(one) for one in comparison.differences], indent=1))
         record.artifact(path)
 
 

@@ -5,7 +5,6 @@ that the cluster's nodes cannot reach. Then the MLflow run is made, so that its 
 the job goes on with that very run however often a cluster starts it again.
 """
 
-import json
 import secrets
 import sys
 from contextlib import suppress
@@ -21,7 +20,7 @@ from jobs.output import nobody_reads
 from jobs.ray_jobs import ENDED, RUN_ID, Jobs
 from jobs.runs import TrackedRun
 from jobs.screen import Screen, mlflow_page
-from jobs.tell import tell
+from jobs.tell import json_text, tell
 from orchestrator.config import RunConfig, absolute, flatten
 from orchestrator.preflight import run_store
 from orchestrator.reach import reach_tracking
@@ -206,11 +205,11 @@ def _plan(config: RunConfig, target: Target) -> str:
     machines = Machines(gpus=gpus, gpu_type=target.gpu_type, calibration=calibration)
     if not machines.known:
         told = orthogonalization(config, gpus).as_dict() if config.optim.name == "muon" else {"gpus": gpus}
-        return json.dumps(told, indent=1)
+        return json_text(told, indent=1)
     plan = plan_run(config, machines)
     plan.require_fit()
     Screen(stderr=True).print(plan.summary())
-    return json.dumps(plan.as_dict(), indent=1)
+    return json_text(plan.as_dict(), indent=1)
 
 
 def _new_job(run_id: str) -> str:
@@ -244,7 +243,7 @@ def _start(jobs: Jobs, job: str, target: Target, config: RunConfig, run_id: str,
         runtime_env: dict[str, Any] = {"working_dir": str(folder), "env_vars": variables}
         if target.pin:
             runtime_env["pip"] = {"packages": pins(), "pip_check": False}
-        jobs.submit(job, f"python -m jobs.cli {command}", runtime_env, metadata)
+        jobs.submit(job, f"python -m jobs {command}", runtime_env, metadata)
 
 
 def image_env(image: str, variables: dict[str, str]) -> dict[str, Any]:

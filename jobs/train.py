@@ -14,6 +14,7 @@ from jobs.load import load, plain_yaml
 from jobs.screen import Screen, command, mlflow_page
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
+from optim.schedule import cut_short
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, run
 from orchestrator.group.cluster import JOB_VARIABLE, is_local
@@ -50,6 +51,8 @@ def train(
         kill_after=kill_worker,
     )
     with TerminalWatcher(run_config.train.global_batch * run_config.train.seq_len) as watcher:
+        if left_out := cut_short(run_config.optim, run_config.train.steps):
+            watcher.warn(left_out)
         if look and is_local(address):
             with stop.abruptly():  # It imports torch.
                 _look(run_config, watcher)

@@ -21,3 +21,20 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
         decay_steps = config.decay_fraction * steps
         share = min(1.0, max(0, steps - step) / decay_steps) if decay_steps else 1.0
     return config.lr * (floor + (1 - floor) * share)
+
+
+def cut_short(config: OptimConfig, steps: int) -> str:
+    """Return what a run of `steps` leaves out of its schedule; empty where it comes about whole."""
+    warmup = config.warmup_steps
+    share = learning_rate(config, min(warmup + 1, steps), steps) / config.lr
+    if warmup >= steps:
+        return (
+            f"optim.warmup_steps={warmup} are all of train.steps={steps}: the learning rate ends at {share:.2f} of "
+            "optim.lr"
+        )
+    if config.schedule == "wsd" and warmup > (1 - config.decay_fraction) * steps:
+        return (
+            f"optim.warmup_steps={warmup} end within the decay, optim.decay_fraction={config.decay_fraction} of "
+            f"train.steps={steps}: the learning rate falls from optim.lr to {share:.2f} of it at once"
+        )
+    return ""

@@ -8,7 +8,7 @@ from optim.checks import filled, no_password, require, within
 from optim.config import OptimConfig
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError
-from workers.common.storage import absolute_url
+from workers.common.storage import shared_url
 from workers.config import (
     CheckpointConfig,
     DataConfig,
@@ -195,7 +195,7 @@ def absolute(config: RunConfig) -> RunConfig:
 
 def _place(key: str, url: str) -> str:
     try:
-        return absolute_url(url)
+        return shared_url(url)
     except ConfigError as error:
         raise ConfigError(f"{key}={error}") from error
 

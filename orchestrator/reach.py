@@ -22,6 +22,8 @@ ANSWER_S = 10.0
 SQLITE = "sqlite:///"
 KNOWN = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "file")
 """Schemes of tracking stores that MLflow has itself."""
+FOLDERS = "MLFLOW_ALLOW_FILE_STORE"
+"""MLflow's variable with which it keeps runs in a folder as of old."""
 NOBODY = (407, 502, 503, 504)
 """What a proxy answers that does not reach the server, or that does not let us through."""
 
@@ -54,7 +56,12 @@ def reach_tracking(uri: str, experiment: str = "") -> None:
     if scheme in ("http", "https"):
         found = _ask(uri, experiment)
     elif experiment and uri.startswith(SQLITE):
-        found = _look(Path(uri.removeprefix(SQLITE).partition("?")[0]), experiment)
+        found = _look(uri, experiment)
+    elif scheme in ("", "file") and uri != "databricks" and os.environ.get(FOLDERS, "").lower() != "true":
+        raise ConfigError(
+            f"tracking.uri={uri}: MLflow keeps no new runs in folders; write {SQLITE}PATH, http://HOST:5000, or set "
+            f"{FOLDERS}=true"
+        )
     if found.get("lifecycle_stage") == "deleted":
         raise deleted_experiment(uri, experiment, str(found.get("experiment_id")))
 
@@ -136,14 +143,21 @@ def _cause(error: BaseException) -> str:
     return str(error).rpartition(">: ")[2] or type(error).__name__
 
 
-def _look(file: Path, experiment: str) -> dict[str, Any]:
-    """Return what a database says of an experiment; nothing where it does not say, or not yet."""
-    if not file.is_file():
+def _look(uri: str, experiment: str) -> dict[str, Any]:
+    """Return what a database says of an experiment; nothing where it does not say, or not yet.
+
+    Raises:
+        StorageError: the file is none.
+    """
+    file = Path(uri.removeprefix(SQLITE).partition("?")[0])
+    if not file.exists():
         return {}
     query = "SELECT lifecycle_stage, experiment_id FROM experiments WHERE name = ?"
     try:
         with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=REACH_S)) as database:
             row = database.execute(query, (experiment,)).fetchone()
-    except sqlite3.Error:  # Without tables yet, locked, or no database: MLflow tells.
-        return {}
+    except sqlite3.Error as error:
+        if not file.is_file() or error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+            raise StorageError(f"tracking.uri={uri}: {file} is no SQLite database; name another file") from error
+        return {}  # Without tables yet, or locked: MLflow tells.
     return {"lifecycle_stage": row[0], "experiment_id": row[1]} if row else {}

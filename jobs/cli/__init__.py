@@ -3,6 +3,7 @@
 Exit codes: 0 ok, 2 config, 3 cluster, 4 training, 5 storage or tracking, 130 interrupted.
 """
 
+import os
 import signal
 import sys
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.__main__ import on_signals
 from jobs.cli import before, bench, checkpoints, runs
 from jobs.cli.options import BUILT_IN
 from jobs.output import outlive_output
@@ -50,11 +52,11 @@ def raymuon(
 
 
 def main() -> None:
-    """Run the command line; the console script's entry."""
+    """Run the command line."""
     outlive_output()
-    # For what has no handler of its own: files that are only of this process are removed, as after a Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        # For what has no handler of its own: files that are only of this process are removed, as after a Ctrl-C.
+        on_signals(signal.default_int_handler)
         code = app(standalone_mode=False) or 0
     except RaymuonError as error:
         sys.stderr.write(visible(f"raymuon: {error}\n"))
@@ -71,4 +73,6 @@ def main() -> None:
         if message := error.format_message():
             sys.stderr.write(visible(f"raymuon: {message}; see raymuon --help\n"))
         code = 2
+    sys.stdout.flush()
+    on_signals(lambda *_: os._exit(code))
     sys.exit(code)

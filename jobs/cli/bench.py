@@ -1,12 +1,12 @@
 """`raymuon bench`: measurements, as ratios where there is a rival."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from jobs.cli.options import AsJson, Overrides, S3Endpoint, writable
+from jobs.tell import json_text, tell
 
 app = typer.Typer()
 bench_app = typer.Typer(no_args_is_help=True, help="Measurements against rivals, as ratios.")
@@ -121,4 +121,7 @@ def _say(line: str) -> None:
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
-    typer.echo(json.dumps(result) if as_json else json.dumps(result, indent=2))
+    if as_json:
+        tell(result)
+    else:
+        typer.echo(json_text(result, indent=2))

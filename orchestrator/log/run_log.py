@@ -300,7 +300,7 @@ class RunLog:
 def split_step(url: str) -> tuple[str, int | None]:
     """Split `URL@STEP` into the run's folder and the step; without a step the newest is meant."""
     base, at, step = url.rpartition("@")
-    return (base, int(step)) if at and step.isdigit() else (url, None)
+    return (base, int(step)) if at and step.isdecimal() else (url, None)
 
 
 def find_commit(url: str, s3_endpoint: str = "") -> tuple[RunLog, Entry]:

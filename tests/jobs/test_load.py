@@ -54,7 +54,7 @@ def test_the_models_name_chooses_its_keys():
     assert isinstance(config.model, LlamaConfig) and config.model.num_kv_heads == 4
     with pytest.raises(ConfigError, match=r"model.name: must be one of moonlight, llama, not 'lama'"):
         load("demo-llama", ["model.name=lama"])
-    with pytest.raises(ConfigError, match="model.kv_lora_rank: unknown key"):
+    with pytest.raises(ConfigError, match="model.kv_lora_rank: unknown key where model.name=llama"):
         load("demo-llama", ["model.kv_lora_rank=4"])
 
 
@@ -102,8 +102,36 @@ def test_every_number_has_to_be_finite(value):
 )
 def test_numbers_that_ruin_a_model_are_refused_by_key(override):
     key, _, _ = override.partition("=")
-    with pytest.raises(ConfigError, match=rf"{key} must be"):
+    with pytest.raises(ConfigError, match=rf"{key}:? must be"):
         load("demo", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        *(("train.steps=010", 10), ("train.steps= 7", 7), ("train.steps='12'", 12), ("optim.lr=1e-3", 1e-3)),
+        *(("optim.lr=.5", 0.5), ("optim.nesterov=off", False), ("optim.nesterov=0", False)),
+        *(("optim.nesterov=True", True), ("optim.warmup_steps=${train.steps}", 400)),
+        *(("train.steps=12:30", None), ("train.steps=0x10", None), ("train.steps=0b1", None), ("train.steps=", None)),
+        *(("train.steps=null", None), ("train.steps=true", None), ("optim.lr=1:30", None), ("optim.lr=true", None)),
+        *(("optim.nesterov=2", None), ("optim.nesterov=1.0", None), ("optim.nesterov=null", None)),
+    ],
+)
+def test_a_number_is_what_people_read_and_not_what_yaml_makes_of_it(override, value):
+    """To YAML 010 is 8 and 12:30 is 750; whatever is not 0 would be true."""
+    key = override.partition("=")[0]
+    if value is None:
+        with pytest.raises(ConfigError, match=f"{key}: must be"):
+            load("demo", [override])
+    else:
+        section, name = key.split(".")
+        assert getattr(getattr(load("demo", [override]), section), name) == value
+
+
+def test_a_switch_in_a_file_is_no_number(tmp_path):
+    (tmp_path / "a.yaml").write_text("optim: {nesterov: 2}")
+    with pytest.raises(ConfigError, match="optim.nesterov: must be true or false, not 2"):
+        load(str(tmp_path / "a.yaml"), [])
 
 
 def test_all_problems_are_gathered_with_hints():
@@ -127,7 +155,7 @@ def test_all_problems_are_gathered_with_hints():
         "optim.lrr: unknown key; did you mean optim.lr?",
         "steps: unknown key; did you mean train.steps?",
         "train.steps: must be a whole number, not 'many'",
-        "train.seq_len: must be a whole number, not 1.5",
+        "train.seq_len: must be a whole number, not '1.5'",
         "data: is a section with keys of its own, not 3",
         "optim.name: must be one of muon, adamw, not 'adam'",
         "nonsense: unknown key",

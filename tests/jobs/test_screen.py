@@ -48,7 +48,7 @@ def test_what_steers_becomes_an_escape_and_all_other_text_stays():
 
 def test_an_error_does_not_steer_the_terminal_either(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "config", "no\x1b[2Jsuch"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "jobs", "config", "no\x1b[2Jsuch"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2 and "\x1b" not in done.stderr and r"no\x1b[2Jsuch" in done.stderr
 

@@ -4,7 +4,7 @@ import pytest
 
 from optim.checks import ConfigProblems
 from optim.config import OptimConfig
-from optim.schedule import learning_rate
+from optim.schedule import cut_short, learning_rate
 
 
 def test_cosine_warms_up_peaks_and_ends_at_the_final_rate():
@@ -25,6 +25,28 @@ def test_wsd_is_flat_then_falls_in_a_line():
 
 def test_a_warm_up_longer_than_the_run_is_a_line():
     assert learning_rate(OptimConfig(lr=1.0, warmup_steps=20), 5, 10) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "told"),
+    [
+        ({"warmup_steps": 20}, 10, "the learning rate ends at 0.50 of optim.lr"),
+        ({"warmup_steps": 1}, 1, "the learning rate ends at 1.00 of optim.lr"),
+        ({"warmup_steps": 9}, 10, ""),
+        ({}, 1, ""),
+        ({"schedule": "wsd", "decay_fraction": 1.0}, 10, ""),
+        ({"schedule": "wsd", "decay_fraction": 0.2, "warmup_steps": 8}, 10, ""),
+        (
+            {"schedule": "wsd", "decay_fraction": 0.8, "warmup_steps": 5},
+            10,
+            "falls from optim.lr to 0.55 of it",
+        ),
+        ({"schedule": "wsd", "decay_fraction": 0.8, "warmup_steps": 10}, 10, "the learning rate ends at 1.00"),
+    ],
+)
+def test_what_a_short_run_leaves_out_of_its_schedule_is_told(settings, steps, told):
+    found = cut_short(OptimConfig(lr=0.5, **settings), steps)
+    assert told in found and bool(told) == bool(found)
 
 
 def test_all_problems_are_told_at_once():

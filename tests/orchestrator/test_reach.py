@@ -187,11 +187,34 @@ def test_who_cannot_be_there_is_told_at_once(environment, uri, told):
     "uri",
     ["runs/mlruns", "file:///x/mlruns", "databricks", "databricks://me", "postgresql+psycopg2://h/x", "mysql://h/x"],
 )
-def test_what_mlflow_itself_has_to_try_passes(uri):
+def test_what_mlflow_itself_has_to_try_passes(uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     reach_tracking(uri, "x")
 
 
-def test_the_known_schemes_are_those_of_mlflow():
+@pytest.mark.parametrize("uri", ["runs/mlruns", "file:///x/mlruns", "file:mlruns", "/x", ".", ""])
+def test_a_folder_which_mlflow_will_refuse_is_refused_at_once(uri, monkeypatch):
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    with pytest.raises(ConfigError, match="MLflow keeps no new runs in folders; write sqlite:///PATH"):
+        reach_tracking(uri)
+
+
+@pytest.mark.parametrize("content", [b"some text, long enough for a page " * 200, b"short", None])
+def test_what_is_no_database_is_told_at_once(tmp_path, content):
+    file = tmp_path / "a b.db"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(StorageError, match="is no SQLite database; name another file"):
+        reach_tracking(f"sqlite:///{file}", "x")
+    fresh = tmp_path / "fresh.db"
+    fresh.write_bytes(b"")  # As an interrupted start leaves it.
+    reach_tracking(f"sqlite:///{fresh}", "x")
+
+
+def test_the_known_schemes_are_those_of_mlflow(monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
     for scheme in _tracking_store_registry._registry:

@@ -1,6 +1,11 @@
 import json
+import os
 import tempfile
+import threading
+import zipfile
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -84,6 +89,43 @@ def test_prepared_once_and_again_when_the_text_changes(texts, tmp_path):
     (texts / "0.txt").write_text("something else")
     second = prepare(config(texts, tmp_path))
     assert second.content_hash != first.content_hash and second.url != first.url
+
+
+@pytest.mark.parametrize("hidden", ["", "Last-Modified"])
+def test_a_text_on_a_server_that_has_changed_is_read_again(tmp_path, hidden):
+    """As long as before, and whether or not the server says when it was changed."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def send_header(self, keyword, value):
+            if keyword != hidden:
+                super().send_header(keyword, value)
+
+        def log_message(self, *_):
+            pass
+
+    (tmp_path / "web").mkdir()
+    file = tmp_path / "web" / "a.txt"
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=file.parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = f"http://127.0.0.1:{server.server_port}/a.txt"
+        found = []
+        for text, at in (("a" * 100, 10**9), ("a" * 100, 10**9), ("b" * 100, 10**9 + 60)):
+            file.write_text(text)
+            os.utime(file, (at, at))
+            found.append(prepare(DataConfig(source=source, prepared_url=str(tmp_path / "prepared"))))
+        server.shutdown()
+    assert found[0] == found[1] and found[2].content_hash != found[0].content_hash
+
+
+def test_a_text_in_an_archive_that_has_changed_is_read_again(tmp_path):
+    config = DataConfig(source=f"zip://*.txt::{tmp_path}/a.zip", prepared_url=str(tmp_path / "prepared"))
+    found = []
+    for text in ("a" * 100, "b" * 100):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("a.txt", text)
+        fsspec.get_filesystem_class("zip").clear_instance_cache()
+        found.append(prepare(config).content_hash)
+    assert found[0] != found[1]
 
 
 def test_any_fsspec_url_will_do(texts):

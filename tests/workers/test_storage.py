@@ -2,12 +2,14 @@ import errno
 import os
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from orchestrator.config import RunConfig, absolute
 from orchestrator.log.run_log import FencedError, RunLog, find_commit
 from orchestrator.record.journal import Journal, read_journal
 from workers.common.errors import ConfigError, StorageError
@@ -120,6 +122,15 @@ REFUSED = {
 def test_what_no_store_would_find_again_is_refused_everywhere(url, use):
     with pytest.raises(ConfigError, match=REFUSED[url]):
         use(url)
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "data", "train"])
+def test_a_place_that_no_other_process_sees_is_refused(key):
+    """Checkpoints in it would be the keepers' own: a run trained on, and committed nothing."""
+    config, section = RunConfig(), {"checkpoint": "url", "data": "prepared_url", "train": "init"}[key]
+    changed = replace(getattr(config, key), **{section: "memory://x"})
+    with pytest.raises(ConfigError, match=rf"{key}.{section}='memory://x': .* goes with it; name another place"):
+        absolute(replace(config, **{key: changed}))
 
 
 def test_a_package_that_is_missing_is_named():

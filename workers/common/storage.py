@@ -279,6 +279,20 @@ def absolute_url(url: str) -> str:
     return url if is_remote(url) else str(Path(url).expanduser().resolve())
 
 
+def shared_url(url: str) -> str:
+    """Do the same for a place that other processes have to find.
+
+    Raises:
+        ConfigError: as above, or what is written there is seen by no other process.
+    """
+    url = absolute_url(url)
+    if url.startswith("memory://"):
+        raise ConfigError(
+            f"{url!r}: what is written there is this process' alone, and goes with it; name another place"
+        )
+    return url
+
+
 def is_remote(url: str) -> bool:
     """Tell a URL from a path on this machine."""
     return _URL.fullmatch(url) is not None

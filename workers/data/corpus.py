@@ -27,6 +27,8 @@ READABLE = ("raymuon-tokens-1", FORMAT)
 END_OF_DOCUMENT = b"\0"
 SHARD_BYTES = 64 * 2**20
 SPLITS = ("train", "validation")
+VALIDATORS = {"ETag", "Last-Modified", "Content-MD5", "Digest"}
+"""By which a web server tells that a file is another one; fsspec's info has them under these names."""
 REMAKE = "`raymuon train` with the same data.source makes it again, and the same"
 
 
@@ -78,12 +80,19 @@ def prepare(config: DataConfig, outputs: Collection[str] = (), s3_endpoint: str 
     fingerprint = hashlib.sha256(repr((FORMAT, config.held_out_fraction)).encode())
     for fs, path in files:
         with storage_errors(path):
-            fingerprint.update(f"{path}\0{fs.size(path)}\0{fs.ukey(path)}\n".encode())
+            fingerprint.update(f"{path}\0{fs.size(path)}\0{_version_of(fs, path)}\n".encode())
     store = Store(config.prepared_url, s3_endpoint).child(fingerprint.hexdigest()[:16])
     if not store.exists("index.json") or not _has_shards(corpus := load(store)):
         _write(config, files, store)
         corpus = load(store)
     return corpus
+
+
+def _version_of(fs: AbstractFileSystem, path: str) -> str:
+    """Return what changes with a file: fsspec's own `ukey` of web servers and archives goes by the name alone."""
+    if {"http", "https"} & {*fs.protocol} and not VALIDATORS & fs.info(path).keys():
+        return hashlib.sha256(fs.cat_file(path)).hexdigest()  # type: ignore[arg-type]
+    return AbstractFileSystem.ukey(fs, path)
 
 
 def load(store: Store) -> Corpus:

@@ -1,0 +1,79 @@
+"""The first half second of a command, and its last: what asks for an end then."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
+
+
+def begin(*arguments: str, ignored: signal.Signals | None = None) -> subprocess.Popen:
+    """Start the command, and return when it imports."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "jobs", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=ignored and (lambda: signal.signal(ignored, signal.SIG_IGN)),
+    )
+    assert any("typer" in line for line in process.stderr)
+    return process
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_during_the_imports_ends_the_command_in_a_line(number):
+    process = begin("train", "demo")
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    said = [line for line in told.splitlines() if not line.startswith("import time:")]
+    assert (process.returncode, said) == (130, ["raymuon: interrupted"])
+
+
+def test_a_signal_that_was_ignored_before_stays_so():
+    process = begin("--version", ignored=signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and output.startswith("raymuon ")
+
+
+LATE = """
+import os, sys, threading, time
+from jobs.__main__ import main
+
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number={number}):
+        kill(process, number)
+
+def later():
+    time.sleep(60)
+
+sys.modules["late"] = Late()
+sys.argv = ["raymuon", "nowhere"]
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_after_the_end_leaves_the_exit_code(number):
+    done = subprocess.run([sys.executable, "-c", LATE.format(number=int(number))], cwd=ROOT, capture_output=True)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done
+
+
+def test_a_signal_ends_what_python_waits_for_at_the_end():
+    """As a thread that is still in the middle of something."""
+    code = LATE.replace('sys.modules["late"] = Late()', "threading.Thread(target=later).start()").format(number=0)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
+    assert b"No such command" in process.stderr.readline()
+    os.kill(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode in (2, 130) and b"Traceback" not in told
+
+
+def test_the_command_begins_there():
+    assert 'raymuon = "jobs.__main__:main"' in (ROOT / "pyproject.toml").read_text()
