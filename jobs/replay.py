@@ -110,7 +110,7 @@ def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
         stretch=Stretch(run_url=found.url, manifest=manifest, corpus=corpus, last_step=last),
         artifacts=keep,
     )
-    with _Listener(config.train.global_batch * config.train.seq_len, replayed) as watcher:
+    with _Listener(replayed) as watcher:
         result = run(config, "never", request.address, watcher, stop, options)
     if result.status != "finished":
         raise stop.interrupted(f"interrupted at step {result.steps} of {last}")
@@ -210,8 +210,8 @@ def precision_of(precision: str, devices: tuple[str, ...]) -> str:
 class _Listener(TerminalWatcher):
     """Shows the replay, and puts its rows down."""
 
-    def __init__(self, tokens_per_step: int, into: Record) -> None:
-        super().__init__(tokens_per_step)
+    def __init__(self, into: Record) -> None:
+        super().__init__()
         self.into = into
         self.devices: tuple[str, ...] = ()
 

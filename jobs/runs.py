@@ -25,13 +25,8 @@ class TrackedRun:
     """The last value of each."""
     s3_endpoint: str = ""
     """Of the S3 store that its folder is in, where that is not AWS."""
-
-    @property
-    def step(self) -> int | None:
-        """The last finished step, of which the tokens tell; None before the first."""
-        batch = int(self.params.get("train.global_batch", 0)) * int(self.params.get("train.seq_len", 0))
-        tokens = newest(self.metrics, "tokens")
-        return int(tokens) // batch if batch and tokens is not None else None
+    step: int | None = None
+    """The last finished step, as far as MLflow has been told; None before the first."""
 
     @property
     def store(self) -> Store:
@@ -67,6 +62,9 @@ def find(run: str, tracking_uri: str, s3_endpoint: str = "") -> TrackedRun:
 
     known = look_up(tracking_uri, run)
     tags, params = dict(known.data.tags), dict(known.data.params)
+    # Nothing else of MLflow's tells at which step the last value came, without the whole history.
+    steps = {metric.key: metric.step for metric in known.data.to_proto().metrics}
+    step = newest(steps, "loss")
     return TrackedRun(
         known.info.run_id,
         tags.get("raymuon.checkpoint_url", ""),
@@ -77,4 +75,5 @@ def find(run: str, tracking_uri: str, s3_endpoint: str = "") -> TrackedRun:
         params,
         dict(known.data.metrics),
         s3_endpoint or params.get("storage.s3_endpoint", ""),
+        None if step is None else int(step),
     )

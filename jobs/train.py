@@ -50,7 +50,7 @@ def train(
         take_over=take_over,
         kill_after=kill_worker,
     )
-    with TerminalWatcher(run_config.train.global_batch * run_config.train.seq_len) as watcher:
+    with TerminalWatcher() as watcher:
         if left_out := cut_short(run_config.optim, run_config.train.steps):
             watcher.warn(left_out)
         if look and is_local(address):

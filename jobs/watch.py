@@ -16,9 +16,8 @@ LOG_S = 10.0
 class TerminalWatcher:
     """Shows step, loss, tokens per second and the time that is left, on stderr."""
 
-    def __init__(self, tokens_per_step: int) -> None:
+    def __init__(self) -> None:
         self.console = Screen(stderr=True)
-        self.tokens_per_step = tokens_per_step
         self.last_step = 0
         self.warned = ""
         self.next_line = 0.0
@@ -68,9 +67,9 @@ class TerminalWatcher:
         """Move the bar, or write a line now and then."""
         match report:
             case StepDone():
-                speed = self.tokens_per_step / report.seconds
+                speed = report.step_tokens / report.seconds
                 self.rate = 0.9 * self.rate + 0.1 * speed if self.rate else speed
-                left = (self.last_step - report.step) * self.tokens_per_step / self.rate
+                left = (self.last_step - report.step) * report.step_tokens / self.rate
                 numbers = f"loss {report.loss:.4f}  {self.rate:,.0f} tokens/s"
                 if self.task is not None:
                     self.bar.update(self.task, completed=report.step, numbers=numbers)

@@ -221,6 +221,11 @@ class TrainConfig:
         """Micro-batch slots of a global batch."""
         return self.global_batch // self.micro_batch
 
+    @property
+    def positions_per_step(self) -> int:
+        """Positions that a step computes; how many of them have a target that counts each step counts itself."""
+        return self.global_batch * self.seq_len
+
     def validates(self, step: int) -> bool:
         """Tell whether a validation belongs to a step."""
         return step in (0, self.steps) or bool(self.validate_every and step % self.validate_every == 0)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from workers.models import LanguageModel
+from workers.models import LanguageModel, logits_of
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def generate(
     model.eval()
     for _ in range(num_bytes):
         progress()
-        logits = model(torch.tensor([tokens[-context:]], device=device))[0, -1].float().cpu()
+        logits = logits_of(model, torch.tensor([tokens[-context:]], device=device))[0, -1].float().cpu()
         token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=random))
         if token == 0:
             break

@@ -1,33 +1,34 @@
 """The step loop of one rank in one generation, from the state it was given to the last step, a pause or a fault.
 
 A step: this rank's micro-batch slots forward and backward; DeepSpeed reduces, clips and calls the optimizer; the shard
-is copied into the keeper's memory; then one small all-reduce, the boundary. The boundary carries the loss sum, the
-token count, a non-finite flag, a pause flag, whether the snapshot was written, and the experts' load. Every rank gets
-the same sums, so every rank takes the same decision: to pause, to skip, to snapshot, to save.
+is copied into the keeper's memory; then one small all-reduce, the boundary. The boundary carries the loss sum, a
+non-finite flag, a pause flag, whether the snapshot was written, the experts' load, and how many targets count in the
+next step: a step's gradients are divided by that, so it has to be known before the first of them, and every rank reads
+its part of a step while it trains on the one before. Every rank gets the same sums, so every rank takes the same
+decision: to pause, to skip, to snapshot, to save.
 
 No state counts that is not finite: the boundary tells of it before the snapshot of its step is agreed on, so that
 neither a recovery nor a checkpoint can come from it.
 """
 
-import json
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from optim.schedule import learning_rate
 from workers.common.errors import TrainingError
 from workers.controls import Controls, Pause
-from workers.data.order import random_seed, samples_of_slot, slots_of_rank
-from workers.data.tokens import TokenSplit
+from workers.data.order import random_seed
 from workers.engine import Engine
+from workers.feed import Feed, counted
 from workers.generate import generate
+from workers.objective import Batch, gradient_weight, summed_loss
 from workers.reports import Sampled, SaveFailed, SaveSkipped, StepDone, Validated
 from workers.snapshots.schedule import SnapshotSchedule
 from workers.snapshots.writer import SnapshotWriter
@@ -55,6 +56,9 @@ class Boundary:
 
     loss: float
     tokens: int
+    """Targets of this step that count."""
+    next_tokens: int
+    """Of the next one."""
     skipped: bool
     """A gradient was not finite: DeepSpeed changed nothing, on any rank."""
     finite: bool
@@ -73,7 +77,7 @@ class Boundary:
 
 
 class Trainer:
-    """One rank's step loop.
+    """One rank's step loop; all ranks make theirs together.
 
     Args:
         task: what to train.
@@ -85,11 +89,7 @@ class Trainer:
 
     def __init__(self, task: Task, member: Place, engine: Engine, counters: Counters, controls: Controls) -> None:
         self.task, self.member, self.engine, self.counters, self.controls = task, member, engine, counters, controls
-        corpus = task.corpus
-        self.train_split = TokenSplit(corpus, corpus.train, task.train.seq_len)
-        self.validation_split = TokenSplit(corpus, corpus.validation, task.train.seq_len)
-        self.slots = slots_of_rank(task.train.slots, engine.world_size, engine.rank)
-        self.ledger = _Ledger(task, member)
+        self.feed = Feed(task, member)
         self.validated, self.saved = member.validated, member.committed
         self.storage_keeps_up = True
         self.snapshot_step = -1
@@ -110,6 +110,9 @@ class Trainer:
         self.validation: dict[str, Any] | None = None
         """The last one, which the driver may not have."""
         self.rows: deque[dict[str, Any]] = deque(maxlen=ROWS_KEPT)
+        self.upcoming = self.feed.step(counters.step + 1)
+        self.tokens = int(self._sum(counted(self.upcoming)))
+        """Targets that count in the step that comes next, over all ranks."""
 
     def run(self) -> str:
         """Train until the last step (`finished`) or until somebody asks for a pause (`paused`).
@@ -159,7 +162,7 @@ class Trainer:
             group["lr"] = lr
         self.controls.mark("reduce", step)
         part("logits")
-        self.telemetry.before_update(counts=bool(self.slots))
+        self.telemetry.before_update(counts=bool(self.feed.slots))
         part("reduce")
         with self.telemetry.counting():
             engine.engine.step()
@@ -179,6 +182,7 @@ class Trainer:
             "lr": lr,
             "grad_norm": float(engine.zero._global_grad_norm),
             "tokens": counters.tokens,
+            "step_tokens": boundary.tokens,
             "seconds": time.perf_counter() - clock,
             "expert_imbalance": _imbalance(boundary.expert_load),
             "skipped": counters.skipped,
@@ -200,52 +204,57 @@ class Trainer:
         return boundary.pause
 
     def _forward_backward(self, step: int) -> Tensor:
-        """Accumulate the gradient of this rank's slots and return their summed loss in nats, fp64 on the device."""
-        train, engine = self.task.train, self.engine
-        total = torch.zeros((), dtype=torch.float64, device=engine.device)
-        global_tokens = train.global_batch * train.seq_len
-        clock = time.perf_counter()
-        # A rank without a slot runs one of weight zero: the reduction needs a gradient from everybody.
-        for slot in self.slots or [0]:
-            self.controls.mark("compute", step)
-            indices = samples_of_slot(
-                self.task.seed, step, slot, train.global_batch, train.micro_batch, self.train_split.num_samples
+        """Accumulate the gradient of this rank's slots and return their summed loss in nats, fp64 on the device.
+
+        Raises:
+            TrainingError: there is nothing to learn from in this step, on any rank.
+        """
+        engine, part = self.engine, self.telemetry.clock.part
+        if not self.tokens:
+            raise TrainingError(
+                f"step {step}: none of the targets in its global batch counts, so there is nothing to learn from; "
+                "look at the data of this step"
             )
-            torch.manual_seed(random_seed(self.task.seed, step, slot))
-            self.telemetry.clock.part("forward")
-            loss_sum = self._loss(engine.engine, self.train_split, indices)
-            weight = engine.world_size / global_tokens if self.slots else 0.0  # DeepSpeed averages over the ranks.
-            self.telemetry.clock.part("backward")
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        weight = gradient_weight(self.tokens, engine.world_size)
+        clock = time.perf_counter()
+        for slot in self.upcoming:
+            self.controls.mark("compute", step)
+            torch.manual_seed(random_seed(self.task.seed, step, slot.number))
+            part("forward")
+            loss_sum = self._loss(engine.engine, slot.batch)
+            part("backward")
             engine.engine.backward(loss_sum * weight, scale_wrt_gas=False)
-            if self.slots:
-                total += loss_sum.detach()
-                self.ledger.add(step, slot, indices)
-        if not self.slots:
+            total += loss_sum.detach()
+            self.feed.trained(step, slot)
+        if not self.feed.slots:
             engine.model.clear_expert_load()
-        self.controls.busy((time.perf_counter() - clock) / max(1, len(self.slots)))
+        part("forward")
+        self.upcoming = self.feed.step(step + 1)
+        self.controls.busy((time.perf_counter() - clock) / len(self.upcoming))
         return total
 
-    def _loss(self, model: Any, split: TokenSplit, indices: list[int]) -> Tensor:
-        """Return the summed cross-entropy of the samples, in nats."""
-        tokens = torch.from_numpy(split.batch(indices)).to(self.engine.device)
-        logits = model(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
+    def _loss(self, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+        """Return the summed loss of a batch through the engine or the model alone."""
+        batch = batch.to(self.engine.device)
+        return summed_loss(forward(batch.inputs), self.engine.model.head, batch.targets)
 
     def _boundary(self, loss_sum: Tensor, written: bool, keeps_up: bool, cost: float, seconds: float) -> Boundary:
-        model, train, ranks = self.engine.model, self.task.train, self.engine.world_size
+        model, ranks = self.engine.model, self.engine.world_size
         load = model.expert_load()
-        tokens = len(self.slots) * train.micro_batch * train.seq_len
+        ahead = counted(self.upcoming)
         pause = self.controls.pause()
         bad = self.engine.zero.overflow
         finite = is_finite(self.engine)
-        scalars = [loss_sum.item(), tokens, bad, finite, pause.leave, pause.save, written, keeps_up, cost, seconds]
+        scalars = [loss_sum.item(), ahead, bad, finite, pause.leave, pause.save, written, keeps_up, cost, seconds]
         mine = torch.tensor([float(value) for value in scalars], dtype=torch.float64)
         sums = self.engine.all_reduce(torch.cat([mine, load.flatten().cpu()]))
         model.clear_expert_load()
-        loss, tokens, bad, finite, leave, save, written, keeps_up, cost, seconds = sums[: len(scalars)].tolist()
+        loss, ahead, bad, finite, leave, save, written, keeps_up, cost, seconds = sums[: len(scalars)].tolist()
         return Boundary(
-            loss=loss / tokens,
-            tokens=int(tokens),
+            loss=loss / self.tokens,
+            tokens=self.tokens,
+            next_tokens=int(ahead),
             skipped=bad > 0,
             finite=finite == ranks,
             pause=Pause(leave > 0, save > 0),
@@ -281,6 +290,7 @@ class Trainer:
             self.engine.model.balance_experts(boundary.expert_load)
         counters.step = step
         counters.tokens += boundary.tokens
+        self.tokens = boundary.next_tokens
         counters.applied_steps = self.engine.optimizer.applied_steps
 
     # -- snapshots, validation, checkpoints ----------------------------------------------------------------------------
@@ -315,8 +325,11 @@ class Trainer:
 
     def _all(self, mine: bool) -> bool:
         """Tell whether every rank says yes."""
-        yes = self.engine.all_reduce(torch.tensor([float(mine)], dtype=torch.float64))
-        return yes.item() == self.engine.world_size
+        return self._sum(mine) == self.engine.world_size
+
+    def _sum(self, mine: float) -> float:
+        """Return the sum of what each rank has."""
+        return self.engine.all_reduce(torch.tensor([float(mine)], dtype=torch.float64)).item()
 
     def _save_is_due(self, step: int) -> bool:
         every = self.task.checkpoint.every
@@ -353,24 +366,27 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Measure the mean loss over the first held-out sequences, spread evenly; the same ones every time.
+        """Measure the mean loss over the held-out sequences.
 
         Raises:
-            TrainingError: it is not finite.
+            TrainingError: it is not finite, or nothing counts.
         """
-        train, engine, split = self.task.train, self.engine, self.validation_split
-        count = min(train.validate_sequences, split.num_samples)
-        indices = [i * split.num_samples // count for i in range(count)]
-        chunks = [indices[i : i + train.micro_batch] for i in range(0, count, train.micro_batch)]
-        mine = [chunks[i] for i in slots_of_rank(len(chunks), engine.world_size, engine.rank)]
+        engine = self.engine
         engine.model.eval()
-        total = 0.0
-        for chunk in mine:
+        total, tokens = 0.0, 0
+        for batch in self.feed.validation():
             self.controls.mark("validate", self.counters.step)
-            total += self._loss(engine.model, split, chunk).item()
+            total += self._loss(engine.model, batch).item()
+            tokens += batch.counted
         self.controls.mark("validate", self.counters.step)
         engine.model.train()
-        loss = engine.all_reduce(torch.tensor([total], dtype=torch.float64)).item() / (count * train.seq_len)
+        total, tokens = self._sum(total), self._sum(tokens)
+        if not tokens:
+            raise TrainingError(
+                f"step {self.counters.step}: none of the targets in the held-out sequences counts, so there is no "
+                "validation loss; look at the held-out data, or raise train.validate_sequences"
+            )
+        loss = total / tokens
         if not math.isfinite(loss):
             raise TrainingError(f"step {self.counters.step}: the validation loss is {loss}; lower optim.lr")
         self.validation = {"step": self.counters.step, "loss": loss, "time": time.time()}
@@ -380,20 +396,3 @@ class Trainer:
 
 def _imbalance(load: Tensor) -> float:
     return (load.amax(1) / load.mean(1).clamp(min=1)).max().item() if load.numel() else 0.0
-
-
-class _Ledger:
-    """Writes down which samples this process trained on, one line a slot, for whoever wants proof."""
-
-    def __init__(self, task: Task, member: Place) -> None:
-        self.file = None
-        self.place = {"attempt": task.attempt, "generation": member.generation}
-        if task.data.ledger:
-            folder = Path(task.data.ledger)
-            folder.mkdir(parents=True, exist_ok=True)
-            name = f"{task.attempt:04d}-{member.generation:04d}-{member.rank:05d}.jsonl"
-            self.file = (folder / name).open("a", buffering=1)
-
-    def add(self, step: int, slot: int, samples: list[int]) -> None:
-        if self.file:
-            self.file.write(json.dumps({**self.place, "step": step, "slot": slot, "samples": samples}) + "\n")

@@ -21,12 +21,14 @@ class StepDone(Report):
 
     step: int
     loss: float
-    """Mean over the global batch, nats per token."""
+    """Mean over the targets that count in the global batch, nats per token."""
     lr: float
     grad_norm: float
     """Before clipping."""
     tokens: int
-    """Trained on so far, by the whole run."""
+    """Targets that counted so far, in the whole run."""
+    step_tokens: int
+    """Of them, this step's."""
     seconds: float
     """Of this step."""
     expert_imbalance: float

@@ -24,6 +24,7 @@ from workers.engine import Engine
 from workers.gpus import peak_tflops
 from workers.models import build
 from workers.models.attention import Logits, take_logits, watch
+from workers.objective import batch_of, summed_loss
 from workers.reports import Profiled
 from workers.traffic import COLLECTIVES, Traffic
 
@@ -104,7 +105,7 @@ class Telemetry:
         warm_up(config, engine.model.config, train, engine)
         self.due = False
         self.profiler: torch.profiler.profile | None = None
-        self.flops_per_step = train.global_batch * train.seq_len * engine.model.flops_per_token(train.seq_len)
+        self.flops_per_step = train.positions_per_step * engine.model.flops_per_token(train.seq_len)
         self._logits = take_logits(engine.model)
         self._before: list[Tensor] = []
         self._traffic = Traffic()
@@ -270,8 +271,8 @@ def _compile_watched(config: ModelConfig, train: TrainConfig, dtype: torch.dtype
         config = replace(config, num_dense_layers=1)
     model = build(config, initialize=False).to(device, dtype)
     watch(model, True)
-    tokens = torch.zeros(train.micro_batch, train.seq_len, dtype=torch.int64, device=device)
-    model(tokens).float().sum().backward()
+    batch = batch_of(torch.zeros(train.micro_batch, train.seq_len + 1, dtype=torch.int64, device=device))
+    summed_loss(model(batch.inputs), model.head, batch.targets).backward()
 
 
 def svd_entropy(matrix: Tensor) -> float | None:

@@ -13,6 +13,7 @@ from workers.config import MoonlightConfig
 from workers.controls import Controls
 from workers.engine import Engine, build_engine, default_device, join_process_group, leave_process_group
 from workers.loop import Trainer
+from workers.objective import batch_of, gradient_weight, summed_loss
 from workers.reports import CheckpointDamaged, Planned, Restored
 from workers.snapshots.reader import SnapshotReader
 from workers.state import Counters, WeightsOnly, first_not_finite, load_state, shard_map
@@ -124,8 +125,9 @@ def rehearse(task: Task) -> None:
     join_process_group(0, 1, HashStore(), device)
     engine = build_engine(tiny, task.optim, replace(task.train, seq_len=16), 0, device)
     try:
-        tokens = torch.zeros(1, 16, dtype=torch.int64, device=device)
-        engine.engine.backward(engine.engine(tokens).float().square().mean(), scale_wrt_gas=False)
+        batch = batch_of(torch.zeros(1, 17, dtype=torch.int64, device=device))
+        loss = summed_loss(engine.engine(batch.inputs), engine.model.head, batch.targets)
+        engine.engine.backward(loss * gradient_weight(batch.counted, 1), scale_wrt_gas=False)
         engine.engine.step()
         warm_up(task.telemetry, task.model, task.train, engine)
         engine.destroy()

@@ -23,6 +23,7 @@ from optim.zero1 import Zero1Optimizer
 from orchestrator.config import RunConfig
 from workers.engine import build_engine, deepspeed, deepspeed_config, default_device, join_process_group
 from workers.models import LanguageModel, build
+from workers.objective import Batch, batch_of, summed_loss
 
 WARMUP = 3
 """Rounds that are not counted: in them DeepSpeed's Muon is compiled."""
@@ -49,7 +50,8 @@ def main(config_path: str, rounds: int) -> None:
     device = default_device()
     join_process_group(rank, world_size, store, device)
     torch.manual_seed(config.seed)
-    tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch, config.train.seq_len + 1)).to(device)
+    tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch, config.train.seq_len + 1))
+    batch = batch_of(tokens).to(device)
 
     engines: dict[str, Any] = {}
     refused: dict[str, str] = {}
@@ -65,7 +67,7 @@ def main(config_path: str, rounds: int) -> None:
     for round_ in range(WARMUP + rounds):
         names = list(engines)
         for name in names[:: -1 if round_ % 2 else 1]:
-            taken = _step(engines[name], tokens)
+            taken = _step(engines[name], batch)
             if round_ >= WARMUP:
                 seconds[name].append(taken)
     result = {
@@ -116,12 +118,11 @@ def _rivals(config: RunConfig) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _step(engine: Any, tokens: Tensor) -> float:
+def _step(engine: Any, batch: Batch) -> float:
     _meet()
     clock = time.perf_counter()
-    logits = engine(tokens[:, :-1])
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-    engine.backward(loss, scale_wrt_gas=False)
+    loss = summed_loss(engine(batch.inputs), engine.module.head, batch.targets)
+    engine.backward(loss / batch.counted, scale_wrt_gas=False)
     engine.step()
     engine.module.clear_expert_load()
     _meet()

@@ -144,7 +144,8 @@ class SimulatedCluster:
             loss=5.5 / (1 + step / 100) + 1.0,
             lr=learning_rate(task.optim, step, task.train.steps),
             grad_norm=1.0 + 1.0 / step,
-            tokens=step * task.train.global_batch * task.train.seq_len,
+            tokens=step * task.train.positions_per_step,
+            step_tokens=task.train.positions_per_step,
             seconds=1.0 / self.rate,
             expert_imbalance=1.5,
             skipped=0,
@@ -262,7 +263,7 @@ class _Keeper:
             step=step,
             world_size=place.world_size,
             shard=ShardFile(path, len(SHARD), 0, (sha256(SHARD).hexdigest(),), entries),
-            counters={"step": step, "tokens": step * task.train.global_batch * task.train.seq_len, "skipped": 0},
+            counters={"step": step, "tokens": step * task.train.positions_per_step, "skipped": 0},
             shapes={NAME: [place.world_size]},
         )
         with self._lock:

@@ -170,7 +170,7 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
     Raises:
         ConfigError: the device is unknown.
     """
-    per_step = config.train.global_batch * config.train.seq_len
+    per_step = config.train.positions_per_step
     tokens = terms.tokens or config.train.steps * per_step
     config = replace(config, train=replace(config.train, steps=-(-tokens // per_step)))
     train, optim, device = config.train, config.optim, machines.device()

@@ -29,6 +29,7 @@ from workers.calibrate import causal_keys, harmonic
 from workers.config import ModelConfig
 from workers.models import build_empty
 from workers.models.attention import watch
+from workers.objective import batch_of, summed_loss
 
 aten = torch.ops.aten
 _SPECIAL = {
@@ -304,10 +305,9 @@ def micro_batch_of(
         tokens = torch.zeros(micro_batch, seq_len + 1, dtype=torch.int64)
     recorder = OpRecorder()
     with recorder, _Kernels(recorder, cuda):
-        logits = model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
+        batch = batch_of(tokens)
+        loss = summed_loss(model(batch.inputs), model.head, batch.targets)
         forward = recorder.take_works()
-        del logits
         loss.backward()
         del loss
     parameters = list(model.parameters())

@@ -97,13 +97,12 @@ class RunRecorder:
     def step(self, report: StepDone, world_size: int) -> None:
         """Record a step, once."""
         self.first_step_time = self.first_step_time or report.time
-        train = self.config.train
         values = {
             "loss": report.loss,
             "lr": report.lr,
             "grad_norm": report.grad_norm,
             "tokens": report.tokens,
-            "tokens_per_second": train.global_batch * train.seq_len / report.seconds,
+            "tokens_per_second": report.step_tokens / report.seconds,
             "step_seconds": report.seconds,
             "world_size": world_size,
             "expert_imbalance": report.expert_imbalance,

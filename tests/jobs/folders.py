@@ -8,7 +8,7 @@ from jobs.export import model_of
 from jobs.import_ import import_model
 from tests.jobs.test_export import TEXT
 from workers.common.errors import ConfigError
-from workers.models import build
+from workers.models import build, logits_of
 
 KINDS = {"llama": "llama", "deepseek_v3": "moonlight"}
 """Our name of each `model_type`."""
@@ -33,7 +33,7 @@ def difference(folder) -> float:
     model = imported(folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        ours, theirs = model(TOKENS), loaded(TOKENS).logits
+        ours, theirs = logits_of(model, TOKENS), loaded(TOKENS).logits
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 

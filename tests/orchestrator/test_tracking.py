@@ -122,7 +122,7 @@ def test_a_checkpoint_has_the_losses_of_its_own_step_however_late_it_counts(trac
     for step in range(1, 8):
         at = {"generation": 1, "rank": 0, "time": float(step), "step": step, "loss": 10.0 - step}
         rest = dict.fromkeys(("seconds", "lr", "grad_norm", "expert_imbalance", "snapshot_seconds"), 1.0)
-        recorder.step(StepDone(**at, **rest, tokens=step, skipped=0, snapshot_every=1), 1)
+        recorder.step(StepDone(**at, **rest, tokens=step, step_tokens=1, skipped=0, snapshot_every=1), 1)
         if step == 3:
             recorder.report(Validated(**{**at, "loss": 7.5}))
     assert recorder.before_commit(3) == {"loss": 7.0, "val_loss": 7.5}, "the upload took four steps"

@@ -81,10 +81,10 @@ def trained(
     trainer = Trainer(task, member, engine, counters, controls)
     loss = trainer._loss
 
-    def poisoned(model, split, indices):
-        step = counters.step + 1 if model is engine.engine else -counters.step
+    def poisoned(forward, batch):
+        step = counters.step + 1 if forward is engine.engine else -counters.step
         bad = rank == 0 and step in poison
-        return loss(model, split, indices) * (math.nan if bad else 1.0)
+        return loss(forward, batch) * (math.nan if bad else 1.0)
 
     def broken(*_) -> None:
         step, what = breaks

@@ -1,7 +1,8 @@
 """The models: plain PyTorch, one file each. What they all can is `LanguageModel`."""
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from workers.config import ModelConfig
 from workers.models.llama import Llama
@@ -14,6 +15,11 @@ _MODELS = {"moonlight": Moonlight, "llama": Llama}
 def build_empty(config: ModelConfig) -> LanguageModel:
     """Make the modules on torch's default device, with weights as they come."""
     return _MODELS[config.name](config)
+
+
+def logits_of(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Return the logits of each next token, `[batch, time, vocabulary]`; training never has them all at once."""
+    return F.linear(model(tokens), model.head)
 
 
 def build(config: ModelConfig, initialize: bool = True) -> LanguageModel:

@@ -22,7 +22,7 @@ LATENT_NORM_EPS = 1e-6
 
 
 class Moonlight(nn.Module):
-    """The causal language model: tokens `[batch, time]` to logits `[batch, time, vocabulary]`."""
+    """The causal language model: tokens `[batch, time]` to hidden states `[batch, time, hidden]`."""
 
     def __init__(self, config: MoonlightConfig) -> None:
         super().__init__()
@@ -31,8 +31,13 @@ class Moonlight(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits of each next token, in the dtype of the weights."""
-        return self.lm_head(self.model(tokens))
+        """Return the hidden states out of which the head makes the logits, in the dtype of the weights."""
+        return self.model(tokens)
+
+    @property
+    def head(self) -> Tensor:
+        """The output layer's weight, `[vocabulary, hidden]`."""
+        return self.lm_head.weight
 
     def matrix_parts(self, split: str) -> dict[str, tuple[int, ...]]:
         """Return rows of each matrix of its own within a parameter, by name, as `optim.split` says.

@@ -39,12 +39,14 @@ SMALL = ["model.num_layers=2", "train.global_batch=4", "train.micro_batch=1", "t
 def real_step(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, dict[str, int]]:
     """Return bytes of state and weights, and what a step sends."""
     from workers.engine import build_engine
+    from workers.objective import batch_of, summed_loss
     from workers.traffic import Traffic
 
     built = build_engine(config.model, config.optim, config.train, 0, torch.device("cpu"))
     with Traffic() as traffic:
-        tokens = torch.zeros(1, 32, dtype=torch.int64)
-        built.engine.backward(built.engine(tokens).square().mean(), scale_wrt_gas=False)
+        batch = batch_of(torch.zeros(1, 33, dtype=torch.int64))
+        loss = summed_loss(built.engine(batch.inputs), built.model.head, batch.targets)
+        built.engine.backward(loss, scale_wrt_gas=False)
         built.engine.step()
     state = sum(tensor.nbytes for group in built.optimizer.flat_state(rank) for tensor in group.tensors.values())
     weights = sum(flat.nbytes for flat in built.zero.bit16_groups_flat)
@@ -78,6 +80,7 @@ def held_and_flops(rank: int, world_size: int, config: RunConfig) -> tuple[int, 
     from torch.utils.flop_counter import FlopCounterMode
 
     from workers.models import build
+    from workers.objective import batch_of, summed_loss
 
     model = build(config.model)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -89,10 +92,9 @@ def held_and_flops(rank: int, world_size: int, config: RunConfig) -> tuple[int, 
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    tokens = torch.randint(256, (config.train.micro_batch, config.train.seq_len))
+    batch = batch_of(torch.randint(256, (config.train.micro_batch, config.train.seq_len + 1)))
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = model(tokens).float().logsumexp(-1).sum()
-        loss.backward()
+        summed_loss(model(batch.inputs), model.head, batch.targets).backward()
     return sum(kept.values()), counter.get_total_flops()
 
 

@@ -1,0 +1,143 @@
+"""What counts is what a person says counts: targets left out change nothing, on any rank, and are in no divisor."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.closeness import EPS, ROUNDINGS, assert_close
+from tests.ranks import run_ranks
+from tests.trainer import trainer_of
+from tests.workers.test_llama import TINY
+from tests.workers.test_loop import task_of
+from workers.common.errors import TrainingError
+from workers.data.order import samples_of_slot
+from workers.models import build
+from workers.objective import IGNORED, batch_of, summed_loss
+
+pytestmark = pytest.mark.numeric
+
+
+def test_each_token_predicts_the_next_and_the_mask_is_of_targets():
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    assert batch_of(tokens).targets.tolist() == [[6, 7, 8]] and batch_of(tokens).counted == 3
+    some = batch_of(tokens, torch.tensor([[True, False, True, False]]))
+    assert some.inputs.tolist() == [[5, 6, 7]] and some.targets.tolist() == [[IGNORED, 7, IGNORED]]
+    assert some.counted == 1 and some.without_targets().counted == 0
+
+
+def test_the_loss_is_that_of_the_targets_that_count_alone():
+    random = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(2, 5, 8, generator=random), torch.randn(11, 8, generator=random, requires_grad=True)
+    batch = batch_of(torch.randint(11, (2, 6), generator=random), torch.rand(2, 6, generator=random) < 0.5)
+    log = F.log_softmax(hidden.double() @ head.double().T, -1)
+    exact = -sum(log[b, t, token] for b, row in enumerate(batch.targets) for t, token in enumerate(row) if token >= 0)
+    assert_close(summed_loss(hidden, head, batch.targets), exact)
+    nothing = summed_loss(hidden, head, batch.without_targets().targets)
+    nothing.backward()
+    assert nothing == 0 and not head.grad.any()
+
+
+def counts(samples: list[int], length: int, empty: set[int]) -> torch.Tensor:
+    """Return which tokens of some samples count: none of those in `empty`, about a third of each other's."""
+    masks = [
+        torch.rand(length, generator=torch.Generator().manual_seed(sample)) < (sample not in empty) / 3
+        for sample in samples
+    ]
+    return torch.stack(masks)
+
+
+def masked(rank: int, world_size: int, task, empty: set[int], steps: int) -> dict:
+    """Train with a mask; return the gradients that the optimizer gets in the first step, by name and place."""
+    from workers.feed import Feed
+    from workers.reports import StepDone, Validated
+
+    def batch(self, split, samples):
+        tokens = torch.from_numpy(split.batch(samples))
+        return batch_of(tokens, counts(samples, tokens.size(1), empty))
+
+    Feed.batch = batch
+    trainer, told = trainer_of(rank, world_size, task)
+    optimizer = trainer.engine.optimizer
+    pieces: list[tuple[str, int, torch.Tensor]] = []
+
+    def keep(*_) -> None:
+        if trainer.counters.step == 0:
+            for group in optimizer.param_groups:  # DeepSpeed shows one at a time.
+                (shard,) = group["params"]
+                for f in optimizer._layouts[group["method"]].fragments(rank):
+                    pieces.append((f.name, f.start, shard.grad[f.offset : f.offset + f.length].clone()))
+
+    optimizer.register_step_pre_hook(keep)
+    trainer._validate()
+    try:
+        for _ in range(steps):
+            trainer._step()
+        error = ""
+    except TrainingError as raised:
+        error = str(raised)
+    return {
+        "pieces": pieces,
+        "error": error,
+        "tokens": trainer.counters.tokens,
+        "steps": [(fields["loss"], fields["step_tokens"]) for fields in told.of(StepDone)],
+        "val_loss": [fields["loss"] for fields in told.of(Validated)],
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_masked_step_is_that_of_one_process_in_fp64_whoever_computes_it(tmp_path, world_size):
+    """Three slots, of which the first, a rank's all, has nothing that counts; of four ranks one has no slot."""
+    from dataclasses import replace
+
+    from workers.data.tokens import TokenSplit
+
+    task = task_of(tmp_path)
+    task = replace(task, model=TINY, optim=replace(task.optim, grad_clip=0.0))
+    train, corpus = task.train, task.corpus
+    split = TokenSplit(corpus, corpus.train, train.seq_len)
+
+    def samples(step: int, slot: int) -> list[int]:
+        return samples_of_slot(task.seed, step, slot, train.global_batch, train.micro_batch, split.num_samples)
+
+    second = {sample for slot in range(3) for sample in samples(2, slot)}
+    empty = {*samples(1, 0), *second}
+    assert not second & {*samples(1, 1), *samples(1, 2)}
+
+    torch.manual_seed(task.seed)
+    model = build(TINY).double()
+
+    def mean(split, samples) -> tuple[torch.Tensor, int]:
+        """Return the loss, target by target."""
+        tokens = torch.from_numpy(split.batch(samples))
+        which = counts(samples, tokens.size(1), empty)[:, 1:]
+        log = F.log_softmax(model(tokens[:, :-1]) @ model.head.T, -1)
+        losses = -log.gather(-1, tokens[:, 1:, None])[..., 0]
+        return losses[which].mean(), int(which.sum())
+
+    loss, counted = mean(split, [sample for slot in range(3) for sample in samples(1, slot)])
+    loss.backward()
+    held_out = TokenSplit(corpus, corpus.validation, train.seq_len)
+    spread = [i * held_out.num_samples // train.validate_sequences for i in range(train.validate_sequences)]
+    val_loss, _ = mean(held_out, spread)
+
+    ranks = run_ranks(world_size, masked, task, empty, 2)
+    assert 0 < counted < train.positions_per_step / 2
+    ((found, step_tokens),) = ranks[0]["steps"]
+    assert step_tokens == counted and {rank["tokens"] for rank in ranks} == {counted}
+    assert found == pytest.approx(loss.item(), rel=ROUNDINGS * EPS)
+    assert ranks[0]["val_loss"] == [pytest.approx(val_loss.item(), rel=ROUNDINGS * EPS)]
+    gradients = {name: torch.full((p.numel(),), torch.nan) for name, p in model.named_parameters()}
+    for name, start, values in (piece for rank in ranks for piece in rank["pieces"]):
+        gradients[name][start : start + len(values)] = values
+    for name, parameter in model.named_parameters():
+        # A gradient is a sum over tokens of which much cancels.
+        assert_close(gradients[name], parameter.grad.flatten(), 4, name)
+    (error,) = {rank["error"] for rank in ranks}
+    assert error.startswith("step 2: none of the targets in its global batch counts")
+
+
+def test_held_out_sequences_in_which_nothing_counts_are_no_validation(tmp_path):
+    task = task_of(tmp_path)
+    split_size = 10_000
+    with pytest.raises(AssertionError, match="step 0: none of the targets in the held-out sequences counts"):
+        run_ranks(1, masked, task, set(range(split_size)), 0)
