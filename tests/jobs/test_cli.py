@@ -12,6 +12,8 @@ from jobs.cli.runs import way_on
 from jobs.load import CONFIGS
 from jobs.screen import command
 from orchestrator.group.cluster import JOB_VARIABLE
+from workers.common import storage
+from workers.common.errors import StorageError
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,33 @@ def test_numbers_of_options_are_finite_and_in_range(arguments, value):
     found = CliRunner().invoke(app, [*arguments, value], standalone_mode=False).exception
     assert isinstance(found, TyperException) and found.exit_code == 2
     assert arguments[-1] in found.format_message()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["checkpoints", verb, "s3://b/run"] for verb in ("ls", "show", "verify", "rm", "pin")),
+        ["checkpoints", "diff", "s3://b/run@1", "s3://b/run@2"],
+        ["export", "s3://b/run", "--to", "x"],
+        ["export", "s3://b/run", "--to", "x", "--series"],
+        ["import", "{exported}/llama", "--to", "s3://b/new"],
+        ["status", "s3://b/run"],
+        ["replay", "s3://b/run"],
+        ["bench", "checkpoint", "--url", "s3://b/bench"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_asks_the_s3_store_that_it_is_told(exported, monkeypatch, arguments):
+    """Without that it would ask AWS, where a bucket of that name may be somebody else's."""
+
+    def asked(url: str, s3_endpoint: str = "") -> None:
+        raise StorageError(f"{url} at {s3_endpoint}")
+
+    monkeypatch.setattr(storage, "open_place", asked)
+    arguments = [part.format(exported=exported) for part in arguments]
+    endpoint = "http://127.0.0.1:9"
+    found = CliRunner().invoke(app, [*arguments, "--s3-endpoint", endpoint], standalone_mode=False).exception
+    assert isinstance(found, StorageError) and "s3://b/" in str(found) and str(found).endswith(f" at {endpoint}")
 
 
 def test_the_way_on_is_a_command_that_can_be_pasted(monkeypatch):
