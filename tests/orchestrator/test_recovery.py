@@ -416,8 +416,9 @@ def test_storage_gives_only_what_no_keeper_has(uninterrupted, tmp_path):
     with lead:
         notes = lead.wait()
     (recovery,) = notes.recoveries
-    assert (recovery.source, notes.memberships[1].restored_step) == ("keepers and storage", 10)
-    manifest = lead.log.manifest(10)
+    restored = notes.memberships[1].restored_step  # On a busy machine the next one may have been saved by then, too.
+    assert recovery.source == "keepers and storage" and restored in (10, 20)
+    manifest = lead.log.manifest(restored)
     assert manifest is not None
     # Rank 1's part, once for each of the three that need some of it; never the parts that a keeper has.
     whole = sum(shard.size for shard in manifest.shards)
