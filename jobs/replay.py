@@ -20,6 +20,7 @@ from jobs.screen import Screen
 from jobs.table import print_table
 from jobs.tell import json_text, tell
 from jobs.watch import TerminalWatcher
+from optim.config import precision_on
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, absolute
 from orchestrator.driver import Options, run
 from orchestrator.group.cluster import is_local
@@ -204,7 +205,7 @@ def _workers(config: RunConfig) -> str:
 
 def precision_of(precision: str, devices: tuple[str, ...]) -> str:
     """Return what `train.precision` is on the devices of a group."""
-    return precision if precision != "auto" else "bf16" if any(device != "cpu" for device in devices) else "fp32"
+    return precision_on("cpu" if all(device == "cpu" for device in devices) else "cuda", precision)
 
 
 class _Listener(TerminalWatcher):

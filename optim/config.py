@@ -11,6 +11,11 @@ MOST_DECAY = 0.1
 """Share of every weight that decay may take in one step at the peak of the learning rate."""
 
 
+def precision_on(kind: str, choice: str = "auto") -> Literal["fp32", "bf16"]:
+    """Return what a precision of the config is on a kind of device: `auto` is bf16 on a GPU and fp32 on a CPU."""
+    return "bf16" if choice == "bf16" or (choice == "auto" and kind == "cuda") else "fp32"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """Muon with weight decay for matrices, AdamW for the rest; one learning rate and one weight decay for both."""

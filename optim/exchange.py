@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.config import OptimConfig
+from optim.config import OptimConfig, precision_on
 from optim.newton_schulz import Workspace, newton_schulz
 from optim.plan import Batch, OrthogonalizePlan, Piece
 from optim.polynomials import coefficients
@@ -26,6 +26,61 @@ BATCH_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 26}
 IDLE = 1e-6
 """A matrix is idle whose gradient has a smaller RMS than this share of the RMS of all matrices' gradients. Where terms
 cancel that rounding of fp32 leaves 1e-7 of their size; what an expert gets from one token in a million is above it."""
+
+
+def dtype_on(kind: str, choice: str = "auto") -> torch.dtype:
+    """Return the dtype that a precision of the config means on a kind of device."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision_on(kind, choice)]
+
+
+class Rule:
+    """What happens to a matrix, wherever it is: momentum, orthogonalization, weight decay and update.
+
+    Apart from any process group: `raymuon plan` learns from it, on tensors without data, what it costs.
+
+    Args:
+        config: the optimizer's settings.
+        kind: of the device, `cpu` or `cuda`.
+    """
+
+    def __init__(self, config: OptimConfig, kind: str) -> None:
+        self.config, self.dtype = config, dtype_on(kind, config.ns_dtype)
+        self.polynomials = coefficients(config.ns_coefficients, config.ns_steps)
+
+    def step(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        momentum: Tensor,
+        busy: Tensor,
+        lr: float,
+        weight_decay: float,
+        workspace: Workspace | None = None,
+    ) -> None:
+        """Do all of it to whole matrices, `[count, A, B]` each; `busy` is 0 for those that are not moved."""
+        rows, columns = weights.shape[-2:]
+        orthogonal = self.orthogonalize(self.direction(gradient, momentum), workspace).mul_(busy)
+        self.update(weights, orthogonal, rows, columns, lr, weight_decay)
+
+    def direction(self, gradient: Tensor, momentum: Tensor) -> Tensor:
+        """Move the momentum on, and return what is orthogonalized: itself, or a look-ahead in the gradient's memory."""
+        momentum.lerp_(gradient, 1 - self.config.momentum)
+        return gradient.lerp_(momentum, self.config.momentum) if self.config.nesterov else momentum
+
+    def orthogonalize(self, matrices: Tensor, workspace: Workspace | None = None) -> Tensor:
+        """Return O, or, where each update is measured, O with the norm that it would have with singular values of 1."""
+        orthogonal = newton_schulz(matrices, self.polynomials, self.config.form, self.dtype, workspace)
+        if self.config.rms_control == "update_norm":
+            norm = torch.linalg.matrix_norm(orthogonal, keepdim=True, dtype=torch.float32)
+            orthogonal.mul_(torch.where(norm > 0, min(orthogonal.shape[-2:]) ** 0.5 / norm, 0.0))
+        return orthogonal
+
+    def update(
+        self, weights: Tensor, orthogonal: Tensor, rows: int, columns: int, lr: float, weight_decay: float
+    ) -> None:
+        """Move weights, or a piece of them, of a matrix of so many rows and columns."""
+        scale = self.config.update_rms * max(rows, columns) ** 0.5
+        weights.mul_(1 - lr * weight_decay).add_(orthogonal, alpha=-lr * scale)
 
 
 class Exchange:
@@ -41,11 +96,9 @@ class Exchange:
     def __init__(
         self, plan: OrthogonalizePlan, config: OptimConfig, process_group: dist.ProcessGroup, device: torch.device
     ) -> None:
-        self.plan, self.config, self.group, self.device = plan, config, process_group, device
-        auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-        dtypes = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}
-        self.ns_dtype, self.wire_dtype = dtypes[config.ns_dtype], dtypes[config.wire_dtype]
-        self.polynomials = coefficients(config.ns_coefficients, config.ns_steps)
+        self.plan, self.group, self.device = plan, process_group, device
+        self.wire_dtype = dtype_on(device.type, config.wire_dtype)
+        self.rule = Rule(config, device.type)
         # A GPU's allocator keeps its memory anyway.
         self.workspace = Workspace() if device.type == "cpu" else None
         self.rank = dist.get_rank(process_group)
@@ -56,7 +109,7 @@ class Exchange:
         self.guests, self.guest_sizes = [p for peer in received for p in peer], [_elements(peer) for peer in received]
         self.owned = [index for index, matrix in enumerate(plan.straddlers) if matrix.owner == self.rank]
         self.kept = [p for index in self.owned for p in plan.straddlers[index].pieces if p.holder == self.rank]
-        self.batches = [part for batch in plan.local[self.rank] for part in _cut(batch, BATCH_ELEMENTS[device.type])]
+        self.batches = [part for batch in plan.local[self.rank] for part in cut(batch, device.type)]
         self.numel = plan.numel
         sizes = [matrix.rows * matrix.columns for matrix in plan.straddlers]
         self.straddlers = torch.tensor(sizes, dtype=torch.float64, device=device)
@@ -72,16 +125,15 @@ class Exchange:
             weight_decay: multiplied by it.
         """
         squares, sums, agreed = self._squares(gradient)
-        own = {(p.matrix, p.position): self._direction(*_pieces(p, gradient, momentum)) for p in self.kept}
-        outgoing = [self._direction(*_pieces(p, gradient, momentum)) for p in self.away]
+        own = {(p.matrix, p.position): self.rule.direction(*_pieces(p, gradient, momentum)) for p in self.kept}
+        outgoing = [self.rule.direction(*_pieces(p, gradient, momentum)) for p in self.away]
         gathered, arrival = self._all_to_all(outgoing, self.away_sizes, self.guest_sizes)
         agreed.wait()
         least = IDLE**2 * sums[0] / self.numel
         for batch, square in zip(self.batches, squares, strict=True):
-            weights, *rest = (_view(tensor, batch) for tensor in (shard, gradient, momentum))
+            weights, own_gradient, own_momentum = (_view(tensor, batch) for tensor in (shard, gradient, momentum))
             busy = (square > least * (batch.rows * batch.columns)).view(-1, 1, 1)
-            orthogonal = self.orthogonalize(self._direction(*rest), self.workspace).mul_(busy)
-            self._update(weights, orthogonal, batch.rows, batch.columns, lr, weight_decay)
+            self.rule.step(weights, own_gradient, own_momentum, busy, lr, weight_decay, self.workspace)
         if arrival is None:
             return
 
@@ -94,7 +146,7 @@ class Exchange:
             matrix = self.plan.straddlers[index]
             whole = torch.cat([own[index, p.position] for p in matrix.pieces])
             whole = whole.view(1, matrix.rows, matrix.columns)
-            results[index] = self.orthogonalize(whole).mul_(busy[index]).flatten()
+            results[index] = self.rule.orthogonalize(whole).mul_(busy[index]).flatten()
 
         answers = [_slice(results, p) for p in self.guests]
         returned, arrival = self._all_to_all(answers, self.guest_sizes, self.away_sizes)
@@ -109,18 +161,13 @@ class Exchange:
             The sum of squares of each matrix, for each batch; that of the whole group's gradient followed by those of
             the straddlers, the same on every rank once the work is done; and that work.
         """
-        squares = [_square(_view(gradient, batch)) for batch in self.batches]
+        squares = [square_of(_view(gradient, batch)) for batch in self.batches]
         sums = torch.zeros(1 + len(self.straddlers), dtype=torch.float64, device=self.device)
         for p in (*self.kept, *self.away):
             (piece,) = _pieces(p, gradient)
-            sums[1 + p.matrix] += _square(piece.view(1, 1, -1))[0]
+            sums[1 + p.matrix] += square_of(piece.view(1, 1, -1))[0]
         sums[0] = sums[1:].sum() + sum(square.sum() for square in squares)
         return squares, sums, dist.all_reduce(sums, group=self.group, async_op=True)  # type: ignore[return-value]
-
-    def _direction(self, gradient: Tensor, momentum: Tensor) -> Tensor:
-        """Move the momentum on, and return what is orthogonalized: itself, or a look-ahead in the gradient's memory."""
-        momentum.lerp_(gradient, 1 - self.config.momentum)
-        return gradient.lerp_(momentum, self.config.momentum) if self.config.nesterov else momentum
 
     def _update_pieces(
         self, shard: Tensor, pieces: Iterable[Piece], slices: Iterable[Tensor], lr: float, weight_decay: float
@@ -128,21 +175,7 @@ class Exchange:
         for p, orthogonal in zip(pieces, slices, strict=True):
             matrix = self.plan.straddlers[p.matrix]
             (weights,) = _pieces(p, shard)
-            self._update(weights, orthogonal, matrix.rows, matrix.columns, lr, weight_decay)
-
-    def _update(
-        self, weights: Tensor, orthogonal: Tensor, rows: int, columns: int, lr: float, weight_decay: float
-    ) -> None:
-        scale = self.config.update_rms * max(rows, columns) ** 0.5
-        weights.mul_(1 - lr * weight_decay).add_(orthogonal, alpha=-lr * scale)
-
-    def orthogonalize(self, matrices: Tensor, workspace: Workspace | None = None) -> Tensor:
-        """Return O, or, where each update is measured, O with the norm that it would have with singular values of 1."""
-        orthogonal = newton_schulz(matrices, self.polynomials, self.config.form, self.ns_dtype, workspace)
-        if self.config.rms_control == "update_norm":
-            norm = torch.linalg.matrix_norm(orthogonal, keepdim=True, dtype=torch.float32)
-            orthogonal.mul_(torch.where(norm > 0, min(orthogonal.shape[-2:]) ** 0.5 / norm, 0.0))
-        return orthogonal
+            self.rule.update(weights, orthogonal, matrix.rows, matrix.columns, lr, weight_decay)
 
     def _all_to_all(
         self, pieces: list[Tensor], send_sizes: list[int], receive_sizes: list[int]
@@ -157,7 +190,7 @@ class Exchange:
         return arrived, work
 
 
-def _square(matrices: Tensor) -> Tensor:
+def square_of(matrices: Tensor) -> Tensor:
     """Return the sum of squares of each matrix in fp64: those of fp32 would leave its range."""
     return torch.linalg.matrix_norm(matrices, dtype=torch.float64).square()
 
@@ -182,8 +215,8 @@ def _view(flat: Tensor, batch: Batch) -> Tensor:
     return flat.as_strided(size, stride, flat.storage_offset() + batch.offset)
 
 
-def _cut(batch: Batch, elements: int) -> Iterator[Batch]:
-    """Cut a batch into parts of at most so many elements, but of one matrix at least."""
-    most = max(1, elements // (batch.rows * batch.columns))
+def cut(batch: Batch, kind: str) -> Iterator[Batch]:
+    """Cut a batch into parts that a kind of device orthogonalizes at once: of one matrix at least."""
+    most = max(1, BATCH_ELEMENTS[kind] // (batch.rows * batch.columns))
     for first in range(0, batch.count, most):
         yield replace(batch, offset=batch.offset + first * batch.stride, count=min(most, batch.count - first))

@@ -36,6 +36,12 @@ class Workspace:
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def workspace_shapes(count: int, rows: int, columns: int) -> list[tuple[int, int, int]]:
+    """Return the shapes of what `count` matrices take while they are orthogonalized, the result included."""
+    short = min(rows, columns)
+    return [(count, rows, columns)] * 2 + [(count, short, short)] * 4
+
+
 def newton_schulz(
     x: Tensor,
     polynomials: tuple[Quintic, ...] = coefficients("quintic", 5),
@@ -60,8 +66,8 @@ def newton_schulz(
     rows, columns = x.shape[-2:]
     dtype = dtype or x.dtype
     batch = x.reshape(-1, rows, columns)
-    whole, square = tuple(batch.shape), (batch.shape[0], *[min(rows, columns)] * 2)
-    left, right, *squares = (workspace or Workspace()).carve(x.device, dtype, whole, whole, *[square] * 4)
+    shapes = workspace_shapes(batch.shape[0], rows, columns)
+    left, right, *squares = (workspace or Workspace()).carve(x.device, dtype, *shapes)
     # The squares of fp32 leave its range long before the elements do. The inverse of a norm near either end does, too,
     # so that half of it is multiplied at a time.
     norm = torch.linalg.matrix_norm(batch, keepdim=True, dtype=torch.float64)

@@ -30,6 +30,11 @@ STATE_KEYS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 """The flat state tensors of each method."""
 
 
+def kinds_of(method: str) -> tuple[str, ...]:
+    """Return the kinds of all flat tensors of a method: the master weights, and its state."""
+    return ("weight", *STATE_KEYS[method])
+
+
 class LayoutError(RuntimeError):
     """DeepSpeed laid a group out otherwise than `optim.layout` says; training would be silently wrong."""
 
@@ -135,10 +140,7 @@ class Zero1Optimizer(torch.optim.Optimizer):
         """Yield each group's layout at any world size and the kinds of its flat tensors, in `flat_state`'s order."""
         for group in self.param_groups:
             layout = self._layouts[group["method"]]
-            yield (
-                GroupLayout.of(layout.names, layout.numels, world_size),
-                ("weight", *STATE_KEYS[group["method"]]),
-            )
+            yield GroupLayout.of(layout.names, layout.numels, world_size), kinds_of(group["method"])
 
     def plan_figures(self, itemsize: int) -> PlanFigures | None:
         """Return how the matrices are shared out, None where there are none.

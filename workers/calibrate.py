@@ -27,16 +27,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from optim.config import precision_on
+from optim.exchange import dtype_on
 from workers.common.errors import ConfigError
+from workers.models.kernels import causal_keys
+from workers.work import KINDS, harmonic
 
 FORMAT = 1
-KINDS = ("matmul", "attention", "attention_backward", "elementwise", "special", "gather")
-"""Of work: products, fused causal attention and its backward pass (operations per second); sums and products of
-elements, functions such as exponentials, and reads at given rows (bytes per second)."""
 MIB = 1 << 20
 SECONDS_PER_POINT = 0.03
-KEY_BLOCK = {"cpu": 512, "cuda": 128}
-"""Keys of a block of torch's fused attention (`FlashAttentionKernel.cpp`: kvSplitSize), and of FlashAttention 2."""
 POOL_BYTES = 192 * MIB
 """Over which elements are streamed, at least."""
 _ATTENTION_HEADS, _ROW = 4, 256
@@ -178,22 +177,6 @@ class Calibration:
         )
 
 
-def causal_keys(time_: int, kind: str) -> float:
-    """Return the keys that the mean query of a fused causal attention meets: whole blocks, those ahead included.
-
-    Args:
-        time_: tokens of a sequence.
-        kind: of the device, `cpu` or `cuda`.
-    """
-    block = KEY_BLOCK[kind]
-    return float(time_) if time_ <= block else (time_ + block) / 2
-
-
-def harmonic(*sides: float) -> float:
-    """Return the harmonic mean: the size of a product, as its memory traffic over its work is `sum(1 / side)`."""
-    return len(sides) / sum(1 / side for side in sides)
-
-
 def processor_seconds() -> tuple[float, float]:
     """Return the seconds in which this thread has had a processor and has waited for one, as Linux counts them."""
     try:
@@ -224,10 +207,10 @@ def measure_device(device: torch.device) -> Calibration:
     found = Calibration(
         device=name,
         kind=device.type,
-        precision="bf16" if cuda else "fp32",
+        precision=precision_on(device.type),
         memory_bytes=memory,
         seconds_per_op=_seconds_per_op(device),
-        curves=_curves(device, torch.bfloat16 if cuda else torch.float32),
+        curves=_curves(device, dtype_on(device.type)),
         host_bytes_per_s=_host_bytes_per_s(device),
     )
     return found if cuda else replace(found, share=processor_share(began, processor_seconds()))

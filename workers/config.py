@@ -230,6 +230,11 @@ class TrainConfig:
         """Tell whether a validation belongs to a step."""
         return step in (0, self.steps) or bool(self.validate_every and step % self.validate_every == 0)
 
+    @property
+    def validations(self) -> int:
+        """How many steps of the run have one, the start and the end included."""
+        return 2 + ((self.steps - 1) // self.validate_every if self.validate_every else 0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TelemetryConfig:

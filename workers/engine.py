@@ -21,6 +21,7 @@ from optim.config import OptimConfig
 from optim.zero1 import Zero1Optimizer
 from workers.config import ModelConfig, TrainConfig
 from workers.models import LanguageModel, build
+from workers.settings import deepspeed_config
 
 # DeepSpeed's autotuner imports MLflow where it is installed: a second per worker, for nothing.
 _mlflow = sys.modules.get("mlflow")
@@ -151,33 +152,8 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config=deepspeed_config(train, optim_config, device, sum(p.numel() for p in model.parameters())),
+        config=deepspeed_config(train, optim_config, device.type, sum(p.numel() for p in model.parameters())),
         dist_init_required=False,
     )
     optimizer.bind(engine.optimizer)
     return Engine(engine, model, optimizer, device, dist.get_rank(), dist.get_world_size())
-
-
-def deepspeed_config(train: TrainConfig, optim: OptimConfig, device: torch.device, num_parameters: int) -> dict:
-    """Return DeepSpeed's settings: ZeRO-1, our optimizer, and accumulation that we manage ourselves."""
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
-    # Buckets are allocated at their full size: 2 GB by default, whatever the model's.
-    bucket = min(500_000_000, num_parameters + num_parameters % 2)
-    return {
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": 1,
-        # Any number of backward passes, then step(): ranks may run different numbers of micro-batches.
-        "managed_gradient_accumulation": False,
-        "zero_allow_untested_optimizer": True,
-        "gradient_clipping": optim.grad_clip,
-        "bf16": {"enabled": bf16, "check_grad_overflow": True} if bf16 else {"enabled": False},
-        "zero_optimization": {
-            "stage": 1,
-            "round_robin_gradients": False,
-            # A gradient goes to the rank that owns it and to no other: an all-reduce, the default, has twice the bytes.
-            "use_multi_rank_bucket_allreduce": False,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "steps_per_print": None,
-    }

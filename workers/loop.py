@@ -15,13 +15,13 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim.schedule import learning_rate
+from workers.boundary import Boundary, Told, agree
 from workers.common.errors import TrainingError
 from workers.controls import Controls, Pause
 from workers.data.order import random_seed
@@ -48,32 +48,6 @@ FINISHED, PAUSED = "finished", "paused"
 SAVE_TRIES, SAVE_RETRY_S = 40, 0.5
 ROWS_KEPT = 2000
 """Steps whose rows travel with a snapshot at most; the driver is never so far behind."""
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """What all ranks agree on after a step."""
-
-    loss: float
-    tokens: int
-    """Targets of this step that count."""
-    next_tokens: int
-    """Of the next one."""
-    skipped: bool
-    """A gradient was not finite: DeepSpeed changed nothing, on any rank."""
-    finite: bool
-    """Weights and optimizer state of every rank are."""
-    pause: Pause
-    snapshot: bool
-    """Every rank has written its part of the snapshot."""
-    storage_keeps_up: bool
-    """Every keeper can take a checkpoint, if one is due."""
-    snapshot_seconds: float
-    """That the last snapshot held training up, mean over the ranks."""
-    step_seconds: float
-    """Of this step without its snapshot, mean over the ranks."""
-    expert_load: Tensor
-    """Tokens per expert over the global batch, `[MoE layers, experts]`."""
 
 
 class Trainer:
@@ -240,30 +214,23 @@ class Trainer:
         return summed_loss(forward(batch.inputs), self.engine.model.head, batch.targets)
 
     def _boundary(self, loss_sum: Tensor, written: bool, keeps_up: bool, cost: float, seconds: float) -> Boundary:
-        model, ranks = self.engine.model, self.engine.world_size
-        load = model.expert_load()
-        ahead = counted(self.upcoming)
+        engine, load = self.engine, self.engine.model.expert_load()
         pause = self.controls.pause()
-        bad = self.engine.zero.overflow
-        finite = is_finite(self.engine)
-        scalars = [loss_sum.item(), ahead, bad, finite, pause.leave, pause.save, written, keeps_up, cost, seconds]
-        mine = torch.tensor([float(value) for value in scalars], dtype=torch.float64)
-        sums = self.engine.all_reduce(torch.cat([mine, load.flatten().cpu()]))
-        model.clear_expert_load()
-        loss, ahead, bad, finite, leave, save, written, keeps_up, cost, seconds = sums[: len(scalars)].tolist()
-        return Boundary(
-            loss=loss / self.tokens,
-            tokens=self.tokens,
-            next_tokens=int(ahead),
-            skipped=bad > 0,
-            finite=finite == ranks,
-            pause=Pause(leave > 0, save > 0),
-            snapshot=written == ranks,
-            storage_keeps_up=keeps_up == ranks,
-            snapshot_seconds=cost / ranks,
-            step_seconds=seconds / ranks,
-            expert_load=sums[len(scalars) :].view(load.shape),
+        mine = Told(
+            loss=loss_sum.item(),
+            next_tokens=counted(self.upcoming),
+            skipped=engine.zero.overflow,
+            finite=is_finite(engine),
+            leave=pause.leave,
+            save=pause.save,
+            snapshot=written,
+            storage_keeps_up=keeps_up,
+            snapshot_seconds=cost,
+            step_seconds=seconds,
         )
+        boundary = agree(mine, self.tokens, load, engine.world_size, engine.all_reduce)
+        engine.model.clear_expert_load()
+        return boundary
 
     def _count(self, step: int, boundary: Boundary) -> None:
         """Move the counters on; every rank comes to the same.

@@ -7,7 +7,7 @@ checkpoint; live state is never trusted.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.distributed import ReduceOp
 from optim.layout import Fragment
 from workers.checkpoint.manifest import BUFFER, WEIGHT
 from workers.engine import Engine
+from workers.models.layers import replicated
 from workers.snapshots.kept import ShardMap
 
 
@@ -64,23 +65,14 @@ class Counters:
 
 def shapes(engine: Engine) -> dict[str, list[int]]:
     """Return the shape of every parameter and replicated buffer."""
-    named = {**dict(engine.model.named_parameters()), **_replicated(engine)}
+    named = {**dict(engine.model.named_parameters()), **replicated(engine.model)}
     return {name: list(tensor.shape) for name, tensor in named.items()}
 
 
 def shard_map(engine: Engine, world_size: int, rank: int) -> ShardMap:
     """Return what lies where in the snapshot of any rank at any world size."""
-    found: list[tuple[str, Fragment]] = []
-    at = 0
-    for layout, kinds in engine.optimizer.layouts(world_size):
-        for kind in kinds:
-            found += [(kind, replace(f, offset=at + f.offset)) for f in layout.fragments(rank)]
-            at += layout.partition
-    shard = at
-    for name, buffer in _replicated(engine).items():
-        found.append((BUFFER, Fragment(name, 0, buffer.numel(), at)))
-        at += buffer.numel()
-    return ShardMap(shard, at - shard, tuple(found))
+    sizes = {name: buffer.numel() for name, buffer in replicated(engine.model).items()}
+    return ShardMap.of(engine.optimizer.layouts(world_size), sizes, rank)
 
 
 def shard_tensors(engine: Engine) -> Iterator[Tensor]:
@@ -91,7 +83,7 @@ def shard_tensors(engine: Engine) -> Iterator[Tensor]:
 
 def replicated_tensors(engine: Engine) -> Iterable[Tensor]:
     """Return what every rank holds alike, in the order of its `shard_map`."""
-    return _replicated(engine).values()
+    return replicated(engine.model).values()
 
 
 @torch.no_grad()
@@ -106,7 +98,7 @@ def load_state(engine: Engine, reader: Reader, counters: Counters) -> None:
             flat = np.zeros(tensor.numel(), dtype=np.float32)  # The padding at the end stays zero.
             reader.fill(kind, group.fragments, flat)
             tensor.copy_(torch.from_numpy(flat))
-    for name, buffer in _replicated(engine).items():
+    for name, buffer in replicated(engine.model).items():
         flat = np.empty(buffer.numel(), dtype=np.float32)
         reader.fill(BUFFER, [Fragment(name, 0, flat.size, 0)], flat)
         buffer.copy_(torch.from_numpy(flat).view_as(buffer))
@@ -130,7 +122,7 @@ def first_not_finite(engine: Engine) -> str:
     """
     layouts = engine.optimizer.layouts(1)
     names = [f"{kind} of {name}" for layout, kinds in layouts for kind in kinds for name in layout.names]
-    names += _replicated(engine)
+    names += replicated(engine.model)
     mine = "" if is_finite(engine) else _not_finite(engine)
     index = names.index(mine) if mine else len(names)
     first = int(engine.all_reduce(torch.tensor([index]), ReduceOp.MIN).item())
@@ -144,10 +136,4 @@ def _not_finite(engine: Engine) -> str:
             for fragment in group.fragments:
                 if not tensor[fragment.offset : fragment.offset + fragment.length].isfinite().all():
                     return f"{kind} of {fragment.name}"
-    return next((name for name, buffer in _replicated(engine).items() if not buffer.isfinite().all()), "")
-
-
-def _replicated(engine: Engine) -> dict[str, Tensor]:
-    """Return the buffers that every rank holds alike and that training changes."""
-    kept = engine.model.state_dict().keys()
-    return {name: buffer for name, buffer in engine.model.named_buffers() if name in kept}
+    return next((name for name, buffer in replicated(engine.model).items() if not buffer.isfinite().all()), "")

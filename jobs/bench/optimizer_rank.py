@@ -21,9 +21,10 @@ from jobs.tell import tell
 from optim.routing import parameter_groups
 from optim.zero1 import Zero1Optimizer
 from orchestrator.config import RunConfig
-from workers.engine import build_engine, deepspeed, deepspeed_config, default_device, join_process_group
+from workers.engine import build_engine, deepspeed, default_device, join_process_group
 from workers.models import LanguageModel, build
 from workers.objective import Batch, batch_of, summed_loss
+from workers.settings import deepspeed_config
 
 WARMUP = 3
 """Rounds that are not counted: in them DeepSpeed's Muon is compiled."""
@@ -88,7 +89,7 @@ def _rivals(config: RunConfig) -> dict[str, Callable[[], Any]]:
         torch.manual_seed(config.seed)
         model = build(config.model).to(default_device())
         settings = deepspeed_config(
-            config.train, config.optim, default_device(), sum(p.numel() for p in model.parameters())
+            config.train, config.optim, default_device().type, sum(p.numel() for p in model.parameters())
         )
         if bf16:  # With fp32 accumulation DeepSpeed takes its other wrapper.
             settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -155,7 +156,7 @@ def _floor(optimizer: Zero1Optimizer, config: RunConfig) -> float:
     for rows, columns in exchange.plan.matrices(dist.get_rank()):
         short, long = sorted((rows, columns))
         if (short, long) not in measured:
-            counts, kind = config.optim.products(short, long), {"device": exchange.device, "dtype": exchange.ns_dtype}
+            counts, kind = config.optim.products(short, long), {"device": exchange.device, "dtype": exchange.rule.dtype}
             measured[short, long] = (
                 counts.outer * _product(short, long, short, **kind)
                 + counts.inner * _product(short, short, long, **kind)
@@ -195,11 +196,11 @@ def _errors(optimizer: Zero1Optimizer, config: RunConfig) -> dict[str, Any]:
     ours, theirs = [], []
     for batch in exchange.plan.local[dist.get_rank()][:ERROR_MATRICES]:
         matrix = momentum[batch.offset : batch.offset + batch.rows * batch.columns].view(batch.rows, batch.columns)
-        ours.append(_rms_from_one(exchange.orthogonalize(matrix)))
+        ours.append(_rms_from_one(exchange.rule.orthogonalize(matrix)))
         theirs.append(_rms_from_one(rival.zeropower_via_gram_newtonschulz(matrix, steps=config.optim.ns_steps)))
     return {
         "orthogonality_error": {"raymuon": statistics.mean(ours), "deepspeed": statistics.mean(theirs)},
-        "ns_dtype": {"raymuon": _name(exchange.ns_dtype), "deepspeed": _name(rival.ns_compute_dtype("gram"))},
+        "ns_dtype": {"raymuon": _name(exchange.rule.dtype), "deepspeed": _name(rival.ns_compute_dtype("gram"))},
     }
 
 

@@ -10,7 +10,6 @@ from optim.config import OptimConfig
 from workers.actor import see_own_gpus
 from workers.config import ModelConfig
 from workers.member import Member
-from workers.snapshots.region import RegionSize
 
 if TYPE_CHECKING:
     from workers.calibrate import Collective
@@ -79,21 +78,10 @@ class SlotProbe(Member):
         )
 
     def snapshot_bytes(self, model: ModelConfig, optim: OptimConfig, world_size: int) -> int:
-        """Return the bytes of one of a rank's two snapshots: master weights and the optimizer's state of its shard."""
-        import torch
+        """Return the bytes of a rank's snapshot, as the plan has them; the driver has no torch to find out."""
+        from jobs.planning.state import layout_of
 
-        from optim.routing import parameter_groups
-        from optim.zero1 import STATE_KEYS
-        from workers.models import build_empty
-
-        with torch.device("meta"):
-            built = build_empty(model)
-        groups = parameter_groups(built.named_parameters(), optim.name)
-        floats = sum(
-            (1 + len(STATE_KEYS[group["method"]])) * sum(p.numel() for p in group["params"]) for group in groups
-        )
-        replicated = sum(buffer.numel() for buffer in built.buffers())
-        return RegionSize(-(-4 * floats // world_size), 4 * replicated).half
+        return layout_of(model, optim, world_size).snapshot.values
 
     def calibrate(self) -> str:
         """Measure the device as `raymuon plan` wants it; all slots of a machine at the same time.

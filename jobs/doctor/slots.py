@@ -16,10 +16,9 @@ from jobs.doctor.seen import LinkSeen, SlotSeen
 from jobs.doctor.slot_probe import SlotProbe
 from orchestrator.config import RunConfig
 from orchestrator.group.cluster import RayCluster, RayHandle
-from orchestrator.group.keeper import MAX_SAVING
+from orchestrator.group.keeper import memory_of
 from orchestrator.stop import StopSignal
 from workers.member import Ready
-from workers.snapshots.region import HALVES
 
 PLACED_S = 10.0
 """How long to wait for slots on nodes that are up; a slot that is not given by then is taken by somebody else."""
@@ -120,7 +119,7 @@ class Slots:
         for slot, node in nodes.items():
             self._handles.append(handle := self.cluster.start_in_slot(slot, actor))
             started[slot] = _Slot(slot, self.names.get(node, node), handle)
-        calls = {slot: one.probe.call("prepare", self.config.storage, None) for slot, one in started.items()}
+        calls = {slot: one.probe.call("prepare", None) for slot, one in started.items()}
         found = []
         for slot, answer in ask(calls, IMPORT_S, self.stop).items():
             if isinstance(answer, Ready):
@@ -145,8 +144,8 @@ class Slots:
         found += checks.check_rates(self.seen)
         if not self.probes:
             return found
-        model, optim = self.config.model, self.config.optim
-        sized = ask({"": self.probes[0].probe.call("snapshot_bytes", model, optim, len(self.probes))}, 60, self.stop)
+        about = self.config.model, self.config.optim, len(self.probes)
+        sized = ask({"": self.probes[0].probe.call("snapshot_bytes", *about)}, 60, self.stop)
         if isinstance(sized[""], int):
             self._snapshot = sized[""]
         else:
@@ -193,14 +192,11 @@ class Slots:
     def memory_of_keepers(self) -> dict[str, tuple[int, int]]:
         """Return, by node, the bytes of snapshots that its keeper will hold, and those of copies on their way out.
 
-        A keeper has two snapshots of each of its own workers and, with more than one node, those of another node's.
+        With more than one node it has those of another node's workers, too.
         """
         counts = self.on_nodes()
         most = max(counts.values(), default=0) if len(counts) > 1 else 0
-        return {
-            node: ((number + most) * HALVES * self._snapshot, number * MAX_SAVING * self._snapshot)
-            for node, number in counts.items()
-        }
+        return {node: memory_of(number, most, self._snapshot) for node, number in counts.items()}
 
     def _all(self, method: str, limit_s: float, arguments: Any) -> list[tuple[_Slot, Any]]:
         calls = {one.name: one.probe.call(method, *arguments(one)) for one in self.probes}

@@ -5,8 +5,8 @@ bytes at the rate of memory for so many. A CPU pays call and work one after the 
 does, so the longer of the two counts (S. Williams et al., Roofline, 2009).
 """
 
-from jobs.planning.work import Work, Works
 from workers.calibrate import Calibration
+from workers.work import Work, Works
 
 PRODUCTS = ("matmul", "attention", "attention_backward")
 

@@ -6,9 +6,10 @@ reported for eager PyTorch (docs/commands/plan.md); `raymuon doctor --calibratio
 
 import math
 
-from workers.calibrate import KINDS, Calibration, Collective, Curve
+from workers.calibrate import Calibration, Collective, Curve
 from workers.common.errors import ConfigError
 from workers.gpus import GPUS
+from workers.work import KINDS
 
 PRODUCT_SHARES = ((64, 0.01), (256, 0.15), (1024, 0.5), (4096, 0.7))
 """Of the peak, by the harmonic mean of a product's sides."""

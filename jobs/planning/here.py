@@ -63,7 +63,7 @@ def look_here(config: RunConfig, workers: int, warn: Callable[[str], object]) ->
         warn(f"memory is tight: about {gigabytes(needed)} are needed, {name} has {gigabytes(room)}")
     elif kept > TIGHT * free:
         warn(f"memory is tight: about {gigabytes(kept)} are needed for snapshots, {gigabytes(free)} are free")
-    parameters = layout_of(config.model, config.optim, config.train.seq_len, workers).parameters
+    parameters = layout_of(config.model, config.optim, workers).parameters
     many = f"{workers} worker{'s' if workers > 1 else ''}"
     if cuda:
         return (

@@ -5,20 +5,19 @@ and DeepSpeed's bucket before Newton-Schulz begins. State and weights are exact,
 DeepSpeed's code (`runtime/zero/stage_1_and_2.py` of 0.19.8), the activations the model's own code (`work.py`).
 """
 
+import math
 from dataclasses import dataclass
 
-from jobs.planning.matrices import wire_bytes
 from jobs.planning.state import Layout
 from jobs.planning.work import HEAP_BLOCK, MicroBatch
 from optim.config import OptimConfig
-from optim.exchange import BATCH_ELEMENTS
+from optim.exchange import cut, dtype_on
+from optim.newton_schulz import workspace_shapes
 from optim.plan import OrthogonalizePlan
-from orchestrator.group.keeper import MAX_SAVING
+from orchestrator.group import keeper
 from workers.config import TrainConfig
-from workers.snapshots.region import HALVES
+from workers.settings import deepspeed_config
 
-LARGEST_BUCKET = 500_000_000
-"""Elements of DeepSpeed's bucket at most (`workers/engine.py`)."""
 FIXED_BYTES = {"cpu": 50 * 10**6, "cuda": 2 * 1024**3}
 """Beside what is counted. On a CPU libraries and mapped data, measured. On a GPU CUDA's context, cuBLAS' workspaces and
 NCCL's buffers, assumed."""
@@ -63,7 +62,6 @@ def memory_of(
     train: TrainConfig,
     optim: OptimConfig,
     kind: str,
-    itemsize: int,
     ranks_per_node: int,
 ) -> Memory:
     """Return the memory of the rank that holds most.
@@ -74,14 +72,14 @@ def memory_of(
         train: batch and length.
         optim: the optimizer's settings.
         kind: `cpu` or `cuda`.
-        itemsize: bytes of a weight.
         ranks_per_node: that share a keeper.
     """
-    ranks = layout.groups[0].layout.world_size
+    ranks, itemsize = layout.groups[0].layout.world_size, dtype_on(kind, train.precision).itemsize
+    settings = deepspeed_config(train, optim, kind, layout.parameters)
     flat = itemsize * layout.partition * ranks
     parameters = itemsize * layout.parameters
     partition = itemsize * layout.partition
-    bucket = itemsize * min(LARGEST_BUCKET, layout.parameters + layout.parameters % 2)
+    bucket = itemsize * settings["zero_optimization"]["reduce_bucket_size"]
     state = {
         "weights": flat + layout.buffer_bytes,
         "master weights": 4 * layout.partition,
@@ -116,25 +114,22 @@ def memory_of(
         changing = sum(parts.values()) if kind == "cuda" else heap
         parts["fragmented"] = int(FRAGMENTED[kind] * changing)
     phases["build"] = build  # In large blocks, before anything is freed.
-    snapshot = ranks_per_node * (layout.state_bytes + 4 * layout.replicated_elements)
-    nodes = 2 if ranks > ranks_per_node else 1
-    return Memory(state, phases, FIXED_BYTES[kind], (nodes * HALVES + MAX_SAVING) * snapshot)
+    copies = ranks_per_node if ranks > ranks_per_node else 0
+    kept = sum(keeper.memory_of(ranks_per_node, copies, layout.snapshot.values))
+    return Memory(state, phases, FIXED_BYTES[kind], kept)
 
 
 def workspace_bytes(plan: OrthogonalizePlan, optim: OptimConfig, kind: str) -> int:
     """Return the memory of Newton-Schulz and of the straddlers' pieces on the rank that needs most."""
-    size = 2 if optim.ns_dtype == "bf16" or (optim.ns_dtype == "auto" and kind == "cuda") else 4
-    wire = wire_bytes(optim, kind)
+    size, wire = (dtype_on(kind, of).itemsize for of in (optim.ns_dtype, optim.wire_dtype))
 
     def of_batch(count: int, rows: int, columns: int) -> int:
-        # Two of the batch's size and four squares (`optim/newton_schulz.py`).
-        return size * count * (2 * rows * columns + 4 * min(rows, columns) ** 2)
+        return size * sum(map(math.prod, workspace_shapes(count, rows, columns)))
 
     need = [0] * len(plan.local)
     for rank, batches in enumerate(plan.local):
-        for batch in batches:
-            at_once = min(batch.count, max(1, BATCH_ELEMENTS[kind] // (batch.rows * batch.columns)))
-            need[rank] = max(need[rank], of_batch(at_once, batch.rows, batch.columns))
+        largest = (of_batch(next(cut(batch, kind)).count, batch.rows, batch.columns) for batch in batches)
+        need[rank] = max(largest, default=0)
     for rank, elements in enumerate(plan.elements_sent()):
         need[rank] += 2 * wire * elements
     for matrix in plan.straddlers:  # Gathered in fp32, and the result is kept until it is sent.

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from jobs.planning.devices import NETWORK_GBIT, calibration_of
 from jobs.planning.goodput import UPLOAD_BYTES_PER_S, Goodput, failures_of, goodput
-from jobs.planning.matrices import wire_bytes
 from jobs.planning.memory import PROCESS_BYTES, Memory, memory_of
 from jobs.planning.state import layout_of
 from jobs.planning.timing import StepTime, step_time
-from jobs.planning.traffic import boundary_bytes, snapshot_bytes, traffic_of
+from jobs.planning.traffic import boundary_bytes, traffic_of
 from jobs.planning.work import MicroBatch, micro_batch_of
+from optim.config import precision_on
+from optim.exchange import dtype_on
 from optim.plan import PlanFigures
 from orchestrator.config import RunConfig
 from workers.calibrate import Calibration
@@ -174,15 +173,14 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
     tokens = terms.tokens or config.train.steps * per_step
     config = replace(config, train=replace(config.train, steps=-(-tokens // per_step)))
     train, optim, device = config.train, config.optim, machines.device()
-    itemsize = _weight_bytes(config, device.kind)
-    if itemsize != {"bf16": 2, "fp32": 4}[device.precision]:
+    if precision_on(device.kind, train.precision) != device.precision:
         raise ConfigError(
             f"train.precision={train.precision}: the figures of {device.device} are of {device.precision} products; "
             "plan with train.precision=auto, or with a calibration of such a device"
         )
-    layout = layout_of(config.model, optim, train.seq_len, machines.gpus)
+    layout = layout_of(config.model, optim, machines.gpus)
     memory = memory_on(config, machines, device)
-    wire = wire_bytes(optim, device.kind)
+    itemsize, wire = (dtype_on(device.kind, of).itemsize for of in (train.precision, optim.wire_dtype))
     sent = traffic_of(layout, itemsize, wire)
     micro = _micro_batch(config, device.kind, watched=optim.qk_clip > 0)
     time = step_time(layout, micro, sent, train, optim, config.checkpoint, device)
@@ -218,11 +216,11 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
         memory=memory,
         sent=sent,
         boundary_bytes=boundary_bytes(layout),
-        snapshot_bytes=snapshot_bytes(layout, ranks_per_node),
+        snapshot_bytes=ranks_per_node * layout.snapshot.values,
         matrices=layout.plan_figures(optim, itemsize, wire),
         time=time,
         tokens_per_second=speed,
-        mfu=layout.flops_per_token * speed / machines.gpus / peak,
+        mfu=layout.flops_per_token(train.seq_len) * speed / machines.gpus / peak,
         tokens=tokens,
         days=days,
         gpu_hours=hours,
@@ -260,23 +258,17 @@ def require_fit(config: RunConfig, machines: Machines, device: Calibration, memo
     raise ConfigError("\n".join(lines))
 
 
-def _weight_bytes(config: RunConfig, kind: str) -> int:
-    """Return the bytes of a weight, as the engine chooses them."""
-    return {"auto": 2 if kind == "cuda" else 4, "bf16": 2, "fp32": 4}[config.train.precision]
-
-
 def _micro_batch(config: RunConfig, kind: str, watched: bool) -> MicroBatch:
-    dtype = torch.bfloat16 if _weight_bytes(config, kind) == 2 else torch.float32
-    return micro_batch_of(config.model, config.train.micro_batch, config.train.seq_len, dtype, kind == "cuda", watched)
+    train, dtype = config.train, dtype_on(kind, config.train.precision)
+    return micro_batch_of(config.model, train.micro_batch, train.seq_len, dtype, kind, watched)
 
 
 def memory_on(config: RunConfig, machines: Machines, device: Calibration) -> Memory:
     """Return the memory alone; on a CPU a step that is measured writes all attention scores."""
-    layout = layout_of(config.model, config.optim, config.train.seq_len, machines.gpus)
+    layout = layout_of(config.model, config.optim, machines.gpus)
     watched = device.kind == "cpu" and bool(config.telemetry.every or config.optim.qk_clip)
-    micro, itemsize = _micro_batch(config, device.kind, watched), _weight_bytes(config, device.kind)
-    ranks_per_node = min(machines.gpus, machines.gpus_per_node)
-    return memory_of(layout, micro, config.train, config.optim, device.kind, itemsize, ranks_per_node)
+    micro, ranks_per_node = _micro_batch(config, device.kind, watched), min(machines.gpus, machines.gpus_per_node)
+    return memory_of(layout, micro, config.train, config.optim, device.kind, ranks_per_node)
 
 
 def needed_on(memory: Memory, machines: Machines, device: Calibration) -> int:

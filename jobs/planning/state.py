@@ -1,5 +1,6 @@
 """The run's parameters as ZeRO-1 lays them out: what memory, traffic and optimizer work are computed from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,11 +10,12 @@ from optim.config import OptimConfig
 from optim.layout import GroupLayout
 from optim.plan import OrthogonalizePlan, PlanFigures, matrices_of, plan_orthogonalization
 from optim.routing import parameter_groups
+from optim.zero1 import kinds_of
 from workers.config import ModelConfig
 from workers.models import build_empty
-
-STATES = {"muon": 1, "adamw": 2}
-"""Flat fp32 tensors of a partition's size that a method keeps beside the master weights."""
+from workers.models.layers import replicated
+from workers.snapshots.kept import ShardMap
+from workers.snapshots.region import RegionSize
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,10 @@ class Layout:
     groups: tuple[Group, ...]
     buffer_bytes: int
     """Of what the module keeps beside its parameters."""
-    replicated_elements: int
-    """Of the buffers that training changes and checkpoints hold."""
-    flops_per_token: float
-    """Of training, without recomputation."""
+    snapshot: RegionSize
+    """Of a rank: fp32 master weights and optimizer state, and what is replicated."""
+    flops_per_token: Callable[[int], float]
+    """Of training on sequences of so many tokens, without recomputation."""
     expert_loads: int
     """Numbers of tokens per expert, in all layers."""
     plan: OrthogonalizePlan | None
@@ -60,7 +62,7 @@ class Layout:
     @property
     def state_bytes(self) -> int:
         """Of fp32 master weights and optimizer state on every rank."""
-        return sum(4 * group.layout.partition * (1 + STATES[group.method]) for group in self.groups)
+        return self.snapshot.shard
 
     def plan_figures(self, optim: OptimConfig, itemsize: int, wire: int) -> PlanFigures | None:
         """Return what the plan comes to.
@@ -85,20 +87,21 @@ class Layout:
 
 
 @lru_cache(maxsize=32)
-def layout_of(model_config: ModelConfig, optim: OptimConfig, seq_len: int, world_size: int) -> Layout:
+def layout_of(model_config: ModelConfig, optim: OptimConfig, world_size: int) -> Layout:
     """Lay the model's parameters out over so many ranks."""
     with torch.device("meta"):
         model = build_empty(model_config)
-    kept = model.state_dict().keys()
     groups = []
     for group in parameter_groups(model.named_parameters(), optim.name, model.matrix_parts(optim.split)):
         layout = GroupLayout.of(group["names"], [p.numel() for p in group["params"]], world_size)
         groups.append(Group(group["method"], layout, tuple(tuple(held) for held in group["matrices"])))
+    flat = [(group.layout, kinds_of(group.method)) for group in groups]
+    sizes = {name: buffer.numel() for name, buffer in replicated(model).items()}
     return Layout(
         tuple(groups),
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
-        replicated_elements=sum(buffer.numel() for name, buffer in model.named_buffers() if name in kept),
-        flops_per_token=model.flops_per_token(seq_len),
+        snapshot=ShardMap.of(flat, sizes, rank=0).size,
+        flops_per_token=model.flops_per_token,
         expert_loads=model.expert_load().numel(),
         plan=next((_plan(group, optim) for group in groups if group.method == "muon"), None),
     )

@@ -14,16 +14,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jobs.planning.cost import seconds
-from jobs.planning.state import STATES, Layout
+from jobs.planning.state import Layout
 from jobs.planning.traffic import boundary_bytes
-from jobs.planning.work import MicroBatch, Work, Works, elementwise, recorded
+from jobs.planning.work import MicroBatch, recorded
 from optim.config import OptimConfig
-from optim.exchange import BATCH_ELEMENTS
-from optim.newton_schulz import Workspace, newton_schulz
-from optim.polynomials import coefficients
+from optim.exchange import Rule, cut, dtype_on, square_of
+from optim.newton_schulz import Workspace
+from optim.zero1 import kinds_of
 from workers.calibrate import Calibration, Collective
 from workers.common.errors import ConfigError
 from workers.config import CheckpointConfig, TrainConfig
+from workers.data.order import slots_of_rank
+from workers.snapshots.schedule import steps_between
+from workers.work import Work, Works, elementwise
 
 
 @dataclass(frozen=True)
@@ -91,46 +94,37 @@ def update_works(layout: Layout, optim: OptimConfig, kind: str) -> tuple[Works, 
     products: Works = Counter()
     for group in layout.groups:
         if group.method == "adamw":
-            # Weights and both moments read and written, the gradient read.
-            passes[elementwise(4 * group.layout.partition * (2 * (1 + STATES["adamw"]) + 1))] += 1
+            # Weights and state are read and written, the gradient is read.
+            passes[elementwise(4 * group.layout.partition * (2 * len(kinds_of("adamw")) + 1))] += 1
     if (plan := layout.plan) is None:
         return passes, products
     loads = [sum(optim.operations(*shape) for shape in plan.matrices(rank)) for rank in range(len(plan.local))]
     rank = loads.index(max(loads))
-    batches: Counter[tuple[int, int, int]] = Counter()
-    for batch in plan.local[rank]:
-        most = max(1, BATCH_ELEMENTS[kind] // (batch.rows * batch.columns))
-        batches[min(most, batch.count), batch.rows, batch.columns] += max(1, batch.count // most)
-        if batch.count > most and batch.count % most:
-            batches[batch.count % most, batch.rows, batch.columns] += 1
-    for matrix in plan.straddlers:
-        if matrix.owner == rank:
-            batches[1, matrix.rows, matrix.columns] += 1
-    for (count, rows, columns), times in batches.items():
-        nbytes = 4 * count * rows * columns
-        # Momentum and look-ahead read two and write one each; decay one and one; the update two and one.
-        for moved in (3, 3, 2, 3):
-            passes[elementwise(moved * nbytes)] += times
-        passes[Work("call")] += 6 * times
-        for work, each in _newton_schulz_works(count, rows, columns, optim, kind).items():
-            products[work] += each * times
+    shapes = Counter((part.count, part.rows, part.columns) for batch in plan.local[rank] for part in cut(batch, kind))
+    shapes.update((1, matrix.rows, matrix.columns) for matrix in plan.straddlers if matrix.owner == rank)
+    for shape, times in shapes.items():
+        around, orthogonalization = _matrix_works(shape, optim, kind)
+        for works, into in ((around, passes), (orthogonalization, products)):
+            into.update({work: each * times for work, each in works.items()})
     return passes, products
 
 
 @lru_cache(maxsize=256)
-def _newton_schulz_works(count: int, rows: int, columns: int, optim: OptimConfig, kind: str) -> Works:
-    """Run Newton-Schulz without data."""
-    auto = torch.bfloat16 if kind == "cuda" else torch.float32
-    dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[optim.ns_dtype]
-    polynomials = coefficients(optim.ns_coefficients, optim.ns_steps)
+def _matrix_works(shape: tuple[int, int, int], optim: OptimConfig, kind: str) -> tuple[Works, Works]:
+    """Run the optimizer's rule without data; return what is around the orthogonalization, and that."""
+    rule = Rule(optim, kind)
     # A CPU's symmetric products are cut into blocks, so the tensors have to say that they are there.
     with FakeTensorMode() if kind == "cpu" else nullcontext():
-        x = torch.empty(count, rows, columns, device="cpu" if kind == "cpu" else "meta")
-        workspace = Workspace()
-        newton_schulz(x, polynomials, optim.form, dtype, workspace)
+        device, workspace = "cpu" if kind == "cpu" else "meta", Workspace()
+        weights, gradient, momentum = (torch.empty(shape, device=device) for _ in range(3))
+        busy = torch.empty(shape[0], 1, 1, dtype=torch.bool, device=device)
+        rule.orthogonalize(gradient, workspace)  # Whose memory is there from then on.
         with recorded() as recorder:
-            newton_schulz(x, polynomials, optim.form, dtype, workspace)
-    return recorder.take_works()
+            rule.orthogonalize(gradient, workspace)
+            products = recorder.take_works()
+            square_of(gradient)
+            rule.step(weights, gradient, momentum, busy, 0.0, 0.0, workspace)
+    return recorder.take_works() - products, products
 
 
 def wire_seconds(calibration: Calibration, name: str, ranks: int, nbytes: float, calls: int = 1) -> float:
@@ -162,8 +156,8 @@ def step_time(
     calibration: Calibration,
 ) -> StepTime:
     """Return the seconds of a step on the slowest rank."""
-    ranks, itemsize = layout.groups[0].layout.world_size, 2 if calibration.precision == "bf16" else 4
-    rounds = max(1, -(-train.slots // ranks))
+    ranks, itemsize = layout.groups[0].layout.world_size, dtype_on(calibration.kind, train.precision).itemsize
+    rounds = _most_of(train.slots, ranks)
 
     def wire(name: str, calls: int) -> float:
         return wire_seconds(calibration, name, ranks, sent.get(name, 0.0), calls if name in sent else 0)
@@ -180,11 +174,10 @@ def step_time(
     boundary = wire_seconds(calibration, "all_reduce", ranks, boundary_bytes(layout))
     training = forward + backward + reduction + optimizer + gather + boundary
 
-    cost = (layout.state_bytes + 4 * layout.replicated_elements) / calibration.host_bytes_per_s / calibration.share
-    every = checkpoint.snapshot_every or max(1, math.ceil(cost / (checkpoint.snapshot_share * training)))
-    chunks = -(-train.validate_sequences // train.micro_batch)
-    validations = (train.steps // train.validate_every if train.validate_every else 1) + 1
-    validation = -(-chunks // ranks) * seconds(micro.forward, calibration) * validations / train.steps
+    cost = layout.snapshot.values / calibration.host_bytes_per_s / calibration.share
+    every = steps_between(checkpoint.snapshot_every, checkpoint.snapshot_share, cost, training)
+    chunks = _most_of(-(-train.validate_sequences // train.micro_batch), ranks)
+    validation = chunks * seconds(micro.forward, calibration) * train.validations / train.steps
     return StepTime(
         forward=forward,
         backward=backward,
@@ -197,3 +190,8 @@ def step_time(
         snapshot_every=every,
         newton_schulz_share=orthogonalization / training,
     )
+
+
+def _most_of(slots: int, ranks: int) -> int:
+    """Return what the rank with most of the slots has; one without any runs one of weight zero."""
+    return max(1, max(len(slots_of_rank(slots, ranks, rank)) for rank in range(ranks)))

@@ -4,9 +4,7 @@ Ring algorithms: a rank sends (n - 1) / n of the payload, in an all-reduce twice
 """
 
 from jobs.planning.state import Layout
-
-SCALARS = 9
-"""fp64 numbers of the boundary's all-reduce, before the experts' load (`workers/loop.py`)."""
+from workers.boundary import num_bytes
 
 
 def traffic_of(layout: Layout, itemsize: int, wire: int) -> dict[str, float]:
@@ -39,9 +37,4 @@ def traffic_of(layout: Layout, itemsize: int, wire: int) -> dict[str, float]:
 def boundary_bytes(layout: Layout) -> float:
     """Return what a rank sends for the all-reduce at the end of a step."""
     ranks = layout.groups[0].layout.world_size
-    return 2 * 8 * (SCALARS + layout.expert_loads) * (ranks - 1) / ranks
-
-
-def snapshot_bytes(layout: Layout, ranks_per_node: int) -> int:
-    """Return the bytes that a node's keeper gets for a snapshot; as many go to its buddy."""
-    return ranks_per_node * (layout.state_bytes + 4 * layout.replicated_elements)
+    return 2 * num_bytes(layout.expert_loads) * (ranks - 1) / ranks

@@ -5,8 +5,8 @@ called is noted with its operations and the bytes that it reads and writes, and 
 its end, so that the peak is that of the real order of events. What depends on data takes the balanced case: each
 expert gets as many tokens as any other.
 
-Three functions are met before torch takes them apart, as the kernels that devices have for them are not what the meta
-device would show: attention, grouped products and, on a GPU, RMSNorm.
+Kernels are met before torch takes them apart, as what devices have for them is not what the meta device would show;
+what they do and keep is told by themselves (`workers/models/kernels.py`).
 """
 
 import functools
@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from workers.calibrate import causal_keys, harmonic
 from workers.config import ModelConfig
 from workers.models import build_empty
 from workers.models.attention import watch
+from workers.models.kernels import Cost, Kernel
 from workers.objective import batch_of, summed_loss
+from workers.work import Work, Works, elementwise, nbytes_of, product
 
 aten = torch.ops.aten
 _SPECIAL = {
@@ -51,26 +51,6 @@ HEAP_BLOCK = 32 * 1024**2
 the largest that glibc's threshold for `mmap` gets by itself (`mallopt`, M_MMAP_THRESHOLD)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """An op as a device sees it."""
-
-    kind: str
-    """One of `workers.calibrate.KINDS`, or `call` where nothing but the call costs anything."""
-    amount: float = 0.0
-    """Operations of a product or of attention; bytes read and written of anything else."""
-    size: float = 0.0
-    """Its place on the curve of its kind."""
-    nbytes: float = 0.0
-    """Read and written."""
-    parts: int = 1
-    """In which it is computed one after the other within one call."""
-
-
-Works = Counter[Work]
-"""How often each is done."""
-
-
 @dataclass(frozen=True)
 class MicroBatch:
     """What one micro-batch takes, forward and backward."""
@@ -87,23 +67,6 @@ class MicroBatch:
     """Of `peak`, the bytes in blocks that a CPU's allocator keeps when they are freed."""
     heap_beside_gradients: int
     """Likewise, of `peak_beside_gradients` and the gradients."""
-
-
-def elementwise(*nbytes: float) -> Work:
-    """Return an op that reads and writes so many bytes."""
-    total = float(sum(nbytes))
-    return Work("elementwise", total, total, total)
-
-
-def product(batch: int, m: int, k: int, n: int, itemsize: int, parts: int = 1) -> Work:
-    """Return a batch of products `[m, k] x [k, n]`, each of `parts` like it."""
-    return Work(
-        "matmul",
-        2.0 * batch * m * k * n,
-        harmonic(max(m, 1), k, n),
-        float(itemsize * batch * (m * k + k * n + m * n)),
-        parts,
-    )
 
 
 class OpRecorder(TorchDispatchMode):
@@ -176,7 +139,7 @@ def _work_of(packet: Any, given: list[Tensor], made: list[Tensor], touched: bool
     if packet in (aten.bmm, aten.baddbmm):
         a, b = given[1:3] if packet is aten.baddbmm else given[:2]
         return product(a.shape[0], a.shape[1], a.shape[2], b.shape[2], itemsize)
-    moved = float(sum(_nbytes(tensor) for tensor in (*given, *made)))
+    moved = float(sum(nbytes_of(tensor) for tensor in (*given, *made)))
     if packet in _SPECIAL:
         return Work("special", moved, moved, moved)
     if packet in _GATHER:
@@ -184,110 +147,40 @@ def _work_of(packet: Any, given: list[Tensor], made: list[Tensor], touched: bool
     return Work("elementwise", moved, moved, moved)
 
 
-def _nbytes(tensor: Tensor) -> int:
-    """Return the bytes behind a tensor; what it repeats by a stride of zero lies there once."""
-    count = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride else min(size, 1)
-    return count * tensor.element_size()
-
-
 class _Kernels(TorchFunctionMode):
-    """Puts the devices' own kernels in the place of what the meta device would do."""
+    """Takes the kernels of a device at their word."""
 
-    def __init__(self, recorder: OpRecorder, cuda: bool) -> None:
+    def __init__(self, recorder: OpRecorder, kind: str) -> None:
         super().__init__()
-        self.recorder, self.cuda = recorder, cuda
+        self.recorder, self.kind = recorder, kind
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and (self.cuda or args[0].size(-1) == args[2].size(-1)):
-            return _Attention.apply(*args, self.recorder, "cuda" if self.cuda else "cpu")
-        if func is torch._grouped_mm:
-            return _GroupedProduct.apply(*args[:2], self.recorder, self.cuda)
-        if func is F.rms_norm and self.cuda:
-            return _RmsNorm.apply(args[0], args[2] if len(args) > 2 else kwargs["weight"], self.recorder)
-        return func(*args, **kwargs)
+        cost = func.cost(self.kind, *args) if isinstance(func, Kernel) else None
+        return func(*args, **(kwargs or {})) if cost is None else _Costed.apply(self.recorder, cost, *args)
 
 
-class _Attention(torch.autograd.Function):
-    """Causal attention in one kernel: the scores are never written, the backward pass computes them again."""
+class _Costed(torch.autograd.Function):
+    """A kernel that is not run: what it tells is noted, and what it keeps is kept."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, recorder: OpRecorder, kind: str) -> Tensor:
-        out = q.new_empty((*q.shape[:-1], v.size(-1)))
-        sums = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, sums)
-        ctx.recorder = recorder
-        ctx.kind = kind
-        recorder.note(_attention("attention", 1.0, q, k, v, out, kind))
-        return out
+    def forward(ctx: Any, recorder: OpRecorder, cost: Cost, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(*(one for one in arguments if isinstance(one, Tensor)), *cost.kept)
+        ctx.learns = [isinstance(one, Tensor) and one.is_floating_point() for one in arguments]
+        ctx.recorder, ctx.works = recorder, cost.backward
+        recorder.note(cost.forward)
+        return cost.result
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        q, k, v, out, _ = ctx.saved_tensors
-        ctx.recorder.note(_attention("attention_backward", 2.5, q, k, v, out, ctx.kind))
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
-
-
-def _attention(name: str, rounds: float, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kind: str) -> Work:
-    batch, heads, time, _ = q.shape
-    widths = q.size(-1) + v.size(-1)
-    moved = float(rounds * sum(_nbytes(tensor) for tensor in (q, k, v, out)))
-    work = rounds * 2.0 * batch * heads * time * causal_keys(time, kind) * widths
-    return Work(name, work, harmonic(time, time, widths / 2), moved)
-
-
-class _GroupedProduct(torch.autograd.Function):
-    """Rows by experts: on a GPU one kernel, on a CPU one product after the other."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, recorder: OpRecorder, cuda: bool) -> Tensor:
-        ctx.save_for_backward(x, weights)
-        ctx.recorder, ctx.cuda = recorder, cuda
-        experts, k, n = weights.shape
-        return _grouped(recorder, cuda, experts, len(x), k, n, x, len(x), n)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        x, weights = ctx.saved_tensors
-        experts, k, n = weights.shape
-        rows = x.size(0)
-        to_x = _grouped(ctx.recorder, ctx.cuda, experts, rows, n, k, x, rows, k)
-        to_weights = _grouped(ctx.recorder, ctx.cuda, experts, rows, k, n, weights, experts, k, n)
-        return to_x, to_weights, None, None
-
-
-def _grouped(
-    recorder: OpRecorder, cuda: bool, experts: int, rows: int, k: int, n: int, like: Tensor, *shape: int
-) -> Tensor:
-    """Note the products of `rows / experts` rows with each expert's `[k, n]`, and return the empty result."""
-    work = product(experts, max(1, rows // experts), k, n, like.element_size(), parts=1 if cuda else experts)
-    recorder.note(work)
-    return like.new_empty(shape)
-
-
-class _RmsNorm(torch.autograd.Function):
-    """The fused kernel of a GPU: one pass forward, which keeps the input and a number per row; two passes backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recorder: OpRecorder) -> Tensor:
-        inverse = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-        ctx.save_for_backward(x, weight, inverse)
-        ctx.recorder = recorder
-        recorder.note(elementwise(2 * _nbytes(x)))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        x, weight, _ = ctx.saved_tensors
-        ctx.recorder.note(elementwise(4 * _nbytes(x)))
-        return torch.empty_like(x), torch.empty_like(weight), None
+        for work in ctx.works:
+            ctx.recorder.note(work)
+        arguments = zip(ctx.learns, ctx.saved_tensors, strict=False)
+        return None, None, *(torch.empty_like(one) if learns else None for learns, one in arguments)
 
 
 @functools.lru_cache(maxsize=32)
 def micro_batch_of(
-    config: ModelConfig, micro_batch: int, seq_len: int, dtype: torch.dtype, cuda: bool, watched: bool = False
+    config: ModelConfig, micro_batch: int, seq_len: int, dtype: torch.dtype, kind: str, watched: bool = False
 ) -> MicroBatch:
     """Run the model without data and return what a micro-batch takes.
 
@@ -296,15 +189,15 @@ def micro_batch_of(
         micro_batch: sequences.
         seq_len: tokens of each.
         dtype: of the weights.
-        cuda: with a GPU's kernels, not a CPU's.
+        kind: of the device whose kernels are taken, `cpu` or `cuda`.
         watched: attention's largest logits are kept, for which a CPU writes all scores.
     """
     with torch.device("meta"):
         model = build_empty(config).to(dtype)
-        watch(model, watched and not cuda)
+        watch(model, watched and kind == "cpu")
         tokens = torch.zeros(micro_batch, seq_len + 1, dtype=torch.int64)
     recorder = OpRecorder()
-    with recorder, _Kernels(recorder, cuda):
+    with recorder, _Kernels(recorder, kind):
         batch = batch_of(tokens)
         loss = summed_loss(model(batch.inputs), model.head, batch.targets)
         forward = recorder.take_works()

@@ -233,7 +233,7 @@ class Keeper:
     def _refusal(self, key: tuple[int, int], size: RegionSize) -> str | None:
         if key[0] < self._fence:
             return f"generation {key[0]} is over; {self._fence} is the one that counts"
-        needed = HALVES * (size.shard + size.replicated)
+        needed = HALVES * size.values
         if key not in self._own and needed > (free := psutil.virtual_memory().available):
             return f"no room for snapshots: they need {needed / 1e6:.0f} MB, the node has {free / 1e6:.0f} MB left"
         return None
@@ -324,6 +324,17 @@ class Keeper:
             held.saving += 1
             held.saved.add(step)
         self._uploads.submit(upload)
+
+
+def memory_of(workers: int, copies: int, snapshot: int) -> tuple[int, int]:
+    """Return the bytes that a node's keeper holds, and those of copies that are on their way to storage at most.
+
+    Args:
+        workers: of the node.
+        copies: workers of another node, of whose snapshots it has copies.
+        snapshot: bytes of one worker's.
+    """
+    return HALVES * (workers + copies) * snapshot, MAX_SAVING * workers * snapshot
 
 
 def new_token() -> str:

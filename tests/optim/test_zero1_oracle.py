@@ -55,10 +55,10 @@ def engine_of(
 
     from optim.zero1 import Zero1Optimizer
     from workers.config import TrainConfig
-    from workers.engine import deepspeed_config
+    from workers.settings import deepspeed_config
 
     optimizer = Zero1Optimizer(toy.named_parameters(), config, parts, heads)
-    ours = deepspeed_config(TrainConfig(), config, torch.device("cpu"), sum(p.numel() for p in toy.parameters()))
+    ours = deepspeed_config(TrainConfig(), config, "cpu", sum(p.numel() for p in toy.parameters()))
     ours |= {**options, "zero_optimization": {**ours["zero_optimization"], **(zero or {})}}
     engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=ours, dist_init_required=False)
     optimizer.bind(engine.optimizer)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+from workers.models.kernels import attention
 
 LARGE_LOGIT = 100.0
 """Logits above it are counted (Moonlight, section 3.4); Kimi K2 clips there."""
@@ -54,7 +55,7 @@ class CausalAttention(nn.Module):
             `[batch, heads, time, value dim]`.
         """
         if not (self.watched and self.training):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+            return attention(q, k, v)
         fused = q.is_cuda and min(q.size(-1), v.size(-1)) >= NARROWEST_FUSED
         out, largest = (_flex if fused else _plain)(q, k, v)
         self.seen.append(largest.detach().float())
@@ -63,17 +64,17 @@ class CausalAttention(nn.Module):
 
 def watch(model: nn.Module, on: bool) -> None:
     """Have the attention of every layer keep the largest logit of each query while it trains, or stop that."""
-    for attention in _layers(model):
-        attention.watched = on
+    for layer in _layers(model):
+        layer.watched = on
 
 
 def take_logits(model: nn.Module) -> Logits:
     """Return what was seen since the last call, and forget it."""
     largest, large, queries = [], torch.zeros(()), 0
-    for attention in _layers(model):
-        seen, attention.seen = attention.seen, []
+    for layer in _layers(model):
+        seen, layer.seen = layer.seen, []
         device = seen[0].device if seen else None
-        largest.append(torch.full((attention.heads,), -torch.inf, device=device))
+        largest.append(torch.full((layer.heads,), -torch.inf, device=device))
         for logits in seen:
             largest[-1] = torch.maximum(largest[-1], logits.amax((0, 2)))
             large = large.to(logits.device) + (logits > LARGE_LOGIT).sum()

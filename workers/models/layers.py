@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.models.kernels import rms_norm
+
 
 def rotary(time: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosine and sine `[time, dim / 2]` of the rotary positions, in fp32."""
@@ -29,6 +31,20 @@ def training_flops(model: nn.Module, visited: float, attention_width: int, seq_l
         if parameter.dim() >= 2 and "embed_tokens" not in name
     )
     return 3 * 2 * (active + attention_width * seq_len / 2)
+
+
+def replicated(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that every rank holds alike and that training changes: those that are saved with the run."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, by a kernel of which a plan knows the cost."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., width]` to the same."""
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from optim.qk_clip import HeadRows
 from workers.config import LlamaConfig
 from workers.models.attention import CausalAttention
-from workers.models.layers import SwiGLU, rotary, training_flops
+from workers.models.layers import RMSNorm, SwiGLU, rotary, training_flops
 
 
 class Llama(nn.Module):
@@ -77,7 +77,7 @@ class Trunk(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the hidden states `[batch, time, hidden]`."""
@@ -93,9 +93,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = GroupedQueryAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

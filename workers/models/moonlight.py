@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from optim.qk_clip import HeadRows
 from workers.config import MoonlightConfig
 from workers.models.attention import CausalAttention
-from workers.models.layers import SwiGLU, rotary, training_flops
+from workers.models.kernels import grouped_product
+from workers.models.layers import RMSNorm, SwiGLU, rotary, training_flops
 
 LATENT_NORM_EPS = 1e-6
 """Of the norm of the compressed keys and values: DeepSeek's code and transformers' have this one whatever
@@ -114,7 +115,7 @@ class Trunk(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, dense=i < config.num_dense_layers) for i in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the hidden states `[batch, time, hidden]`."""
@@ -130,9 +131,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: MoonlightConfig, dense: bool) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = LatentAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -158,7 +159,7 @@ class LatentAttention(nn.Module):
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, self.heads * (self.nope + self.rope), bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(self.rank, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
         self.attend = CausalAttention(self.heads)
@@ -215,9 +216,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Map rows sorted by expert, `[rows, hidden]`, to the same; expert e has the rows up to `ends[e]`."""
-        gate = F.grouped_mm(x, self.gate_proj.mT, offs=ends)
-        up = F.grouped_mm(x, self.up_proj.mT, offs=ends)
-        return F.grouped_mm(F.silu(gate) * up, self.down_proj.mT, offs=ends)
+        gate = grouped_product(x, self.gate_proj.mT, ends)
+        up = grouped_product(x, self.up_proj.mT, ends)
+        return grouped_product(F.silu(gate) * up, self.down_proj.mT, ends)
 
 
 class MixtureOfExperts(nn.Module):

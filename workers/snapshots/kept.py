@@ -1,9 +1,11 @@
 """What keepers have, as the driver learns it and workers are told it. Without torch."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from optim.layout import Fragment
+from optim.layout import Fragment, GroupLayout
+from workers.checkpoint.manifest import BUFFER
 from workers.common.wire import Address
 from workers.snapshots.region import RegionSize
 
@@ -19,6 +21,29 @@ class ShardMap:
     replicated: int
     fragments: tuple[tuple[str, Fragment], ...]
     """Kind and fragment; a fragment's `offset` counts from the snapshot's beginning."""
+
+    @staticmethod
+    def of(
+        layouts: Iterable[tuple[GroupLayout, Sequence[str]]], replicated: Mapping[str, int], rank: int
+    ) -> "ShardMap":
+        """Return that of a rank.
+
+        Args:
+            layouts: each group's, and the kinds of its flat tensors.
+            replicated: elements of each replicated tensor.
+            rank: whose.
+        """
+        found: list[tuple[str, Fragment]] = []
+        at = 0
+        for layout, kinds in layouts:
+            for kind in kinds:
+                found += [(kind, replace(f, offset=at + f.offset)) for f in layout.fragments(rank)]
+                at += layout.partition
+        shard = at
+        for name, elements in replicated.items():
+            found.append((BUFFER, Fragment(name, 0, elements, at)))
+            at += elements
+        return ShardMap(shard, at - shard, tuple(found))
 
     @property
     def size(self) -> RegionSize:

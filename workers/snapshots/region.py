@@ -36,9 +36,14 @@ class RegionSize:
     replicated: int
 
     @property
+    def values(self) -> int:
+        """Bytes of both: a snapshot's, but for its notes."""
+        return self.shard + self.replicated
+
+    @property
     def half(self) -> int:
         """Bytes of one half, in whole pages."""
-        return -(-(_HEAD_BYTES + self.shard + self.replicated + NOTES_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
+        return -(-(_HEAD_BYTES + self.values + NOTES_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class Region:
@@ -95,25 +100,25 @@ class Region:
         encoded = json.dumps(notes).encode()
         if len(encoded) > NOTES_BYTES:
             raise ValueError(f"notes of {len(encoded)} bytes; there is room for {NOTES_BYTES}")
-        begin = self._begin(half) + self.size.shard + self.size.replicated
+        begin = self._begin(half) + self.size.values
         self._view[begin : begin + len(encoded)] = encoded
         step = self.sealed(half)
         self._mark(half, step, step, len(encoded))
 
     def notes(self, half: int) -> dict[str, Any]:
         """Return the notes of an agreed half."""
-        begin = self._begin(half) + self.size.shard + self.size.replicated
+        begin = self._begin(half) + self.size.values
         return json.loads(bytes(self._view[begin : begin + self._marks(half)[2]]))
 
     def floats(self, half: int) -> np.ndarray:
         """Return the half's fp32 values, the shard's first and then the replicated ones; a live view."""
         begin = self._begin(half)
-        return np.frombuffer(self._view[begin : begin + self.size.shard + self.size.replicated], dtype=np.float32)
+        return np.frombuffer(self._view[begin : begin + self.size.values], dtype=np.float32)
 
     def content(self, half: int) -> memoryview:
         """Return the bytes of an agreed half that a copy has to have: values, then notes."""
         begin = self._begin(half)
-        return self._view[begin : begin + self.size.shard + self.size.replicated + self._marks(half)[2]]
+        return self._view[begin : begin + self.size.values + self._marks(half)[2]]
 
     def target(self, half: int, size: int) -> memoryview:
         """Return the place for `size` bytes of another region's `content`."""
@@ -121,7 +126,7 @@ class Region:
 
     def settle(self, half: int, step: int, size: int) -> None:
         """Mark what was put into `target` as whole and agreed."""
-        self._mark(half, step, step, size - self.size.shard - self.size.replicated)
+        self._mark(half, step, step, size - self.size.values)
 
     def spare(self) -> int:
         """Return the half that may be overwritten: the one that does not hold the newest agreed step."""

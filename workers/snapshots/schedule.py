@@ -31,8 +31,20 @@ class SnapshotSchedule:
         self.step = _moving(self.step, seconds)
         if self.last == step - 1 and cost:
             self.cost = _moving(self.cost, cost)
-        if not self.every and self.step:
-            self.chosen = max(1, math.ceil(self.cost / (self.share * self.step)))
+        if self.step:
+            self.chosen = steps_between(self.every, self.share, self.cost, self.step)
+
+
+def steps_between(every: int, share: float, cost: float, step: float) -> int:
+    """Return the steps between snapshots: so many as are asked for, or as few as their share of the time allows.
+
+    Args:
+        every: asked for; 0 for none.
+        share: of the time.
+        cost: seconds of a snapshot.
+        step: seconds of a step.
+    """
+    return every or max(1, math.ceil(cost / (share * step)))
 
 
 def _moving(mean: float, value: float) -> float:

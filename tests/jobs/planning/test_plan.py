@@ -4,7 +4,8 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from collections import Counter
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,16 +13,20 @@ from typer import TyperException
 from typer.testing import CliRunner
 
 from jobs.cli import app
+from jobs.doctor.slot_probe import SlotProbe
 from jobs.load import load
 from jobs.planning.cost import seconds, seconds_of
 from jobs.planning.plan import Machines, Terms, plan_run
 from jobs.planning.state import layout_of
+from jobs.planning.timing import update_works
 from jobs.planning.traffic import traffic_of
-from jobs.planning.work import Work, micro_batch_of, product
+from jobs.planning.work import micro_batch_of, recorded
 from orchestrator.config import RunConfig
 from tests.ranks import run_ranks
-from workers.calibrate import KINDS, Calibration, Collective, Curve
+from workers.calibrate import Calibration, Collective, Curve
 from workers.common.errors import ConfigError
+from workers.config import TrainConfig
+from workers.work import KINDS, Work, product
 
 CPU = Calibration(
     device="a test's CPU",
@@ -36,10 +41,12 @@ CPU = Calibration(
 SMALL = ["model.num_layers=2", "train.global_batch=4", "train.micro_batch=1", "train.seq_len=32"]
 
 
-def real_step(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, dict[str, int]]:
-    """Return bytes of state and weights, and what a step sends."""
+def real_step(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, int, dict[str, int]]:
+    """Return bytes of a snapshot's shard, of all of it, and of weights, and what a step and its boundary send."""
+    from workers.boundary import Told, agree
     from workers.engine import build_engine
     from workers.objective import batch_of, summed_loss
+    from workers.state import shard_map, shard_tensors
     from workers.traffic import Traffic
 
     built = build_engine(config.model, config.optim, config.train, 0, torch.device("cpu"))
@@ -48,28 +55,75 @@ def real_step(rank: int, world_size: int, config: RunConfig) -> tuple[int, int, 
         loss = summed_loss(built.engine(batch.inputs), built.model.head, batch.targets)
         built.engine.backward(loss, scale_wrt_gas=False)
         built.engine.step()
-    state = sum(tensor.nbytes for group in built.optimizer.flat_state(rank) for tensor in group.tensors.values())
+    sent = dict(traffic.sent)
+    with Traffic() as traffic:
+        agree(Told(*[1.0] * len(fields(Told))), 1, built.model.expert_load(), world_size, built.all_reduce)
+    sent["boundary"] = traffic.sent["all_reduce"]
     weights = sum(flat.nbytes for flat in built.zero.bit16_groups_flat)
     weights += sum(buffer.nbytes for buffer in built.model.buffers())
-    return state, weights, dict(traffic.sent)
+    state = sum(tensor.nbytes for tensor in shard_tensors(built))
+    return state, shard_map(built, world_size, rank).size.values, weights, sent
 
 
 @pytest.mark.parametrize(("name", "world_size"), [("demo", 1), ("demo", 2), ("demo", 4), ("demo-llama", 3)])
 def test_state_and_traffic_are_those_of_the_engine(name, world_size):
     config = load(name, SMALL)
     results = run_ranks(world_size, real_step, config)
-    plan = plan_run(config, Machines(gpus=world_size, calibration=CPU))
-    for state, weights, _ in results:
+    plan = plan_run(config, Machines(gpus=world_size, gpus_per_node=1, calibration=CPU))
+    for state, snapshot, weights, _ in results:
         assert plan.memory.state["master weights"] + plan.memory.state["optimizer state"] == state
+        assert plan.snapshot_bytes == snapshot
+        told = SlotProbe.snapshot_bytes(None, config.model, config.optim, world_size)  # type: ignore[arg-type]
+        assert told == snapshot, "the doctor has the same"
         assert plan.memory.state["weights"] == weights
-    for collective, planned in plan.sent.items():
+    for collective, planned in {**plan.sent, "boundary": plan.boundary_bytes}.items():
         assert sum(sent[collective] for *_, sent in results) / world_size == pytest.approx(planned, abs=4), collective
-    assert set(plan.sent) == {name for name, nbytes in results[0][2].items() if nbytes}
+    assert set(plan.sent) == {name for name, nbytes in results[0][3].items() if nbytes and name != "boundary"}
+
+
+def real_update(rank: int, world_size: int, config: RunConfig) -> dict[str, float]:
+    """Return what a real step of the optimizer does, by kind of work."""
+    from workers.engine import build_engine
+
+    built = build_engine(config.model, config.optim, config.train, 0, torch.device("cpu"))
+    done: Counter[str] = Counter()
+    for group in built.optimizer.param_groups:
+        (shard,) = group["params"]
+        if group["method"] == "muon":
+            shard.grad, found = torch.randn_like(shard), built.optimizer.state[shard]["momentum_buffer"]
+            assert built.optimizer.exchange is not None
+            built.optimizer.exchange.step(shard.detach(), shard.grad, found, 0.1, 0.1)  # Its memory is there now.
+            with recorded() as recorder, torch.no_grad():
+                built.optimizer.exchange.step(shard.detach(), shard.grad, found, 0.1, 0.1)
+            for work, count in recorder.take_works().items():
+                done[work.kind] += count * work.amount
+    return dict(done)
+
+
+@pytest.mark.parametrize("changes", [[], ["optim.nesterov=false", "optim.rms_control=update_norm"]])
+def test_the_optimizer_does_what_is_planned(changes):
+    config = load("demo", [*SMALL, *changes])
+    (done,) = run_ranks(1, real_update, config)
+    layout = layout_of(config.model, config.optim, 1)
+    planned: Counter[str] = Counter()
+    for works in update_works(
+        replace(layout, groups=[g for g in layout.groups if g.method == "muon"]), config.optim, "cpu"
+    ):
+        for work, count in works.items():
+            planned[work.kind] += count * work.amount
+    assert planned["matmul"] == done["matmul"] > 0
+    assert planned["elementwise"] == pytest.approx(done["elementwise"], rel=0.01)
+
+
+def test_validations_are_as_many_as_steps_that_have_one():
+    for every in (0, 1, 3, 7, 10, 11):
+        train = TrainConfig(steps=10, validate_every=every)
+        assert train.validations == sum(train.validates(step) for step in range(train.steps + 1))
 
 
 def test_traffic_of_a_gpu_has_half_the_bytes():
     config = load("demo", [])
-    layout = layout_of(config.model, config.optim, 256, 4)
+    layout = layout_of(config.model, config.optim, 4)
     full, half = traffic_of(layout, 4, 4), traffic_of(layout, 2, 2)
     for name in ("reduce", "all_gather", "all_to_all"):
         assert full[name] == 2 * half[name]
@@ -101,7 +155,7 @@ def held_and_flops(rank: int, world_size: int, config: RunConfig) -> tuple[int, 
 def test_activations_and_operations_are_those_of_a_real_pass():
     config = load("demo-llama", ["train.micro_batch=2", "train.seq_len=128", "train.global_batch=2"])
     ((kept, flops),) = run_ranks(1, held_and_flops, config)
-    micro = micro_batch_of(config.model, 2, 128, torch.float32, cuda=False)
+    micro = micro_batch_of(config.model, 2, 128, torch.float32, "cpu")
     assert kept <= micro.peak <= 1.35 * kept, "at the peak there is little but what is kept for the backward pass"
     products = sum(
         work.amount * count
@@ -114,8 +168,8 @@ def test_activations_and_operations_are_those_of_a_real_pass():
 
 def test_gradients_count_once_where_they_are_there_before():
     config = load("demo-llama", SMALL)
-    micro = micro_batch_of(config.model, 1, 32, torch.float32, cuda=False)
-    parameters = 4 * layout_of(config.model, config.optim, 32, 1).parameters
+    micro = micro_batch_of(config.model, 1, 32, torch.float32, "cpu")
+    parameters = 4 * layout_of(config.model, config.optim, 1).parameters
     largest = 4 * 480 * 128
     assert micro.peak > parameters
     assert micro.peak_beside_gradients <= micro.peak <= parameters + micro.peak_beside_gradients

@@ -1,0 +1,41 @@
+"""DeepSpeed's settings, apart from DeepSpeed itself: `raymuon plan` reads there what the engine will do."""
+
+from typing import Any
+
+from optim.config import OptimConfig, precision_on
+from workers.config import TrainConfig
+
+LARGEST_BUCKET = 500_000_000
+"""Elements."""
+
+
+def deepspeed_config(train: TrainConfig, optim: OptimConfig, kind: str, num_parameters: int) -> dict[str, Any]:
+    """Return DeepSpeed's settings: ZeRO-1, our optimizer, and accumulation that we manage ourselves.
+
+    Args:
+        train: batch and precision.
+        optim: the optimizer's settings.
+        kind: of the device, `cpu` or `cuda`.
+        num_parameters: elements of the model.
+    """
+    bf16 = precision_on(kind, train.precision) == "bf16"
+    # Buckets are allocated at their full size: 2 GB by default, whatever the model's.
+    bucket = min(LARGEST_BUCKET, num_parameters + num_parameters % 2)
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": 1,
+        # Any number of backward passes, then step(): ranks may run different numbers of micro-batches.
+        "managed_gradient_accumulation": False,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": optim.grad_clip,
+        "bf16": {"enabled": bf16, "check_grad_overflow": True} if bf16 else {"enabled": False},
+        "zero_optimization": {
+            "stage": 1,
+            "round_robin_gradients": False,
+            # A gradient goes to the rank that owns it and to no other: an all-reduce, the default, has twice the bytes.
+            "use_multi_rank_bucket_allreduce": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "steps_per_print": None,
+    }
