@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jobs.byte_tokenizer import byte_tokenizer
-from jobs.hugging_face import config_of, refuse_unloadable, tensors_of, trained_on_bytes
+from jobs.hugging_face import config_of, empty_tensors_of, refuse_unloadable, tensors_of, trained_on_bytes
 from optim.checks import ConfigProblems
 from orchestrator.log.run_log import Entry, find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
@@ -62,6 +62,8 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_e
     for number, names in enumerate(plan, 1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         tensors = dict(_exported(reader, names))
+        if number == len(plan):
+            tensors |= empty_tensors_of(model)
         target.put(file, _encode(tensors, dtype))
         where |= dict.fromkeys(tensors, file)
     size = sum(file.size for file in target.files("").values())

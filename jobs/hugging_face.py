@@ -21,6 +21,25 @@ def tensors_of(name: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]
     yield from zip(names, [tensor] if names == [name] else tensor, strict=True)
 
 
+def empty_tensors_of(model: ModelConfig) -> dict[str, np.ndarray]:
+    """Return what only transformers' model has, since nothing is in it: shared experts where there are none.
+
+    Without them it says that it has drawn weights at random.
+    """
+    if not isinstance(model, MoonlightConfig) or model.num_shared_experts:
+        return {}
+    shapes = {
+        "gate_proj": (0, model.hidden_size),
+        "up_proj": (0, model.hidden_size),
+        "down_proj": (model.hidden_size, 0),
+    }
+    return {
+        f"model.layers.{layer}.mlp.shared_experts.{name}.weight": np.zeros(shape, np.float32)
+        for layer in range(model.num_dense_layers, model.num_layers)
+        for name, shape in shapes.items()
+    }
+
+
 def names_of(name: str, shape: list[int]) -> list[str]:
     """Return Hugging Face's names of a weight or buffer of ours; of a stack of experts, one for each."""
     experts, _, projection = name.rpartition(".experts.")

@@ -87,7 +87,7 @@ class Preflight:
         corpus: Corpus | None = None,
         take_over: bool = False,
     ) -> None:
-        self.config, self.stop = config, stop
+        self.config, self.stop, self.warn = config, stop, warn
         self.inputs = self._await(in_background(lambda: check_inputs(config, corpus), may_be_torn=True))
         if self.inputs.warning:
             warn(self.inputs.warning)
@@ -106,6 +106,8 @@ class Preflight:
     def finish(self) -> None:
         """Wait for what is still being checked."""
         self._await(self._free)
+        if (origin := self.found.origin) and (told := other_tokens(origin.manifest.identity)):
+            self.warn(told)
 
     @property
     def found(self) -> "Found":
@@ -139,6 +141,20 @@ def find_origin(config: RunConfig) -> Origin | None:
     if differences := _differences({"model": manifest.identity["model"]}, {"model": given}):
         raise ConfigError(f"train.init={config.train.init} is another model:\n" + "\n".join(differences))
     return Origin(run_url=log.store.url, manifest=manifest)
+
+
+def other_tokens(identity: dict[str, Any]) -> str:
+    """Return that the weights to begin with know other tokens than a run's bytes; empty where they do not.
+
+    Args:
+        identity: of their checkpoint. An import has the ids of its special tokens; the end of a document in bytes is 0.
+    """
+    if "data" in identity or identity.get("hugging_face", {}).get("eos_token_id") == 0:
+        return ""
+    return (
+        f"train.init: {identity.get('imported', 'it')} was trained with a tokenizer of its own, and this run's tokens "
+        "are bytes: its embeddings and its head mean something else, and are learned anew"
+    )
 
 
 @dataclass(frozen=True)

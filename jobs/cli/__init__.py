@@ -3,8 +3,8 @@
 Exit codes: 0 ok, 2 config, 3 cluster, 4 training, 5 storage or tracking, 130 interrupted.
 """
 
+import atexit
 import os
-import signal
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -54,16 +54,21 @@ def raymuon(
 def main() -> None:
     """Run the command line."""
     outlive_output()
+    heard = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal heard
+        heard = True
+        raise KeyboardInterrupt
+
     try:
         # For what has no handler of its own: files that are only of this process are removed, as after a Ctrl-C.
-        on_signals(signal.default_int_handler)
+        on_signals(interrupt)
         code = app(standalone_mode=False) or 0
     except RaymuonError as error:
         sys.stderr.write(visible(f"raymuon: {error}\n"))
         code = error.exit_code
-    except typer.Abort:
-        code = 130
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("raymuon: interrupted\n")
         code = 130
     except ConfigProblems as error:  # Of a value that an option or the environment has put into a config.
@@ -75,4 +80,8 @@ def main() -> None:
         code = 2
     sys.stdout.flush()
     on_signals(lambda *_: os._exit(code))
+    if heard:  # CPython would end itself by SIGINT where the exception came out of an `exec`, as of many imports.
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

@@ -75,5 +75,28 @@ def test_a_signal_ends_what_python_waits_for_at_the_end():
     assert process.returncode in (2, 130) and b"Traceback" not in told
 
 
+SWALLOWED = """
+import os, signal
+import jobs.cli
+
+def command(**_):
+    try:
+        exec("os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(9)")
+    except KeyboardInterrupt:
+        {then}
+
+jobs.cli.app = command
+jobs.cli.main()
+"""
+
+
+@pytest.mark.parametrize(("then", "code", "told"), [("return", 0, ""), ("raise", 130, "raymuon: interrupted\n")])
+def test_an_interruption_out_of_an_import_is_no_death_by_a_signal(then, code, told):
+    """As of torch's, which make classes by `exec`; and some of which swallow it."""
+    script = SWALLOWED.format(then=then)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, told)
+
+
 def test_the_command_begins_there():
     assert 'raymuon = "jobs.__main__:main"' in (ROOT / "pyproject.toml").read_text()

@@ -15,6 +15,7 @@ from jobs.config_json import DEFAULTS, describe
 from jobs.export import export, model_of
 from jobs.import_ import import_model
 from jobs.load import load
+from orchestrator.preflight import other_tokens
 from tests.jobs.folders import GONE, KINDS, TOKENS, difference, refused
 from tests.jobs.test_export import MODELS, trained
 from workers.common.errors import ConfigError
@@ -275,3 +276,12 @@ def test_what_is_no_model_is_one_message(folder_of, tmp_path):
     adapter = folder_of("llama")
     (adapter / "adapter_config.json").write_text("{}")
     assert "merge the adapter" in told(adapter)
+
+
+def test_a_run_that_begins_with_the_weights_of_another_vocabulary_says_so(folder_of):
+    for changes, told in (({}, False), ({"eos_token_id": [0, 7]}, True), ({"eos_token_id": 7}, True)):
+        folder = folder_of("llama", changes)
+        identity = open_checkpoint(import_model(str(folder), f"{folder}-imported")).manifest.identity
+        said = other_tokens(identity)
+        assert bool(said) == told and (not told or f"train.init: {folder.name} was trained with" in said)
+    assert not other_tokens({"data": "d"}), "a checkpoint of a run"
