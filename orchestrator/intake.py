@@ -67,11 +67,12 @@ class Intake:
 
     def look_after_pool(self) -> None:
         """Take in what the keepers have told, and what the pool has found."""
-        self.take(self.pool.take_reports())
+        told = self.pool.take()
+        self.take(told.reports)
         self.saves.try_again()
-        for _ in range(self.pool.take_lost_keepers()):
+        for _ in range(told.lost_keepers):
             self.saves.keeper_lost()
-        for usage in self.pool.take_usage():
+        for usage in told.usage:
             self.recorder.usage(usage)
 
     def newest_snapshot(self) -> Snapshot | None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.config import ScalingConfig
@@ -76,6 +76,16 @@ class PoolKeeper:
     """When its node's usage was asked for last."""
 
 
+@dataclass
+class Told:
+    """What the keepers have told, and what the pool has found."""
+
+    reports: list[Report] = field(default_factory=list)
+    usage: list[NodeUsage] = field(default_factory=list)
+    lost_keepers: int = 0
+    """That may have had something."""
+
+
 class Pool:
     """All worker and keeper processes of a run.
 
@@ -122,9 +132,7 @@ class Pool:
         self._barren: dict[str, float] = {}
         """Slots that are left empty, and until when."""
         self._code = training_code()
-        self._reports: list[Report] = []
-        self._lost_keepers = 0
-        self._usage: list[NodeUsage] = []
+        self._told = Told()
 
     def __enter__(self) -> "Pool":
         return self
@@ -185,20 +193,10 @@ class Pool:
         keeper = self.keepers.get(node or "")
         return keeper.address if keeper else None
 
-    def take_reports(self) -> list[Report]:
-        """Return what the keepers have told since the last call."""
-        reports, self._reports = self._reports, []
-        return reports
-
-    def take_lost_keepers(self) -> int:
-        """Return how many keepers were lost since the last call that may have had something."""
-        lost, self._lost_keepers = self._lost_keepers, 0
-        return lost
-
-    def take_usage(self) -> list[NodeUsage]:
-        """Return how busy the nodes were, as their keepers have told since the last call."""
-        usage, self._usage = self._usage, []
-        return usage
+    def take(self) -> Told:
+        """Return what there is to tell since the last call."""
+        told, self._told = self._told, Told()
+        return told
 
     # -- housekeeping --------------------------------------------------------------------------------------------------
 
@@ -279,7 +277,7 @@ class Pool:
         self._orphans.pop(node, None)
         self._unstarted.pop(node, None)
         if (keeper := self.keepers.pop(node, None)) is not None:
-            self._lost_keepers += keeper.address is not None
+            self._told.lost_keepers += keeper.address is not None
             keeper.handle.kill()
         for worker in [worker for worker in self.workers.values() if worker.node == node]:
             self.lose(worker.number)
@@ -324,11 +322,11 @@ class Pool:
                 keeper.heard = now
                 self._unstarted.pop(keeper.node, None)
             if keeper.polling is not None and keeper.polling.done():
-                self._reports += keeper.polling.result()
+                self._told.reports += keeper.polling.result()
                 keeper.polling, keeper.heard = None, now
             if keeper.polling is None:
                 keeper.polling = keeper.handle.call("poll", POLL_S)
-                keeper.polling.add_done_callback(self._tell)
+                keeper.polling.add_done_callback(self._wake)
             self._ask_for_usage(keeper, now)
             if now - keeper.heard > self.hang_s:
                 keeper.handle.kill()
@@ -339,16 +337,13 @@ class Pool:
     def _ask_for_usage(self, keeper: PoolKeeper, now: float) -> None:
         if keeper.measuring is not None and keeper.measuring.done():
             with suppress(Exception):  # Figures for people; a keeper that is gone fails its poll, too.
-                self._usage.append(NodeUsage(keeper.node, time.time(), keeper.measuring.result()))
+                self._told.usage.append(NodeUsage(keeper.node, time.time(), keeper.measuring.result()))
             keeper.measuring = None
         if keeper.measuring is None and now - keeper.measured >= USAGE_S:
             keeper.measuring, keeper.measured = keeper.handle.call("usage"), now
 
-    def _wake(self, _: Future[Any]) -> None:
-        self.news.set()
-
-    def _tell(self, poll: "Future[list[Report]]") -> None:
-        if poll.exception() is not None or poll.result():
+    def _wake(self, answer: Future[Any]) -> None:
+        if answer.exception() is not None or answer.result():  # A poll may come back with nothing to tell.
             self.news.set()
 
     # -- losses --------------------------------------------------------------------------------------------------------
@@ -373,7 +368,7 @@ class Pool:
         if self.keepers.get(keeper.node) is not keeper:
             return
         if keeper.address is not None:
-            self._lost_keepers += 1
+            self._told.lost_keepers += 1
             self.notice(f"the keeper of node {keeper.node[:8]} is gone ({reason})")
         else:
             self._note_unstarted(keeper.node, reason)
