@@ -3,16 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from workers.phases import Phase
 from workers.reports import Mark
 
-PHASES = (
-    *("join", "restore", "validate"),
-    *("compute", "wait", "reduce", "gather", "measure", "snapshot", "boundary", "agree"),
-)
-"""What a training thread does, in the order of a step."""
-PATIENT_PHASES = frozenset({"join", "restore", "validate", "measure"})
 PATIENCE = 10.0
-"""How much longer the phases outside the steps may take, and the first two steps that a driver ever sees."""
+"""How much longer patient phases may take, and the first two steps that a driver ever sees."""
 SLACK = 4.0
 """How much longer than the slowest that was ever finished a phase may take."""
 SLOW = 1.5
@@ -62,6 +57,8 @@ class Watchdog:
     hang_s: float
     heard: dict[int, float] = field(default_factory=dict)
     marks: dict[int, Mark] = field(default_factory=dict)
+    """Of every rank that is watched, from the beginning: one without a mark would hide all others' hangs."""
+    began: float = 0.0
     first_step: int | None = None
     warm: bool = False
     """Whether a second step was ever finished: from then on it is known how long a phase takes."""
@@ -73,22 +70,20 @@ class Watchdog:
     def begin(self, ranks: Iterable[int], now: float) -> None:
         """Start the clocks of a generation; fewer ranks may each take longer, since more of the work is theirs."""
         self.heard = dict.fromkeys(ranks, now)
-        self.marks, self.first_step = {}, None
+        self.began, self.first_step = now, None
+        self.marks = dict.fromkeys(self.heard, self._absent(now))
         self.slowest_s *= max(1.0, self.size / len(self.heard))
         self.size = len(self.heard)
 
     def observe(self, rank: int, mark: Mark | None, now: float) -> None:
-        """Take in the answer to a poll."""
+        """Take in the answer to a poll; without a mark of this generation the rank has yet to begin."""
         self.heard[rank] = now
-        if mark is None or mark.phase not in PHASES:
-            self.marks.pop(rank, None)
-            return
-        before = self.marks.get(rank)
-        self.marks[rank] = mark
+        mark = mark or self._absent(now)
+        before, self.marks[rank] = self.marks[rank], mark
         if mark.step > 0:
             self.first_step = mark.step if self.first_step is None else self.first_step
             self.warm = self.warm or mark.step > self.first_step + 1
-            if before is not None and self.first_step < before.step and before.phase not in PATIENT_PHASES:
+            if self.first_step < before.step and not before.phase.patient:
                 # Of a phase that goes on this says nothing: a hang must not excuse itself.
                 finished = _position(mark) != _position(before) or mark.age_s < before.age_s
                 self.slowest_s = max(self.slowest_s, before.age_s if finished else 0.0)
@@ -107,7 +102,7 @@ class Watchdog:
         ]
         if silent:
             return silent
-        if not self.marks or self.marks.keys() != self.heard.keys():
+        if not self.marks:
             return []
         behind = min(map(_position, self.marks.values()))
         guilty = {rank: mark for rank, mark in self.marks.items() if _position(mark) == behind}
@@ -121,8 +116,8 @@ class Watchdog:
         return [
             Suspect(
                 rank,
-                f"has been in phase {mark.phase} of step {mark.step} for {mark.age_s:.1f} s without getting on, which "
-                f"recovery.hang_s={self.hang_s:g} allows for {self._limit(mark):.0f} s",
+                f"has been in phase {mark.phase.value} of step {mark.step} for {mark.age_s:.1f} s without getting on, "
+                f"which recovery.hang_s={self.hang_s:g} allows for {self._limit(mark):.0f} s",
                 mark.age_s,
             )
             for rank, mark in guilty.items()
@@ -139,8 +134,11 @@ class Watchdog:
 
     def _limit(self, mark: Mark) -> float:
         limit = max(self.hang_s, SLACK * self.slowest_s)
-        return limit * PATIENCE if not self.warm or mark.phase in PATIENT_PHASES else limit
+        return limit * PATIENCE if not self.warm or mark.phase.patient else limit
+
+    def _absent(self, now: float) -> Mark:
+        return Mark(generation=0, step=-1, phase=Phase.IDLE, age_s=now - self.began, busy_s=0.0, cpu=0.0)
 
 
 def _position(mark: Mark) -> tuple[int, int]:
-    return mark.step, PHASES.index(mark.phase)
+    return mark.step, mark.phase.order

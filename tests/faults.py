@@ -10,6 +10,7 @@ from dataclasses import replace
 import psutil
 
 from workers.member import Member, Ready
+from workers.phases import Phase
 from workers.reports import Report, Validated
 from workers.task import Place, Task
 
@@ -23,15 +24,20 @@ class Injected(Exception):
 class FaultyMember(Member):
     """A member that does something bad when its training thread comes to a phase."""
 
-    plan: tuple[str, int, str, int] | None = None
+    plan: tuple[Phase, int, str, int] | None = None
+    refuses = False
 
-    def inject(self, phase: str, step: int, action: str, times: int = 1) -> None:
+    def inject(self, phase: Phase, step: int, action: str, times: int = 1) -> None:
         """Do `action` when the thread comes to `phase` of `step` or later for the `times`-th time."""
-        self.plan = phase, step, action, times
+        self.plan = Phase(phase), step, action, times
+
+    def refuse(self) -> None:
+        """Have the next start fail."""
+        self.refuses = True
 
     def start(self, member: Place, task: Task) -> None:
-        if self.plan is not None and self.plan[0] == "start":
-            self.plan = None
+        if self.refuses:
+            self.refuses = False
             raise Injected("a test kept this worker from starting")
         super().start(member, task)
 
@@ -40,7 +46,7 @@ class FaultyMember(Member):
         process = psutil.Process()
         return {"rss": process.memory_info().rss, "descriptors": process.num_fds(), "threads": process.num_threads()}
 
-    def on_mark(self, phase: str, step: int) -> None:
+    def on_mark(self, phase: Phase, step: int) -> None:
         super().on_mark(phase, step)
         if self.plan is not None and phase == self.plan[0] and step >= self.plan[1]:
             phase, step, action, times = self.plan

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from workers.phases import Phase
 from workers.task import KeeperLinks
 
 
@@ -23,7 +24,7 @@ class Controls:
     """
 
     report: Callable[..., None] = lambda kind, **fields: None
-    mark: Callable[[str, int], None] = lambda phase, step: None
+    mark: Callable[[Phase, int], None] = lambda phase, step: None
     busy: Callable[[float], None] = lambda seconds: None
     pause: Callable[[], Pause] = Pause
     told: Callable[[], int] = lambda: -1

@@ -29,6 +29,7 @@ from workers.engine import Engine
 from workers.feed import Feed, counted
 from workers.generate import generate
 from workers.objective import Batch, gradient_weight, summed_loss
+from workers.phases import Phase
 from workers.reports import Sampled, SaveFailed, SaveSkipped, StepDone, Validated
 from workers.snapshots.schedule import SnapshotSchedule
 from workers.snapshots.writer import SnapshotWriter
@@ -79,7 +80,7 @@ class Trainer:
         self.replicated = list(replicated_tensors(engine))  # Changed in place; looking them up walks the whole model.
         self.snapshot_seconds = 0.0
         self.telemetry = Telemetry(
-            task.telemetry, task.train, engine, lambda: controls.mark("measure", counters.step + 1), controls.report
+            task.telemetry, task.train, engine, lambda: controls.mark(Phase.MEASURE, counters.step + 1), controls.report
         )
         self.validation: dict[str, Any] | None = None
         """The last one, which the driver may not have."""
@@ -112,7 +113,7 @@ class Trainer:
         self.snapshots.close()
         train = self.task.train
         if self.engine.rank == 0 and train.sample_prompt and train.sample_bytes and last_step == train.steps:
-            progress = lambda: self.controls.mark("validate", last_step)  # noqa: E731
+            progress = lambda: self.controls.mark(Phase.SAMPLE, last_step)  # noqa: E731
             text = generate(
                 self.engine.model, train.sample_prompt, train.sample_bytes, train.seq_len, self.task.seed, progress
             )
@@ -128,13 +129,13 @@ class Trainer:
         self.telemetry.begin(step)
         loss_sum = self._forward_backward(step)
         held_up = time.perf_counter()
-        self.controls.mark("wait", step)
+        self.controls.mark(Phase.WAIT, step)
         part("snapshot")
         self.snapshots.wait()
         self.snapshot_seconds += time.perf_counter() - held_up
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        self.controls.mark("reduce", step)
+        self.controls.mark(Phase.REDUCE, step)
         part("logits")
         self.telemetry.before_update(counts=bool(self.feed.slots))
         part("reduce")
@@ -144,8 +145,8 @@ class Trainer:
         cost, self.snapshot_seconds = self.snapshot_seconds, 0.0
         save = self._save_is_due(step)
         keeps_up = not save or self.snapshots.idle()
-        written = (save or self.schedule.due(step)) and self._write(step)
-        self.controls.mark("boundary", step)
+        written = (save or self.schedule.due(step)) and self._write(Phase.SNAPSHOT, step)
+        self.controls.mark(Phase.BOUNDARY, step)
         seconds = time.perf_counter() - clock - self.snapshot_seconds
         boundary = self._boundary(loss_sum, written, keeps_up, cost, seconds)
         self.storage_keeps_up = boundary.storage_keeps_up
@@ -171,7 +172,7 @@ class Trainer:
         self.rows.append({**row, "time": started + row["seconds"]})
         self.schedule.measure(step, boundary.snapshot_seconds, boundary.step_seconds)
         if written and boundary.snapshot:
-            self._agree(step)
+            self._agree(Phase.AGREE, step)
         if engine.rank == 0:
             self.controls.report(StepDone, **row)
             self.telemetry.profiled(step)
@@ -193,7 +194,7 @@ class Trainer:
         weight = gradient_weight(self.tokens, engine.world_size)
         clock = time.perf_counter()
         for slot in self.upcoming:
-            self.controls.mark("compute", step)
+            self.controls.mark(Phase.COMPUTE, step)
             torch.manual_seed(random_seed(self.task.seed, step, slot.number))
             part("forward")
             loss_sum = self._loss(engine.engine, slot.batch)
@@ -262,17 +263,17 @@ class Trainer:
 
     # -- snapshots, validation, checkpoints ----------------------------------------------------------------------------
 
-    def _write(self, step: int) -> bool:
+    def _write(self, phase: Phase, step: int) -> bool:
         """Copy this rank's shard into the keeper's memory; tell whether that worked."""
-        self.controls.mark("snapshot", step)
+        self.controls.mark(phase, step)
         clock = time.perf_counter()
         written = self.snapshots.write(step, shard_tensors(self.engine))
         self.snapshot_seconds += time.perf_counter() - clock
         return written
 
-    def _agree(self, step: int) -> None:
+    def _agree(self, phase: Phase, step: int) -> None:
         """Complete the snapshot: every rank has written."""
-        self.controls.mark("agree", step)
+        self.controls.mark(phase, step)
         clock = time.perf_counter()
         notes = {"counters": self.counters.as_dict(), "rows": list(self.rows), "validation": self.validation}
         self.snapshots.agree(self.replicated, notes)
@@ -284,10 +285,11 @@ class Trainer:
         """Take a snapshot of where the run is, if there is none yet; all ranks come here together."""
         step = self.counters.step
         if self.snapshot_step != step:
+            self.controls.mark(Phase.SAVE, step)
             self.snapshots.wait()
             self._all(True)  # Nobody writes over the snapshot before the last until everybody's last has its copy.
-            if self._all(self._write(step)):
-                self._agree(step)
+            if self._all(self._write(Phase.SAVE, step)):
+                self._agree(Phase.SAVE, step)
         return self.snapshot_step == step
 
     def _all(self, mine: bool) -> bool:
@@ -342,10 +344,10 @@ class Trainer:
         engine.model.eval()
         total, tokens = 0.0, 0
         for batch in self.feed.validation():
-            self.controls.mark("validate", self.counters.step)
+            self.controls.mark(Phase.VALIDATE, self.counters.step)
             total += self._loss(engine.model, batch).item()
             tokens += batch.counted
-        self.controls.mark("validate", self.counters.step)
+        self.controls.mark(Phase.VALIDATE, self.counters.step)
         engine.model.train()
         total, tokens = self._sum(total), self._sum(tokens)
         if not tokens:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from workers.common.errors import RaymuonError
 from workers.common.source import training_code
 from workers.controls import Controls, Pause
+from workers.phases import Phase
 from workers.reports import Ended, KeeperLost, Mark, Pulse, Report, StepDone, Terminating
 from workers.task import KeeperLinks, Place, Task
 
@@ -71,7 +72,7 @@ class Member:
         self._pause = (0, Pause())
         self._links = (0, KeeperLinks())
         self._told = -1
-        self._mark: tuple[int, int, str, float] = (0, -1, "idle", time.monotonic())
+        self._mark: tuple[int, int, Phase, float] = (0, -1, Phase.IDLE, time.monotonic())
         self._busy_s = 0.0
         self._cpu = time.process_time(), time.monotonic()
         # In C, so that it works while the interpreter hangs; see Keeper.end.
@@ -108,7 +109,7 @@ class Member:
         """Become a member of a generation, in a thread of its own; reports tell of the rest."""
         previous, self._generation, self._rank = self._thread, member.generation, member.rank
         self._told = -1
-        self._mark = (member.generation, -1, "join", time.monotonic())  # It may hang before it has begun.
+        self._mark = (member.generation, -1, Phase.JOIN, time.monotonic())  # It may hang before it has begun.
         self._thread = threading.Thread(target=self._train, args=(member, task, previous), name="train", daemon=True)
         self._thread.start()
 
@@ -160,9 +161,9 @@ class Member:
         self._terminating = True
         self._outbox.put(Terminating(generation=self._generation, rank=self._rank, time=time.time()))
 
-    def on_mark(self, phase: str, step: int) -> None:
+    def on_mark(self, phase: Phase, step: int) -> None:
         """Note where the training thread is; fault injection overrides this."""
-        self._mark = (self._generation, step, phase, time.monotonic())
+        self._mark = (self._generation, step, Phase(phase), time.monotonic())
 
     def _train(self, member: Place, task: Task, previous: threading.Thread | None) -> None:
         if previous is not None:
@@ -172,7 +173,7 @@ class Member:
         def report(kind: type[Report], **fields: Any) -> None:
             self._outbox.put(kind(generation=member.generation, rank=member.rank, time=time.time(), **fields))
 
-        def mark(phase: str, step: int) -> None:
+        def mark(phase: Phase, step: int) -> None:
             self.on_mark(phase, step)
 
         def busy(seconds: float) -> None:
@@ -189,9 +190,9 @@ class Member:
         )
         # The end is reported before the engine is destroyed: that closes connections, at which the peers fail, too.
         try:
-            mark("join", -1)
+            mark(Phase.JOIN, -1)
             self._engine = join(member, task)
-            self._engine.optimizer.register_step_post_hook(lambda *_: mark("gather", self._mark[1]))
+            self._engine.optimizer.register_step_post_hook(lambda *_: mark(Phase.GATHER, self._mark[1]))
             outcome, step = train(self._engine, task, member, controls)
             report(Ended, outcome=outcome, step=step)
         except RaymuonError as error:
@@ -206,7 +207,7 @@ class Member:
         finally:
             self._leave()
             if self._generation == member.generation:
-                self._mark = (member.generation, -1, "idle", time.monotonic())
+                self._mark = (member.generation, -1, Phase.IDLE, time.monotonic())
 
     def _leave(self) -> None:
         """Drop the engine and the process group, so that this process can build the next generation's."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from workers.checkpoint.manifest import ShardFile
+from workers.phases import Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +163,7 @@ class Mark:
 
     generation: int
     step: int
-    phase: str
+    phase: Phase
     age_s: float
     """Since it came there."""
     busy_s: float

@@ -14,6 +14,7 @@ from workers.controls import Controls
 from workers.engine import Engine, build_engine, default_device, join_process_group, leave_process_group
 from workers.loop import Trainer
 from workers.objective import batch_of, gradient_weight, summed_loss
+from workers.phases import Phase
 from workers.reports import CheckpointDamaged, Planned, Restored
 from workers.snapshots.reader import SnapshotReader
 from workers.state import Counters, WeightsOnly, first_not_finite, load_state, shard_map
@@ -44,10 +45,10 @@ def train(engine: Engine, task: Task, member: Place, controls: Controls) -> tupl
         DamagedError: the checkpoint is not what was written; it is reported, too.
         StorageError: the checkpoint, a snapshot or the data could not be read.
     """
-    controls.mark("restore", -1)
+    controls.mark(Phase.RESTORE, -1)
     try:
         # A large checkpoint takes its time: every read shows that it gets on.
-        counters, storage_bytes = take_state(engine, task, member, lambda: controls.mark("restore", -1))
+        counters, storage_bytes = take_state(engine, task, member, lambda: controls.mark(Phase.RESTORE, -1))
     except DamagedError as error:
         controls.report(CheckpointDamaged, step=task.manifest.step if task.manifest else 0, error=str(error))
         raise

@@ -22,6 +22,7 @@ from workers.common.source import training_code
 from workers.common.wire import Address
 from workers.config import StorageConfig
 from workers.member import LINGER_S, Ready
+from workers.phases import Phase
 from workers.reports import Ended, Mark, Pulse, Report, Restored, ShardWritten, StepDone, Validated
 from workers.task import Place, Task
 
@@ -212,7 +213,9 @@ class _Worker:
         if cluster.step == task.train.steps:
             cluster.ended = True
             reports.append(Ended(**common, outcome="finished", step=cluster.step))
-        mark = Mark(generation=place.generation, step=cluster.step + 1, phase="compute", age_s=1e-3, busy_s=1e-3, cpu=1)
+        mark = Mark(
+            generation=place.generation, step=cluster.step + 1, phase=Phase.COMPUTE, age_s=1e-3, busy_s=1e-3, cpu=1
+        )
         return Pulse(reports=reports, mark=mark)
 
 

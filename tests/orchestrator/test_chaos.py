@@ -14,8 +14,9 @@ from tests.faults import ACTIONS, FaultyMember
 from tests.leading import Lead, Notes, config_of
 from tests.orchestrator.test_recovery import assert_equal_states, assert_every_sample_of, config_with_ledger
 from tests.processes import ProcessCluster
+from workers.phases import Phase
 
-PHASES = ("compute", "wait", "reduce", "gather", "snapshot", "boundary", "agree")
+PHASES = [p for p in Phase if Phase.COMPUTE.order <= p.order <= Phase.AGREE.order and not p.patient]
 FAULTS_PER_RUN = 10
 STEPS_BETWEEN = 6
 """So that no step is hit three times: that would be poison."""
@@ -55,7 +56,7 @@ class Chaos:
         """A worker breaks by itself, at a certain place."""
         rank = self.random.randrange(len(self.lead.controller.generation.members))
         phase, action = self.random.choice(PHASES), self.random.choice(ACTIONS)
-        self.done.append(f"rank {rank}: {action} at {phase}, from step {step + 1} on")
+        self.done.append(f"rank {rank}: {action} at {phase.value}, from step {step + 1} on")
         self.worker(rank).handle.call("inject", phase, step + 1, action, self.random.randint(1, 2))
 
     def recovery(self, step: int) -> None:

@@ -7,6 +7,7 @@ from tests.faults import FaultyMember
 from tests.leading import Lead, config_of
 from tests.processes import ProcessCluster
 from workers.config import TelemetryConfig
+from workers.phases import Phase
 
 RECOVERIES = 50
 
@@ -29,7 +30,7 @@ def test_fifty_recoveries_leave_nothing_behind(tmp_path):
             lead.stop.request()
         else:
             member = lead.pool.workers[lead.controller.generation.members[number % 2]].handle
-            phase = ("compute", "reduce", "boundary")[number % 3]
+            phase = (Phase.COMPUTE, Phase.REDUCE, Phase.BOUNDARY)[number % 3]
             member.call("inject", phase, lead.controller.progress.step + 1, "raise")
 
     def recovered(event) -> None:

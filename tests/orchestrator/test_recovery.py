@@ -23,6 +23,7 @@ from tests.trainer import trainer_of
 from workers.common.errors import ClusterError, TrainingError
 from workers.common.storage import Store
 from workers.config import StorageConfig
+from workers.phases import Phase
 from workers.reports import StepDone
 
 TWO = {"min_workers": 2, "max_workers": 2}
@@ -83,13 +84,13 @@ def inject_at_start(lead: Lead, rank: int, *plan) -> None:
 @pytest.mark.parametrize(
     ("phase", "action", "times"),
     [
-        ("compute", "kill", 1),
-        ("reduce", "raise", 1),
-        ("gather", "exit", 2),  # After the last group's optimizer step: torn between it and the all-gather.
-        ("gather", "exit soon", 2),
-        ("snapshot", "kill", 1),
-        ("boundary", "exit", 1),
-        ("agree", "kill", 1),
+        (Phase.COMPUTE, "kill", 1),
+        (Phase.REDUCE, "raise", 1),
+        (Phase.GATHER, "exit", 2),  # After the last group's optimizer step: torn between it and the all-gather.
+        (Phase.GATHER, "exit soon", 2),
+        (Phase.SNAPSHOT, "kill", 1),
+        (Phase.BOUNDARY, "exit", 1),
+        (Phase.AGREE, "kill", 1),
     ],
 )
 @pytest.mark.parametrize("rank", [0, 2])
@@ -109,7 +110,7 @@ def test_a_worker_that_dies_anywhere_leaves_no_trace(uninterrupted, tmp_path, ph
 def test_a_worker_that_hangs_is_found_and_its_stack_is_kept(uninterrupted, tmp_path, action):
     folder, _ = uninterrupted
     _, notes = broken_run(
-        tmp_path, {"a": 4}, lambda lead: inject(lead, 1, "compute", 11, action), recovery={"hang_s": 3.0}
+        tmp_path, {"a": 4}, lambda lead: inject(lead, 1, Phase.COMPUTE, 11, action), recovery={"hang_s": 3.0}
     )
     (fault,) = notes.faults
     assert fault.kind == "hung" and fault.ranks[0] == 1
@@ -154,7 +155,7 @@ def test_a_lost_node_whose_copies_are_away_costs_no_step(tmp_path):
     """It dies in step 11, once its workers have waited for the copies of step 10."""
     config = config_with_ledger(tmp_path, scaling={"min_workers": 1, "max_workers": 3}, train={"steps": STEPS})
     lead = Lead(config, ProcessCluster({"a": 2, "b": 1}, FaultyMember), tmp_path)
-    inject_at_start(lead, 2, "reduce", 11, "stop")
+    inject_at_start(lead, 2, Phase.REDUCE, 11, "stop")
 
     def kill(step: int) -> None:
         if step == 8:
@@ -180,7 +181,7 @@ def test_a_validation_is_not_lost_with_the_rank_that_tells_it(tmp_path):
         tmp_path, scaling=THREE, train={"steps": STEPS, "validate_every": 10}, checkpoint={"every": 10}, recovery=None
     )
     lead = Lead(config, ProcessCluster({"a": 3}, ForgetfulMember), tmp_path)
-    inject_at_start(lead, 0, "reduce", 12, "kill")
+    inject_at_start(lead, 0, Phase.REDUCE, 12, "kill")
     with lead:
         notes = lead.wait()
     assert [one.step for one in notes.validations] == [0, 10, 20, STEPS] and notes.commits == [10, 20, STEPS]
@@ -192,8 +193,8 @@ def test_a_survivor_that_cannot_begin_is_replaced(uninterrupted, tmp_path):
     folder, _ = uninterrupted
 
     def break_two(lead: Lead) -> None:
-        inject(lead, 1, "start", 0, "raise")
-        inject(lead, 2, "compute", 11, "kill")
+        lead.pool.workers[lead.controller.generation.members[1]].handle.call("refuse")
+        inject(lead, 2, Phase.COMPUTE, 11, "kill")
 
     _, notes = broken_run(tmp_path, {"a": 4}, break_two)
     assert [fault.during_recovery for fault in notes.faults] == [False, True]
@@ -262,7 +263,7 @@ def test_a_standby_takes_the_place_at_once(uninterrupted, tmp_path):
         while len(lead.pool.candidates) < 4:
             lead.pool.refresh()
         seen["standby"] = ({c.number for c in lead.pool.candidates} - set(lead.controller.generation.members)).pop()
-        inject(lead, 1, "compute", 9, "kill")
+        inject(lead, 1, Phase.COMPUTE, 9, "kill")
 
     lead, notes = broken_run(tmp_path, {"a": 4}, kill, scaling={**THREE, "standby": 1})
     assert len(notes.faults) == 1 and seen["standby"] in lead.controller.generation.members
@@ -285,12 +286,12 @@ def test_a_second_fault_during_recovery(uninterrupted, tmp_path):
     folder, _ = uninterrupted
     config = config_with_ledger(tmp_path, scaling=THREE, train={"steps": STEPS})
     lead = Lead(config, ProcessCluster({"a": 5}, FaultyMember), tmp_path)
-    lead.notes.on_step = lambda step: inject(lead, 1, "compute", 11, "kill") if step == 8 else None
+    lead.notes.on_step = lambda step: inject(lead, 1, Phase.COMPUTE, 11, "kill") if step == 8 else None
 
     def again(event):
         if event in lead.notes.faults and len(lead.notes.faults) == 1:
             for candidate in lead.pool.candidates[:1]:
-                lead.pool.workers[candidate.number].handle.call("inject", "restore", -1, "kill")
+                lead.pool.workers[candidate.number].handle.call("inject", Phase.RESTORE, -1, "kill")
 
     lead.notes.on_event = again
     with lead:
@@ -304,7 +305,7 @@ def test_a_fault_before_the_rendezvous_costs_no_survivor(tmp_path):
     """Whoever would be rank 0 dies before the group is told to train: the others have nothing to leave."""
     config = config_with_ledger(tmp_path, scaling={"max_workers": 4}, train={"steps": STEPS})
     lead = Lead(config, ProcessCluster({"a": 4}, FaultyMember), tmp_path)
-    lead.notes.on_step = lambda step: inject(lead, 3, "compute", 11, "kill") if step == 8 else None
+    lead.notes.on_step = lambda step: inject(lead, 3, Phase.COMPUTE, 11, "kill") if step == 8 else None
     victims = []
 
     def again(event):
@@ -430,7 +431,7 @@ def test_storage_gives_only_what_no_keeper_has(uninterrupted, tmp_path):
 def test_a_worker_that_dies_while_its_keeper_uploads(uninterrupted, tmp_path):
     """The upload ends, and the checkpoint counts."""
     _, notes = broken_run(
-        tmp_path, {"a": 4}, lambda lead: inject(lead, 1, "compute", 11, "kill"), checkpoint={"every": 10}
+        tmp_path, {"a": 4}, lambda lead: inject(lead, 1, Phase.COMPUTE, 11, "kill"), checkpoint={"every": 10}
     )
     assert len(notes.faults) == 1 and notes.commits == [10, 20, STEPS]
 
@@ -441,7 +442,7 @@ def test_a_poisoned_step_ends_the_run_with_its_cause(tmp_path):
 
     def poison(*_) -> None:
         for worker in lead.pool.workers.values():
-            worker.handle.call("inject", "reduce", 11, "raise")
+            worker.handle.call("inject", Phase.REDUCE, 11, "raise")
 
     lead.notes.on_step = lambda step: poison() if step == 8 else None
     lead.notes.on_event = lambda event: threading.Timer(0.0, poison).start()
@@ -486,7 +487,7 @@ def test_a_stop_while_nobody_trains_has_the_keepers_save(uninterrupted, tmp_path
             if not waits:
                 cluster.nodes["a"] = 2
                 lead.pool.cluster.start_worker = lambda slot: ProcessHandle(time.sleep, 600)
-            inject(lead, 1, "boundary", 12, "kill", 1)
+            inject(lead, 1, Phase.BOUNDARY, 12, "kill", 1)
 
     lead.notes.on_step = on_step
     with lead:

@@ -15,6 +15,7 @@ from tests.workers.test_moonlight import TINY
 from workers.common.errors import TrainingError
 from workers.config import CheckpointConfig, DataConfig, StorageConfig, TrainConfig
 from workers.data.corpus import prepare
+from workers.phases import Phase
 from workers.reports import ShardWritten, StepDone, Validated
 from workers.task import KeeperLinks, Place, Task
 
@@ -65,7 +66,7 @@ def trained(
     from workers.state import Counters
 
     reports: list = []
-    marks: list[tuple[str, int]] = []
+    marks: list[tuple[Phase, int]] = []
     engine = build_engine(task.model, task.optim, task.train, task.seed, default_device())
     before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     keeper = Keeper("127.0.0.1", "secret", StorageConfig())
@@ -149,14 +150,21 @@ def test_long_parts_show_that_they_get_on(tmp_path):
     task = task_of(tmp_path, validate_every=2, sample_prompt="import", sample_bytes=30)
     (alone,) = run_ranks(1, trained, task)
     chunks = 3  # Of five sequences, two at a time; and one mark when they are done.
-    assert alone["marks"].count(("validate", 0)) == alone["marks"].count(("validate", 2)) == chunks + 1
-    assert alone["marks"].count(("validate", 4)) == chunks + 1 + 30, "a mark for each byte of the sample"
+    assert alone["marks"].count((Phase.VALIDATE, 0)) == alone["marks"].count((Phase.VALIDATE, 4)) == chunks + 1
+    assert alone["marks"].count((Phase.SAMPLE, 4)) == 30, "a mark for each byte of the sample"
+    assert in_order(alone["marks"])
+
+
+def in_order(marks: list[tuple[Phase, int]]) -> bool:
+    """Tell whether a thread has never gone back: the watchdog would take the one that is ahead for the one behind."""
+    places = [(step, phase.order) for phase, step in marks]
+    return places == sorted(places)
 
 
 def test_one_ranks_pause_stops_all_at_the_same_boundary(tmp_path):
     results = run_ranks(3, trained, task_of(tmp_path, steps=50), 3)
     assert {(result["outcome"], result["step"]) for result in results} == {("paused", 3)}
-    assert all(result["saved"] == [2, 3] for result in results)
+    assert all(result["saved"] == [2, 3] and in_order(result["marks"]) for result in results)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
