@@ -7,16 +7,17 @@ restores, and does what only a process of that node can do: look at a worker's s
 What it holds is found by looking into the regions themselves, so a worker's death at any moment needs no message.
 """
 
+import json
 import queue
 import secrets
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -29,8 +30,9 @@ from workers.common.wire import Address, Connection, listen
 from workers.config import StorageConfig
 from workers.member import STACK_FILE
 from workers.reports import Report, SaveFailed, SaveRetried, ShardWritten
+from workers.snapshots import messages
 from workers.snapshots.kept import KeptShard
-from workers.snapshots.region import HALVES, NONE, Region, RegionSize
+from workers.snapshots.region import HALVES, NONE, NOTES_BYTES, Region, RegionSize
 
 UPLOADS = 2
 """Shards that are written to storage at the same time, each in several parts."""
@@ -39,6 +41,7 @@ MAX_SAVING = 2
 UPLOAD_TRIES = 4
 UPLOAD_BACKOFF_S = 1.0
 """Before the second try; it doubles."""
+ACCEPT_AGAIN_S = 0.1
 STACK_S = 0.3
 """How long a worker that is made to show its stack may take."""
 
@@ -170,99 +173,127 @@ class Keeper:
 
     def _accept(self) -> None:
         while True:
-            sock, _ = self._listener.accept()
-            threading.Thread(target=self._serve, args=(Connection(sock),), name="peer", daemon=True).start()
+            try:
+                sock, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(sock,), name="peer", daemon=True).start()
+            except (OSError, RuntimeError):  # No file or no thread is left for it; whoever holds them may let go.
+                time.sleep(ACCEPT_AGAIN_S)
 
-    def _serve(self, peer: Connection) -> None:
+    def _serve(self, sock: socket.socket) -> None:
         held: _Held | None = None
         buddy: Connection | None = None
+        peer = Connection(sock)
         try:
             if not peer.admit(self._address.token):
                 return
             while True:
-                message, size = peer.receive()
-                match message.pop("op"):
-                    case "open":
-                        held = self._open(peer, message) or held
-                        buddy = _close(buddy)
-                    case "push" if held:
-                        buddy = self._push(held, message["half"], buddy)
-                        peer.send({"pushed": buddy is not None})
-                    case "idle" if held:
-                        peer.send({"idle": held.saving < MAX_SAVING})
-                    case "save" if held:
-                        counters = held.region.notes(message["half"])["counters"]
-                        self._save(held, **message, counters=counters)
-                        peer.send({})
-                    case "store":
-                        self._store(peer, message, size)
-                        peer.send({})
-                    case "read":
-                        self._read(peer, **message)
+                answer, content = messages.Done(), b""
+                try:
+                    head, size = peer.receive()
+                    match messages.decode(head):
+                        case messages.Open() as message:
+                            held = self._open(message)
+                            buddy = _close(buddy)
+                            answer = messages.Opened(path=held.path)
+                        case messages.Push() as message if held:
+                            buddy = self._push(held, message.half, buddy)
+                        case messages.Ask() if held:
+                            answer = messages.Idle(idle=held.saving < MAX_SAVING)
+                        case messages.Save() as message if held:
+                            counters = held.region.notes(message.half)["counters"]
+                            self._save(held, message.half, message.run_url, message.attempt, counters)
+                        case messages.Keep() as message:
+                            self._keep(peer, message, size)
+                        case messages.Read() as message:
+                            answer, content = messages.Content(), self._read(message)
+                        case messages.Push() | messages.Ask() | messages.Save() as message:
+                            raise ValueError(f"{message.op}: it comes before `{messages.Open.op}`")
+                        case message:
+                            raise ValueError(f"{message.op}: it is no request")
+                except OSError:
+                    raise
+                except Exception as error:  # Whatever a peer says, it gets an answer, and the others are served on.
+                    answer = messages.Refused(error=str(error) or type(error).__name__)
+                peer.send(messages.encode(answer), content)
         except OSError:
             pass  # The other end is gone; what it had finished is in its region.
         finally:
             _close(buddy)
             peer.close()
 
-    def _open(self, peer: Connection, message: dict[str, Any]) -> _Held | None:
-        """Make a region for a worker, or find the one that it has already."""
-        size = RegionSize(message["shard"], message["replicated"])
-        key = message["generation"], message["rank"]
-        if (refusal := self._refusal(key, size)) is not None:
-            peer.send({"error": refusal})
-            return None
-        buddy = None
-        if message["buddy"] is not None:
-            host, port = message["buddy"]
-            buddy = Address(host, port, self._address.token)
+    def _open(self, message: messages.Open) -> _Held:
+        """Make a region for a worker, or find the one that it has already.
+
+        Raises:
+            ValueError: its generation is over, there is no room, or its fragments do not fit.
+        """
+        if message.generation < self._fence:
+            raise ValueError(f"generation {message.generation} is over; {self._fence} is the one that counts")
+        size = RegionSize(message.shard, message.replicated)
+        if any(4 * (offset + length) > size.values for *_, length, offset in message.fragments):
+            raise ValueError(f"{message.op}: a fragment is outside of the region")
+        needed, free = HALVES * size.values, psutil.virtual_memory().available
+        if (message.generation, message.rank) not in self._own and needed > free:
+            raise ValueError(
+                f"no room for snapshots: they need {needed / 1e6:.0f} MB, the node has {free / 1e6:.0f} MB left"
+            )
+        held = self._held(self._own, message, size)
         with self._lock:
-            held = self._own.get(key)
-            if held is None:
-                held = self._own[key] = self._held(message, size)
-            held.buddy = buddy
-            held.shapes = message["shapes"]
+            held.buddy = message.buddy and Address(*message.buddy, self._address.token)
+            held.shapes = message.shapes
             held.entries = [
                 (TensorSlice(kind, name, start, length), offset)
-                for kind, name, start, length, offset in message["fragments"]
+                for kind, name, start, length, offset in message.fragments
                 if kind != BUFFER or held.rank == 0
             ]
-        peer.send({"path": held.path})
         return held
 
-    def _refusal(self, key: tuple[int, int], size: RegionSize) -> str | None:
-        if key[0] < self._fence:
-            return f"generation {key[0]} is over; {self._fence} is the one that counts"
-        needed = HALVES * size.values
-        if key not in self._own and needed > (free := psutil.virtual_memory().available):
-            return f"no room for snapshots: they need {needed / 1e6:.0f} MB, the node has {free / 1e6:.0f} MB left"
-        return None
+    def _held(
+        self, regions: dict[tuple[int, int], _Held], message: messages.Open | messages.Keep, size: RegionSize
+    ) -> _Held:
+        """Return the region of a generation's rank; make it where there is none."""
+        key = message.generation, message.rank
+        with self._lock:
+            if (held := regions.get(key)) is None:
+                held = regions[key] = _Held(*key, message.world_size, *Region.create(size))
+        if held.region.size != size:
+            raise ValueError(f"rank {held.rank} of generation {held.generation} has a region of another size")
+        return held
 
     def _push(self, held: _Held, half: int, buddy: Connection | None) -> Connection | None:
         """Send a snapshot to the buddy and wait until it is there; return the connection, None without a buddy."""
+        if (step := held.region.agreed(half)) == NONE:
+            raise ValueError(f"{messages.Push.op}: nobody has agreed on what is there")
         if held.buddy is not None:
             try:
                 buddy = buddy or Connection.open(held.buddy)
-                size = held.region.size
-                place = {"generation": held.generation, "rank": held.rank, "world_size": held.world_size}
-                about = {"shard": size.shard, "replicated": size.replicated, "step": held.region.agreed(half)}
-                buddy.request({"op": "store", **place, **about}, held.region.content(half))
+                about = messages.Keep(
+                    generation=held.generation,
+                    rank=held.rank,
+                    world_size=held.world_size,
+                    shard=held.region.size.shard,
+                    replicated=held.region.size.replicated,
+                    step=step,
+                )
+                messages.request(buddy, about, messages.Done, held.region.content(half))
             except OSError:  # The driver learns of a dead keeper by itself, and names another buddy.
                 buddy = _close(buddy)
         self._count(held)
         return buddy
 
-    def _store(self, peer: Connection, message: dict[str, Any], size: int) -> None:
+    def _keep(self, peer: Connection, message: messages.Keep, size: int) -> None:
         """Take another keeper's snapshot in."""
-        key = message["generation"], message["rank"]
-        with self._lock:
-            held = self._copies.get(key)
-            if held is None:
-                held = self._copies[key] = self._held(message, RegionSize(message["shard"], message["replicated"]))
+        region = RegionSize(message.shard, message.replicated)
+        if not region.values < size <= region.values + NOTES_BYTES:
+            raise ValueError(f"{message.op}: {size} bytes are no snapshot with {region.values} bytes of values")
+        held = self._held(self._copies, message, region)
         half = held.region.spare()
         held.region.clear(half)
-        peer.receive_into(held.region.target(half, size))
-        held.region.settle(half, message["step"], size)
+        target = held.region.target(half, size)
+        peer.receive_into(target)
+        if "counters" not in json.loads(bytes(target[region.values :])):  # The driver reads them in any agreed half.
+            raise ValueError(f"{message.op}: notes without counters")
+        held.region.settle(half, message.step, size)
         self._count(held)
 
     def _count(self, held: _Held) -> None:
@@ -272,18 +303,13 @@ class Keeper:
             # Every rank came through the step after the first snapshot, so that one has all its copies.
             self.drop(held.generation)
 
-    def _held(self, message: dict[str, Any], size: RegionSize) -> _Held:
-        region, path = Region.create(size)
-        return _Held(message["generation"], message["rank"], message["world_size"], region, path)
-
-    def _read(self, peer: Connection, path: str, half: int, step: int, offset: int, count: int) -> None:
+    def _read(self, message: messages.Read) -> memoryview:
         with self._lock:
             every = (*self._own.values(), *self._copies.values())
-        region = next((held.region for held in every if held.path == path), None)
-        if region is None or region.sealed(half) != step:
-            peer.send({"error": f"the snapshot of step {step} is not here any more"})
-        else:
-            peer.send({}, region.floats(half)[offset : offset + count].data.cast("B"))
+        region = next((held.region for held in every if held.path == message.path), None)
+        if region is None or region.sealed(message.half) != message.step:
+            raise ValueError(f"the snapshot of step {message.step} is not here any more")
+        return region.floats(message.half)[message.offset : message.offset + message.count].data.cast("B")
 
     def _save(self, held: _Held, half: int, run_url: str, attempt: int, counters: dict[str, int]) -> None:
         """Copy the snapshot, so that its half is free again, and write the copy to storage in a thread of its own."""

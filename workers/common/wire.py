@@ -1,19 +1,21 @@
-"""Framed messages between a worker and a keeper, or between two keepers: JSON headers with raw bytes behind them.
+"""Frames between a worker and a keeper, or between two keepers: a header and raw bytes behind it.
 
 Nothing is pickled, and whoever does not know the run's token is not listened to. The bytes go from and into memory that
-the caller names, without a copy in between.
+the caller names, without a copy in between. What headers say is in `workers.snapshots.messages`.
 """
 
 import hmac
-import json
 import socket
 import struct
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 _FRAME = struct.Struct("!IQ")
-"""Bytes of the JSON header, bytes of the payload."""
+"""Bytes of the header, bytes of the payload."""
+MOST_HEAD = 1 << 26
+"""Bytes of a header: those of a model with a million fragments. What is longer is none of ours."""
+SKIPPED = 1 << 16
+"""Bytes that are skipped at a time."""
 CONNECT_S = 5.0
 
 
@@ -38,6 +40,8 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
+        self._unread = 0
+        """Bytes behind the last header."""
 
     @staticmethod
     def open(address: Address) -> "Connection":
@@ -55,41 +59,47 @@ class Connection:
     def admit(self, token: str) -> bool:
         """On the listening side: read the other's token and tell whether it is ours."""
         self._sock.settimeout(CONNECT_S)
-        known = hmac.compare_digest(bytes(self.receive_bytes(len(token.encode()))), token.encode())
+        known = hmac.compare_digest(self._take(len(token.encode())), token.encode())
         self._sock.settimeout(None)
         return known
 
-    def send(self, message: dict[str, Any], payload: memoryview | bytes = b"") -> None:
-        """Send a message and the bytes that go with it."""
-        head = json.dumps(message).encode()
+    def send(self, head: bytes, payload: memoryview | bytes = b"") -> None:
+        """Send a header and the bytes that go with it."""
         self._sock.sendall(_FRAME.pack(len(head), len(payload)) + head)
         if len(payload):
             self._sock.sendall(payload)
 
-    def receive(self) -> tuple[dict[str, Any], int]:
-        """Return the next message and how many bytes come behind it; they have to be read before the next."""
-        head, payload = _FRAME.unpack(self.receive_bytes(_FRAME.size))
-        return json.loads(bytes(self.receive_bytes(head))), payload
+    def receive(self) -> tuple[bytes, int]:
+        """Return the next header and how many bytes come behind it; what nobody has read of the last ones is skipped.
 
-    def receive_bytes(self, size: int) -> memoryview:
-        """Return the next bytes."""
-        target = memoryview(bytearray(size))
-        self.receive_into(target)
-        return target
+        Raises:
+            ValueError: it is too long; the next call skips it.
+        """
+        while self._unread:
+            self._unread -= len(self._take(min(self._unread, SKIPPED)))
+        head, self._unread = _FRAME.unpack(self._take(_FRAME.size))
+        if head > MOST_HEAD:
+            self._unread += head
+            raise ValueError(f"a header of {head} bytes; none of ours has more than {MOST_HEAD}")
+        return self._take(head), self._unread
 
     def receive_into(self, target: memoryview) -> None:
-        """Fill `target` (of bytes) with the next bytes."""
+        """Fill `target` (of bytes) with what comes behind the header."""
+        self._fill(target)
+        self._unread -= len(target)
+
+    def _take(self, size: int) -> bytes:
+        taken = bytearray(size)
+        self._fill(memoryview(taken))
+        return bytes(taken)
+
+    def _fill(self, target: memoryview) -> None:
         at = 0
         while at < len(target):
             count = self._sock.recv_into(target[at:])
             if not count:
                 raise ConnectionError("the other end has closed the connection")
             at += count
-
-    def request(self, message: dict[str, Any], payload: memoryview | bytes = b"") -> dict[str, Any]:
-        """Send a message and return the answer, one without bytes."""
-        self.send(message, payload)
-        return self.receive()[0]
 
     def close(self) -> None:
         """End the connection; a thread that waits on it is woken."""

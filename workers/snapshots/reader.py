@@ -10,6 +10,7 @@ from workers.checkpoint.shards import CheckpointReader
 from workers.common.errors import StorageError
 from workers.common.wire import Address, Connection
 from workers.snapshots.kept import KeptShard, ShardMap, Snapshot
+from workers.snapshots.messages import Content, Read, RefusedError, answer, encode
 from workers.snapshots.region import Region
 
 
@@ -76,11 +77,12 @@ class SnapshotReader:
         if shard.keeper not in self._connections:
             self._connections[shard.keeper] = Connection.open(shard.keeper)
         connection = self._connections[shard.keeper]
-        wanted = {"path": shard.path, "half": shard.half, "step": shard.step, "offset": offset, "count": place.size}
-        connection.send({"op": "read", **wanted})
-        answer, size = connection.receive()
+        wanted = Read(path=shard.path, half=shard.half, step=shard.step, offset=offset, count=place.size)
+        connection.send(encode(wanted))
+        try:
+            _, size = answer(connection, Content)
+        except RefusedError as error:
+            raise StorageError(f"keeper at {shard.keeper.host}: {error}") from error
         if size != place.nbytes:
-            raise StorageError(
-                f"keeper at {shard.keeper.host}: {answer.get('error', 'sent other bytes than asked for')}"
-            )
+            raise StorageError(f"keeper at {shard.keeper.host}: sent other bytes than asked for")
         connection.receive_into(place.view(np.uint8).data)

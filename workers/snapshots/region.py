@@ -58,8 +58,12 @@ class Region:
     def create(size: RegionSize) -> "tuple[Region, str]":
         """Make a region; return it and the path at which other processes of the node find it while this one lives."""
         descriptor = os.memfd_create("raymuon-snapshots", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, HALVES * size.half)
-        region = Region(descriptor, size)
+        try:
+            os.ftruncate(descriptor, HALVES * size.half)
+            region = Region(descriptor, size)
+        except BaseException:
+            os.close(descriptor)
+            raise
         region._descriptor = descriptor
         for half in range(HALVES):
             region.clear(half)

@@ -20,6 +20,19 @@ from torch import Tensor
 
 from workers.common.wire import Connection
 from workers.snapshots.kept import ShardMap
+from workers.snapshots.messages import (
+    Ask,
+    Done,
+    Idle,
+    Message,
+    Open,
+    Opened,
+    Push,
+    Save,
+    answer,
+    encode,
+    request,
+)
 from workers.snapshots.region import Region
 from workers.task import KeeperLinks
 
@@ -54,7 +67,7 @@ class SnapshotWriter:
         """Wait until the keeper has done all that it was told: the buddy has its copy."""
         while self._unanswered and self._connection is not None:
             try:
-                self._connection.receive()
+                answer(self._connection, Done)
                 self._unanswered -= 1
             except OSError as error:
                 self._drop(error)
@@ -75,7 +88,7 @@ class SnapshotWriter:
         if self._region is not None:
             _copy(replicated, self._region.floats(self._half)[self._map.shard :])
             self._region.agree(self._half, notes)
-            self._tell({"op": "push", "half": self._half})
+            self._tell(Push(half=self._half))
 
     def idle(self) -> bool:
         """Tell whether the keeper can take another snapshot to save; True where there is no keeper.
@@ -86,14 +99,14 @@ class SnapshotWriter:
         if self._connection is None:
             return True
         try:
-            return self._connection.request({"op": "idle"})["idle"]
+            return request(self._connection, Ask(), Idle).idle
         except OSError as error:
             self._drop(error)
             return True
 
     def save(self, run_url: str, attempt: int) -> None:
         """Have the keeper write the last agreed snapshot to storage; it reports to the driver itself."""
-        self._tell({"op": "save", "half": self._half, "run_url": run_url, "attempt": attempt})
+        self._tell(Save(half=self._half, run_url=run_url, attempt=attempt))
 
     def close(self) -> None:
         """Wait for what the keeper still has to copy, and let go of it."""
@@ -115,29 +128,28 @@ class SnapshotWriter:
             return False
         try:
             self._connection = Connection.open(links.keeper)
-            answer = self._connection.request(
-                {
-                    "op": "open",
+            opened = request(
+                self._connection,
+                Open(
                     **self._place,
-                    "shard": self._map.size.shard,
-                    "replicated": self._map.size.replicated,
-                    "fragments": [[kind, f.name, f.start, f.length, f.offset] for kind, f in self._map.fragments],
-                    "shapes": self._shapes,
-                    "buddy": links.buddy and [links.buddy.host, links.buddy.port],
-                }
+                    shard=self._map.size.shard,
+                    replicated=self._map.size.replicated,
+                    fragments=tuple((kind, f.name, f.start, f.length, f.offset) for kind, f in self._map.fragments),
+                    shapes=self._shapes,
+                    buddy=links.buddy and (links.buddy.host, links.buddy.port),
+                ),
+                Opened,
             )
-            if "error" in answer:
-                raise ConnectionError(answer["error"])
-            self._region = Region.attach(answer["path"], self._map.size)
+            self._region = Region.attach(opened.path, self._map.size)
         except OSError as error:
             self._drop(error)
         return self._connection is not None
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _tell(self, message: Message) -> None:
         if self._connection is None:
             return
         try:
-            self._connection.send(message)
+            self._connection.send(encode(message))
             self._unanswered += 1
         except OSError as error:
             self._drop(error)
