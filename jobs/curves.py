@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from orchestrator.record.events import Recovery
 from workers.common.text import visible
 
 Series = list[tuple[int, float]]
@@ -19,9 +20,7 @@ MARGIN = 0.05
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It tells of caches and fonts, which nobody can mend here.
 
 
-def plot_losses(
-    runs: Mapping[str, tuple[Series, Series]], path: Path, changes: Sequence[Mapping[str, Any]] = ()
-) -> None:
+def plot_losses(runs: Mapping[str, tuple[Series, Series]], path: Path, changes: Sequence[Recovery] = ()) -> None:
     """Draw training (thin) and validation (dots) losses of each run over its steps.
 
     Args:
@@ -73,14 +72,14 @@ def height(points: Sequence[tuple[int, float]]) -> tuple[float, float] | None:
     return low - margin, high + margin
 
 
-def _mark(axes: Any, changes: Sequence[Mapping[str, Any]]) -> None:
+def _mark(axes: Any, changes: Sequence[Recovery]) -> None:
     for change in changes:
-        color = "C3" if change["reason"] == "fault" else "0.5"
-        workers = f"{change['world_size']} worker{'s' if change['world_size'] > 1 else ''}"
-        axes.axvline(change["step"], color=color, linestyle=":", linewidth=1)
+        color = "C3" if change.reason == "fault" else "0.5"
+        workers = f"{change.world_size} worker{'s' if change.world_size > 1 else ''}"
+        axes.axvline(change.step, color=color, linestyle=":", linewidth=1)
         axes.annotate(
-            f"{change['reason']}, {workers}",
-            (change["step"], 1),
+            f"{change.reason}, {workers}",
+            (change.step, 1),
             xycoords=("data", "axes fraction"),
             xytext=(-2, -4),
             textcoords="offset points",

@@ -5,12 +5,15 @@ the weights that the run went on with came out of that one.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.record.events import DriverStarted, Foreign, Membership
+from orchestrator.record.journal import Line, Row
 from orchestrator.record.provenance import Provenance
 from workers.common.errors import ConfigError
+from workers.common.typed import read_fields
 
 TOLERANCE = 1e-3
 """Relative difference of a loss, where the world size or the hardware is another one; of a gradient's norm ten times
@@ -51,22 +54,24 @@ class Record:
     """On which a step was trained."""
 
 
-def read_record(lines: Iterable[Mapping[str, Any]]) -> Record:
+def read_record(lines: Iterable[Line]) -> Record:
     """Make a record out of a journal's lines, which are in order."""
     record, attempt, devices = Record(), 0, ()
     for line in lines:
         match line:
-            case {"event": "DriverStarted"}:
-                attempt = line["attempt"]
-                if line.get("config"):  # Older journals lack it.
-                    provenance = Provenance(**line["provenance"])
-                    record.attempts[attempt] = Attempt(attempt, line["config"], provenance, line["corpus"])
-            case {"event": "Membership"}:
-                devices = tuple(line.get("devices", ()))
-            case {"series": "train", "step": step, "values": values}:
-                record.steps[step], record.by[step], record.devices[step] = values, attempt, devices
-            case {"series": "validation", "step": step, "values": values}:
-                record.validations[step] = values["val_loss"]
+            case DriverStarted():
+                attempt = line.attempt
+                if line.config:  # Older journals lack it.
+                    provenance = read_fields(Provenance, line.provenance)
+                    record.attempts[attempt] = Attempt(attempt, line.config, provenance, line.corpus)
+            case Foreign(stored={"event": DriverStarted.stored_as}):
+                attempt = 0  # What follows was not trained with the config of the attempt before.
+            case Membership():
+                devices = line.devices
+            case Row(series="train", step=step):
+                record.steps[step], record.by[step], record.devices[step] = line.values, attempt, devices
+            case Row(series="validation", step=step):
+                record.validations[step] = line.values["val_loss"]
     return record
 
 

@@ -110,6 +110,7 @@ def _summary(config: RunConfig, result: RunResult, plot: Path | None) -> dict[st
     kept = {key: value for key, value in asdict(result).items() if key not in ("losses", "first_step_time")}
     return {
         **kept,
+        "changes": [change.record() for change in result.changes],
         "val_bits_per_byte_start": _bits(result.val_loss_start),
         "val_bits_per_byte": _bits(result.val_loss),
         "loss_curve": plot and str(plot),

@@ -136,7 +136,7 @@ class Attempt:
             tokens=self.progress.tokens,
             world_size=self.progress.world_size,
             recoveries=len(tally.faults),
-            changes=[change for change in tally.recoveries if change["reason"] != "start"],
+            changes=[change for change in tally.recoveries if change.reason != "start"],
             goodput=tally.goodput(time.monotonic()),
             mttr_s=tally.mean_time_to_recovery(),
         )

@@ -162,7 +162,7 @@ class Intake:
                     resumed=report.time - report.seconds,
                     seconds=change.seconds(report.time - report.seconds, report.seconds),
                 )
-                self.recorder.tally.recovered(recovery)
+                self.recorder.tally.recoveries.append(recovery)
                 self.recorder.event(recovery)
         self.recorder.step(report, self.progress.world_size)
         self.saves.begun(report.step)

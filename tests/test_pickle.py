@@ -15,6 +15,7 @@ from jobs.checkpoints import diff, list_checkpoints, show, verify
 from jobs.export import export
 from jobs.import_ import import_model
 from orchestrator.log.run_log import RunLog
+from orchestrator.record.events import DriverStarted
 from orchestrator.record.journal import Journal, read_journal
 from tests.jobs.test_export import trained
 from workers.common.errors import RaymuonError
@@ -117,7 +118,7 @@ def test_a_payload_in_place_of_any_file_of_a_run(tmp_path, payload):
     whole = tmp_path / "whole"
     trained(whole, "llama", steps=(10, 20))
     journal = Journal(Store(str(whole)), 1)
-    journal.add({"event": "DriverStarted"})
+    journal.add(DriverStarted(time=1.0, step=0, attempt=1))
     journal.ship()
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
     assert len(files) == 3 + 2 + 2 + 1, "the log, the manifests, the shards, the journal"

@@ -1,7 +1,15 @@
-"""What happened to a run besides its steps: typed, journalled, and shown on the loss's own axis."""
+"""What happened to a run besides its steps: typed, journalled, and shown on the loss's own axis.
 
+What is stored of an event is its fields, and which event it is under a word of its own, not the name of its class.
+Other versions read it, older and newer ones: a field that comes to be later needs a default, and what cannot be read
+as one of our events is `Foreign`: it is shown and passed on, and counts for nothing.
+"""
+
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from workers.common.typed import read_fields
 
 Reason = Literal["start", "fault", "grow", "preemption"]
 """Why a generation is formed."""
@@ -15,18 +23,21 @@ Source = Literal["start", "keepers", "keepers and storage", "storage"]
 class Event:
     """Any event. `time` in seconds since the epoch, `step` the last one that was finished."""
 
+    stored_as: ClassVar[str] = ""
+    """The journal's word for it, which never changes."""
     time: float
     step: int
 
     def record(self) -> dict[str, Any]:
         """Return the journal's form."""
-        return {"event": type(self).__name__, **asdict(self)}
+        return {"event": self.stored_as, **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault(Event):
     """Something ended a generation, or kept the next one from forming."""
 
+    stored_as = "Fault"
     kind: FaultSeen
     cause: str
     generation: int
@@ -41,6 +52,7 @@ class Fault(Event):
 class Membership(Event):
     """A generation was formed."""
 
+    stored_as = "Membership"
     generation: int
     world_size: int
     previous_world_size: int
@@ -58,6 +70,7 @@ class Membership(Event):
 class Recovery(Event):
     """The first new step after a fault or a change of the group has begun."""
 
+    stored_as = "Recovery"
     reason: Reason
     cause: str
     generation: int
@@ -75,6 +88,7 @@ class Recovery(Event):
 class SaveFailure(Event):
     """A checkpoint could not be written."""
 
+    stored_as = "SaveFailure"
     cause: str
 
 
@@ -82,6 +96,7 @@ class SaveFailure(Event):
 class Fallback(Event):
     """The checkpoint of step `damaged` is not whole; the run goes on from that of step `good`."""
 
+    stored_as = "Fallback"
     cause: str
     damaged: int
     good: int
@@ -91,6 +106,7 @@ class Fallback(Event):
 class DriverStarted(Event):
     """A driver took the run over, as its attempt `attempt`; what a replay has to know of it."""
 
+    stored_as = "DriverStarted"
     attempt: int
     config: dict[str, Any] = field(default_factory=dict)
     """Resolved, of this attempt: steps, learning rate and places may change between attempts."""
@@ -98,6 +114,36 @@ class DriverStarted(Event):
     """`orchestrator.record.provenance.Provenance`."""
     corpus: str = ""
     """URL of the prepared corpus."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreign(Event):
+    """An event of another version, which this one cannot read."""
+
+    stored: dict[str, Any]
+    """All of it."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what was stored."""
+        return self.stored
+
+
+KINDS: dict[str, type[Event]] = {
+    kind.stored_as: kind for kind in (DriverStarted, Membership, Fault, Recovery, SaveFailure, Fallback)
+}
+
+
+def read_event(stored: Mapping[str, Any]) -> Event:
+    """Return the event of which `record` has made this."""
+    try:
+        return read_fields(KINDS[stored["event"]], stored)
+    except (KeyError, TypeError, ValueError):
+        time, step = stored.get("time"), stored.get("step")
+        return Foreign(
+            time=time if isinstance(time, int | float) else 0.0,
+            step=step if isinstance(step, int) else 0,
+            stored=dict(stored),
+        )
 
 
 @dataclass
@@ -129,24 +175,21 @@ class Tally:
     before_s: float = 0.0
     """Seconds from the run's beginning to that."""
     productive_s: float = 0.0
-    recoveries: list[dict[str, Any]] = field(default_factory=list)
+    recoveries: list[Recovery] = field(default_factory=list)
+    """And announced changes."""
 
     def step(self, seconds: float) -> None:
         """Count a step that is on record for the first time."""
         self.productive_s += seconds
 
-    def recovered(self, event: Recovery) -> None:
-        """Count a recovery; announced changes are listed, too."""
-        self.recoveries.append(event.record())
-
     @property
-    def faults(self) -> list[dict[str, Any]]:
+    def faults(self) -> list[Recovery]:
         """The recoveries from faults, without the announced changes."""
-        return [recovery for recovery in self.recoveries if recovery["reason"] == "fault"]
+        return [recovery for recovery in self.recoveries if recovery.reason == "fault"]
 
     def mean_time_to_recovery(self) -> float | None:
         """Return the mean seconds of the recoveries from faults (MTTR), None where there were none."""
-        seconds = [fault["seconds"] for fault in self.faults]
+        seconds = [fault.seconds for fault in self.faults]
         return sum(seconds) / len(seconds) if seconds else None
 
     def goodput(self, now: float) -> float:

@@ -2,17 +2,50 @@
 
 MLflow may be away for hours and the driver may die meanwhile: what a commit stands for is in the journal by then, and
 the next driver gives MLflow what it lacks. One file for each commit, never changed; its last line holds the SHA-256 of
-the others.
+the others. A line is an event, a row of the record, or a sign of life; lines that no version of ours has written so far
+are left out when they are read.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
+from orchestrator.record.events import Event, read_event
 from workers.common.storage import Store
 
 FOLDER = "journal"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was measured of a step: a row of the series `train` or `validation`."""
+
+    series: str
+    step: int
+    time: float
+    """Seconds since the epoch."""
+    values: dict[str, float]
+
+    def record(self) -> dict[str, Any]:
+        """Return the journal's form."""
+        return {"series": self.series, "step": self.step, "time": self.time, "values": self.values}
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """A driver had lived for `uptime` seconds when its clock showed `time`."""
+
+    uptime: float
+    time: float
+
+    def record(self) -> dict[str, Any]:
+        """Return the journal's form."""
+        return asdict(self)
+
+
+Line: TypeAlias = Event | Row | Alive
 
 
 class Journal:
@@ -30,9 +63,9 @@ class Journal:
         self._batch = b""
         """What goes under that number: a try whose answer was lost must not put it down a second time."""
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, line: Line) -> None:
         """Take a line in."""
-        self._lines.append(json.dumps(record))
+        self._lines.append(json.dumps(line.record()))
 
     def ship(self) -> None:
         """Put the waiting lines into the run's folder.
@@ -50,7 +83,7 @@ class Journal:
             self._batch = b""
 
 
-def read_journal(store: Store, damaged: Callable[[str], object]) -> Iterator[dict[str, Any]]:
+def read_journal(store: Store, damaged: Callable[[str], object]) -> Iterator[Line]:
     """Yield all lines that earlier drivers have shipped, in order.
 
     Args:
@@ -61,9 +94,20 @@ def read_journal(store: Store, damaged: Callable[[str], object]) -> Iterator[dic
     for name, data in zip(names, store.read_all([f"{FOLDER}/{name}" for name in names]), strict=True):
         lines, _, check = data.rpartition(b"\n")
         if check == _check(lines):
-            yield from map(json.loads, lines.splitlines())
+            yield from filter(None, map(_read, lines.splitlines()))
         else:
             damaged(f"{store.url}/{FOLDER}/{name}: damaged; the record may lack what was in it")
+
+
+def _read(line: bytes) -> Line | None:
+    match json.loads(line):
+        case {"event": str()} as event:
+            return read_event(event)
+        case {"series": str(series), "step": int(step), "time": time, "values": dict(values)}:
+            return Row(series, step, time, values)
+        case {"uptime": uptime, "time": time}:
+            return Alive(uptime, time)
+    return None
 
 
 def _check(lines: bytes) -> bytes:

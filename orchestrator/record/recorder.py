@@ -4,14 +4,14 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from optim.schedule import learning_rate
 from orchestrator.config import RunConfig
 from orchestrator.record.events import DriverStarted, Elapsed, Event, Fault, Membership, Recovery, Tally
-from orchestrator.record.journal import Journal, read_journal
+from orchestrator.record.journal import Alive, Journal, Row, read_journal
 from orchestrator.record.metrics import NodeUsage
 from orchestrator.record.report import DESCRIPTION, Links, describe, recovery_report
 from orchestrator.record.result import RunResult
@@ -19,7 +19,7 @@ from workers.common.errors import StorageError
 from workers.reports import Planned, Profiled, Report, Sampled, StepDone, Validated
 
 BULKY = ("config", "provenance")
-"""Keys of events that stay in the journal alone."""
+"""Fields of events that stay in the journal alone."""
 LOSSES_KEPT = 10_000
 """Steps whose losses wait for their checkpoint."""
 RATE_TOLERANCE = 0.01
@@ -76,7 +76,7 @@ class RunRecorder:
         links: Links,
         last_step: int,
         tally: Tally,
-        events: list[dict[str, Any]],
+        events: list[Event],
     ) -> None:
         self.config, self.record, self.journal, self.watcher = config, record, journal, watcher
         self.links, self.last_step, self.tally, self.events = links, last_step, tally, events
@@ -87,7 +87,7 @@ class RunRecorder:
         self.first_step_time: float | None = None
         self._artifacts: list[threading.Thread] = []
         self._begun = False
-        self._faults = sum(event["event"] == Fault.__name__ for event in events)
+        self._faults = sum(isinstance(event, Fault) for event in events)
         self._warned: str | None = None
         self._slow: set[int] = set()
         self._step = 0
@@ -137,8 +137,8 @@ class RunRecorder:
     def event(self, event: Event) -> None:
         """Journal an event, and show it in MLflow: on the loss's axis, and in the run's description."""
         self._step = max(self._step, event.step)
-        self.journal.add(event.record())
-        self.events.append(_slim(event.record()))
+        self.journal.add(event)
+        self.events.append(event)
         self.record.tag_later(DESCRIPTION, describe(self.config, self.record.run_id, self.links, self.events))
         self.watcher.event(event)
         match event:
@@ -206,7 +206,7 @@ class RunRecorder:
     def close(self, now: float) -> None:
         """Put down the rest, and what it all adds up to; `now` on the monotonic clock."""
         report = recovery_report(self.events, self.tally, now)
-        self.keep({"recovery.md": report.encode(), "events.json": json.dumps(self.events, indent=1).encode()})
+        self.keep({"recovery.md": report.encode(), "events.json": _stored(self.events)})
         for thread in self._artifacts:
             thread.join()
         self._try(lambda: self.record.tag("raymuon.goodput", f"{self.tally.goodput(now):.4f}"))
@@ -229,7 +229,7 @@ class RunRecorder:
                 result.val_loss_start = validations[0][1]
 
     def _ship(self) -> None:
-        self.journal.add({"uptime": time.monotonic() - self.tally.began, "time": time.time()})
+        self.journal.add(Alive(time.monotonic() - self.tally.began, time.time()))
         self.journal.ship()
 
     def _note_loss(self, step: int, name: str, loss: float) -> None:
@@ -239,7 +239,7 @@ class RunRecorder:
 
     def _row(self, series: str, step: int, at: float, values: dict[str, float]) -> None:
         self.record.log(series, step, at, values)
-        self.journal.add({"series": series, "step": step, "time": at, "values": values})
+        self.journal.add(Row(series, step, at, values))
 
     def _put(self, name: str, content: bytes, folder: str | None = None, only_first: bool = False) -> None:
         """Make a file an artifact of the run, with `only_first` unless it has one of that name; nobody waits."""
@@ -269,7 +269,7 @@ def go_on_with(
     last_step: int,
     now: float,
     warn: Callable[[str], object],
-) -> tuple[Tally, list[dict[str, Any]]]:
+) -> tuple[Tally, list[Event]]:
     """Give MLflow the rows that earlier drivers journalled and could not log, and add up what has happened so far.
 
     Args:
@@ -284,25 +284,26 @@ def go_on_with(
         What adds up, and the events.
     """
     tally, elapsed = Tally(time.monotonic()), Elapsed()
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     seen: set[int] = set()
     recorded = None
     for line in read_journal(journal.store, warn):
-        if "event" in line:
-            events.append(_slim(line))
-        if line.get("event") == DriverStarted.__name__:
-            elapsed.begin(line["time"])
-        elif "uptime" in line:
-            elapsed.live(line["time"], line["uptime"])
-        elif line.get("event") == Recovery.__name__:
-            tally.recoveries.append(line)
-        elif "series" in line and line["step"] <= last_step:
-            record.log(line["series"], line["step"], line["time"], line["values"])
-            if line["series"] == "train" and line["step"] not in seen:
-                seen.add(line["step"])
-                tally.step(line["values"]["step_seconds"])
-            if line["series"] == "train" and line["step"] == last_step:
-                recorded = line["values"]["lr"]
+        match line:
+            case Event():
+                events.append(line)
+                if isinstance(line, DriverStarted):
+                    elapsed.begin(line.time)
+                elif isinstance(line, Recovery):
+                    tally.recoveries.append(line)
+            case Alive():
+                elapsed.live(line.time, line.uptime)
+            case Row() if line.step <= last_step:
+                record.log(line.series, line.step, line.time, line.values)
+                if line.series == "train" and line.step not in seen:
+                    seen.add(line.step)
+                    tally.step(line.values["step_seconds"])
+                if line.series == "train" and line.step == last_step:
+                    recorded = line.values["lr"]
     if recorded is not None and (jump := rate_jump(config, last_step, recorded)):
         warn(jump)
     elapsed.begin(now)
@@ -329,5 +330,7 @@ def rate_jump(config: RunConfig, step: int, recorded: float) -> str:
     )
 
 
-def _slim(event: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in event.items() if key not in BULKY}
+def _stored(events: Iterable[Event]) -> bytes:
+    """Return what the artifact has of events."""
+    slim = [{key: value for key, value in event.record().items() if key not in BULKY} for event in events]
+    return json.dumps(slim, indent=1).encode()

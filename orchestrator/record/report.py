@@ -2,10 +2,19 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from orchestrator.config import RunConfig
-from orchestrator.record.events import Tally
+from orchestrator.record.events import (
+    DriverStarted,
+    Event,
+    Fallback,
+    Fault,
+    Foreign,
+    Membership,
+    Recovery,
+    SaveFailure,
+    Tally,
+)
 from orchestrator.record.provenance import Provenance
 from workers.common.text import visible
 
@@ -43,7 +52,7 @@ class Links:
         return {key: value for key, value in tags.items() if value}
 
 
-def describe(config: RunConfig, run_id: str, links: Links, events: list[dict[str, Any]]) -> str:
+def describe(config: RunConfig, run_id: str, links: Links, events: list[Event]) -> str:
     """Return the description of a run: what it is, where everything is, and what has happened to it."""
     train = config.train
     batch = f"{train.global_batch} sequences of {train.seq_len} tokens"
@@ -71,11 +80,11 @@ def describe(config: RunConfig, run_id: str, links: Links, events: list[dict[str
     return "\n".join(lines)
 
 
-def recovery_report(events: list[dict[str, Any]], tally: Tally, now: float) -> str:
+def recovery_report(events: list[Event], tally: Tally, now: float) -> str:
     """Return what a run has survived, and what that has cost, as Markdown; `now` on the monotonic clock."""
     mttr = tally.mean_time_to_recovery()
-    redone = sum(recovery["steps_redone"] for recovery in tally.recoveries)
-    read = sum(recovery["storage_bytes"] for recovery in tally.recoveries if recovery["reason"] != "start")
+    redone = sum(recovery.steps_redone for recovery in tally.recoveries)
+    read = sum(recovery.storage_bytes for recovery in tally.recoveries if recovery.reason != "start")
     return "\n".join(
         [
             "# What this run has survived",
@@ -94,31 +103,33 @@ def recovery_report(events: list[dict[str, Any]], tally: Tally, now: float) -> s
     )
 
 
-def event_table(events: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of a Markdown table of journalled events."""
-    rows = [f"| {_when(event['time'])} | {event['step']} | {_what(event)} |" for event in events]
+def event_table(events: list[Event]) -> list[str]:
+    """Return the lines of a Markdown table of events."""
+    rows = [f"| {_when(event.time)} | {event.step} | {_what(event)} |" for event in events]
     return ["| UTC | step | what happened |", "| --- | --- | --- |", *rows]
 
 
-def _what(event: dict[str, Any]) -> str:
+def _what(event: Event) -> str:
     """Say an event in a cell of a table."""
-    match event["event"]:
-        case "DriverStarted":
-            said = f"driver started, attempt {event['attempt']}"
-        case "Membership":
-            change = f"{event['previous_world_size']} -> {event['world_size']} workers"
-            source = f"from {event['source']}" if event["source"] != "start" else "from the start"
-            said = f"generation {event['generation']} ({event['reason']}): {change}, {source}"
-        case "Fault":
-            said = f"fault ({event['kind']}): {event['cause']}"
-        case "Recovery":
-            said = f"training again after {event['seconds']:.2f} s, {event['steps_redone']} step(s) redone"
-        case "SaveFailure":
-            said = f"checkpoint not written: {event['cause']}"
-        case "Fallback":
-            said = f"checkpoint of step {event['damaged']} is damaged, back to {event['good']}: {event['cause']}"
-        case name:
-            said = name
+    match event:
+        case DriverStarted():
+            said = f"driver started, attempt {event.attempt}"
+        case Membership():
+            change = f"{event.previous_world_size} -> {event.world_size} workers"
+            source = f"from {event.source}" if event.source != "start" else "from the start"
+            said = f"generation {event.generation} ({event.reason}): {change}, {source}"
+        case Fault():
+            said = f"fault ({event.kind}): {event.cause}"
+        case Recovery():
+            said = f"training again after {event.seconds:.2f} s, {event.steps_redone} step(s) redone"
+        case SaveFailure():
+            said = f"checkpoint not written: {event.cause}"
+        case Fallback():
+            said = f"checkpoint of step {event.damaged} is damaged, back to {event.good}: {event.cause}"
+        case Foreign():
+            said = f"{event.stored['event']} (of another version)"
+        case _:
+            raise AssertionError(event)
     return visible(said).replace("|", "/").replace("\n", " ")[:CELL]
 
 

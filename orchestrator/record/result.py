@@ -1,7 +1,8 @@
 """What a run comes to."""
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from orchestrator.record.events import Recovery
 
 
 @dataclass
@@ -22,8 +23,8 @@ class RunResult:
     sample: str = ""
     recoveries: int = 0
     """Faults that the run has survived."""
-    changes: list[dict[str, Any]] = field(default_factory=list)
-    """Each recovery and each announced change of the group: reason, cause, seconds, steps redone."""
+    changes: list[Recovery] = field(default_factory=list)
+    """Each recovery and each announced change of the group."""
     goodput: float | None = None
     """Share of the time since the run's beginning that went into steps that count."""
     mttr_s: float | None = None

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from orchestrator.record.journal import read_journal
+from orchestrator.record.journal import Row, read_journal
 from tests.e2e.conftest import Place
 from tests.ledger import ledger
 from workers.common.storage import Store
@@ -86,7 +86,7 @@ def test_killed_and_started_again_is_bitwise_the_same(store, uninterrupted, plac
     assert place.history(result["run_id"], "val_loss") == reference.history(expected["run_id"], "val_loss")
     if store == "folder":
         journal = read_journal(Store(result["checkpoint"].rpartition("@")[0]), pytest.fail)
-        told = {line["step"] for line in journal if line.get("series") == "train"}
+        told = {line.step for line in journal if isinstance(line, Row) and line.series == "train"}
         assert told == set(range(1, STEPS + 1)), "so does the journal, though one driver never put its last steps down"
     listed = place.checkpoints("ls", result["checkpoint"].rpartition("@")[0], *endpoint)
     assert [row["step"] for row in listed][-1] == STEPS and {row["attempt"] for row in listed} == {1, 2}

@@ -7,6 +7,7 @@ import pytest
 from jobs.bench.curves import best_rate
 from jobs.bench.variants import _spread
 from jobs.curves import height, plot_losses
+from tests.orchestrator.test_journal import recovery
 from workers.common.errors import TrainingError
 
 
@@ -36,7 +37,7 @@ def test_a_picture_begins_where_curves_differ_and_holds_all_that_follows():
 
 
 def test_any_name_any_losses_and_every_change_can_be_drawn(tmp_path, caplog, recwarn):
-    changes = [{"step": 4, "reason": "fault", "world_size": 1}, {"step": 7, "reason": "grow", "world_size": 2}]
+    changes = [recovery(step=4, reason="fault", world_size=1), recovery(step=7, reason="grow", world_size=2)]
     losses = [(step, 5.0 - step / 3) for step in range(1, 10)]
     for name in ("_hidden", "$\\frac{", "日本 😀", "[a]", "a\x1b[2Jb"):
         plot_losses({name: (losses, [(0, 5.5), (9, 2.0)])}, tmp_path / "a.png", changes)

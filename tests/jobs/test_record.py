@@ -5,17 +5,19 @@ import math
 import pytest
 
 from jobs.record import TOLERANCE, Record, attempt_of, compare, read_record
+from orchestrator.record.events import DriverStarted, read_event
+from orchestrator.record.journal import Row
 from orchestrator.record.provenance import Provenance, changes, provenance, source_files
 from workers.common.errors import ConfigError
 
 
-def started(attempt: int, lr: float = 1e-2, url: str = "s3://a") -> dict:
+def started(attempt: int, lr: float = 1e-2, url: str = "s3://a") -> DriverStarted:
     config = {"optim": {"lr": lr}, "checkpoint": {"url": url}, "seed": 0}
-    return {"event": "DriverStarted", "attempt": attempt, "config": config, "provenance": {}, "corpus": "c"}
+    return DriverStarted(time=1.0, step=0, attempt=attempt, config=config, corpus="c")
 
 
-def row(step: int, loss: float, grad_norm: float = 1.0) -> dict:
-    return {"series": "train", "step": step, "values": {"loss": loss, "grad_norm": grad_norm, "world_size": 2}}
+def row(step: int, loss: float, grad_norm: float = 1.0) -> Row:
+    return Row("train", step, 1.0, {"loss": loss, "grad_norm": grad_norm, "world_size": 2})
 
 
 def rows(losses: list[float], norm: float = 1.0) -> Record:
@@ -44,9 +46,10 @@ def test_steps_that_are_not_on_record_are_named():
         attempt_of(Record(), 1, 1)
     with pytest.raises(ConfigError, match="step 2 is not on record: its driver was lost"):
         attempt_of(read_record([started(1), row(1, 5.0), started(2), row(3, 4.0)]), 1, 3)
-    bare = read_record([{"event": "DriverStarted", "attempt": 1}, row(1, 5.0)])
-    with pytest.raises(ConfigError, match="did not record its config"):
-        attempt_of(bare, 1, 1)
+    newer = read_event({"event": "DriverStarted", "attempt": "of another form", "time": 1.0, "step": 0})
+    for lacks in (DriverStarted(time=1.0, step=0, attempt=2), newer):
+        with pytest.raises(ConfigError, match="step 2 was put down by a version that did not record its config"):
+            attempt_of(read_record([started(1), row(1, 5.0), lacks, row(2, 4.0)]), 1, 2)
 
 
 def test_equal_floats_are_bitwise_equal_and_one_bit_is_not():

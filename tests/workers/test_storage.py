@@ -11,7 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from orchestrator.config import RunConfig, absolute
 from orchestrator.log.run_log import FencedError, RunLog, find_commit
-from orchestrator.record.journal import Journal, read_journal
+from orchestrator.record.journal import Journal, Row, read_journal
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store, absolute_url, open_source
 from workers.common.uploads import Bandwidth, upload
@@ -240,11 +240,11 @@ def test_a_log_and_a_journal_are_read_many_at_once_and_once(tmp_path, monkeypatc
             assert log.take_over({"attempt": attempt}) == attempt
         journal = Journal(store, 1)
         for number in range(40):
-            journal.add({"number": number})
+            journal.add(Row("train", number, 1.0, {}))
             journal.ship()
     _Together.reads = 0
     again = RunLog(store)
     assert [entry.number for entry in again.entries] == list(range(1, 41)) and _Together.reads == 40
     again.refresh()
     assert _Together.reads == 40
-    assert [line["number"] for line in read_journal(store, pytest.fail)] == list(range(40))
+    assert [line.step for line in read_journal(store, pytest.fail)] == list(range(40))
