@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from optim.checks import filled, no_password, require, within
 from optim.config import OptimConfig
@@ -118,7 +119,8 @@ class RecoveryConfig:
         return None if limit < 0 else limit
 
 
-DEFAULT_TRACKING_URI = "sqlite:///runs/mlflow.db"
+SQLITE = "sqlite:///"
+DEFAULT_TRACKING_URI = f"{SQLITE}runs/mlflow.db"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,11 +177,16 @@ def absolute(config: RunConfig) -> RunConfig:
     """Make all local paths absolute, for workers have working directories of their own, and give URLs their one form.
 
     Raises:
-        ConfigError: a URL cannot be a place for files.
+        ConfigError: a URL cannot be a place for files, or for a database.
     """
     data, uri = config.data, config.tracking.uri
-    if uri.startswith("sqlite:///"):
-        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().resolve()}"
+    if (file := database(uri)) is not None:
+        if {"?", "%"} & {*str(file)}:  # Of a URL; MLflow and its driver do not agree on how to write them in one.
+            raise ConfigError(
+                f"tracking.uri={uri}: {file} has a ? or a % in its name, with which MLflow opens another file; name "
+                "another place, or a server"
+            )
+        uri = "".join((SQLITE, str(file), *uri.partition("?")[1:]))
     return replace(
         config,
         data=replace(
@@ -200,12 +207,18 @@ def _place(key: str, url: str) -> str:
         raise ConfigError(f"{key}={error}") from error
 
 
+def database(uri: str) -> Path | None:
+    """Return the file of a tracking database, %20 in its URL being a blank; None for a server."""
+    if not uri.startswith(SQLITE):
+        return None
+    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])).expanduser().resolve()
+
+
 def database_files(uri: str) -> tuple[str, ...]:
     """Return the files that a tracking database may have; none for a server."""
-    if not uri.startswith("sqlite:///"):
+    if (file := database(uri)) is None:
         return ()
-    path = uri.removeprefix("sqlite:///")
-    return path, *(f"{path}-{part}" for part in ("journal", "wal", "shm"))
+    return str(file), *(f"{file}-{part}" for part in ("journal", "wal", "shm"))
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,9 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from orchestrator.config import RunConfig, database_files, flatten
+from orchestrator.config import RunConfig, database, database_files, flatten
 from orchestrator.log.lease import await_free
 from orchestrator.log.run_log import RunLog, find_commit
 from orchestrator.reach import reach_tracking
@@ -289,9 +288,8 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 def _make_folder(uri: str) -> None:
     """Make the folder of a tracking database."""
-    if uri.startswith("sqlite:"):
-        folder = Path(uri.removeprefix("sqlite:///")).parent
+    if (file := database(uri)) is not None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"tracking.uri={uri}: the folder cannot be made ({error})") from error

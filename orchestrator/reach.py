@@ -13,13 +13,13 @@ from urllib.parse import quote, urlparse
 import requests
 from requests.utils import get_environ_proxies, select_proxy
 
+from orchestrator.config import SQLITE, database
 from workers.common.errors import ConfigError, StorageError
 
 REACH_S = 5.0
 """How long a server may take to accept a connection."""
 ANSWER_S = 10.0
 """How long it may take to answer; one that is busy then is there."""
-SQLITE = "sqlite:///"
 KNOWN = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "file")
 """Schemes of tracking stores that MLflow has itself."""
 FOLDERS = "MLFLOW_ALLOW_FILE_STORE"
@@ -149,13 +149,13 @@ def _look(uri: str, experiment: str) -> dict[str, Any]:
     Raises:
         StorageError: the file is none.
     """
-    file = Path(uri.removeprefix(SQLITE).partition("?")[0])
-    if not file.exists():
+    file = database(uri)
+    if file is None or not file.exists():
         return {}
     query = "SELECT lifecycle_stage, experiment_id FROM experiments WHERE name = ?"
     try:
-        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=REACH_S)) as database:
-            row = database.execute(query, (experiment,)).fetchone()
+        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=REACH_S)) as opened:
+            row = opened.execute(query, (experiment,)).fetchone()
     except sqlite3.Error as error:
         if not file.is_file() or error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
             raise StorageError(f"tracking.uri={uri}: {file} is no SQLite database; name another file") from error

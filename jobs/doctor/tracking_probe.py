@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.doctor.seen import TrackingSeen
-from orchestrator.config import TrackingConfig
+from orchestrator.config import TrackingConfig, database
 from orchestrator.reach import reach_tracking
 from workers.common.errors import StorageError
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ARTIFACT = "raymuon-doctor.txt"
-SQLITE = "sqlite:///"
 
 
 def look_at_tracking(config: TrackingConfig) -> TrackingSeen:
@@ -34,8 +33,8 @@ def look_at_tracking(config: TrackingConfig) -> TrackingSeen:
         reach_tracking(config.uri)
     except StorageError as error:
         return replace(seen, error=str(error).removeprefix(f"tracking.uri={config.uri}: ").partition(";")[0])
-    if config.uri.startswith(SQLITE) and not (file := Path(config.uri.removeprefix(SQLITE))).exists():
-        folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if (file := database(config.uri)) is not None and not file.exists():
+        folder = next(parent for parent in file.parents if parent.exists())
         if not os.access(folder, os.W_OK):
             return replace(seen, error=f"{folder} cannot be written")
         return replace(seen, note=f"{file.name} is not there yet; the first run makes it")
@@ -68,9 +67,9 @@ class _Steps:
         found = client.get_experiment_by_name(self.config.experiment)
         if found is None:
             self.doing = "making an experiment"
-            place = None
-            if self.config.uri.startswith(SQLITE):  # As a run's own experiment has it.
-                place = Path(self.config.uri.removeprefix(SQLITE)).absolute().parent.joinpath("artifacts").as_uri()
+            from orchestrator.record.mlflow_client import beside
+
+            place = beside(self.config.uri)  # As a run's own experiment has it.
             self._experiment = client.create_experiment(f"raymuon-doctor-{secrets.token_hex(4)}", place)
         self.doing = "making a run"
         run = client.create_run(found.experiment_id if found else self._experiment, run_name="raymuon-doctor")

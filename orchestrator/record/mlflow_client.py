@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlflow
 
-from orchestrator.reach import SQLITE
+from orchestrator.config import database
 from workers.common.errors import ConfigError, StorageError
 
 LOCKED_S = 30
@@ -30,10 +30,10 @@ def open_client(uri: str) -> mlflow.MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for results.
-    if not uri.startswith(SQLITE):
+    if (file := database(uri)) is None:
         return mlflow.MlflowClient(uri, registry_uri=uri)
-    waiting = f"{uri}{'&' if '?' in uri else '?'}timeout={LOCKED_S}"
-    with _alone(database(uri).parent):
+    waiting = uri if "timeout=" in uri else f"{uri}{'&' if '?' in uri else '?'}timeout={LOCKED_S}"
+    with _alone(file.parent):
         return mlflow.MlflowClient(waiting, registry_uri=waiting)
 
 
@@ -67,24 +67,19 @@ def tracking_errors(uri: str) -> Iterator[None]:
         raise StorageError(f"tracking.uri={uri}: {told}") from error
 
 
-def database(uri: str) -> Path:
-    """Return the file of a local database."""
-    return Path(uri.removeprefix(SQLITE).partition("?")[0]).resolve()
-
-
 def file_of(uri: str) -> tuple[int, int] | None:
     """Return which file a local database is; None where there is none, or a server."""
-    if not uri.startswith(SQLITE):
-        return None
-    with suppress(OSError):
-        found = database(uri).stat()
-        return found.st_dev, found.st_ino
+    if (file := database(uri)) is not None:
+        with suppress(OSError):
+            found = file.stat()
+            return found.st_dev, found.st_ino
     return None
 
 
 def beside(uri: str) -> str | None:
     """Return the artifact folder for a local database, None for a server."""
-    return (database(uri).parent / "artifacts").as_uri() if uri.startswith(SQLITE) else None
+    file = database(uri)
+    return None if file is None else (file.parent / "artifacts").as_uri()
 
 
 def first_line(error: BaseException) -> str:

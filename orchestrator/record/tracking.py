@@ -18,10 +18,10 @@ import mlflow
 from mlflow.entities import LifecycleStage, Metric, Param, Run, RunStatus
 from mlflow.exceptions import MlflowException
 
-from orchestrator.config import TrackingConfig
-from orchestrator.reach import SQLITE, deleted_experiment
+from orchestrator.config import TrackingConfig, database
+from orchestrator.reach import deleted_experiment
 from orchestrator.record.metrics import published, read_history
-from orchestrator.record.mlflow_client import beside, database, file_of, first_line, open_client, tracking_errors
+from orchestrator.record.mlflow_client import beside, file_of, first_line, open_client, tracking_errors
 from workers.common.errors import ConfigError, StorageError
 
 FLUSH_S = 2.0
@@ -205,7 +205,7 @@ def look_up(uri: str, run: str) -> Run:
         StorageError: the store does not answer.
     """
     hint = "name the server or database that has it with --tracking-uri"
-    if uri.startswith(SQLITE) and not database(uri).exists():
+    if (file := database(uri)) is not None and not file.exists():
         raise ConfigError(f"run {run}: there is no MLflow database at {uri}; {hint}")
     with tracking_errors(uri):
         client = open_client(uri)

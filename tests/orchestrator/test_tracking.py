@@ -6,13 +6,15 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from orchestrator.config import RunInfo, TrackingConfig
+from orchestrator.config import RunConfig, RunInfo, TrackingConfig, absolute, database_files
 from orchestrator.log.run_log import RunLog
 from orchestrator.preflight import Found, find_run, identity, run_store
+from orchestrator.reach import reach_tracking
 from orchestrator.record import mlflow_client
 from orchestrator.record.events import Tally
 from orchestrator.record.journal import Journal
@@ -292,6 +294,34 @@ def test_drivers_that_begin_together_in_a_fresh_folder_all_have_their_run(tmp_pa
     told = [driver.communicate() for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0, 0], told
     assert len({run for run, _ in told}) == 3
+
+
+@pytest.mark.parametrize("folder", ["ha#sh", "a b&c=d", "é[x]+"])
+def test_a_database_may_lie_in_a_folder_of_many_names(tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    config = absolute(RunConfig()).tracking
+    check = lambda: reach_tracking(config.uri, config.experiment)  # noqa: E731
+    check()
+    tracking = Tracking(config)
+    run_id = tracking.create("a", {"p": 1})
+    tracking.keep(run_id, "a.txt", "text")
+    check()
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
+    assert database_files(config.uri)[0] == str(Path("runs/mlflow.db").resolve()) and Path("runs/mlflow.db").exists()
+    assert read_artifact(config.uri, run_id, "a.txt") == "text" and list(Path("runs/artifacts").rglob("a.txt"))
+    slow = replace(config, uri=f"{config.uri.replace(' ', '%20')}?timeout=7")
+    assert database_files(slow.uri) == database_files(config.uri) and Tracking(slow).find("a") == run_id
+    assert absolute(replace(RunConfig(), tracking=slow)).tracking.uri == f"{config.uri}?timeout=7"
+
+
+@pytest.mark.parametrize("folder", ["wh?at", "per%cent"])
+def test_a_database_that_mlflow_would_make_elsewhere_is_refused(tmp_path, monkeypatch, folder):
+    """A question mark began the URL's options: the database was another file, outside of the folder."""
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    with pytest.raises(ConfigError, match=r"mlflow.db has a \? or a % in its name, .*; name another place"):
+        absolute(RunConfig())
 
 
 def test_a_locked_database_is_waited_for(tmp_path, monkeypatch):
