@@ -208,7 +208,7 @@ def test_a_user_without_a_password_is_no_secret():
 def test_a_config_of_data_and_a_name_is_of_a_small_model():
     config = load_values({"run": {"name": "mine"}, "data": {"source": "texts"}}, [], "mine")
     for model in (config.model, LlamaConfig()):
-        assert layout_of(model, config.optim, 256, 1).parameters < 1.5e6
+        assert layout_of(model, config.optim, 1).parameters < 1.5e6
 
 
 def test_the_16b_config_states_all_of_its_model_itself():
