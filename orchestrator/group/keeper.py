@@ -42,6 +42,9 @@ UPLOAD_TRIES = 4
 UPLOAD_BACKOFF_S = 1.0
 """Before the second try; it doubles."""
 ACCEPT_AGAIN_S = 0.1
+"""Before connections are accepted again where that has failed."""
+NOTES = {"counters", "rows", "validation"}
+"""Of every agreed snapshot."""
 STACK_S = 0.3
 """How long a worker that is made to show its stack may take."""
 
@@ -291,8 +294,9 @@ class Keeper:
         held.region.clear(half)
         target = held.region.target(half, size)
         peer.receive_into(target)
-        if "counters" not in json.loads(bytes(target[region.values :])):  # The driver reads them in any agreed half.
-            raise ValueError(f"{message.op}: notes without counters")
+        notes = json.loads(bytes(target[region.values :]))
+        if not (isinstance(notes, dict) and notes.keys() >= NOTES):  # The driver reads them in any agreed half.
+            raise ValueError(f"{message.op}: notes without {', '.join(sorted(NOTES))}")
         held.region.settle(half, message.step, size)
         self._count(held)
 

@@ -160,6 +160,7 @@ def test_a_header_that_is_too_long_is_answered_before_it_has_come(peer):
         (bytes(8), "8 bytes are no snapshot"),
         (bytes(8) + b"no notes", "Expecting value"),
         (bytes(8) + b"[]", "notes without counters"),
+        (bytes(8) + b'{"counters": {}}', "notes without counters, rows, validation"),
         (bytes(8 + NOTES_BYTES + 1), "are no snapshot"),
     ],
 )

@@ -1,8 +1,11 @@
 """Who is silent, who is stuck and who is slow, told from marks at times that are made up."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from orchestrator.watchdog import Attention, Watchdog
+from workers.member import Member
 from workers.phases import Phase
 from workers.reports import Mark
 
@@ -93,6 +96,11 @@ def test_a_hang_is_found_in_whatever_phase(phase):
         dog.observe(0, mark(Phase.REDUCE, 5, age), 10.0 + age)
         dog.observe(1, mark(phase, 4, age), 10.0 + age)
         assert [suspect.rank for suspect in dog.suspects(10.0 + age)] == found
+
+
+def test_a_phase_that_nobody_knows_is_an_error_where_it_is_marked():
+    with pytest.raises(ValueError, match="'compile' is not a valid Phase"):
+        Member.on_mark(SimpleNamespace(_generation=1), "compile", 5)
 
 
 def test_who_answers_and_never_begins_is_found():
