@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optim.assignment import Batch, OrthogonalizePlan, Piece
 from optim.config import OptimConfig, precision_on
 from optim.newton_schulz import Workspace, newton_schulz
-from optim.plan import Batch, OrthogonalizePlan, Piece
 from optim.polynomials import coefficients
 
 BATCH_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 26}

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from optim.assignment import PlanFigures, matrices_of, plan_orthogonalization
 from optim.config import OptimConfig
 from optim.exchange import Exchange
 from optim.layout import Fragment, GroupLayout
-from optim.plan import PlanFigures, matrices_of, plan_orthogonalization
 from optim.qk_clip import HeadRows, HeadSlice, clip, factors, slices_of
 from optim.routing import parameter_groups
 

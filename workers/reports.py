@@ -124,7 +124,7 @@ class Planned(Report):
     """How the optimizer shares its matrices out over the generation, from rank 0, once in an attempt."""
 
     figures: dict[str, float]
-    """`optim.plan.PlanFigures`."""
+    """`optim.assignment.PlanFigures`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from jobs.planning.plan import Machines, Plan, Terms, gigabytes, plan_run, with_
 from jobs.screen import Screen
 from jobs.table import print_table
 from jobs.tell import tell
-from optim.plan import PlanFigures
+from optim.assignment import PlanFigures
 from orchestrator.config import RunConfig
 from workers.calibrate import Calibration
 from workers.common.errors import ConfigError

@@ -1,8 +1,8 @@
 """How the optimizer shares its matrices out over the ranks."""
 
 from jobs.planning.state import layout_of
+from optim.assignment import PlanFigures
 from optim.exchange import dtype_on
-from optim.plan import PlanFigures
 from orchestrator.config import RunConfig
 from workers.common.errors import ConfigError
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from jobs.planning.state import Layout
 from jobs.planning.work import HEAP_BLOCK, MicroBatch
+from optim.assignment import OrthogonalizePlan
 from optim.config import OptimConfig
 from optim.exchange import cut, dtype_on
 from optim.newton_schulz import workspace_shapes
-from optim.plan import OrthogonalizePlan
 from orchestrator.group import keeper
 from workers.config import TrainConfig
 from workers.settings import deepspeed_config

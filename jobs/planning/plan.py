@@ -14,9 +14,9 @@ from jobs.planning.state import layout_of
 from jobs.planning.timing import StepTime, step_time
 from jobs.planning.traffic import boundary_bytes, traffic_of
 from jobs.planning.work import MicroBatch, micro_batch_of
+from optim.assignment import PlanFigures
 from optim.config import precision_on
 from optim.exchange import dtype_on
-from optim.plan import PlanFigures
 from orchestrator.config import RunConfig
 from workers.calibrate import Calibration
 from workers.common.errors import ConfigError

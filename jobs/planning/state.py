@@ -6,9 +6,9 @@ from functools import lru_cache
 
 import torch
 
+from optim.assignment import OrthogonalizePlan, PlanFigures, matrices_of, plan_orthogonalization
 from optim.config import OptimConfig
 from optim.layout import GroupLayout
-from optim.plan import OrthogonalizePlan, PlanFigures, matrices_of, plan_orthogonalization
 from optim.routing import parameter_groups
 from optim.zero1 import kinds_of
 from workers.config import ModelConfig

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from optim.assignment import matrices_of, plan_orthogonalization
 from optim.config import OptimConfig
 from optim.layout import GroupLayout
-from optim.plan import matrices_of, plan_orthogonalization
 from optim.routing import is_matrix
 from tests.optim.test_zero1_oracle import SHAPES, Toy, engine_of, targets_of
 from tests.ranks import run_ranks

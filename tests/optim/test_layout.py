@@ -6,8 +6,8 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optim.assignment import Batch, Matrix, matrices_of, plan_orthogonalization
 from optim.layout import Fragment, GroupLayout, copies, partition_size
-from optim.plan import Batch, Matrix, matrices_of, plan_orthogonalization
 
 numels = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 worlds = st.integers(1, 9)
@@ -129,6 +129,6 @@ def test_a_tie_goes_to_whoever_has_less_to_do():
 
 
 def test_layout_and_plan_import_nothing_heavy():
-    code = "import sys, optim.layout, optim.plan, optim.polynomials; "
+    code = "import sys, optim.layout, optim.assignment, optim.polynomials; "
     code += "print({'torch', 'numpy', 'ray', 'deepspeed'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

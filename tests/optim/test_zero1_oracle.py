@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from optim.assignment import matrices_of, plan_orthogonalization
 from optim.config import OptimConfig
 from optim.layout import GroupLayout
-from optim.plan import matrices_of, plan_orthogonalization
 from optim.polynomials import coefficients
 from optim.reference import ReferenceMuon
 from optim.routing import is_matrix, matrices_in
