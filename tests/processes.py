@@ -24,6 +24,7 @@ os.environ.update(s3_environment())  # Before the server starts, from which all 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["torch", "deepspeed", "workers.training", "orchestrator.group.keeper", "tests.ranks", "tests.processes"]
+    + ["tests.faults", "tests.frozen"]
 )
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "workers.training", "tests.ranks"])
+_context.set_forkserver_preload(["torch", "deepspeed", "workers.training", "tests.ranks", "tests.frozen"])
 TIMEOUT_S = 300
 """A hang must fail the test some day; this is no measure of speed."""
 

@@ -3,7 +3,6 @@
 import http.client
 import os
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -13,31 +12,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 
-from jobs.stack.seaweed import BUCKET, KEY, SECRET, client, free_port, s3_environment
+from jobs.environment import variables
+from jobs.stack.seaweed import BUCKET, KEY, SECRET, client, s3_environment
+from jobs.stack.server import server
 
 
 @contextmanager
 def rclone(folder: Path) -> Iterator[str]:
     """Run rclone's S3 server, which ignores conditions, and yield its endpoint."""
-    port = free_port()
     (folder / BUCKET).mkdir()
     command = [str(Path(sys.executable).with_name("rclone")), "serve", "s3", str(folder)]
-    command += ["--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}"]
-    with (folder.parent / "rclone.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    endpoint = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                assert client(endpoint).exists(BUCKET)
-                break
-            except Exception:
-                assert server.poll() is None, (folder.parent / "rclone.log").read_text()[-3000:]
-                time.sleep(0.1)
+    command += ["--addr", "127.0.0.1:0", "--auth-key", f"{KEY},{SECRET}"]
+
+    def ask(listening: list[int]) -> str:
+        endpoint = f"http://127.0.0.1:{listening[0]}"
+        assert client(endpoint).exists(BUCKET)
+        return endpoint
+
+    with server("rclone", [(command, ask)], folder.parent / "rclone.log") as endpoint:
         yield endpoint
-    finally:
-        server.kill()
-        server.wait(20)
 
 
 Harm = Literal[500, 503, "late", "lost", "no reply"] | None
@@ -115,12 +108,13 @@ def proxy(endpoint: str, harm_of: Callable[[str, str], Harm]) -> Iterator[str]:
 
 
 @contextmanager
-def ray_cluster(num_cpus: int) -> Iterator[str]:
+def ray_cluster(num_cpus: int, environment: dict[str, str]) -> Iterator[str]:
     """Run a Ray cluster that outlives the drivers that join it; yield its address."""
     from ray.cluster_utils import Cluster
 
-    os.environ.update(s3_environment())  # Workers inherit the node's environment, as on a cloud machine.
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus, "include_dashboard": False})
+    # Workers inherit the node's environment, as on a cloud machine.
+    with variables(**s3_environment(), **environment):
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus, "include_dashboard": False})
     try:
         yield cluster.address
     finally:

@@ -18,7 +18,6 @@ from jobs.bench.simulated import SimulatedCluster
 from jobs.environment import variables
 from jobs.load import load
 from jobs.stack.mlflow_server import ADMIN, check_installed, mlflow_server
-from jobs.stack.seaweed import free_port
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, run, run_on
 from orchestrator.record.metrics import read_history
@@ -70,7 +69,7 @@ def driver_load(
         password, server = secrets.token_hex(16), folder / "server"
         server.mkdir()
         with (
-            mlflow_server(server, free_port(), f"{server}/artifacts", password, {}) as uri,
+            mlflow_server(server, f"{server}/artifacts", password, {}) as uri,
             variables(MLFLOW_TRACKING_USERNAME=ADMIN, MLFLOW_TRACKING_PASSWORD=password),
         ):
             report["server"] = simulated(folder, uri, workers, steps, overrides)

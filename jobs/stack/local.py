@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 import shlex
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -21,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 
 from jobs.stack.mlflow_server import ADMIN, mlflow_server
-from jobs.stack.seaweed import BUCKET, free_port, free_port_pair, seaweedfs
+from jobs.stack.seaweed import BUCKET, seaweedfs
 from orchestrator.stop import StopSignal
 from workers.common.errors import ClusterError, ConfigError
 from workers.common.storage import storage_errors
@@ -78,11 +78,13 @@ def local_stack(folder: Path, nodes: int, gpus: int, workers: int) -> Iterator[S
     with storage_errors(str(folder)):
         (folder / "s3").mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
-        drawn, ports = _secrets(folder / "secrets.json"), _ports(folder / "ports.json")
+        drawn, known = _secrets(folder / "secrets.json"), folder / "ports.json"
+        # The folder's runs have them on record; they are others where somebody has taken those.
+        ports = json.loads(known.read_text()) if known.exists() else {}
     for variable in OTHERS:
         os.environ.pop(variable, None)
     with ExitStack() as exits:
-        endpoint = exits.enter_context(seaweedfs(folder / "s3", drawn["s3_key"], drawn["s3_secret"], ports["s3"]))
+        endpoint = exits.enter_context(seaweedfs(folder / "s3", drawn["s3_key"], drawn["s3_secret"], ports.get("s3")))
         keys = {
             "AWS_ACCESS_KEY_ID": drawn["s3_key"],
             "AWS_SECRET_ACCESS_KEY": drawn["s3_secret"],
@@ -91,12 +93,13 @@ def local_stack(folder: Path, nodes: int, gpus: int, workers: int) -> Iterator[S
         uri = exits.enter_context(
             mlflow_server(
                 folder,
-                ports["mlflow"],
                 f"s3://{BUCKET}/mlflow",
                 drawn["mlflow_password"],
                 {**keys, "MLFLOW_S3_ENDPOINT_URL": endpoint},
+                ports.get("mlflow", 0),
             )
         )
+        _write(known, json.dumps({"s3": urlsplit(endpoint).port, "mlflow": urlsplit(uri).port}))
         token = folder / "ray-token"
         token.touch(0o600)
         token.write_text(drawn["ray_token"])
@@ -146,29 +149,12 @@ def _secrets(path: Path) -> dict[str, str]:
     return json.loads(path.read_text())
 
 
-def _ports(path: Path) -> dict[str, int]:
-    """Return the folder's ports, which its runs have on record; others where those are taken, or there are none."""
-    known = json.loads(path.read_text()) if path.exists() else {}
-    ports = {
-        "s3": _if_free(known.get("s3")) or free_port_pair(),
-        "mlflow": _if_free(known.get("mlflow")) or free_port(),
-    }
-    _write(path, json.dumps(ports))
-    return ports
-
-
 def _write(path: Path, text: str) -> None:
     """Write a file that only its owner may read; whoever looks finds it whole or not at all."""
     unfinished = path.with_suffix(".new")
     unfinished.touch(0o600)
     unfinished.write_text(text)
     unfinished.replace(path)
-
-
-def _if_free(port: int | None) -> int | None:
-    """Return the port where nobody listens on it."""
-    with socket.socket() as probe:
-        return port if port and probe.connect_ex(("127.0.0.1", port)) else None
 
 
 @contextmanager
@@ -186,13 +172,12 @@ def _ray(environment: dict[str, str], nodes: int, gpus: int, workers: int) -> It
     from orchestrator.group.cluster import signals_apart
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    port = free_port()
     head = {
         "num_cpus": 0,
         "num_gpus": 0,
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
-        "dashboard_port": port,
+        "dashboard_agent_listen_port": 0,  # Other Rays on this machine may have Ray's own choice.
     }
     with TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         # A job finds its cluster by what is noted there, and that is the newest: another stack's, or a replay's.
@@ -201,23 +186,20 @@ def _ray(environment: dict[str, str], nodes: int, gpus: int, workers: int) -> It
         try:
             try:
                 with signals_apart():
-                    cluster.add_node(**head, **_node())
-                    for _ in range(nodes):
-                        cluster.add_node(num_cpus=max(workers, gpus), num_gpus=gpus, **_node())
+                    first = cluster.add_node(**head, **_node(0))
+                    for number in range(1, nodes + 1):
+                        cluster.add_node(num_cpus=max(workers, gpus), num_gpus=gpus, **_node(number))
             except Exception as error:  # Ray raises bare ones.
                 raise ClusterError(f"Ray did not start on this machine: {error}") from error
-            yield str(cluster.address), f"http://127.0.0.1:{port}"
+            yield str(cluster.address), f"http://{first.webui_url}"
         finally:
             cluster.shutdown()
 
 
-def _node() -> dict[str, Any]:
-    """Return what every node has; other Rays on this machine may have Ray's own choice of port."""
-    port = free_port()
+def _node(number: int) -> dict[str, Any]:
     return {
-        "dashboard_agent_listen_port": port,
         "object_store_memory": STORE_BYTES,
         # A node's agent removes a job's working directory and unpacks it anew: in the folder that nodes of one machine
         # share, under the feet of the driver.
-        "runtime_env_dir_name": f"runtime_resources-{port}",
+        "runtime_env_dir_name": f"runtime_resources-{number}",
     }

@@ -1,20 +1,16 @@
 """An MLflow server as infra/kubernetes has it, on this machine: passwords, and artifacts that go through it to S3."""
 
 import os
-import signal
-import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from workers.common.errors import ConfigError, StorageError
+from jobs.stack.server import server
+from workers.common.errors import ConfigError
 
 ADMIN = "admin"
-START_S = 300.0
 
 AUTH_CONFIG = """[mlflow]
 default_permission = READ
@@ -25,15 +21,17 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 
 
 @contextmanager
-def mlflow_server(folder: Path, port: int, artifacts: str, password: str, secrets: Mapping[str, str]) -> Iterator[str]:
+def mlflow_server(
+    folder: Path, artifacts: str, password: str, secrets: Mapping[str, str], port: int = 0
+) -> Iterator[str]:
     """Run an MLflow server with its database in `folder`, and yield its URL.
 
     Args:
         folder: for the database, the users and the log.
-        port: on loopback.
         artifacts: URL of the folder that artifacts go to.
         password: of the user ADMIN.
         secrets: environment that gives the server the keys of that folder.
+        port: on loopback, where it is free; otherwise, and for 0, any that is.
 
     Raises:
         ConfigError: what it needs is not installed.
@@ -42,9 +40,6 @@ def mlflow_server(folder: Path, port: int, artifacts: str, password: str, secret
     check_installed()
     auth = folder / "basic_auth.ini"
     auth.write_text(AUTH_CONFIG.format(folder=folder, admin=ADMIN))
-    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    command += ["--artifacts-destination", artifacts]
     environment = {
         # Whatever the shell has for clients, or for another server, is not this one's.
         **{name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")},
@@ -56,24 +51,20 @@ def mlflow_server(folder: Path, port: int, artifacts: str, password: str, secret
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    log = folder / "mlflow.log"
-    with log.open("w") as output:
-        # A session of its own: its workers get no Ctrl-C from our terminal, and end with it.
-        server = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _await(server, url, log)
+    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--host", "127.0.0.1"]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--artifacts-destination", artifacts]
+    starts = [([*command, "--port", str(number)], _health) for number in dict.fromkeys((port, 0))]
+    with server("the MLflow server", starts, folder / "mlflow.log", environment, gently=True) as url:
         yield url
-    finally:
-        with suppress(ProcessLookupError):  # It may have ended by itself.
-            os.killpg(server.pid, signal.SIGTERM)
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait(10)
+
+
+def _health(listening: list[int]) -> str:
+    """Return the server's URL."""
+    (port,) = set(listening)
+    url = f"http://127.0.0.1:{port}"
+    urllib.request.urlopen(f"{url}/health", timeout=10)
+    return url
 
 
 def check_installed() -> None:
@@ -87,14 +78,3 @@ def check_installed() -> None:
         import flask_wtf  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"the MLflow server needs {error.name}; run: pip install 'raymuon[stack]'") from error
-
-
-def _await(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=10)
-            return
-        except (OSError, urllib.error.URLError):
-            time.sleep(0.3)
-    raise StorageError(f"the MLflow server did not come up:\n{log.read_text()[-2000:]}")

@@ -49,12 +49,15 @@ class Holder:
             return None
 
 
-def await_free(store: Store, sleep: Callable[[float], object] = time.sleep) -> None:
+def await_free(
+    store: Store, sleep: Callable[[float], object] = time.sleep, clock: Callable[[], float] = time.monotonic
+) -> None:
     """Wait until nobody leads the run: at once where its driver has ended, LEASE_S where it was killed.
 
     Args:
         store: the run's folder.
         sleep: waits; raises where it may not.
+        clock: tells the seconds.
 
     Raises:
         ClusterError: a driver leads it.
@@ -62,8 +65,8 @@ def await_free(store: Store, sleep: Callable[[float], object] = time.sleep) -> N
     first = Holder.read(store)
     if first is None or not first.held:
         return
-    until = time.monotonic() + LEASE_S
-    while time.monotonic() < until:
+    until = clock() + LEASE_S
+    while clock() < until:
         sleep(LOOK_S)
         holder = Holder.read(store)
         if holder is None or not holder.held:
@@ -81,13 +84,14 @@ class Lease:
     Args:
         store: the run's folder.
         strict: the store does not honour conditional creates: without a fresh lease nothing may be written.
+        clock: tells the seconds.
     """
 
-    def __init__(self, store: Store, strict: bool) -> None:
-        self.store, self.strict = store, strict
+    def __init__(self, store: Store, strict: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self.store, self.strict, self._clock = store, strict, clock
         self.writer = secrets.token_hex(8)
         self._renewed = 0
-        self._fresh = time.monotonic()
+        self._fresh = clock()
         self._taken_by: Holder | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -115,7 +119,7 @@ class Lease:
             raise FencedError(
                 f"{self.store.url}: process {other.pid} on {other.host} has taken this run over; this one ends"
             )
-        if self.strict and (silent := time.monotonic() - self._fresh) > LEASE_S:
+        if self.strict and (silent := self._clock() - self._fresh) > LEASE_S:
             raise StorageError(f"{self.store.url}/{FILE}: could not be renewed for {silent:.0f} s")
 
     def _renew(self) -> None:
@@ -135,4 +139,4 @@ class Lease:
         self._renewed += 1
         about = {"writer": self.writer, "renewed": self._renewed, "host": socket.gethostname(), "pid": os.getpid()}
         self.store.put(FILE, json.dumps({"format": FORMAT, **about, "held": held}).encode())
-        self._fresh = time.monotonic()
+        self._fresh = self._clock()

@@ -12,6 +12,7 @@ from jobs.stack.seaweed import s3_environment, seaweedfs
 from orchestrator.record.metrics import read_history
 from tests.ledger import assert_every_sample_once
 from tests.servers import ray_cluster
+from tests.warm import warm_pythons
 from workers.config import TrainConfig
 
 RAYMUON = str(Path(sys.executable).with_name("raymuon"))
@@ -30,8 +31,15 @@ checkpoint: {every: 20, keep_last: 0}
 
 
 @pytest.fixture(scope="session")
-def cluster():
-    with ray_cluster(num_cpus=4) as address:
+def warm(tmp_path_factory):
+    """The environment in which commands and Ray's workers are warm."""
+    with warm_pythons(tmp_path_factory.mktemp("warm")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def cluster(warm):
+    with ray_cluster(4, warm) as address:
         yield address
 
 
@@ -47,13 +55,16 @@ class Place:
 
     folder: Path
     address: str
+    warm: dict[str, str]
 
     def command(self, *arguments: str, address: str | None = "") -> list[str]:
         joined = self.address if address == "" else address
         return [RAYMUON, "train", "tiny.yaml", *arguments, *(["--address", joined] if joined else [])]
 
     def start(self, *arguments: str, **options) -> subprocess.Popen:
-        environment = {**os.environ, **s3_environment(), **options.pop("env", {})}
+        # A Ray that a driver starts for itself is cold, and so is the driver.
+        warm = {} if options.get("address") is None and "address" in options else self.warm
+        environment = {**os.environ, **s3_environment(), **warm, **options.pop("env", {})}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
         return subprocess.Popen(self.command(*arguments, **options), cwd=self.folder, env=environment, **pipes)
 
@@ -68,7 +79,7 @@ class Place:
         return json.loads(self.run(*arguments, "--json", **options).stdout.splitlines()[-1])
 
     def checkpoints(self, *arguments: str) -> object:
-        environment = {**os.environ, **s3_environment()}
+        environment = {**os.environ, **s3_environment(), **self.warm}
         command = [RAYMUON, "checkpoints", *arguments, "--json"]
         return json.loads(subprocess.check_output(command, cwd=self.folder, env=environment, text=True))
 
@@ -106,7 +117,7 @@ def database(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def make_place(tmp_path_factory, texts, cluster, database):
+def make_place(tmp_path_factory, texts, cluster, database, warm):
     def make(name: str) -> Place:
         folder = tmp_path_factory.mktemp(name)
         (folder / "runs").mkdir()
@@ -116,7 +127,7 @@ def make_place(tmp_path_factory, texts, cluster, database):
             (folder / name).mkdir()
             (folder / name / "__init__.py").write_text("raise RuntimeError('this is not raymuon')")
         (folder / "tiny.yaml").write_text(TINY.replace("TEXTS", str(texts)))
-        return Place(folder, cluster)
+        return Place(folder, cluster, warm)
 
     return make
 

@@ -26,6 +26,7 @@ from orchestrator.record.tracking import Tracking
 from tests.e2e.conftest import RAYMUON
 from tests.secrets_search import places_of
 from tests.servers import proxy
+from tests.warm import VARIABLE, real
 
 CHROMIUM = shutil.which("chromium")
 BATCH = 16
@@ -71,6 +72,16 @@ class Shell:
     def mlflow(self) -> mlflow.MlflowClient:
         return mlflow.MlflowClient(self.environment["MLFLOW_TRACKING_URI"])
 
+    def workers(self) -> list[psutil.Process]:
+        """Find the run's workers: what Ray has started stands for them."""
+        found = []
+        for stand_in in self.processes("default_worker.py"):
+            with suppress(psutil.Error):
+                worker = psutil.Process(real(stand_in.pid, Path(self.environment[VARIABLE])))
+                if "ray::Worker" in " ".join(worker.cmdline()):
+                    found.append(worker)
+        return found
+
     def processes(self, title: str) -> list[psutil.Process]:
         """Find processes of the stack by their title."""
         found = []
@@ -84,11 +95,11 @@ class Shell:
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory) -> Iterator[Shell]:
+def shell(tmp_path_factory, warm) -> Iterator[Shell]:
     stack, folder = tmp_path_factory.mktemp("stack"), tmp_path_factory.mktemp("elsewhere")
     command = [RAYMUON, "stack", "--folder", str(stack), "--nodes", "3"]
     with (stack / "stack.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **warm})
     try:
         while "Ctrl-C ends it" not in (stack / "stack.log").read_text():
             assert process.poll() is None, (stack / "stack.log").read_text()
@@ -100,7 +111,7 @@ def shell(tmp_path_factory) -> Iterator[Shell]:
         with pytest.MonkeyPatch.context() as patched:
             for name, value in environment.items():
                 patched.setenv(name, value)
-            yield Shell(folder, stack, process, environment, overrides)
+            yield Shell(folder, stack, process, {**environment, **warm}, overrides)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
@@ -119,10 +130,12 @@ def wait_for(shell: Shell, run_id: str, step: int) -> None:
 
 def kill_node(shell: Shell) -> None:
     """SIGKILL a node that has a worker, with everything on it."""
+    workers = {worker.pid for worker in shell.workers()}
+    folder = Path(shell.environment[VARIABLE])
     victim = next(
         raylet
         for raylet in shell.processes("raylet/raylet")
-        if any("ray::Worker" in " ".join(child.cmdline()) for child in raylet.children())
+        if workers & {real(child.pid, folder) for child in raylet.children()}
     )
     for process in [*victim.children(recursive=True), victim]:
         with suppress(psutil.NoSuchProcess):
@@ -136,7 +149,7 @@ def finished(shell, request) -> str:
     options = [*shell.overrides, f"train.steps={steps}", *OPTIONS]
     run_id = shell.json("submit", "demo-llama", *options)["run_id"]
     wait_for(shell, run_id, steps // 6)
-    shell.processes("ray::Worker")[0].kill()
+    shell.workers()[0].kill()
     wait_for(shell, run_id, steps // 3)
     kill_node(shell)
     wait_for(shell, run_id, steps // 2)

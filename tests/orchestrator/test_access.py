@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
-from jobs.stack.seaweed import free_port
 from orchestrator.group.access import Access, auth_token, head_access
 from workers.common.errors import ClusterError, ConfigError
 
 # Ray's own authentication, before a route of the dashboard's name: a whole head takes ten seconds to start.
 GATE = """
+import socket
 import sys
 import aiohttp
 from aiohttp import web
@@ -17,10 +17,11 @@ from ray._private.authentication.http_token_authentication import get_token_auth
 async def version(request):
     return web.json_response({"ray_version": "2.60.0"})
 async def away(request):
-    raise web.HTTPFound(sys.argv[2] + "/api/version")
+    raise web.HTTPFound(sys.argv[1] + "/api/version")
 app = web.Application(middlewares=[get_token_auth_middleware(aiohttp)])
 app.add_routes([web.get("/api/version", version), web.get("/away/api/version", away)])
-web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=lambda *_: print("up", flush=True))
+socket = socket.create_server(("127.0.0.1", 0))
+web.run_app(app, sock=socket, print=lambda *_: print(socket.getsockname()[1], flush=True))
 """
 
 
@@ -29,13 +30,10 @@ def gates():
     """URLs of one that asks for the token `right`, and of one that asks for none."""
     started, urls = [], []
     for mode in ("token", "disabled"):
-        port = free_port()
-        urls.append(f"http://127.0.0.1:{port}")
-        command = [sys.executable, "-c", GATE, str(port), urls[0]]
+        command = [sys.executable, "-c", GATE, *urls]
         environment = {**os.environ, "RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": "right"}
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment))
-    for gate in started:
-        assert gate.stdout.readline() == b"up\n"
+        urls.append(f"http://127.0.0.1:{int(started[-1].stdout.readline())}")
     yield urls
     for gate in started:
         gate.kill()

@@ -1,21 +1,36 @@
-"""The lease, with its seconds shortened."""
+"""The lease, which is renewed every moment, and whose seconds the test lets pass."""
 
 import os
 import shutil
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 
-from orchestrator.log.lease import FILE, Holder, Lease, await_free
+from orchestrator.log.lease import FILE, LEASE_S, Holder, Lease, await_free
 from orchestrator.log.run_log import FencedError, RunLog
 from workers.common.errors import ClusterError, StorageError
 from workers.common.storage import Store
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
-    for name, seconds in (("LEASE_S", 1.0), ("RENEW_S", 0.1), ("LOOK_S", 0.05)):
-        monkeypatch.setattr(f"orchestrator.log.lease.{name}", seconds)
+def quick(monkeypatch):
+    for name in ("RENEW_S", "LOOK_S"):
+        monkeypatch.setattr(f"orchestrator.log.lease.{name}", 0.01)
+
+
+class Clock:
+    """Whoever sleeps by it lets its seconds pass."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
 def await_change(store: Store) -> None:
@@ -41,11 +56,10 @@ def test_a_run_with_a_driver_is_refused_and_the_driver_is_named(tmp_path):
 
 def test_a_driver_that_was_killed_is_waited_for(tmp_path):
     store = Store(str(tmp_path))
-    dead = Lease(store, strict=False)
+    dead, clock = Lease(store, strict=False), Clock()
     dead._write(held=True)
-    began = time.monotonic()
-    await_free(store)
-    assert time.monotonic() - began >= 1.0
+    await_free(store, clock.sleep, clock)
+    assert LEASE_S <= clock.now < LEASE_S + 1
 
 
 def test_whoever_takes_over_ends_the_other(tmp_path):
@@ -67,15 +81,31 @@ def test_whoever_takes_over_ends_the_other(tmp_path):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_without_storage_only_a_store_that_does_not_fence_stops_a_driver(tmp_path, strict):
-    folder = tmp_path / "run"
-    store = Store(str(folder))
-    with Lease(store, strict=strict) as lease:
+    folder, clock = tmp_path / "run", Clock()
+    store, tries = Store(str(folder)), threading.Semaphore(0)
+    with Lease(store, strict, clock) as lease:
         await_change(store)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.write_text("no folder any more")
-        time.sleep(1.5)
+        look = lease._is_taken
+
+        def watched() -> bool:
+            try:
+                return look()
+            finally:
+                tries.release()
+
+        lease._is_taken = watched
+        while not folder.is_file():  # A renewal in between makes it anew.
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(IsADirectoryError):
+                folder.write_text("no folder any more")
+        while tries.acquire(blocking=False):
+            pass
+        for _ in range(2):
+            assert tries.acquire(timeout=60), "nobody tries to renew it"
+        lease.check()
+        clock.sleep(LEASE_S + 1)
         if strict:
-            with pytest.raises(StorageError, match="could not be renewed for [12] s"):
+            with pytest.raises(StorageError, match=f"could not be renewed for {LEASE_S + 1:.0f} s"):
                 lease.check()
         else:
             lease.check()

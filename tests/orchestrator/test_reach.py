@@ -14,7 +14,6 @@ import mlflow
 import pytest
 
 from jobs.stack.mlflow_server import ADMIN, mlflow_server
-from jobs.stack.seaweed import free_port
 from orchestrator.config import TrackingConfig
 from orchestrator.reach import reach_tracking
 from orchestrator.record.tracking import Tracking
@@ -27,7 +26,7 @@ VARIABLES = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mlflow")
-    with mlflow_server(folder, free_port(), str(folder / "artifacts"), PASSWORD, {}) as uri:
+    with mlflow_server(folder, str(folder / "artifacts"), PASSWORD, {}) as uri:
         yield uri
 
 
