@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import psutil
 
+from orchestrator.group import keeper
+from orchestrator.group.keeper import Keeper
 from workers.member import Member, Ready
 from workers.phases import Phase
 from workers.reports import Report, Validated
@@ -62,6 +64,14 @@ class ForeignMember(Member):
 
     def prepare(self, task: Task | None) -> Ready:
         return replace(super().prepare(task), code="0123456789abcdef")
+
+
+class QuickKeeper(Keeper):
+    """One that tries a failed upload again after moments."""
+
+    def __init__(self, *arguments) -> None:
+        keeper.UPLOAD_BACKOFF_S = 0.02  # In its own process.
+        super().__init__(*arguments)
 
 
 class ForgetfulMember(FaultyMember):

@@ -22,10 +22,8 @@ from workers.member import Member
 
 os.environ.update(s3_environment())  # Before the server starts, from which all processes inherit.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "deepspeed", "workers.training", "orchestrator.group.keeper", "tests.ranks", "tests.processes"]
-    + ["tests.faults", "tests.frozen"]
-)
+PRELOADED = ["torch", "deepspeed", "workers.training", "orchestrator.group.keeper", "orchestrator.record.tracking"]
+_context.set_forkserver_preload([*PRELOADED, "tests.ranks", "tests.processes", "tests.faults", "tests.frozen"])
 
 
 class ProcessHandle:
@@ -105,11 +103,14 @@ class ProcessCluster:
     Args:
         nodes: slots by node.
         member: makes a worker; fault injection passes its own.
+        keeper: makes a keeper.
     """
 
-    def __init__(self, nodes: dict[str, int], member: Callable[..., Any] = Member) -> None:
+    def __init__(
+        self, nodes: dict[str, int], member: Callable[..., Any] = Member, keeper: Callable[..., Any] = Keeper
+    ) -> None:
         self.nodes = dict(nodes)
-        self.member = member
+        self.member, self.keeper = member, keeper
         self.going: dict[str, float] = {}
         self.processes: dict[str, list[ProcessHandle]] = {}
         self._slots: dict[str, str | None] = {}
@@ -133,7 +134,7 @@ class ProcessCluster:
         return self._start(self._slots[slot], self.member)
 
     def start_keeper(self, node: str, token: str, storage: StorageConfig) -> ProcessHandle:
-        return self._start(node, Keeper, "127.0.0.1", token, storage)
+        return self._start(node, self.keeper, "127.0.0.1", token, storage)
 
     def alive(self, node: str) -> bool:
         return node in self.nodes

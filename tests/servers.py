@@ -1,7 +1,6 @@
 """Real servers for tests, beside SeaweedFS: a Ray cluster, a lesser S3 store, and a bad line to one."""
 
 import http.client
-import os
 import random
 import sys
 import threading

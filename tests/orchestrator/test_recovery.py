@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from orchestrator.group import pool
 from orchestrator.group.keeper import Keeper
 from orchestrator.log.run_log import RunLog
 from orchestrator.record.events import Membership
@@ -110,7 +111,7 @@ def test_a_worker_that_dies_anywhere_leaves_no_trace(uninterrupted, tmp_path, ph
 def test_a_worker_that_hangs_is_found_and_its_stack_is_kept(uninterrupted, tmp_path, action):
     folder, _ = uninterrupted
     _, notes = broken_run(
-        tmp_path, {"a": 4}, lambda lead: inject(lead, 1, Phase.COMPUTE, 11, action), recovery={"hang_s": 3.0}
+        tmp_path, {"a": 4}, lambda lead: inject(lead, 1, Phase.COMPUTE, 11, action), recovery={"hang_s": 8.0}
     )
     (fault,) = notes.faults
     assert fault.kind == "hung" and fault.ranks[0] == 1
@@ -202,6 +203,12 @@ def test_a_survivor_that_cannot_begin_is_replaced(uninterrupted, tmp_path):
     assert_equal_states(folder, tmp_path)
 
 
+@pytest.fixture
+def soon(monkeypatch):
+    """The next keeper is started at once."""
+    monkeypatch.setattr(pool, "REVIVE_S", 0.02)
+
+
 class KeeperlessCluster(ProcessCluster):
     """No keeper starts on node b: its address is another machine's."""
 
@@ -209,7 +216,7 @@ class KeeperlessCluster(ProcessCluster):
         return self._start(node, Keeper, "192.0.2.1" if node == "b" else "127.0.0.1", token, storage)
 
 
-def test_keepers_that_do_not_start_end_a_run_that_has_not_begun(tmp_path):
+def test_keepers_that_do_not_start_end_a_run_that_has_not_begun(tmp_path, soon):
     config = config_of(tmp_path, scaling=TWO, train={"steps": STEPS})
     with (
         Lead(config, KeeperlessCluster({"a": 1, "b": 1}), tmp_path) as lead,
@@ -228,7 +235,7 @@ def test_workers_with_other_code_do_not_train(tmp_path):
     assert lead.notes.rows == []
 
 
-def test_a_node_on_which_no_keeper_starts_does_not_end_the_start_of_the_others(tmp_path):
+def test_a_node_on_which_no_keeper_starts_does_not_end_the_start_of_the_others(tmp_path, soon):
     config = config_of(tmp_path, scaling={"max_workers": 2}, train={"steps": STEPS})
     with Lead(config, KeeperlessCluster({"a": 1, "b": 1}), tmp_path) as lead:
         notes = lead.wait()
@@ -236,7 +243,7 @@ def test_a_node_on_which_no_keeper_starts_does_not_end_the_start_of_the_others(t
     assert set(notes.worlds) == {1} and notes.commits == [STEPS]
 
 
-def test_a_new_node_on_which_no_keeper_starts_is_told_of_once(tmp_path):
+def test_a_new_node_on_which_no_keeper_starts_is_told_of_once(tmp_path, soon):
     config = config_of(tmp_path, scaling={"max_workers": 2}, train={"steps": 100_000})
     cluster = KeeperlessCluster({"a": 1})
     lead = Lead(config, cluster, tmp_path)

@@ -12,6 +12,7 @@ from orchestrator import controller
 from orchestrator.log.lease import await_free
 from orchestrator.log.run_log import FencedError, RunLog
 from orchestrator.record.events import Fallback, SaveFailure
+from tests.faults import QuickKeeper
 from tests.leading import Lead, config_of, tensors_of
 from tests.orchestrator.test_recovery import assert_equal_states
 from tests.processes import ProcessCluster
@@ -21,12 +22,14 @@ from workers.common.storage import Store
 from workers.config import StorageConfig
 
 TWO = {"min_workers": 2, "max_workers": 2}
+SHARD_MB = 0.19
+"""Of the tiny model at two workers."""
 
 
 def lead(folder, steps: int = 16, **changes) -> Lead:
     optim = OptimConfig(lr=1e-2, schedule="wsd", decay_fraction=0)  # So that a longer run begins as a shorter one does.
     settings = {"scaling": TWO, "train": {"steps": steps}, "checkpoint": {"every": 8}, "optim": optim, **changes}
-    return Lead(config_of(folder, **settings), ProcessCluster({"a": 2}), folder)
+    return Lead(config_of(folder, **settings), ProcessCluster({"a": 2}, keeper=QuickKeeper), folder)
 
 
 def file_of(folder, step: int, which: str):
@@ -108,19 +111,33 @@ def test_an_upload_that_fails_is_tried_again(tmp_path):
     assert notes.commits[-1] == 60 and notes.faults == [] and len(notes.rows) == 60
 
 
+class LateClock:
+    """The controller's time module, some hours late at times."""
+
+    sleep, time = staticmethod(time.sleep), staticmethod(time.time)
+
+    def __init__(self) -> None:
+        self.late_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.late_s
+
+
 def test_the_last_checkpoint_is_waited_for_as_long_as_something_comes(tmp_path, monkeypatch):
-    """Its shards fail three times, and are tried again after 1, 2 and 4 s: longer than the driver waits in silence."""
-    monkeypatch.setattr(controller, "COMMIT_S", 5.5)
+    """Its shards fail three times; between two tries passes more than half of what the driver waits in silence."""
+    clock = LateClock()
+    monkeypatch.setattr(controller, "time", clock)
     blocked = tmp_path / "run" / "shards"
     blocked.parent.mkdir()
     blocked.write_text("in the way")
     one = lead(tmp_path, steps=8, checkpoint={"every": 0})
-    tries: list[float] = []
+    tries: list[str] = []
 
     def told(text: str) -> None:
         one.notes.notices.append(text)
         if "rank 0 writes its shard again" in text:
-            tries.append(time.monotonic())
+            tries.append(text)
+            clock.late_s += 0.6 * controller.COMMIT_S
             if len(tries) == 3:
                 blocked.unlink()
 
@@ -128,6 +145,22 @@ def test_the_last_checkpoint_is_waited_for_as_long_as_something_comes(tmp_path, 
     with one:
         notes = one.wait()
     assert len(tries) == 3 and notes.commits == [8]
+
+
+def test_the_last_checkpoint_is_not_waited_for_in_silence(tmp_path, monkeypatch):
+    clock = LateClock()
+    monkeypatch.setattr(controller, "time", clock)
+    slow = StorageConfig(max_upload_mb_per_s=1e-6)
+    one = lead(tmp_path, steps=8, checkpoint={"every": 0}, storage=slow)
+    look = one.controller._await_commit
+
+    def pass_hours(*arguments) -> bool:
+        one.pool.refresh = lambda: setattr(clock, "late_s", clock.late_s + controller.COMMIT_S / 10)
+        return look(*arguments)
+
+    one.controller._await_commit = pass_hours
+    with one, pytest.raises(StorageError, match="no part of it was written for 600 s"):
+        one.wait()
 
 
 def test_a_commit_that_storage_refuses_is_tried_again(tmp_path):
@@ -184,17 +217,14 @@ def test_training_goes_on_until_too_many_checkpoints_in_a_row_have_failed(tmp_pa
 
 
 def test_where_storage_is_slower_than_checkpoints_come_some_are_left_out(tmp_path):
-    fast = tmp_path / "fast"
-    with lead(fast, steps=2, checkpoint={"every": 2}) as one:
-        one.wait()
-    size = one.log.manifest().size / 2
-    slow = StorageConfig(max_upload_mb_per_s=size / 1e6)  # A shard takes a second.
-    one = lead(tmp_path / "slow", steps=60, checkpoint={"every": 2}, storage=slow)
+    slow = StorageConfig(max_upload_mb_per_s=2 * SHARD_MB)  # A shard takes half a second.
+    one = lead(tmp_path, steps=60, checkpoint={"every": 2}, storage=slow)
     with one:
         notes = one.wait()
     left_out = [notice for notice in notes.notices if "earlier ones are still being written" in notice]
     assert left_out and len(left_out) + len(notes.commits) == 30
     assert notes.commits[-1] == 60 and len(notes.rows) == 60 and notes.faults == []
+    assert one.log.manifest().shards[0].size == pytest.approx(SHARD_MB * 1e6, rel=0.1)
 
 
 def test_checkpoints_that_go_with_their_keepers_are_counted(tmp_path):

@@ -40,7 +40,9 @@ def test_the_first_ends_what_has_no_step_and_the_second_a_training():
 
 WAITS = """
 import sys, time
+from orchestrator import stop as module
 from orchestrator.stop import StopSignal
+module.ONE_S = 0.05
 stop = StopSignal(lambda run_id: "begin again")
 stop.listen({outlive})
 print("up", flush=True)
@@ -64,7 +66,7 @@ def test_what_each_signal_means(name, outlive):
             process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == "asked\n"
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.6)
+            process.wait(0.1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 130
         assert process.stderr.read() == "raymuon: ended at once; begin again\n"

@@ -2,8 +2,6 @@
 
 import json
 import sqlite3
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from orchestrator.record.recorder import RunRecorder, Watcher
 from orchestrator.record.report import Links
 from orchestrator.record.tracking import RunRecord, Tracking, look_up, read_artifact
 from tests.leading import config_of
+from tests.processes import ProcessHandle
 from workers.checkpoint.manifest import WEIGHT, Manifest, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
 from workers.common.errors import ConfigError, StorageError
@@ -276,24 +275,19 @@ def test_what_was_written_before_a_failure_is_not_sent_again(tracking, monkeypat
     assert [step for step, _ in rows(tracking, run_id, "loss")] == [1, 2, 3]
 
 
+class Beginner:
+    """A driver that makes its run."""
+
+    def begin(self, uri: str) -> str:
+        return Tracking(TrackingConfig(uri=uri)).create("x", {"seed": 0})
+
+
 def test_drivers_that_begin_together_in_a_fresh_folder_all_have_their_run(tmp_path):
-    code = (
-        "import sys; from orchestrator.config import TrackingConfig\n"
-        "from orchestrator.record.tracking import Tracking\n"
-        "print('ready', flush=True); sys.stdin.readline()\n"
-        "print(Tracking(TrackingConfig(uri=sys.argv[1])).create('x', {'seed': 0}))"
-    )
-    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/new/mlflow.db"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    drivers = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    drivers = [ProcessHandle(Beginner) for _ in range(3)]
+    runs = [driver.call("begin", f"sqlite:///{tmp_path}/new/mlflow.db") for driver in drivers]
+    assert len({run.result(120) for run in runs}) == 3
     for driver in drivers:
-        assert driver.stdout.readline() == "ready\n"
-    for driver in drivers:
-        driver.stdin.write("\n")
-        driver.stdin.flush()
-    told = [driver.communicate() for driver in drivers]
-    assert [driver.returncode for driver in drivers] == [0, 0, 0], told
-    assert len({run for run, _ in told}) == 3
+        driver.kill()
 
 
 @pytest.mark.parametrize("folder", ["ha#sh", "a b&c=d", "é[x]+"])

@@ -32,7 +32,7 @@ def serve(folder: str) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as events:
         listener.bind(f"{folder}/binding")
         listener.listen(100)
-        os.rename(f"{folder}/binding", f"{folder}/socket")  # noqa: PTH104
+        os.rename(f"{folder}/binding", f"{folder}/socket")
         for source in (0, ears, listener):
             events.register(source, selectors.EVENT_READ)
         while True:
@@ -103,7 +103,7 @@ def become(request: dict[str, Any]) -> None:
         sys.argv = [module, *words]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
-        sys.path[:] = [os.path.dirname(script), *request["path"]]  # noqa: PTH120
+        sys.path[:] = [os.path.dirname(script), *request["path"]]
         sys.argv = [script, *words]
         runpy.run_path(script, run_name="__main__")
 

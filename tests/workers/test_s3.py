@@ -2,8 +2,6 @@
 
 import io
 import os
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -12,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jobs.stack.seaweed import KEY, SECRET, s3_environment, seaweedfs
+from tests.processes import ProcessHandle
 from tests.servers import rclone
 from workers.common.errors import StorageError
 from workers.common.storage import Store, open_source
@@ -151,19 +150,31 @@ def test_an_upload_that_fails_leaves_nothing(store):
     assert store.names("") == [] and pending(store) == []
 
 
+class Uploader:
+    """A process that uploads slowly."""
+
+    def upload(self, store: Store) -> None:
+        upload(store, "x", Bytes(64 << 20), Bandwidth(8e6))
+
+
 def test_an_upload_that_is_killed_is_invisible_and_collected_later(store, server):
-    code = f"from tests.workers.test_s3 import *\nupload({store!r}, 'x', Bytes(64 << 20), Bandwidth(8e6))\n"
-    process = subprocess.Popen([sys.executable, "-c", code])
-    while not pending(store):
-        assert process.poll() is None
+    """Killed when a part of it is there."""
+    process = ProcessHandle(Uploader)
+    uploaded = process.call("upload", store)
+    while not (begun := pending(store)) or not parts_of(store, begun[0]):
+        assert not uploaded.done()
         time.sleep(0.05)
-    time.sleep(2)
     process.kill()
-    process.wait()
+    process.process.join()
     assert store.names("") == [] and len(pending(store)) == 1
     assert abort_old_uploads(store, time.time() - 3600) == 0, "it may be on its way"
     assert abort_old_uploads(store, time.time() + 3600) == 1
     assert pending(store) == []
+
+
+def parts_of(store: Store, begun: dict) -> list:
+    bucket, _, _ = store.fs.split_path(store.path())
+    return store.fs.call_s3("list_parts", Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"]).get("Parts", [])
 
 
 def test_the_bandwidth_is_shared_and_kept(store):

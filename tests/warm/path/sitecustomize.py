@@ -9,7 +9,7 @@ def _script() -> str:
     words = sys.orig_argv[1:]
     if words[:2] == ["-m", "jobs.cli"]:
         return "-m"
-    name = next((os.path.basename(word) for word in words[:1]), "")  # noqa: PTH119
+    name = next((os.path.basename(word) for word in words[:1]), "")
     if name == "raymuon" and words[1:2] == ["stack"]:
         return ""  # It starts a Ray with a token, and so must begin without one.
     return name if name in ("raymuon", "setup_worker.py", "default_worker.py") else ""
@@ -19,6 +19,7 @@ def _replace(folder: str) -> None:
     import json
     import signal
     import socket
+    from contextlib import suppress
 
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(f"{folder}/socket")
@@ -29,13 +30,18 @@ def _replace(folder: str) -> None:
         socket.send_fds(server, [len(data).to_bytes(8)], [0, 1, 2])
         server.sendall(data)
         process = int.from_bytes(server.recv(8))
-        with open(f"{folder}/{os.getpid()}.new", "w") as file:  # noqa: PTH123
+        with open(f"{folder}/{os.getpid()}.new", "w") as file:
             file.write(str(process))
-        os.rename(file.name, f"{folder}/{os.getpid()}")  # noqa: PTH104
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGUSR1):
-            signal.signal(number, lambda number, _: os.kill(process, number))
+        os.rename(file.name, f"{folder}/{os.getpid()}")
+
+        def hand_on(number: int, _: object) -> None:
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
+            signal.signal(number, hand_on)
         ended = server.recv(8)
-        os.unlink(f"{folder}/{os.getpid()}")  # noqa: PTH108
+        os.unlink(f"{folder}/{os.getpid()}")
     if not ended:
         os._exit(1)
     code = int.from_bytes(ended, signed=True)
