@@ -11,6 +11,7 @@ import psutil
 
 from orchestrator.group import keeper
 from orchestrator.group.keeper import Keeper
+from workers import member
 from workers.member import Member, Ready
 from workers.phases import Phase
 from workers.reports import Report, Validated
@@ -57,6 +58,14 @@ class FaultyMember(Member):
                 return
             self.plan = None
             _do(action)
+
+
+class EagerMember(FaultyMember):
+    """One that tells of each step at once."""
+
+    def __init__(self) -> None:
+        member.LINGER_S = 0.0  # In its own process.
+        super().__init__()
 
 
 class ForeignMember(Member):

@@ -1,10 +1,8 @@
 """A cluster of plain local processes, for the chaos tests: the real members and keepers, without Ray.
 
-Processes are forked from a server that has torch and deepspeed loaded, so a worker starts in a fraction of a second.
 A node is a name; killing it kills all that runs there.
 """
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -14,24 +12,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from jobs.stack.seaweed import s3_environment
 from orchestrator.group.handles import Gone
 from orchestrator.group.keeper import Keeper
+from tests.forked import context
 from workers.config import StorageConfig
 from workers.member import Member
-
-os.environ.update(s3_environment())  # Before the server starts, from which all processes inherit.
-_context = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch", "deepspeed", "workers.training", "orchestrator.group.keeper", "orchestrator.record.tracking"]
-_context.set_forkserver_preload([*PRELOADED, "tests.ranks", "tests.processes", "tests.faults", "tests.frozen"])
 
 
 class ProcessHandle:
     """A process that runs one object and answers calls through a pipe."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
-        self._pipe, theirs = _context.Pipe()
-        self.process = _context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self._pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
         self.process.start()
         theirs.close()
         self._lock = threading.Lock()

@@ -1,27 +1,26 @@
-"""Real ranks for tests: processes forked from a server that has torch and deepspeed loaded, joined by gloo.
+"""Real ranks for tests: processes joined by gloo.
 
 A test's function runs as `fn(rank, world_size, *args)` in each process and may return anything that can be pickled.
 """
 
-import multiprocessing
 import pickle
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "workers.training", "tests.ranks", "tests.frozen"])
+from tests.forked import context
+
 TIMEOUT_S = 300
 """A hang must fail the test some day; this is no measure of speed."""
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
     """Run `fn` on every rank and return the results in rank order."""
-    port = _context.Queue()
-    results = _context.Queue()
+    port = context.Queue()
+    results = context.Queue()
     processes = [
-        _context.Process(target=_rank, args=(rank, world_size, port, results, fn, args, device), daemon=True)
+        context.Process(target=_rank, args=(rank, world_size, port, results, fn, args, device), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
@@ -45,11 +44,11 @@ class Ranks:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._port = port = _context.Queue()
+        self._port = port = context.Queue()
         self._pipes, self._processes = [], []
         for rank in range(world_size):
-            ours, theirs = _context.Pipe()
-            process = _context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)

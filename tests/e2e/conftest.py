@@ -61,10 +61,11 @@ class Place:
         joined = self.address if address == "" else address
         return [RAYMUON, "train", "tiny.yaml", *arguments, *(["--address", joined] if joined else [])]
 
+    def environment(self, **others: str) -> dict[str, str]:
+        return {**os.environ, **s3_environment(), **self.warm, **others}
+
     def start(self, *arguments: str, **options) -> subprocess.Popen:
-        # A Ray that a driver starts for itself is cold, and so is the driver.
-        warm = {} if options.get("address") is None and "address" in options else self.warm
-        environment = {**os.environ, **s3_environment(), **warm, **options.pop("env", {})}
+        environment = self.environment(**options.pop("env", {}))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
         return subprocess.Popen(self.command(*arguments, **options), cwd=self.folder, env=environment, **pipes)
 
@@ -79,9 +80,8 @@ class Place:
         return json.loads(self.run(*arguments, "--json", **options).stdout.splitlines()[-1])
 
     def checkpoints(self, *arguments: str) -> object:
-        environment = {**os.environ, **s3_environment(), **self.warm}
         command = [RAYMUON, "checkpoints", *arguments, "--json"]
-        return json.loads(subprocess.check_output(command, cwd=self.folder, env=environment, text=True))
+        return json.loads(subprocess.check_output(command, cwd=self.folder, env=self.environment(), text=True))
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         import mlflow

@@ -19,7 +19,7 @@ from tests.e2e.conftest import RAYMUON, Place
 
 
 @pytest.fixture(scope="module")
-def before(tmp_path_factory, cluster):
+def before(tmp_path_factory, cluster, warm):
     """A folder in which a person has trained with the version before, and what is expected."""
     folder = tmp_path_factory.mktemp("before")
     runs = folder / "runs"
@@ -30,13 +30,17 @@ def before(tmp_path_factory, cluster):
     with sqlite3.connect(runs / "mlflow.db") as database:  # Artifacts go where this folder is.
         for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
             database.execute(f"UPDATE {table} SET {column} = replace({column}, '/tmp/fx/', ?)", (f"{folder}/",))
-    return Place(folder, cluster), json.loads((runs / "expected.json").read_text())
+    return Place(folder, cluster, warm), json.loads((runs / "expected.json").read_text())
 
 
 def told(place: Place, *arguments: str) -> dict:
     """Run a command in the folder, and return what it tells as JSON."""
     command = [RAYMUON, *arguments, "--json"]
-    return json.loads(subprocess.check_output(command, cwd=place.folder, text=True, timeout=180).splitlines()[-1])
+    return json.loads(
+        subprocess.check_output(
+            command, cwd=place.folder, env=place.environment(), text=True, timeout=180
+        ).splitlines()[-1]
+    )
 
 
 def test_a_run_of_the_version_before_is_replayed_and_goes_on(before):

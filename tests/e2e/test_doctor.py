@@ -1,7 +1,6 @@
 """The doctor's round on a real cluster, real stores and a real database: what it tells, and what it leaves."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,7 @@ CLUSTER_CHECKS = ["nodes", "versions", "memory", "clock", "token", "matrix produ
 def start(place, *arguments):
     command = [RAYMUON, "doctor", "tiny.yaml", *arguments, "--address", place.address]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=place.folder, env={**os.environ, **s3_environment()}, **pipes)
+    return subprocess.Popen(command, cwd=place.folder, env=place.environment(), **pipes)
 
 
 def files(folder):
@@ -52,7 +51,7 @@ def test_a_round_in_which_only_the_tracking_server_is_missing(place, s3_endpoint
     assert "1 failure(s)" in err, "the table is for people"
     assert files(place.folder) == before and objects(s3_endpoint, "doctor") == [], "nothing is left"
     command = [RAYMUON, "plan", "tiny.yaml", "--gpus", "2", "--calibration", str(calibration), "--json"]
-    plan = json.loads(subprocess.check_output(command, cwd=place.folder, text=True))
+    plan = json.loads(subprocess.check_output(command, cwd=place.folder, env=place.environment(), text=True))
     assert plan["fits"] and plan["tokens_per_second"] > 0 and plan["bytes_sent"]["boundary"] > 0
 
 

@@ -21,6 +21,7 @@ from tests.e2e.conftest import RAYMUON, Place
 from tests.e2e.test_resume import wait_for_step, workers_of
 from tests.leading import tensors_of
 from tests.ledger import ledger
+from tests.warm import COLD
 from workers.common.storage import Store
 
 MOMENTS = ("start", "training", "saving", "back-off")
@@ -48,7 +49,7 @@ class Driver:
     """In the environment of all that it starts."""
 
     def __post_init__(self) -> None:
-        self.process = self.place.start(*self.arguments, address=None, env={"RAYMUON_TEST": self.mark})
+        self.process = self.place.start(*self.arguments, address=None, env={"RAYMUON_TEST": self.mark, COLD: "raymuon"})
         threading.Thread(target=lambda: self.told.extend(self.process.stderr), daemon=True).start()
 
     def wait_for(self, text: str) -> None:
@@ -163,7 +164,7 @@ def test_a_terminal_that_vanishes_ends_nothing(place):
             ["setsid", "--ctty", *place.command(*command)],
             **dict.fromkeys(("stdin", "stdout", "stderr"), terminal),
             cwd=place.folder,
-            env={**os.environ, "TERM": "xterm"},
+            env=place.environment(TERM="xterm", **{COLD: "raymuon"}),
         )
     drain = threading.Event()
 
@@ -189,6 +190,7 @@ def test_output_that_nobody_reads_ends_nothing(place):
     done = subprocess.run(
         ["bash", "-c", f"{command} 2>&1 | head -2; echo ${{PIPESTATUS[0]}}"],
         cwd=place.folder,
+        env=place.environment(**{COLD: "raymuon"}),
         capture_output=True,
         text=True,
         timeout=180,

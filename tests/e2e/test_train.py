@@ -12,6 +12,7 @@ from jobs.load import load
 from jobs.planning.matrices import orthogonalization
 from orchestrator.log.run_log import RunLog
 from orchestrator.record.tracking import read_artifact
+from tests.warm import VARIABLE
 from workers.common.storage import Store
 from workers.telemetry import KINDS
 
@@ -25,7 +26,9 @@ def finished(make_place):
     before = {process.pid for process in psutil.process_iter()}
     telemetry = ("telemetry.every=10", "telemetry.profile_step=5")
     done = place.run(
-        "train.steps=30", "checkpoint.every=10", "train.validate_every=10", *telemetry, "--json", address=None
+        *("train.steps=30", "checkpoint.every=10", "train.validate_every=10", *telemetry, "--json"),
+        address=None,
+        env={VARIABLE: ""},  # All of it as cold as for a person.
     )
     left = [p for p in psutil.process_iter() if p.pid not in before and p.name() in ("raylet", "gcs_server")]
     return place, done, left

@@ -3,7 +3,7 @@
 import pytest
 
 from orchestrator.record.events import Recovery
-from tests.faults import FaultyMember
+from tests.faults import EagerMember
 from tests.leading import Lead, config_of
 from tests.processes import ProcessCluster
 from workers.config import TelemetryConfig
@@ -21,7 +21,7 @@ def test_fifty_recoveries_leave_nothing_behind(tmp_path):
         telemetry=TelemetryConfig(every=2),
         recovery=recovery,
     )
-    lead = Lead(config, ProcessCluster({"a": 2}, FaultyMember), tmp_path)
+    lead = Lead(config, ProcessCluster({"a": 2}, EagerMember), tmp_path)
     measured: list[list[dict[str, int]]] = []
 
     def break_again() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from optim.config import OptimConfig
-from orchestrator import controller
+from orchestrator import controller, intake
 from orchestrator.log.lease import await_free
 from orchestrator.log.run_log import FencedError, RunLog
 from orchestrator.record.events import Fallback, SaveFailure
@@ -112,7 +112,7 @@ def test_an_upload_that_fails_is_tried_again(tmp_path):
 
 
 class LateClock:
-    """The controller's time module, some hours late at times."""
+    """A time module, some hours late at times."""
 
     sleep, time = staticmethod(time.sleep), staticmethod(time.time)
 
@@ -123,10 +123,17 @@ class LateClock:
         return time.monotonic() + self.late_s
 
 
-def test_the_last_checkpoint_is_waited_for_as_long_as_something_comes(tmp_path, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of whoever waits for the last checkpoint."""
+    late = LateClock()
+    for module in (controller, intake):
+        monkeypatch.setattr(module, "time", late)
+    return late
+
+
+def test_the_last_checkpoint_is_waited_for_as_long_as_something_comes(tmp_path, clock):
     """Its shards fail three times; between two tries passes more than half of what the driver waits in silence."""
-    clock = LateClock()
-    monkeypatch.setattr(controller, "time", clock)
     blocked = tmp_path / "run" / "shards"
     blocked.parent.mkdir()
     blocked.write_text("in the way")
@@ -147,9 +154,7 @@ def test_the_last_checkpoint_is_waited_for_as_long_as_something_comes(tmp_path, 
     assert len(tries) == 3 and notes.commits == [8]
 
 
-def test_the_last_checkpoint_is_not_waited_for_in_silence(tmp_path, monkeypatch):
-    clock = LateClock()
-    monkeypatch.setattr(controller, "time", clock)
+def test_the_last_checkpoint_is_not_waited_for_in_silence(tmp_path, clock):
     slow = StorageConfig(max_upload_mb_per_s=1e-6)
     one = lead(tmp_path, steps=8, checkpoint={"every": 0}, storage=slow)
     look = one.controller._await_commit

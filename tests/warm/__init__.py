@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).parent
-VARIABLE = "RAYMUON_TESTS_WARM"
+VARIABLE, COLD = "RAYMUON_TESTS_WARM", "RAYMUON_TESTS_COLD"
+"""Where the server is, if it is to be asked; and the name of a script that is left alone."""
 
 
 @contextmanager

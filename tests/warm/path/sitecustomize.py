@@ -51,5 +51,5 @@ def _replace(folder: str) -> None:
     os._exit(code)
 
 
-if "RAYMUON_TESTS_WARM" in os.environ and _script():
+if os.environ.get("RAYMUON_TESTS_WARM") and _script() not in ("", os.environ.get("RAYMUON_TESTS_COLD")):
     _replace(os.environ["RAYMUON_TESTS_WARM"])
