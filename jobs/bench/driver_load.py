@@ -105,7 +105,8 @@ def simulated(
     Raises:
         TrainingError: a step is not in MLflow, or is there twice.
     """
-    config = _config(folder, uri, workers, steps, [f"checkpoint.every={every}", "data.source=" + __file__, *overrides])
+    text = Path(__file__).with_name("simulated.py")
+    config = _config(folder, uri, workers, steps, [f"checkpoint.every={every}", f"data.source={text}", *overrides])
     watch = _Watch(steps)
     done: dict[str, float] = {}
 

@@ -154,16 +154,16 @@ def test_the_last_checkpoint_is_waited_for_as_long_as_something_comes(tmp_path, 
     assert len(tries) == 3 and notes.commits == [8]
 
 
-def test_the_last_checkpoint_is_not_waited_for_in_silence(tmp_path, clock):
+def test_the_last_checkpoint_is_not_waited_for_in_silence(tmp_path, clock, monkeypatch):
     slow = StorageConfig(max_upload_mb_per_s=1e-6)
     one = lead(tmp_path, steps=8, checkpoint={"every": 0}, storage=slow)
-    look = one.controller._await_commit
+    wait = controller.Controller._await_commit
 
     def pass_hours(*arguments) -> bool:
         one.pool.refresh = lambda: setattr(clock, "late_s", clock.late_s + controller.COMMIT_S / 10)
-        return look(*arguments)
+        return wait(*arguments)
 
-    one.controller._await_commit = pass_hours
+    monkeypatch.setattr(controller.Controller, "_await_commit", pass_hours)
     with one, pytest.raises(StorageError, match="no part of it was written for 600 s"):
         one.wait()
 

@@ -12,7 +12,7 @@ def _script() -> str:
     name = next((os.path.basename(word) for word in words[:1]), "")
     if name == "raymuon" and words[1:2] == ["stack"]:
         return ""  # It starts a Ray with a token, and so must begin without one.
-    return name if name in ("raymuon", "setup_worker.py", "default_worker.py") else ""
+    return name if name in ("raymuon", "default_worker.py") else ""
 
 
 def _replace(folder: str) -> None:
