@@ -11,7 +11,6 @@ import psutil
 import pytest
 import torch
 
-from orchestrator.group import pool
 from orchestrator.group.keeper import Keeper
 from orchestrator.log.run_log import RunLog
 from orchestrator.record.events import Membership
@@ -111,7 +110,7 @@ def test_a_worker_that_dies_anywhere_leaves_no_trace(uninterrupted, tmp_path, ph
 def test_a_worker_that_hangs_is_found_and_its_stack_is_kept(uninterrupted, tmp_path, action):
     folder, _ = uninterrupted
     _, notes = broken_run(
-        tmp_path, {"a": 4}, lambda lead: inject(lead, 1, Phase.COMPUTE, 11, action), recovery={"hang_s": 8.0}
+        tmp_path, {"a": 4}, lambda lead: inject(lead, 1, Phase.COMPUTE, 11, action), recovery={"hang_s": 5.0}
     )
     (fault,) = notes.faults
     assert fault.kind == "hung" and fault.ranks[0] == 1
@@ -201,12 +200,6 @@ def test_a_survivor_that_cannot_begin_is_replaced(uninterrupted, tmp_path):
     assert [fault.during_recovery for fault in notes.faults] == [False, True]
     assert "kept this worker from starting" in notes.faults[1].cause
     assert_equal_states(folder, tmp_path)
-
-
-@pytest.fixture
-def soon(monkeypatch):
-    """The next keeper is started at once."""
-    monkeypatch.setattr(pool, "REVIVE_S", 0.02)
 
 
 class KeeperlessCluster(ProcessCluster):

@@ -232,13 +232,13 @@ def test_where_storage_is_slower_than_checkpoints_come_some_are_left_out(tmp_pat
     assert one.log.manifest().shards[0].size == pytest.approx(SHARD_MB * 1e6, rel=0.1)
 
 
-def test_checkpoints_that_go_with_their_keepers_are_counted(tmp_path):
+def test_checkpoints_that_go_with_their_keepers_are_counted(tmp_path, soon):
     """Such a keeper may run out of memory at every save: a run for days must not end without a checkpoint."""
     slow = StorageConfig(max_upload_mb_per_s=0.01)
-    one = lead(tmp_path, steps=600, checkpoint={"every": 60}, storage=slow, recovery={"max_failed_saves": 1})
+    one = lead(tmp_path, steps=600, checkpoint={"every": 20}, storage=slow, recovery={"max_failed_saves": 1})
 
     def kill_keeper(step: int) -> None:
-        if step % 60 == 5 and step > 60 and (keeper := one.pool.keepers.get("a")) is not None:
+        if step % 20 == 5 and step > 20 and (keeper := one.pool.keepers.get("a")) is not None:
             keeper.handle.kill()
 
     one.notes.on_step = kill_keeper
