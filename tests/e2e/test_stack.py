@@ -124,7 +124,7 @@ def wait_for(shell: Shell, run_id: str, step: int) -> None:
         tokens = shell.mlflow.get_run(run_id).data.metrics.get("run/tokens", 0)
         if tokens >= step * BATCH * 256:
             return
-        time.sleep(0.3)
+        time.sleep(0.5)  # Each look costs MLflow a twentieth of a second.
     raise AssertionError(f"step {step} never came:\n{shell.run('logs', run_id)}")
 
 

@@ -7,11 +7,11 @@ import sys
 def _script() -> str:
     """Return what is run, where that is one of those whose imports take long."""
     words = sys.orig_argv[1:]
-    if words[:2] == ["-m", "jobs.cli"]:
-        return "-m"
+    if words[:2] == ["-m", "jobs"]:
+        return "jobs"
     name = next((os.path.basename(word) for word in words[:1]), "")
     if name == "raymuon" and words[1:2] == ["stack"]:
-        return ""  # It starts a Ray with a token, and so must begin without one.
+        return ""  # Its servers are looked for among its children.
     return name if name in ("raymuon", "default_worker.py") else ""
 
 
@@ -24,7 +24,6 @@ def _replace(folder: str) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(f"{folder}/socket")
         told = {"words": sys.orig_argv[1:], "path": sys.path, "environment": dict(os.environ), "folder": os.getcwd()}
-        told["niceness"] = os.getpriority(os.PRIO_PROCESS, 0)
         told["ignored"] = [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN]
         data = json.dumps(told).encode()
         socket.send_fds(server, [len(data).to_bytes(8)], [0, 1, 2])
@@ -46,7 +45,8 @@ def _replace(folder: str) -> None:
         os._exit(1)
     code = int.from_bytes(ended, signed=True)
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        with suppress(OSError):  # SIGKILL has no handler.
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 
