@@ -1,8 +1,9 @@
 """Warm Pythons: processes that are forked from one which has imported torch, DeepSpeed and MLflow already.
 
-A process of a run imports for seconds and trains for a second. What is started with the environment that is yielded
-here is the same command in a process that is as new, but has those imports behind it. Our own code is imported anew by
-each, and Ray, which reads its settings from the environment then. Whoever starts it sees nothing of that: a small process stands in its place, hands signals on and ends as it does.
+A process of a run imports for seconds and trains for one. What is started with the environment that is yielded here is
+the same command in a process that is as new, but has those imports behind it. Each imports our own code anew, and Ray,
+which reads its settings from the environment then. Whoever starts it sees nothing of that: a small process stands in
+its place, hands signals on and ends as it does.
 """
 
 import os
