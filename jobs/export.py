@@ -16,7 +16,7 @@ from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store, shared_url
-from workers.config import MODEL_CONFIGS, ModelConfig
+from workers.config import ModelConfig, model_config_of
 
 SHARD_BYTES = 4 << 30
 """Of an exported file, at most, but for a tensor that is larger."""
@@ -57,18 +57,19 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_e
     if target.names(""):
         raise ConfigError(f"--to {to}: something is there already; name a new folder")
 
+    buffers = set(reader.names(BUFFER))
     plan = _plan(manifest, 4 if dtype == "float32" else 2, shard_bytes)
     where: dict[str, str] = {}
     for number, names in enumerate(plan, 1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        tensors = dict(_exported(reader, names))
+        tensors = dict(_exported(reader, names, buffers))
         if number == len(plan):
             tensors |= empty_tensors_of(model)
-        target.put(file, _encode(tensors, dtype))
+        target.put(file, _encode(tensors, dtype, exact=buffers))
         where |= dict.fromkeys(tensors, file)
     size = sum(file.size for file in target.files("").values())
     texts = {
-        "README.md": _card(manifest, commit, model, dtype),
+        "README.md": _card(manifest, commit, model, dtype, buffers),
         "generation_config.json": json.dumps(generation, indent=2),
         **(byte_tokenizer() if _trained_here(manifest) else {}),
     }
@@ -119,7 +120,7 @@ def model_of(manifest: Manifest) -> ModelConfig:
     """
     fields = manifest.identity["model"]
     try:
-        return MODEL_CONFIGS[fields["name"]](**fields)
+        return model_config_of(fields)
     except ConfigProblems as error:
         raise ConfigError(f"the model of {manifest.run_id} at step {manifest.step}: {error}") from error
 
@@ -155,8 +156,7 @@ def _plan(manifest: Manifest, item_bytes: int, shard_bytes: int) -> list[list[st
     return plan
 
 
-def _exported(reader: CheckpointReader, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    buffers = set(reader.names(BUFFER))
+def _exported(reader: CheckpointReader, names: list[str], buffers: set[str]) -> Iterator[tuple[str, np.ndarray]]:
     for name in names:
         tensor = reader.tensor(BUFFER if name in buffers else WEIGHT, name)
         if not np.isfinite(tensor).all():
@@ -166,14 +166,14 @@ def _exported(reader: CheckpointReader, names: list[str]) -> Iterator[tuple[str,
         yield from tensors_of(name, tensor)
 
 
-def _encode(tensors: dict[str, np.ndarray], dtype: Dtype) -> bytes:
-    """Return a safetensors file; what steers the choice of experts stays fp32."""
+def _encode(tensors: dict[str, np.ndarray], dtype: Dtype, exact: set[str]) -> bytes:
+    """Return a safetensors file; buffers, such as what steers the choice of experts, are `exact` and stay fp32."""
     import torch
     from safetensors.torch import save
 
     kind = getattr(torch, dtype)
     converted = {
-        name: torch.from_numpy(tensor).to(torch.float32 if name.endswith("correction_bias") else kind).contiguous()
+        name: torch.from_numpy(tensor).to(torch.float32 if name in exact else kind).contiguous()
         for name, tensor in tensors.items()
     }
     return save(converted, metadata={"format": "pt"})
@@ -191,9 +191,9 @@ def _training(identity: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _card(manifest: Manifest, commit: Entry, model: ModelConfig, dtype: str) -> str:
+def _card(manifest: Manifest, commit: Entry, model: ModelConfig, dtype: str, buffers: set[str]) -> str:
     """Return the model card: where the weights come from, and the run's figures."""
-    parameters = sum(int(np.prod(shape)) for name, shape in manifest.shapes.items() if "correction_bias" not in name)
+    parameters = sum(int(np.prod(shape)) for name, shape in manifest.shapes.items() if name not in buffers)
     rows: dict[str, Any] = {
         "architecture": model.name,
         "parameters": f"{parameters:,}",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jobs.architectures import architecture_of
 from jobs.config_json import Described, describe, read_json
 from jobs.folder_weights import FolderWeights, open_weights
 from jobs.hugging_face import names_of
@@ -15,7 +16,7 @@ from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest, TensorSlice, p
 from workers.checkpoint.shards import write_shard
 from workers.common.errors import ConfigError
 from workers.common.storage import Store, shared_url
-from workers.config import LlamaConfig, ModelConfig
+from workers.config import ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -124,10 +125,9 @@ def _said_already(weights: FolderWeights, name: str, described: Described) -> bo
             "take the wrong one of these away"
         )
     if re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name):
-        model = described.model
-        dim = model.head_dim if isinstance(model, LlamaConfig) else model.qk_rope_head_dim
-        known = model.rope_theta ** (-np.arange(0, dim, 2) / dim)
+        dim, theta = architecture_of(described.model).rotary(described.model)
+        known = theta ** (-np.arange(0, dim, 2) / dim)
         if weights.shape(name) == [dim // 2] and np.allclose(weights.read(name), known, rtol=1e-2, atol=1e-7):
             return True
-        raise ConfigError(f"{weights.folder}: {name} is not of config.json's rope_theta, {model.rope_theta}")
+        raise ConfigError(f"{weights.folder}: {name} is not of config.json's rope_theta, {theta}")
     return False

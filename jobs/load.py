@@ -6,7 +6,7 @@ All problems of a config are gathered and told at once.
 import ast
 import difflib
 import inspect
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, make_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -18,6 +18,7 @@ from yaml import YAMLError
 from optim.checks import ConfigProblems
 from orchestrator.config import RunConfig
 from workers.common.errors import ConfigError
+from workers.config import MODELS, ModelConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -131,7 +132,8 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
             try:
                 if hints[key] is bool and str(value).lower() not in SWITCH:
                     raise OmegaConfBaseException  # It would take any number but 0 for true.
-                arguments[key] = getattr(OmegaConf.merge(OmegaConf.structured(cls), {key: value}), key)
+                alone = OmegaConf.structured(make_dataclass("Alone", [(key, hints[key])]))
+                arguments[key] = getattr(OmegaConf.merge(alone, {key: value}), key)
             except OmegaConfBaseException:
                 problems.append(f"{name}: must be {_type_name(hints[key])}, not {value!r}")
                 unusable.append(key)
@@ -147,12 +149,12 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
     return made if len(problems) == before else None
 
 
-def _sections(hint: Any) -> list[type]:
+def _sections(hint: Any) -> list[Any]:
     """Return the dataclasses that a hint stands for, the default first; where there are several, `name` chooses."""
-    return [kind for kind in (get_args(hint) or (hint,)) if is_dataclass(kind)]  # type: ignore[misc]
+    return list(MODELS) if hint is ModelConfig else [hint] if is_dataclass(hint) else []
 
 
-def _chosen(kinds: list[type], values: dict[str, Any]) -> type | None:
+def _chosen(kinds: list[Any], values: dict[str, Any]) -> Any:
     if len(kinds) == 1 or "name" not in values:
         return kinds[0]
     return next((kind for kind in kinds if _default_name(kind) == values["name"]), None)

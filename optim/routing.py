@@ -5,17 +5,14 @@ head and norms (Moonlight, section 2.2). A parameter is in exactly one group.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
-ADAMW_MODULES = ("embed_tokens", "lm_head")
-"""Modules whose matrices are tables of vectors, not maps between hidden spaces."""
 
-
-def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+def is_matrix(name: str, shape: tuple[int, ...], tables: Collection[str]) -> bool:
     """Tell whether the parameter `name` of this shape is one matrix `[A, B]` or a stack of them `[E, A, B]`."""
-    return len(shape) >= 2 and not any(module in name.split(".") for module in ADAMW_MODULES)
+    return len(shape) >= 2 and name not in tables
 
 
 def matrices_in(shape: tuple[int, ...], parts: Sequence[int] = ()) -> list[tuple[int, int]]:
@@ -37,6 +34,7 @@ def matrices_in(shape: tuple[int, ...], parts: Sequence[int] = ()) -> list[tuple
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     optimizer: str,
+    tables: Collection[str],
     parts: Mapping[str, Sequence[int]] | None = None,
 ) -> list[dict]:
     """Split the trainable parameters into optimizer groups: `muon` (if there are matrices for it) and `adamw`.
@@ -44,13 +42,14 @@ def parameter_groups(
     Args:
         named_parameters: of the module, in its own order, which fixes the flat layout of every group.
         optimizer: `muon` or `adamw`.
+        tables: names of parameters that are tables of vectors, not maps between hidden spaces.
         parts: rows of each matrix within a parameter, by name; those that are not named are one matrix.
 
     Returns:
         torch parameter groups with the extra keys `method`, `names` and, for each parameter, `matrices`.
 
     Raises:
-        ValueError: a parameter is there twice, DeepSpeed would take it for its own Muon, or parts are wrong.
+        ValueError: a parameter is there twice, DeepSpeed would take it for its own Muon, tables or parts are wrong.
     """
     groups = {method: {"method": method, "names": [], "params": [], "matrices": []} for method in ("muon", "adamw")}
     seen: dict[int, str] = {}
@@ -60,10 +59,12 @@ def parameter_groups(
         if hasattr(parameter, "use_muon"):
             raise ValueError(f"{name} has an attribute use_muon: DeepSpeed would orthogonalize it, too; remove it")
         if parameter.requires_grad:
-            method = "muon" if optimizer == "muon" and is_matrix(name, tuple(parameter.shape)) else "adamw"
+            method = "muon" if optimizer == "muon" and is_matrix(name, tuple(parameter.shape), tables) else "adamw"
             shape = tuple(parameter.shape)
             matrices = matrices_in(shape, (parts or {}).get(name, ())) if method == "muon" else []
             groups[method]["names"].append(name)
             groups[method]["matrices"].append(matrices)
             groups[method]["params"].append(parameter)
+    if unknown := {*tables, *(parts or {})} - set(seen.values()):
+        raise ValueError(f"{', '.join(sorted(unknown))}: named as a table or in parts, and no parameter")
     return [group for group in groups.values() if group["params"]]

@@ -10,7 +10,7 @@ The class's name has no "muon" in it, and no parameter gets an attribute `use_mu
 its own Muon and orthogonalize a second time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ class Zero1Optimizer(torch.optim.Optimizer):
     Args:
         named_parameters: of the module, before DeepSpeed sees it.
         config: its settings; `lr` of the groups is set by the caller before each step.
+        tables: names of parameters that are tables of vectors, not matrices: AdamW's.
         parts: rows of each matrix of its own within a parameter, by name.
         heads: rows of each attention head, for QK-Clip.
     """
@@ -61,13 +62,14 @@ class Zero1Optimizer(torch.optim.Optimizer):
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         config: OptimConfig,
+        tables: Collection[str],
         parts: Mapping[str, Sequence[int]] | None = None,
         heads: Sequence[HeadRows] = (),
     ) -> None:
         if "muon" in type(self).__name__.lower():
             raise LayoutError(f"{type(self).__name__}: DeepSpeed takes a class with muon in its name for its own Muon")
         self.config = config
-        groups = parameter_groups(named_parameters, config.name, parts)
+        groups = parameter_groups(named_parameters, config.name, tables, parts)
         self._parameters: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
         self._layouts: dict[str, GroupLayout] = {}
         self._heads = heads

@@ -135,7 +135,7 @@ def find_origin(config: RunConfig) -> Origin | None:
     except ConfigError as error:
         raise ConfigError(f"train.init={error}") from error
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
-    free = {"init_std", "router_bias_rate"}  # Of how a model is trained, not of what it is.
+    free = config.model.training_keys()
     given = {key: value for key, value in asdict(config.model).items() if key not in free}
     if differences := _differences({"model": manifest.identity["model"]}, {"model": given}):
         raise ConfigError(f"train.init={config.train.init} is another model:\n" + "\n".join(differences))

@@ -1,14 +1,43 @@
 """Settings of what runs in a worker: model, data, training and checkpoints."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol
 
-from optim.checks import Check, filled, no_password, require, within
+from optim.checks import Check, ConfigProblems, filled, no_password, require, within
 
 EXPERT_WIDTH = 8
 """Divides the widths of experts: torch's grouped_mm refuses rows that are not whole 16 bytes, 8 numbers in bf16. In
 fp32 4 would do, but a model that trains on a CPU trains on a GPU, too."""
+
+
+class ModelConfig(Protocol):
+    """What the settings of every architecture have: a frozen dataclass, small by default, that checks itself."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def name(self) -> str:
+        """The architecture's, in YAML as in checkpoints."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+        ...
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of the initial weights."""
+        ...
+
+    def shallow(self) -> "ModelConfig":
+        """Return the smallest model whose attention is this one's: one layer of each kind, 256 tokens."""
+        ...
+
+    def training_keys(self) -> set[str]:
+        """Return the keys that say how it is trained and not what it is: a run from its weights may have others."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +123,14 @@ class MoonlightConfig:
             *_sane(self),
         )
 
+    def shallow(self) -> "MoonlightConfig":
+        """Return it with one layer, a dense one."""
+        return replace(self, num_layers=1, num_dense_layers=1, vocab_size=256)
+
+    def training_keys(self) -> set[str]:
+        """Return what the initial weights and the balance of experts come from."""
+        return {"init_std", "router_bias_rate"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LlamaConfig:
@@ -139,17 +176,40 @@ class LlamaConfig:
             *_sane(self),
         )
 
+    def shallow(self) -> "LlamaConfig":
+        """Return it with one layer."""
+        return replace(self, num_layers=1, vocab_size=256)
 
-def _sane(model: "ModelConfig") -> Iterator[Check]:
+    def training_keys(self) -> set[str]:
+        """Return what the initial weights come from."""
+        return {"init_std"}
+
+
+def _sane(model: ModelConfig) -> Iterator[Check]:
     """Yield the checks of numbers that a model trains with, whatever they are, and of which it makes nonsense."""
     yield from within(model, "(0, 1]", "norm_eps")
     yield from within(model, "(0, 2]", "init_std")
     yield from within(model, "(1, 1e15]", "rope_theta")
 
 
-ModelConfig = MoonlightConfig | LlamaConfig
-MODEL_CONFIGS = {"moonlight": MoonlightConfig, "llama": LlamaConfig}
-"""By `name`."""
+MODELS: dict[type[ModelConfig], str] = {
+    MoonlightConfig: "workers.models.moonlight.Moonlight",
+    LlamaConfig: "workers.models.llama.Llama",
+}
+"""The architectures: the class of each one's settings, and where its model is; docs/models.md says how to add one. The
+model is imported where it is built: the driver, which reads the settings, has no torch."""
+
+
+def model_config_of(fields: Mapping[str, Any]) -> ModelConfig:
+    """Return the settings of a model that were put down as plain values.
+
+    Raises:
+        ConfigProblems: there is no such model, or they are no longer allowed.
+    """
+    for kind in MODELS:
+        if fields["name"] == (known := kind()).name:
+            return replace(known, **fields)
+    raise ConfigProblems([f"name must be one of {', '.join(kind().name for kind in MODELS)}, not {fields['name']}"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -148,7 +148,7 @@ def build_engine(
         torch.manual_seed(seed)
     model = build(model_config, initialize=seed is not None).to(device)
     parts = model.matrix_parts(optim_config.split)
-    optimizer = Zero1Optimizer(model.named_parameters(), optim_config, parts, model.head_rows())
+    optimizer = Zero1Optimizer(model.named_parameters(), optim_config, model.tables(), parts, model.head_rows())
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

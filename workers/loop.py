@@ -79,9 +79,8 @@ class Trainer:
         )
         self.replicated = list(replicated_tensors(engine))  # Changed in place; looking them up walks the whole model.
         self.snapshot_seconds = 0.0
-        self.telemetry = Telemetry(
-            task.telemetry, task.train, engine, lambda: controls.mark(Phase.MEASURE, counters.step + 1), controls.report
-        )
+        tick = lambda: controls.mark(Phase.MEASURE, counters.step + 1)  # noqa: E731
+        self.telemetry = Telemetry(task, engine, tick, controls.report)
         self.validation: dict[str, Any] | None = None
         """The last one, which the driver may not have."""
         self.rows: deque[dict[str, Any]] = deque(maxlen=ROWS_KEPT)

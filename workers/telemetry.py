@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,19 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from workers.config import ModelConfig, MoonlightConfig, TelemetryConfig, TrainConfig
+from workers.config import ModelConfig, TrainConfig
 from workers.engine import Engine
 from workers.gpus import peak_tflops
 from workers.models import build
 from workers.models.attention import Logits, take_logits, watch
+from workers.models.language_model import KINDS, MATRICES
 from workers.objective import batch_of, summed_loss
 from workers.reports import Profiled
+from workers.task import Task
 from workers.traffic import COLLECTIVES, Traffic
 
-KINDS = {
-    "attention_qo": ("self_attn.q_proj", "self_attn.o_proj"),
-    "attention_kv": ("self_attn.k_proj", "self_attn.v_proj", "self_attn.kv_a_proj", "self_attn.kv_b_proj"),
-    "experts": ("mlp.experts",),
-    "shared_experts": ("mlp.shared_experts",),
-    "router": ("mlp.gate.",),
-    "dense": ("mlp.",),
-    "embedding": ("embed_tokens",),
-    "head": ("lm_head",),
-    "norms": ("",),
-}
-"""The groups of parameters, and what is part of their names; the first that fits (Moonlight, section 3.4)."""
-SPECTRA = ("attention_qo", "attention_kv", "experts", "shared_experts", "router", "dense")
 CHUNK = 1 << 24
 """Elements that are measured at once."""
-
-
-def kind_of(name: str) -> str:
-    """Return the group of a parameter."""
-    return next(kind for kind, parts in KINDS.items() if any(part in name for part in parts))
 
 
 class StepClock:
@@ -84,8 +67,7 @@ class Telemetry:
     """One rank's part in what is measured.
 
     Args:
-        config: what, and how often.
-        train: batch and length, for the arithmetic that a step needs.
+        task: what is measured, how often, and in the training of what.
         engine: whose model and optimizer are measured.
         tick: called between parts of long work, to give a sign of life.
         report: takes a report's class and its fields.
@@ -93,19 +75,19 @@ class Telemetry:
 
     def __init__(
         self,
-        config: TelemetryConfig,
-        train: TrainConfig,
+        task: Task,
         engine: Engine,
         tick: Callable[[], None],
         report: Callable[..., None],
     ) -> None:
-        self.config, self.engine, self.tick, self.report = config, engine, tick, report
+        self.config, self.engine, self.tick, self.report = task.telemetry, engine, tick, report
         self.clock = StepClock(engine.device)
+        self.kinds = engine.model.parameter_kinds()
         self.clips = engine.optimizer.config.qk_clip > 0
-        warm_up(config, engine.model.config, train, engine)
+        warm_up(task, engine)
         self.due = False
         self.profiler: torch.profiler.profile | None = None
-        self.flops_per_step = train.positions_per_step * engine.model.flops_per_token(train.seq_len)
+        self.flops_per_step = task.train.positions_per_step * engine.model.flops_per_token(task.train.seq_len)
         self._logits = take_logits(engine.model)
         self._before: list[Tensor] = []
         self._traffic = Traffic()
@@ -194,7 +176,7 @@ class Telemetry:
                 found[f"weight_rms/{kind}"] = math.sqrt(weight / count)
             if count and lr:
                 found[f"update_rms/{kind}"] = math.sqrt(update / count)
-        for kind, (entropy, count) in zip(SPECTRA, spectra, strict=True):
+        for kind, (entropy, count) in zip(MATRICES, spectra, strict=True):
             if count:
                 found[f"svd_entropy/{kind}"] = entropy / count
         return found
@@ -213,7 +195,7 @@ class Telemetry:
         decay = 1 - lr * self.engine.optimizer.config.weight_decay
         for before, state in zip(self._before, self._flat_state(), strict=True):
             for fragment in state.fragments:
-                row = sums[rows[kind_of(fragment.name)]]
+                row = sums[rows[self.kinds[fragment.name]]]
                 for first in range(fragment.offset, fragment.offset + fragment.length, CHUNK):
                     last = min(first + CHUNK, fragment.offset + fragment.length)
                     now = state.tensors["weight"][first:last]
@@ -229,18 +211,18 @@ class Telemetry:
 
         Every rank has all weights in its module, so nothing has to travel.
         """
-        sums = torch.zeros(len(SPECTRA), 2, dtype=torch.float64)
+        sums = torch.zeros(len(MATRICES), 2, dtype=torch.float64)
         for index, (kind, matrix) in enumerate(self._matrices()):
             if index % self.engine.world_size == self.engine.rank:
                 self.tick()
                 if (entropy := svd_entropy(matrix)) is not None:
-                    sums[SPECTRA.index(kind)] += torch.tensor([entropy, 1.0], dtype=torch.float64)
+                    sums[MATRICES.index(kind)] += torch.tensor([entropy, 1.0], dtype=torch.float64)
         return sums
 
     def _matrices(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the hidden matrices, and of a layer's experts so many as are asked for, evenly spread."""
         for name, parameter in self.engine.model.named_parameters():
-            if (kind := kind_of(name)) not in SPECTRA or not self.config.spectra:
+            if (kind := self.kinds[name]) not in MATRICES or not self.config.spectra:
                 continue
             stack = parameter.detach().view(-1, *parameter.shape[-2:])
             every = max(1, len(stack) // self.config.spectra)
@@ -250,26 +232,21 @@ class Telemetry:
         return self.engine.optimizer.flat_state(self.engine.rank)
 
 
-def warm_up(config: TelemetryConfig, model: ModelConfig, train: TrainConfig, engine: Engine) -> None:
-    """Compile the attention of `model` that will be watched: in a step that would be taken for a hang.
+def warm_up(task: Task, engine: Engine) -> None:
+    """Compile the attention of the task's model, if it will be watched: in a step that would be taken for a hang.
 
     Args:
-        config: whether anything is measured.
-        model: that will be trained.
-        train: batch and length.
+        task: what will be trained.
         engine: any on the device, in the precision and with the optimizer's settings of the training.
     """
-    watches = config.every or engine.optimizer.config.qk_clip
+    watches = task.telemetry.every or engine.optimizer.config.qk_clip
     if watches and engine.device.type == "cuda":
-        _compile_watched(model, train, next(engine.model.parameters()).dtype, engine.device)
+        _compile_watched(task.model, task.train, next(engine.model.parameters()).dtype, engine.device)
 
 
 @functools.cache
 def _compile_watched(config: ModelConfig, train: TrainConfig, dtype: torch.dtype, device: torch.device) -> None:
-    config = replace(config, num_layers=1, vocab_size=256)
-    if isinstance(config, MoonlightConfig):
-        config = replace(config, num_dense_layers=1)
-    model = build(config, initialize=False).to(device, dtype)
+    model = build(config.shallow(), initialize=False).to(device, dtype)
     watch(model, True)
     batch = batch_of(torch.zeros(train.micro_batch, train.seq_len + 1, dtype=torch.int64, device=device))
     summed_loss(model(batch.inputs), model.head, batch.targets).backward()

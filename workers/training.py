@@ -130,7 +130,7 @@ def rehearse(task: Task) -> None:
         loss = summed_loss(engine.engine(batch.inputs), engine.model.head, batch.targets)
         engine.engine.backward(loss * gradient_weight(batch.counted, 1), scale_wrt_gas=False)
         engine.engine.step()
-        warm_up(task.telemetry, task.model, task.train, engine)
+        warm_up(task, engine)
         engine.destroy()
     finally:
         del engine

@@ -97,7 +97,7 @@ def _rivals(config: RunConfig) -> dict[str, Callable[[], Any]]:
         arguments: dict[str, Any] = {"model": model, "config": settings, "dist_init_required": False}
         if optimizer is not None:
             return deepspeed.initialize(**arguments, optimizer=optimizer(model))[0]
-        for group in parameter_groups(model.named_parameters(), "muon"):
+        for group in parameter_groups(model.named_parameters(), "muon", model.tables()):
             for parameter in group["params"]:
                 parameter.use_muon = group["method"] == "muon"
         settings["optimizer"] = {"type": "Muon", "params": {"lr": config.optim.lr, "momentum": config.optim.momentum}}

@@ -92,7 +92,9 @@ def layout_of(model_config: ModelConfig, optim: OptimConfig, world_size: int) ->
     with torch.device("meta"):
         model = build_empty(model_config)
     groups = []
-    for group in parameter_groups(model.named_parameters(), optim.name, model.matrix_parts(optim.split)):
+    for group in parameter_groups(
+        model.named_parameters(), optim.name, model.tables(), model.matrix_parts(optim.split)
+    ):
         layout = GroupLayout.of(group["names"], [p.numel() for p in group["params"]], world_size)
         groups.append(Group(group["method"], layout, tuple(tuple(held) for held in group["matrices"])))
     flat = [(group.layout, kinds_of(group.method)) for group in groups]

@@ -14,7 +14,7 @@ from orchestrator.log.run_log import RunLog
 from orchestrator.record.tracking import read_artifact
 from tests.warm import VARIABLE
 from workers.common.storage import Store
-from workers.telemetry import KINDS
+from workers.models.language_model import KINDS
 
 KEYS = {"run_id", "status", "steps", "tokens", "val_loss", "val_bits_per_byte", "world_size", "checkpoint"}
 KEYS |= {"mlflow_tracking_uri", "wall_s", "first_step_s", "loss_curve", "sample"}

@@ -9,9 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from jobs.architectures import ARCHITECTURES
 from jobs.checkpoints import open_checkpoint
 from jobs.cli import app
-from jobs.config_json import DEFAULTS, describe
+from jobs.config_json import describe
 from jobs.export import export, model_of
 from jobs.import_ import import_model
 from jobs.load import load
@@ -19,6 +20,8 @@ from orchestrator.preflight import other_tokens
 from tests.jobs.folders import GONE, KINDS, TOKENS, difference, refused
 from tests.jobs.test_export import MODELS, trained
 from workers.common.errors import ConfigError
+
+DEFAULTS = {architecture.model_type: architecture.defaults for architecture in ARCHITECTURES.values()}
 
 
 @pytest.mark.parametrize("name", MODELS)

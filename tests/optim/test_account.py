@@ -7,7 +7,7 @@ from optim.assignment import matrices_of, plan_orthogonalization
 from optim.config import OptimConfig
 from optim.layout import GroupLayout
 from optim.routing import is_matrix
-from tests.optim.test_zero1_oracle import SHAPES, Toy, engine_of, targets_of
+from tests.optim.test_zero1_oracle import SHAPES, TABLES, Toy, engine_of, targets_of
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.numeric
@@ -42,7 +42,7 @@ def counted(rank: int, world_size: int, shapes: dict, config: OptimConfig) -> di
         engine.step()
         if not step:
             for name, parameter in toy.named_parameters():
-                key = "momentum_buffer" if is_matrix(name, tuple(parameter.shape)) else "exp_avg"
+                key = "momentum_buffer" if is_matrix(name, tuple(parameter.shape), TABLES) else "exp_avg"
                 full[name] = safe_get_full_optimizer_state(parameter, key)
     dist.all_to_all_single, optim.exchange.newton_schulz = all_to_all, newton_schulz
     (shard,) = optimizer.param_groups[0]["params"]
@@ -73,7 +73,7 @@ def test_the_account_of_a_step(ranks, shapes, wire):
     expected = sorted(
         tuple(shape[-2:])
         for name, shape in SHAPES[shapes].items()
-        if is_matrix(name, shape)
+        if is_matrix(name, shape, TABLES)
         for _ in range(shape[0] if len(shape) == 3 else 1)
     )
     assert done == expected, "every matrix once in the whole group"

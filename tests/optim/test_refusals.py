@@ -29,7 +29,7 @@ def bound_without_one(rank: int, world_size: int) -> str:
     engine, _ = engine_of(toy, OptimConfig())
     rest = [(name, parameter) for name, parameter in toy.named_parameters() if name != "b"]
     with pytest.raises(LayoutError) as error:
-        Zero1Optimizer(rest, OptimConfig()).bind(engine.optimizer)
+        Zero1Optimizer(rest, OptimConfig(), ()).bind(engine.optimizer)
     return str(error.value)
 
 
@@ -46,10 +46,10 @@ def test_a_class_that_deepspeed_would_take_for_its_own_is_refused():
         pass
 
     with pytest.raises(LayoutError, match="MyMuon: DeepSpeed takes"):
-        MyMuon(Toy(SHAPES).named_parameters(), OptimConfig())
+        MyMuon(Toy(SHAPES).named_parameters(), OptimConfig(), ())
 
 
 def test_a_parameter_that_is_given_twice_is_refused():
     toy = Toy(SHAPES)
     with pytest.raises(ValueError, match="again is the same parameter as a; give each once"):
-        Zero1Optimizer([*toy.named_parameters(), ("again", toy.a)], OptimConfig())
+        Zero1Optimizer([*toy.named_parameters(), ("again", toy.a)], OptimConfig(), ())

@@ -19,7 +19,7 @@ def test_every_trainable_parameter_is_in_one_group_and_its_matrices_tile_it(name
     assert parts.keys() <= parameters.keys() and bool(parts) == (
         split == "heads" or (name, split) == ("moonlight", "fused")
     )
-    groups = parameter_groups(parameters.items(), "muon", parts)
+    groups = parameter_groups(parameters.items(), "muon", model.tables(), parts)
     assert sorted(n for group in groups for n in group["names"]) == sorted(parameters)
     muon = next(group for group in groups if group["method"] == "muon")
     for parameter, matrices in zip(muon["params"], muon["matrices"], strict=True):
@@ -39,4 +39,4 @@ def test_a_parameter_that_deepspeed_would_take_is_refused():
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     weight.use_muon = False
     with pytest.raises(ValueError, match="w has an attribute use_muon"):
-        parameter_groups([("w", weight)], "muon")
+        parameter_groups([("w", weight)], "muon", ())

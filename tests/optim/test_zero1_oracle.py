@@ -28,6 +28,7 @@ SHAPES = {
     "spanning": {"small": (4, 6), "huge": (64, 48), "last": (6, 4), "norm": (1,)},
     "stack": {"experts": (7, 10, 6), "embed_tokens": (11, 5)},
 }
+TABLES = {"embed_tokens"}
 
 
 class Toy(nn.Module):
@@ -57,7 +58,8 @@ def engine_of(
     from workers.config import TrainConfig
     from workers.settings import deepspeed_config
 
-    optimizer = Zero1Optimizer(toy.named_parameters(), config, parts, heads)
+    named = dict(toy.named_parameters())
+    optimizer = Zero1Optimizer(named.items(), config, TABLES & named.keys(), parts, heads)
     ours = deepspeed_config(TrainConfig(), config, "cpu", sum(p.numel() for p in toy.parameters()))
     ours |= {**options, "zero_optimization": {**ours["zero_optimization"], **(zero or {})}}
     engine, *_ = deepspeed.initialize(model=toy, optimizer=optimizer, config=ours, dist_init_required=False)
@@ -110,7 +112,7 @@ def in_fp64(targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def assert_trained(found: torch.Tensor, exact: torch.Tensor, name: str, shapes: dict, config: OptimConfig) -> None:
     """Assert that a toy's weight is the reference's but for fp32's rounding."""
-    muon = config.name == "muon" and is_matrix(name, shapes[name])
+    muon = config.name == "muon" and is_matrix(name, shapes[name], TABLES)
     enlarged = gain(coefficients(config.ns_coefficients, config.ns_steps)) if muon else 1.0
     before = dict(Toy(shapes).named_parameters())[name].detach()
     assert_close_weights(found.cpu(), exact, before, enlarged, name)
@@ -120,7 +122,7 @@ def reference(world_size: int, shapes: dict, full_rank: bool, config: OptimConfi
     """Return the weights in the end, from exact arithmetic in one process."""
     toy = Toy(shapes).double()
     named = dict(toy.named_parameters())
-    matrices = [p for n, p in named.items() if config.name == "muon" and is_matrix(n, tuple(p.shape))]
+    matrices = [p for n, p in named.items() if config.name == "muon" and is_matrix(n, tuple(p.shape), TABLES)]
     others = [p for p in named.values() if not any(p is m for m in matrices)]
     optimizers = (
         [torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), eps=ADAMW_EPS, weight_decay=0.1)] if others else []
@@ -230,7 +232,7 @@ def expected_of(world_size: int, case: Case) -> tuple[dict[str, torch.Tensor], d
         for parameter in named.values():
             parameter.data = parameter.data.bfloat16().double()
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
-    others = [p for n, p in named.items() if not is_matrix(n, tuple(p.shape))]
+    others = [p for n, p in named.items() if not is_matrix(n, tuple(p.shape), TABLES)]
     config, whole, pieces = case.config, [], []
     for name, parameter in named.items():
         if name in case.parts:
@@ -238,7 +240,7 @@ def expected_of(world_size: int, case: Case) -> tuple[dict[str, torch.Tensor], d
                 (parameter, index, nn.Parameter(part.clone()))
                 for index, part in enumerate(_split(parameter, case, name))
             ]
-        elif is_matrix(name, tuple(parameter.shape)):
+        elif is_matrix(name, tuple(parameter.shape), TABLES):
             whole.append(parameter)
     muon = ReferenceMuon(
         [*whole, *(part for *_, part in pieces)],
@@ -315,14 +317,14 @@ def test_bf16_on_the_wire_stays_near():
 def test_momentum_is_kept_once():
     shapes = SHAPES["mixed"]
     results = run_ranks(3, sharded, shapes, True, CONFIG)
-    matrices = sum(torch.Size(shape).numel() for name, shape in shapes.items() if is_matrix(name, shape))
+    matrices = sum(torch.Size(shape).numel() for name, shape in shapes.items() if is_matrix(name, shape, TABLES))
     held = [sum(result["momentum"]) for result in results]
     assert len(set(held)) == 1 and matrices <= sum(held) < matrices + 2 * 3
 
 
 def test_the_shapes_cover_what_they_claim():
     def layout(key: str, world_size: int) -> GroupLayout:
-        names = [name for name, shape in SHAPES[key].items() if is_matrix(name, shape)]
+        names = [name for name, shape in SHAPES[key].items() if is_matrix(name, shape, TABLES)]
         return GroupLayout.of(names, [torch.Size(SHAPES[key][name]).numel() for name in names], world_size)
 
     spanning = layout("spanning", 4)

@@ -48,7 +48,7 @@ def test_parameter_counts_are_those_of_llama_3_2_1b():
         model = Llama(LLAMA_3_2_1B)
     numels = {name: p.numel() for name, p in model.named_parameters()}
     assert sum(numels.values()) - numels["lm_head.weight"] == 1_235_814_400
-    muon = sum(p.numel() for name, p in model.named_parameters() if is_matrix(name, tuple(p.shape)))
+    muon = sum(p.numel() for name, p in model.named_parameters() if is_matrix(name, tuple(p.shape), model.tables()))
     assert muon == 16 * (2048 * 2048 * 2 + 2048 * 512 * 2 + 3 * 2048 * 8192)
 
 

@@ -103,12 +103,14 @@ def trained(
         outcome = trainer.run()
     except TrainingError as error:
         outcome = str(error)
+    shards = shards_of(keeper)
     return {
         "outcome": outcome,
         "step": counters.step,
         "losses": [fields["loss"] for kind, fields in reports if kind is StepDone],
         "validation": [(fields["step"], fields["loss"]) for kind, fields in reports if kind is Validated],
-        "saved": saved_steps(keeper),
+        "saved": sorted(report.step for report in shards),
+        "shards": shards,
         "marks": marks,
         "skipped": counters.skipped,
         "tokens": counters.tokens,
@@ -118,10 +120,10 @@ def trained(
     }
 
 
-def saved_steps(keeper: Keeper) -> list[int]:
+def shards_of(keeper: Keeper) -> list[ShardWritten]:
     """Wait for the keeper's uploads."""
     keeper._uploads.shutdown()
-    return sorted(report.step for report in keeper.poll(0) if isinstance(report, ShardWritten))
+    return [report for report in keeper.poll(0) if isinstance(report, ShardWritten)]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

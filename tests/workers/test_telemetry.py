@@ -19,11 +19,14 @@ from workers.config import TelemetryConfig
 from workers.controls import Pause
 from workers.gpus import BF16_TFLOPS, peak_tflops
 from workers.models import build_empty
+from workers.models.language_model import KINDS
 from workers.reports import Profiled, StepDone
 from workers.task import Task
-from workers.telemetry import KINDS, kind_of, svd_entropy
+from workers.telemetry import svd_entropy
 
 pytestmark = pytest.mark.numeric
+
+KINDS_OF_MOONLIGHT = build_empty(MOONLIGHT).parameter_kinds()
 
 
 def measured(rank: int, world_size: int, task: Task) -> dict:
@@ -41,7 +44,7 @@ def measured(rank: int, world_size: int, task: Task) -> dict:
 
 
 def of_kind(weights: dict, kind: str) -> list[torch.Tensor]:
-    return [weight for name, weight in weights.items() if kind_of(name) == kind]
+    return [weight for name, weight in weights.items() if KINDS_OF_MOONLIGHT[name] == kind]
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -158,7 +161,7 @@ def test_every_parameter_is_of_the_kind_that_one_expects():
     with torch.device("meta"):
         moonlight = build_empty(replace(MOONLIGHT, num_dense_layers=1, num_layers=2))
         llama = build_empty(LLAMA)
-    kinds = {name.removeprefix("model.layers.1."): kind_of(name) for name, _ in moonlight.named_parameters()}
+    kinds = {name.removeprefix("model.layers.1."): kind for name, kind in moonlight.parameter_kinds().items()}
     assert kinds["self_attn.q_proj.weight"] == kinds["self_attn.o_proj.weight"] == "attention_qo"
     assert kinds["self_attn.kv_a_proj_with_mqa.weight"] == kinds["self_attn.kv_b_proj.weight"] == "attention_kv"
     assert kinds["self_attn.kv_a_layernorm.weight"] == kinds["input_layernorm.weight"] == "norms"
@@ -166,9 +169,7 @@ def test_every_parameter_is_of_the_kind_that_one_expects():
     assert kinds["mlp.shared_experts.gate_proj.weight"] == "shared_experts"
     assert kinds["model.layers.0.mlp.gate_proj.weight"] == "dense"
     assert kinds["model.embed_tokens.weight"] == "embedding" and kinds["lm_head.weight"] == "head"
-    assert {kind_of(name) for name, _ in llama.named_parameters()} == set(KINDS) - {
-        *("experts", "shared_experts", "router")
-    }
+    assert set(llama.parameter_kinds().values()) == set(KINDS) - {*("experts", "shared_experts", "router")}
 
 
 def test_the_arithmetic_of_published_models():

@@ -1,25 +1,19 @@
-"""The models: plain PyTorch, one file each. What they all can is `LanguageModel`."""
+"""The models: plain PyTorch, one file each. What they all can is `LanguageModel`, which there are says `MODELS`."""
+
+import importlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.config import ModelConfig
-from workers.models.llama import Llama
-from workers.models.moonlight import Moonlight
-
-LanguageModel = Moonlight | Llama
-_MODELS = {"moonlight": Moonlight, "llama": Llama}
+from workers.config import MODELS, ModelConfig
+from workers.models.language_model import LanguageModel
 
 
 def build_empty(config: ModelConfig) -> LanguageModel:
     """Make the modules on torch's default device, with weights as they come."""
-    return _MODELS[config.name](config)
-
-
-def logits_of(model: LanguageModel, tokens: Tensor) -> Tensor:
-    """Return the logits of each next token, `[batch, time, vocabulary]`; training never has them all at once."""
-    return F.linear(model(tokens), model.head)
+    module, _, name = MODELS[type(config)].rpartition(".")
+    return getattr(importlib.import_module(module), name)(config)
 
 
 def build(config: ModelConfig, initialize: bool = True) -> LanguageModel:
@@ -32,7 +26,10 @@ def build(config: ModelConfig, initialize: bool = True) -> LanguageModel:
             nn.init.zeros_(tensor)
         return model
     model = build_empty(config)
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:  # Norm gains start at one.
-            nn.init.normal_(parameter, std=config.init_std)
+    model.initialize(config.init_std)
     return model
+
+
+def logits_of(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Return the logits of each next token, `[batch, time, vocabulary]`; training never asks for them."""
+    return F.linear(model(tokens), model.head)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.models.kernels import rms_norm
+from workers.models.language_model import LanguageModel
 
 
 def rotary(time: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -14,7 +15,7 @@ def rotary(time: int, dim: int, theta: float, device: torch.device) -> tuple[Ten
     return angle.cos(), angle.sin()
 
 
-def training_flops(model: nn.Module, visited: float, attention_width: int, seq_len: int) -> float:
+def training_flops(model: LanguageModel, visited: float, attention_width: int, seq_len: int) -> float:
     """Return the floating-point operations of training on one token: two per multiply-add, backward twice the forward.
 
     What is computed anew or for a token's future is not counted: no recomputation, and half of the square of scores.
@@ -25,10 +26,11 @@ def training_flops(model: nn.Module, visited: float, attention_width: int, seq_l
         attention_width: query (or key) and value widths of all heads in all layers, summed.
         seq_len: tokens per sequence.
     """
+    looked_up = model.embeddings()
     active = sum(
         parameter.numel() * (visited if parameter.dim() == 3 else 1.0)
         for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and "embed_tokens" not in name
+        if parameter.dim() >= 2 and (name not in looked_up or parameter is model.head)
     )
     return 3 * 2 * (active + attention_width * seq_len / 2)
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from optim.qk_clip import HeadRows
 from workers.config import LlamaConfig
 from workers.models.attention import CausalAttention
+from workers.models.language_model import LanguageModel
 from workers.models.layers import RMSNorm, SwiGLU, rotary, training_flops
 
 
-class Llama(nn.Module):
-    """The causal language model: tokens `[batch, time]` to hidden states `[batch, time, hidden]`."""
+class Llama(LanguageModel):
+    """The causal language model."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -22,12 +23,12 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the hidden states out of which the head makes the logits, in the dtype of the weights."""
+        """Return the hidden states."""
         return self.model(tokens)
 
     @property
     def head(self) -> Tensor:
-        """The output layer's weight, `[vocabulary, hidden]`."""
+        """The output layer's weight, a parameter of its own."""
         return self.lm_head.weight
 
     def matrix_parts(self, split: str) -> dict[str, tuple[int, ...]]:
@@ -42,7 +43,7 @@ class Llama(nn.Module):
         return parts
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Return the floating-point operations of training on a token; `training_flops` says what is counted."""
+        """Return the operations of all layers and heads."""
         config = self.config
         return training_flops(self, 1.0, config.num_layers * config.num_heads * 2 * config.head_dim, seq_len)
 
@@ -57,16 +58,6 @@ class Llama(nn.Module):
                 name = f"model.layers.{layer}.self_attn.{projection}.weight"
                 rows.append(HeadRows(name, first, config.head_dim, head, power=1 / len(projections)))
         return rows
-
-    def expert_load(self) -> Tensor:
-        """Return the load of experts, of which there are none: int64 `[0, 0]`."""
-        return torch.zeros(0, 0, dtype=torch.int64)
-
-    def clear_expert_load(self) -> None:
-        """Do nothing: nothing is counted."""
-
-    def balance_experts(self, load: Tensor) -> None:
-        """Do nothing: there is nothing to balance."""
 
 
 class Trunk(nn.Module):

@@ -15,6 +15,7 @@ from optim.qk_clip import HeadRows
 from workers.config import MoonlightConfig
 from workers.models.attention import CausalAttention
 from workers.models.kernels import grouped_product
+from workers.models.language_model import LanguageModel
 from workers.models.layers import RMSNorm, SwiGLU, rotary, training_flops
 
 LATENT_NORM_EPS = 1e-6
@@ -22,8 +23,8 @@ LATENT_NORM_EPS = 1e-6
 `rms_norm_eps` says, and with small latents (an RMS of 0.006 has a mean square of 3.6e-5) it changes the logits."""
 
 
-class Moonlight(nn.Module):
-    """The causal language model: tokens `[batch, time]` to hidden states `[batch, time, hidden]`."""
+class Moonlight(LanguageModel):
+    """The causal language model."""
 
     def __init__(self, config: MoonlightConfig) -> None:
         super().__init__()
@@ -32,12 +33,12 @@ class Moonlight(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the hidden states out of which the head makes the logits, in the dtype of the weights."""
+        """Return the hidden states."""
         return self.model(tokens)
 
     @property
     def head(self) -> Tensor:
-        """The output layer's weight, `[vocabulary, hidden]`."""
+        """The output layer's weight, a parameter of its own."""
         return self.lm_head.weight
 
     def matrix_parts(self, split: str) -> dict[str, tuple[int, ...]]:
@@ -57,7 +58,7 @@ class Moonlight(nn.Module):
         return parts
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Return the floating-point operations of training on a token; `training_flops` says what is counted."""
+        """Return the operations of all layers and heads."""
         config = self.config
         widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
         visited = config.num_experts_per_token / config.num_experts
@@ -79,7 +80,7 @@ class Moonlight(nn.Module):
         return rows
 
     def expert_load(self) -> Tensor:
-        """Return how many tokens each expert got since the last `clear_expert_load`: int64 `[MoE layers, experts]`."""
+        """Return what the layers with experts have counted."""
         loads = [experts.load for experts in self._experts()]
         return torch.stack(loads) if loads else torch.zeros(0, self.config.num_experts, dtype=torch.int64)
 

@@ -1,0 +1,108 @@
+"""What every model can: the whole of what the rest of raymuon asks of one.
+
+It is a class and no `typing.Protocol`: a model is a module of torch's as well, and most models have no experts, no
+fused projections and nothing to clip, which is said here once.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from optim.qk_clip import HeadRows
+
+MATRICES = ("attention_qo", "attention_kv", "experts", "shared_experts", "router", "dense")
+KINDS = (*MATRICES, "embedding", "head", "norms")
+"""The groups of parameters that telemetry measures; the names of its metrics (Moonlight, section 3.4)."""
+
+
+class LanguageModel(nn.Module, ABC):
+    """A causal language model.
+
+    Its attention goes through `CausalAttention`, which tells how large the logits are. Parameters have two dimensions
+    or fewer, or three where `[E, out, in]` are E matrices of their own. Every operation is deterministic.
+    """
+
+    kinds: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention_qo": ("self_attn.q_proj", "self_attn.o_proj"),
+        "attention_kv": ("self_attn.k_proj", "self_attn.v_proj", "self_attn.kv_a_proj", "self_attn.kv_b_proj"),
+        "experts": ("mlp.experts",),
+        "shared_experts": ("mlp.shared_experts",),
+        "router": ("mlp.gate.",),
+        "dense": ("mlp.",),
+        "embedding": ("embed_tokens",),
+        "head": ("lm_head",),
+    }
+    """What is part of the names of the matrices of each of KINDS, the first that fits: Hugging Face's, unless a model
+    has others. Vectors are `norms`, whatever they are called."""
+
+    @abstractmethod
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens, int64 `[batch, time]`, to hidden states `[batch, time, hidden]` in the dtype of the weights.
+
+        They are what the head takes, after the last norm; a position sees itself and those before it.
+        """
+
+    @property
+    @abstractmethod
+    def head(self) -> Tensor:
+        """The output layer's weight, `[vocabulary, hidden]`; the embedding's, where they are one."""
+
+    @abstractmethod
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return the floating-point operations of training on a token; `training_flops` says what is counted."""
+
+    def initialize(self, std: float) -> None:
+        """Draw the initial weights from torch's random state: matrices and tables here, the rest as it was made."""
+        for parameter in self.parameters():
+            if parameter.dim() >= 2:  # Norm gains start at one.
+                nn.init.normal_(parameter, std=std)
+
+    def tables(self) -> set[str]:
+        """Return the names of weights that are tables of vectors and not maps between hidden spaces: AdamW's.
+
+        All other parameters of two dimensions or more are Muon's. Here: those of embeddings, and the head's.
+        """
+        return self.embeddings() | {name for name, parameter in self.named_parameters() if parameter is self.head}
+
+    def embeddings(self) -> set[str]:
+        """Return the names of weights out of which rows are taken, with which nothing is multiplied."""
+        modules = self.named_modules()
+        return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
+
+    def matrix_parts(self, split: str) -> dict[str, tuple[int, ...]]:
+        """Return rows of each matrix of its own within a parameter, by name, as `optim.split` says.
+
+        Parameters that are not named are one matrix, or a stack of them.
+        """
+        return {}
+
+    def head_rows(self) -> list[HeadRows]:
+        """Return what QK-Clip may scale, heads counted through all layers in the order of their modules."""
+        return []
+
+    def parameter_kinds(self) -> dict[str, str]:
+        """Return the one of KINDS to which each parameter belongs.
+
+        Raises:
+            ValueError: a matrix is of none.
+        """
+        found = {}
+        for name, parameter in self.named_parameters():
+            fitting = (kind for kind, parts in self.kinds.items() if any(part in name for part in parts))
+            found[name] = next(fitting, None) if parameter.dim() >= 2 else "norms"
+            if found[name] not in KINDS:
+                raise ValueError(f"{name} is of no kind in {type(self).__name__}.kinds; each matrix has one of KINDS")
+        return found
+
+    def expert_load(self) -> Tensor:
+        """Return how many tokens each expert got since the last `clear_expert_load`: int64 `[MoE layers, experts]`."""
+        return torch.zeros(0, 0, dtype=torch.int64)
+
+    def clear_expert_load(self) -> None:
+        """Start counting anew."""
+
+    def balance_experts(self, load: Tensor) -> None:
+        """Act on the load of the global batch, `[MoE layers, experts]`, summed over all ranks; once after each step."""
