@@ -1,4 +1,4 @@
-"""What a rank sends in a step, by collective: the formulas behind what `workers/traffic.py` counts. Pure Python.
+"""What a rank sends in a step, by collective: the formulas behind what `workers/traffic.py` counts.
 
 Ring algorithms: a rank sends (n - 1) / n of the payload, in an all-reduce twice that; all-to-all is exact.
 """
