@@ -75,7 +75,8 @@ class OptimConfig:
         most_decay = MOST_DECAY / self.lr if 0 < self.lr <= 1 else math.inf
         require(
             self,
-            *within(self, "(0, 1]", "lr", "eps"),
+            *within(self, "[1e-8, 1]", "lr"),  # Less is lost in the rounding of the weights.
+            *within(self, "[1e-20, 1]", "eps"),
             *within(self, "[0, inf)", "weight_decay", "warmup_steps"),
             (
                 self.weight_decay <= most_decay,
@@ -84,8 +85,11 @@ class OptimConfig:
             ),
             *within(self, "[0, 1)", "momentum", "beta1", "beta2"),
             *within(self, "[1, 50]", "ns_steps"),
-            *within(self, "(0, 10]", "update_rms"),
-            *within(self, "[0, inf)", "qk_clip", "grad_clip", lowest="off"),
+            *within(self, "[1e-3, 10]", "update_rms"),
+            *(
+                (value == 0 or value >= least, f"{key} must be 0 (off) or {least:g} or more, not {value}")
+                for key, value, least in (("qk_clip", self.qk_clip, 1), ("grad_clip", self.grad_clip, 1e-3))
+            ),
             *within(self, "[0, 1]", "decay_fraction", "final_lr_fraction"),
         )
 

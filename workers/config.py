@@ -119,7 +119,7 @@ class MoonlightConfig:
             ),
             *within(self, "[0, inf)", "num_shared_experts"),
             *within(self, "[0, 1]", "router_bias_rate"),
-            *within(self, "(0, 1000]", "routed_scaling_factor"),
+            *within(self, "[1e-6, 1000]", "routed_scaling_factor"),
             *_sane(self),
         )
 
@@ -187,8 +187,8 @@ class LlamaConfig:
 
 def _sane(model: ModelConfig) -> Iterator[Check]:
     """Yield the checks of numbers that a model trains with, whatever they are, and of which it makes nonsense."""
-    yield from within(model, "(0, 1]", "norm_eps")
-    yield from within(model, "(0, 2]", "init_std")
+    yield from within(model, "[1e-20, 1]", "norm_eps")
+    yield from within(model, "[1e-4, 2]", "init_std")
     yield from within(model, "(1, 1e15]", "rope_theta")
 
 

@@ -97,6 +97,8 @@ def test_every_number_has_to_be_finite(value):
             "model.norm_eps=7",
         ),
         *("model.rope_theta=0", "model.rope_theta=1e30", "model.init_std=100", "model.routed_scaling_factor=0"),
+        *("optim.lr=1e-9", "optim.eps=1e-30", "optim.update_rms=1e-9", "optim.grad_clip=1e-9", "optim.grad_clip=-1"),
+        *("optim.qk_clip=1e-9", "model.init_std=1e-9", "model.norm_eps=1e-30", "model.routed_scaling_factor=1e-9"),
         *("model.router_bias_rate=3", "model.router_bias_rate=.nan", "checkpoint.grace_s=.inf", "scaling.wait_s=.inf"),
     ],
 )

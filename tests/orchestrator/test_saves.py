@@ -266,7 +266,7 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path):
     with lead(tmp_path / "first", steps=6) as first:
         first.wait()
     origin = f"{tmp_path}/first/run"
-    still = OptimConfig(lr=1e-12, weight_decay=0.0)
+    still = OptimConfig(lr=1e-8, weight_decay=0.0)
     one = {"min_workers": 1, "max_workers": 1}
     train = {"steps": 2, "init": f"{origin}@6", "validate_every": 1}
     with lead(tmp_path / "second", scaling=one, optim=still, train=train) as second:
