@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -70,14 +71,14 @@ def broken_run(folder, nodes, break_it, scaling=THREE, recovery=None, **changes)
     return lead, notes
 
 
-def inject(lead: Lead, rank: int, *plan) -> None:
-    lead.pool.workers[lead.controller.generation.members[rank]].handle.call("inject", *plan)
+def inject(lead: Lead, rank: int, *plan) -> Future:
+    return lead.pool.workers[lead.controller.generation.members[rank]].handle.call("inject", *plan)
 
 
 def inject_at_start(lead: Lead, rank: int, *plan) -> None:
     """Have it in the member before it begins: a step is told of late, when others may be finished."""
     lead.notes.on_event = lambda event: (
-        inject(lead, rank, *plan) if isinstance(event, Membership) and event.generation == 1 else None
+        inject(lead, rank, *plan).result(60) if isinstance(event, Membership) and event.generation == 1 else None
     )
 
 
