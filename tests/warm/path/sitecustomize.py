@@ -22,7 +22,10 @@ def _replace(folder: str) -> None:
     from contextlib import suppress
 
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(f"{folder}/socket")
+        try:
+            server.connect(f"{folder}/socket")
+        except OSError:
+            return  # It is gone: this one goes its own way.
         told = {"words": sys.orig_argv[1:], "path": sys.path, "environment": dict(os.environ), "folder": os.getcwd()}
         told["ignored"] = [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN]
         data = json.dumps(told).encode()
