@@ -9,7 +9,7 @@ from optim.checks import filled, no_password, require, within
 from optim.config import OptimConfig
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError
-from workers.common.storage import shared_url
+from workers.common.storage import local_path, shared_url
 from workers.config import (
     CheckpointConfig,
     DataConfig,
@@ -211,7 +211,7 @@ def database(uri: str) -> Path | None:
     """Return the file of a tracking database, %20 in its URL being a blank; None for a server."""
     if not uri.startswith(SQLITE):
         return None
-    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])).expanduser().resolve()
+    return local_path(unquote(uri.removeprefix(SQLITE).partition("?")[0]))
 
 
 def database_files(uri: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import configparser
 import os
 import socket
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,8 @@ def _ask(uri: str, experiment: str) -> dict[str, Any]:
 def _credentials() -> dict[str, Any]:
     """Return what MLflow's client gives to `requests`; what is in ~/.netrc that finds by itself."""
     told, file = os.environ.get, configparser.ConfigParser()
-    file.read(Path("~/.mlflow/credentials").expanduser())
+    with suppress(RuntimeError):  # There may be no home.
+        file.read(Path("~/.mlflow/credentials").expanduser())
     user = told("MLFLOW_TRACKING_USERNAME") or file.get("mlflow", "mlflow_tracking_username", fallback="")
     password = told("MLFLOW_TRACKING_PASSWORD") or file.get("mlflow", "mlflow_tracking_password", fallback="")
     headers, auth = {}, (user, password) if user and password else None

@@ -60,6 +60,21 @@ class Token:
         return self.file is not None and bool(self.file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO))
 
 
+def home() -> Path:
+    """Return the home of whoever runs this.
+
+    Raises:
+        ConfigError: there is none, as of a container's user whom /etc/passwd does not know.
+    """
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"HOME is not set, and user {os.getuid()} has no home: Ray's token lies there; set HOME to a folder that "
+            "can be written"
+        ) from error
+
+
 def auth_token() -> Token | None:
     """Return the token that Ray would send: of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, in this order.
 
@@ -69,7 +84,7 @@ def auth_token() -> Token | None:
     if secret := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return Token(_one_word(secret, "RAY_AUTH_TOKEN"), None)
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    file = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    file = Path(named) if named else home() / ".ray" / "auth_token"
     try:
         secret = file.read_text().strip()
     except FileNotFoundError as error:

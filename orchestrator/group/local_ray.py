@@ -7,7 +7,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from orchestrator.group.access import auth_token
+from orchestrator.group.access import auth_token, home
 from workers.common.disk import publish, temporary_beside
 from workers.common.errors import ConfigError
 
@@ -29,7 +29,7 @@ def ready_for_local_ray() -> None:
     if os.environ.get("RAY_AUTH_TOKEN", "").strip() or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         auth_token()
         return
-    file = Path.home() / ".ray" / "auth_token"
+    file = home() / ".ray" / "auth_token"
     if (token := auth_token()) is None:
         try:
             with temporary_beside(file) as temporary:
@@ -39,7 +39,7 @@ def ready_for_local_ray() -> None:
                     publish(temporary, file)
         except OSError as error:
             raise ConfigError(
-                f"HOME={Path.home()}: a local Ray keeps its token in {file}, which cannot be written ({error}); set "
+                f"HOME={home()}: a local Ray keeps its token in {file}, which cannot be written ({error}); set "
                 "HOME to a folder that can be, or give a token in RAY_AUTH_TOKEN (one word that nobody can guess)"
             ) from error
     elif token.readable_by_others:

@@ -9,7 +9,9 @@ import pytest
 
 from orchestrator.group.access import auth_token
 from orchestrator.group.local_ray import SOCKET_BYTES, ready_for_local_ray
-from workers.common.errors import ConfigError
+from orchestrator.reach import reach_tracking
+from workers.common.errors import ConfigError, StorageError
+from workers.common.storage import _follow_keys
 
 NAMES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_TMPDIR", "TMPDIR")
 
@@ -95,3 +97,22 @@ def test_a_temporary_folder_that_ray_cannot_use_is_told_with_the_variable_that_m
         monkeypatch.setenv(variable, folder)
         with pytest.raises(ConfigError, match=f"{variable}={folder}: Ray cannot write there .*{why}.*set RAY_TMPDIR"):
             ready_for_local_ray()
+
+
+def test_a_user_without_a_home_is_told_what_to_set(home, monkeypatch):
+    """As in a container that runs as a number which /etc/passwd does not know."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    with pytest.raises(ConfigError, match=rf"HOME is not set, and user {os.getuid()} has no home: .*set HOME to a"):
+        ready_for_local_ray()
+    with pytest.raises(ConfigError, match="HOME is not set"):
+        auth_token()
+    with pytest.raises(StorageError, match="no server answers there"):  # Credentials lie in a home, too.
+        reach_tracking("http://127.0.0.1:1")
+    _follow_keys()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "one-word")
+    ready_for_local_ray()

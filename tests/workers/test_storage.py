@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from orchestrator.config import RunConfig, absolute
+from orchestrator.config import RunConfig, absolute, database
 from orchestrator.log.run_log import FencedError, RunLog, find_commit
 from orchestrator.record.journal import Journal, Row, read_journal
 from workers.common.errors import ConfigError, StorageError
@@ -131,6 +131,14 @@ def test_a_place_that_no_other_process_sees_is_refused(key):
     changed = replace(getattr(config, key), **{section: "memory://x"})
     with pytest.raises(ConfigError, match=rf"{key}.{section}='memory://x': .* goes with it; name another place"):
         absolute(replace(config, **{key: changed}))
+
+
+def test_a_path_that_leads_nowhere_is_told_and_no_traceback(tmp_path):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for path in ("~nobody-of-that-name/runs", f"{tmp_path}/circle/runs"):
+        for use in (absolute_url, find_commit, lambda path: database(f"sqlite:///{path}")):
+            with pytest.raises(ConfigError, match="home directory|[Ll]oop"):
+                use(path)
 
 
 def test_a_package_that_is_missing_is_named():

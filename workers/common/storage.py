@@ -276,7 +276,19 @@ def absolute_url(url: str) -> str:
     if "\0" in url:
         raise ConfigError(f"{url!r}: no path has a zero byte in it")
     url = _seen_as(url)
-    return url if is_remote(url) else str(Path(url).expanduser().resolve())
+    return url if is_remote(url) else str(local_path(url))
+
+
+def local_path(text: str) -> Path:
+    """Return a path on this machine as an absolute one.
+
+    Raises:
+        ConfigError: it begins with the home of somebody who has none, or its links lead in a circle.
+    """
+    try:
+        return Path(text).expanduser().resolve()
+    except RuntimeError as error:
+        raise ConfigError(f"{text!r}: {error}; write the path out, or set HOME") from error
 
 
 def shared_url(url: str) -> str:
@@ -340,10 +352,9 @@ def _s3_options(url: str, endpoint: str) -> dict[str, Any]:
 def _follow_keys() -> None:
     """Begin anew with S3 where the files of keys have changed: botocore reads them once in a client's life."""
     global _keys
-    home = Path("~/.aws").expanduser()
     files = [
-        os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or home / "credentials",
-        os.environ.get("AWS_CONFIG_FILE") or home / "config",
+        os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials",
+        os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config",
     ]
     now = [_state_of(Path(file)) for file in files]
     with _keys_lock:
@@ -356,6 +367,6 @@ def _follow_keys() -> None:
 def _state_of(file: Path) -> tuple[int, ...]:
     try:
         found = file.expanduser().stat()
-    except OSError:
+    except (OSError, RuntimeError):  # There may be no home.
         return ()
     return found.st_mtime_ns, found.st_size, found.st_ino
