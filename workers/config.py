@@ -209,7 +209,7 @@ def model_config_of(fields: Mapping[str, Any]) -> ModelConfig:
     for kind in MODELS:
         if fields["name"] == (known := kind()).name:
             return replace(known, **fields)
-    raise ConfigProblems([f"name must be one of {', '.join(kind().name for kind in MODELS)}, not {fields['name']}"])
+    raise ConfigProblems([f"name must be one of {', '.join(kind().name for kind in MODELS)}, not {fields['name']!r}"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from jobs.watch import TerminalWatcher
 from orchestrator.record.events import Fault
+from workers.reports import StepDone
 
 
 def test_an_error_with_brackets_is_told_as_it_is(capsys):
@@ -18,3 +19,12 @@ def test_the_same_warning_one_after_the_other_is_told_once(capsys):
         for text in ("gone", "gone", "gone", "slow", "gone"):
             watcher.warn(text)
     assert capsys.readouterr().err.split() == ["gone", "slow", "gone"]
+
+
+def test_the_speed_is_that_of_the_targets_that_counted(capsys):
+    with TerminalWatcher() as watcher:
+        watcher.last_step = 11
+        rest = dict.fromkeys(("lr", "grad_norm", "expert_imbalance", "snapshot_seconds"), 1.0)
+        counts = {"tokens": 900, "step_tokens": 500, "skipped": 0, "snapshot_every": 1}
+        watcher.report(StepDone(generation=1, rank=0, time=1.0, step=1, loss=2.0, seconds=2.0, **rest, **counts))
+    assert "step 1/11  loss 2.0000  250 tokens/s  20 s left" in capsys.readouterr().err

@@ -123,12 +123,13 @@ def test_a_checkpoint_has_the_losses_of_its_own_step_however_late_it_counts(trac
     for step in range(1, 8):
         at = {"generation": 1, "rank": 0, "time": float(step), "step": step, "loss": 10.0 - step}
         rest = dict.fromkeys(("seconds", "lr", "grad_norm", "expert_imbalance", "snapshot_seconds"), 1.0)
-        recorder.step(StepDone(**at, **rest, tokens=step, step_tokens=1, skipped=0, snapshot_every=1), 1)
+        recorder.step(StepDone(**at, **rest, tokens=70 * step, step_tokens=70 + step, skipped=0, snapshot_every=1), 1)
         if step == 3:
             recorder.report(Validated(**{**at, "loss": 7.5}))
     assert recorder.before_commit(3) == {"loss": 7.0, "val_loss": 7.5}, "the upload took four steps"
     assert recorder.before_commit(6) == {"loss": 4.0}
     record.close("FINISHED")
+    assert rows(tracking, run_id, "tokens_per_second") == [(step, 70.0 + step) for step in range(1, 8)], "of each step"
 
 
 def test_more_rows_than_one_batch_takes(tracking):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from jobs.hugging_face import refuse_unloadable
 from jobs.load import documented_yaml, load_values
 from jobs.planning.plan import Machines, plan_run
-from optim.checks import require, within
+from optim.checks import ConfigProblems, require, within
 from optim.config import OptimConfig
 from optim.qk_clip import HeadRows
 from tests.closeness import EPS, ROUNDINGS, assert_close
@@ -26,7 +26,7 @@ from tests.workers.test_loop import task_of, trained
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError
 from workers.common.source import ROOT
-from workers.config import MODELS, TelemetryConfig
+from workers.config import MODELS, TelemetryConfig, model_config_of
 from workers.models import build, build_empty, logits_of
 from workers.models.attention import CausalAttention, take_logits, watch
 from workers.models.language_model import LanguageModel
@@ -167,6 +167,11 @@ def test_yaml_names_it_and_the_plan_lays_it_out(registered):
         load_values({**given, "model": {"name": "gtp"}}, [], "mine")
     with pytest.raises(ConfigError, match="model.width must be a multiple of num_heads, not 50"):
         load_values({**given, "model": {"name": "gpt", "width": 50}}, [], "mine")
+    assert model_config_of({"name": "gpt", "width": 48}) == config.model, "as a checkpoint has it"
+    del MODELS[GptConfig]
+    with pytest.raises(ConfigProblems, match="name must be one of moonlight, llama, not 'gpt'"):
+        model_config_of({"name": "gpt", "width": 48})
+    MODELS[GptConfig] = PLACE
     with pytest.raises(ConfigError, match="a gpt has no names in Hugging Face's terms"):
         refuse_unloadable(config.model)
 
