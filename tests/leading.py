@@ -141,7 +141,7 @@ class Lead:
 
     def __init__(self, config: RunConfig, cluster: ProcessCluster, folder: Path, url: str = "") -> None:
         self.config, self.cluster, self.notes = config, cluster, Notes()
-        self.corpus = prepare(config.data)
+        self.corpus = prepare(config.data, s3_endpoint=config.storage.s3_endpoint)
         self.lease = Lease(Store(f"{url or folder}/run", config.storage.s3_endpoint), strict=False)
         self.log = RunLog(self.lease.store)
         origin = None if self.log.commits else find_origin(config)
