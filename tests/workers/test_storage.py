@@ -133,12 +133,17 @@ def test_a_place_that_no_other_process_sees_is_refused(key):
         absolute(replace(config, **{key: changed}))
 
 
-def test_a_path_that_leads_nowhere_is_told_and_no_traceback(tmp_path):
+def test_a_path_that_leads_nowhere_is_told_and_no_traceback(tmp_path, monkeypatch):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     for path in ("~nobody-of-that-name/runs", f"{tmp_path}/circle/runs"):
         for use in (absolute_url, find_commit, lambda path: database(f"sqlite:///{path}")):
             with pytest.raises(ConfigError, match="home directory|[Ll]oop"):
                 use(path)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError, match="'runs': the current folder was removed; go to another one"):
+        absolute_url("runs")
 
 
 def test_a_package_that_is_missing_is_named():

@@ -283,12 +283,15 @@ def local_path(text: str) -> Path:
     """Return a path on this machine as an absolute one.
 
     Raises:
-        ConfigError: it begins with the home of somebody who has none, or its links lead in a circle.
+        ConfigError: it begins with the home of somebody who has none, its links lead in a circle, or the current folder
+            was removed.
     """
     try:
         return Path(text).expanduser().resolve()
     except RuntimeError as error:
         raise ConfigError(f"{text!r}: {error}; write the path out, or set HOME") from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"{text!r}: the current folder was removed; go to another one") from error
 
 
 def shared_url(url: str) -> str:
