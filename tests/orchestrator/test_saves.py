@@ -166,6 +166,7 @@ def test_the_last_checkpoint_is_not_waited_for_in_silence(tmp_path, clock, monke
     monkeypatch.setattr(controller.Controller, "_await_commit", pass_hours)
     with one, pytest.raises(StorageError, match="no part of it was written for 600 s"):
         one.wait()
+    assert controller.COMMIT_S <= clock.late_s < 1.5 * controller.COMMIT_S
 
 
 def test_a_commit_that_storage_refuses_is_tried_again(tmp_path):
