@@ -54,6 +54,6 @@ def _outlived(descriptor: int, stream: TextIO | None, original: TextIO | None) -
         buffer,
         encoding=stream.encoding,
         errors=stream.errors,
-        line_buffering=stream.line_buffering,
+        line_buffering=stream.line_buffering or stream.write_through,  # PYTHONUNBUFFERED has the second alone.
         write_through=stream.write_through,
     )

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import tempfile
 
 import pytest
@@ -12,6 +13,9 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp(prefix="matplotlib-"))
+for _name, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_name) is signal.SIG_IGN:  # In the background or under nohup; processes would inherit it.
+        signal.signal(_name, _handler)
 
 
 def pytest_addoption(parser):

@@ -64,22 +64,20 @@ def main() -> None:
     try:
         # For what has no handler of its own: files that are only of this process are removed, as after a Ctrl-C.
         on_signals(interrupt)
-        code = app(standalone_mode=False) or 0
+        code, told = app(standalone_mode=False) or 0, ""
     except RaymuonError as error:
-        sys.stderr.write(visible(f"raymuon: {error}\n"))
-        code = error.exit_code
+        code, told = error.exit_code, str(error)
     except (typer.Abort, KeyboardInterrupt):
-        sys.stderr.write("raymuon: interrupted\n")
-        code = 130
+        code, told = 130, "interrupted"
     except ConfigProblems as error:  # Of a value that an option or the environment has put into a config.
-        sys.stderr.write(visible(f"raymuon: {error}\n"))
-        code = 2
+        code, told = 2, str(error)
     except typer.TyperException as error:  # A wrong option or a missing argument; empty where the help was shown.
-        if message := error.format_message():
-            sys.stderr.write(visible(f"raymuon: {message}; see raymuon --help\n"))
-        code = 2
+        message = error.format_message()
+        code, told = 2, message and f"{message}; see raymuon --help"
+    on_signals(lambda *_: os._exit(code))  # From here on there is nothing to end but what Python waits for.
     sys.stdout.flush()
-    on_signals(lambda *_: os._exit(code))
+    if told:
+        sys.stderr.write(visible(f"raymuon: {told}\n"))
     if heard:  # CPython would end itself by SIGINT where the exception came out of an `exec`, as of many imports.
         atexit._run_exitfuncs()
         sys.stderr.flush()

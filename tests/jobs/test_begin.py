@@ -65,11 +65,14 @@ def test_a_signal_after_the_end_leaves_the_exit_code(number):
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done
 
 
-def test_a_signal_ends_what_python_waits_for_at_the_end():
-    """As a thread that is still in the middle of something."""
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_signal_ends_what_python_waits_for_at_the_end(unbuffered):
+    """As a thread that is still in the middle of something; what was told before has come out by then."""
     code = LATE.replace('sys.modules["late"] = Late()', "threading.Thread(target=later).start()").format(number=0)
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, env=environment)
     assert b"No such command" in process.stderr.readline()
+    assert process.poll() is None
     os.kill(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=30)
     assert process.returncode in (2, 130) and b"Traceback" not in told
