@@ -13,9 +13,6 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp(prefix="matplotlib-"))
-for _name, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(_name) is signal.SIG_IGN:  # In the background or under nohup; processes would inherit it.
-        signal.signal(_name, _handler)
 
 
 def pytest_addoption(parser):
@@ -45,6 +42,17 @@ def pytest_collection_modifyitems(items):
 
 def pytest_xdist_make_scheduler(config, log):
     return _RayInOneProcess(config, log)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Give each test the default handlers: one that runs a command in this process leaves the command's.
+
+    Processes inherit what is ignored, be it by such a test, under nohup or in a shell's background.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in (signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(name, signal.SIG_DFL)
 
 
 @pytest.fixture

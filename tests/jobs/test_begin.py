@@ -26,11 +26,19 @@ def begin(*arguments: str, ignored: signal.Signals | None = None) -> subprocess.
     return process
 
 
+def end(process: subprocess.Popen) -> tuple[str, str]:
+    """Return what it wrote, and leave nothing of it behind."""
+    try:
+        return process.communicate(timeout=60)
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize("number", ENDS)
 def test_a_signal_during_the_imports_ends_the_command_in_a_line(number):
     process = begin("train", "demo")
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    _, told = end(process)
     said = [line for line in told.splitlines() if not line.startswith("import time:")]
     assert (process.returncode, said) == (130, ["raymuon: interrupted"])
 
@@ -38,7 +46,7 @@ def test_a_signal_during_the_imports_ends_the_command_in_a_line(number):
 def test_a_signal_that_was_ignored_before_stays_so():
     process = begin("--version", ignored=signal.SIGHUP)
     process.send_signal(signal.SIGHUP)
-    output, _ = process.communicate(timeout=60)
+    output, _ = end(process)
     assert process.returncode == 0 and output.startswith("raymuon ")
 
 
@@ -74,7 +82,7 @@ def test_a_signal_ends_what_python_waits_for_at_the_end(unbuffered):
     assert b"No such command" in process.stderr.readline()
     assert process.poll() is None
     os.kill(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=30)
+    _, told = end(process)
     assert process.returncode in (2, 130) and b"Traceback" not in told
 
 
