@@ -301,9 +301,9 @@ def go_on_with(
                 record.log(line.series, line.step, line.time, line.values)
                 if line.series == "train" and line.step not in seen:
                     seen.add(line.step)
-                    tally.step(line.values["step_seconds"])
+                    tally.step(line.values.get("step_seconds", 0.0))
                 if line.series == "train" and line.step == last_step:
-                    recorded = line.values["lr"]
+                    recorded = line.values.get("lr")
     if recorded is not None and (jump := rate_jump(config, last_step, recorded)):
         warn(jump)
     elapsed.begin(now)

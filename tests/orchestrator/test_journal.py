@@ -99,6 +99,14 @@ def test_what_another_version_has_written_is_shown_and_passed_on_and_counts_for_
     assert read_record(read_journal(store, pytest.fail)).steps.keys() == {1}
 
 
+def test_a_row_of_another_version_without_what_this_one_adds_up_counts_for_nothing(tmp_path):
+    config, store = config_of(tmp_path), Store(str(tmp_path))
+    row = json.loads(ROW)
+    ship(store, *OLD[:5], json.dumps({**row, "values": {"loss": 1.0}}))
+    tally, _ = go_on_with(config, _Rows(), Journal(store, 2), row["step"], 1763780030.0, pytest.fail)
+    assert tally.productive_s == 0.0
+
+
 def test_what_a_newer_version_adds_is_left_out():
     """A field, or one more reason."""
     stored = {**json.loads(OLD[4]), "reason": "defragmented", "joules": 12.5}
