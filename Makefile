@@ -23,7 +23,7 @@ demo: $(INSTALLED) ## train a small Moonlight on real text, and lose a worker on
 test: $(INSTALLED) ## run the tests, those through Ray beside the others; ARGS="--numprocesses 0" one after another
 	$(BIN)/pytest --numprocesses 2 --no-loadscope-reorder $(ARGS)
 
-test-processors: $(INSTALLED) ## run the numeric tests as on other processors: fewer instructions, two threads (half an hour)
+test-processors: $(INSTALLED) ## run the numeric tests as on other processors: fewer instructions, two threads (15 minutes)
 	$(BIN)/python -m tests.processors --numprocesses 2 $(ARGS)
 
 chaos: $(INSTALLED) ## 200 random faults without Ray, 20 through Ray, 10,000 operations on storage (half an hour)
