@@ -25,14 +25,19 @@ def pytest_addoption(parser):
     parser.addoption("--chaos-seed", type=int, default=None, help="repeat what was printed")
 
 
-LONGEST = ("tests/e2e/", "tests/orchestrator/", "tests/workers/", "tests/optim/")
+STACK = "tests/e2e/test_stack.py"
+LONGEST = (STACK, "tests/e2e/", "tests/orchestrator/", "tests/workers/", "tests/optim/")
 
 
-class _RayInOneProcess(LoadScopeScheduling):
-    """Let one process have all tests through Ray, which look for processes left behind; the rest goes by file."""
+class _RayByParts(LoadScopeScheduling):
+    """Let one process have all tests through Ray, which share a cluster, but those of the stack, which has its own.
+
+    The rest goes by file.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "ray" if nodeid.startswith("tests/e2e/") else nodeid.partition("::")[0]
+        file = nodeid.partition("::")[0]
+        return "ray" if file.startswith("tests/e2e/") and file != STACK else file
 
 
 def pytest_collection_modifyitems(items):
@@ -41,7 +46,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_xdist_make_scheduler(config, log):
-    return _RayInOneProcess(config, log)
+    return _RayByParts(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs.stack.seaweed import s3_environment, seaweedfs
@@ -47,6 +48,18 @@ def cluster(warm):
 def s3_endpoint(tmp_path_factory):
     with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as endpoint:
         yield endpoint
+
+
+def marked(mark: str) -> list[str]:
+    """Return the names of the processes that were started with this RAYMUON_TEST and live."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RAYMUON_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.name())
+        except psutil.Error:
+            continue
+    return found
 
 
 @dataclass(frozen=True)

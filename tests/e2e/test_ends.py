@@ -13,11 +13,10 @@ import uuid
 from dataclasses import dataclass, field
 
 import mlflow
-import psutil
 import pytest
 
 from orchestrator.log.run_log import RunLog
-from tests.e2e.conftest import RAYMUON, Place
+from tests.e2e.conftest import RAYMUON, Place, marked
 from tests.e2e.test_resume import wait_for_step, workers_of
 from tests.leading import tensors_of
 from tests.ledger import ledger
@@ -80,13 +79,7 @@ class Driver:
         """Return what is left of it after ORPHANS_S, perhaps sooner if nothing is."""
         deadline = time.monotonic() + ORPHANS_S
         while True:
-            left = []
-            for process in psutil.process_iter():
-                try:
-                    if process.environ().get("RAYMUON_TEST") == self.mark and process.status() != "zombie":
-                        left.append(process.name())
-                except psutil.Error:
-                    continue
+            left = marked(self.mark)
             if not left or time.monotonic() > deadline:
                 return left
             time.sleep(0.2)

@@ -2,16 +2,17 @@
 
 import json
 import re
+import uuid
 from pathlib import Path
 
 import mlflow
-import psutil
 import pytest
 
 from jobs.load import load
 from jobs.planning.matrices import orthogonalization
 from orchestrator.log.run_log import RunLog
 from orchestrator.record.tracking import read_artifact
+from tests.e2e.conftest import marked
 from tests.warm import VARIABLE
 from workers.common.storage import Store
 from workers.models.language_model import KINDS
@@ -23,15 +24,14 @@ KEYS |= {"mlflow_tracking_uri", "wall_s", "first_step_s", "loss_curve", "sample"
 @pytest.fixture(scope="module")
 def finished(make_place):
     place = make_place("finished")
-    before = {process.pid for process in psutil.process_iter()}
+    mark = uuid.uuid4().hex
     telemetry = ("telemetry.every=10", "telemetry.profile_step=5")
     done = place.run(
         *("train.steps=30", "checkpoint.every=10", "train.validate_every=10", *telemetry, "--json"),
         address=None,
-        env={VARIABLE: ""},  # All of it as cold as for a person.
+        env={VARIABLE: "", "RAYMUON_TEST": mark},  # All of it as cold as for a person.
     )
-    left = [p for p in psutil.process_iter() if p.pid not in before and p.name() in ("raylet", "gcs_server")]
-    return place, done, left
+    return place, done, marked(mark)
 
 
 def test_the_last_line_is_one_json_object(finished):
@@ -44,7 +44,7 @@ def test_the_last_line_is_one_json_object(finished):
     assert result["val_bits_per_byte"] == pytest.approx(result["val_loss"] / 0.6931471805599453)
     assert 0 < result["first_step_s"] < result["wall_s"]
     assert Path(result["loss_curve"]).read_bytes().startswith(b"\x89PNG")
-    assert not left, "no process of the local Ray is left"
+    assert not {"raylet", "gcs_server"} & {*left}, "the local Ray is left"
 
 
 def test_the_person_sees_how_it_went(finished):
