@@ -6,9 +6,11 @@ All problems of a config are gathered and told at once.
 import ast
 import difflib
 import inspect
-from dataclasses import asdict, fields, is_dataclass, make_dataclass
+import re
+from dataclasses import MISSING, asdict, fields, is_dataclass, make_dataclass
 from itertools import pairwise
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
@@ -64,7 +66,7 @@ def documented_yaml(config: RunConfig) -> str:
         lines.append(f"{section.name}:")
         for key in fields(value):
             lines.append(f"  # {_docs(type(value))[key.name]}")
-            lines.append(f"  {_yaml(key.name, getattr(value, key.name))}")
+            lines.append(indent(_yaml(key.name, getattr(value, key.name)), "  "))
     return "\n".join(lines)
 
 
@@ -90,7 +92,9 @@ def _merge(values: Any, overrides: list[str], name: str) -> dict[str, Any]:
     if wrong := [override for override in overrides if "=" not in override or override.startswith("=")]:
         raise ConfigError(f"override(s) {', '.join(wrong)}: write them as key=value, for instance optim.lr=1e-3")
     try:
-        merged = OmegaConf.merge(values, *map(_override, overrides))
+        merged = OmegaConf.merge(values)
+        for override in overrides:
+            _override(merged, override)
         container = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from error
@@ -99,18 +103,17 @@ def _merge(values: Any, overrides: list[str], name: str) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def _override(override: str) -> Any:
-    """Return one `key=value` as OmegaConf has it.
+def _override(merged: Any, override: str) -> None:
+    """Put one `key=value` over what is there.
 
     A text stands for itself, and a number is the one that people read: to YAML the name 1e-3 is a number, 010 is 8 and
     12:30 is 750. In quotes it is YAML's text.
     """
     key, _, text = override.partition("=")
-    if _leaves(RunConfig, "").get(key) not in TYPE_NAMES or text[:1] in ("'", '"'):
-        return OmegaConf.from_dotlist([override])
-    change = OmegaConf.create()
-    OmegaConf.update(change, key, text)
-    return change
+    if _leaves(RunConfig, "").get(re.sub(r"\.\d+\.", "[].", key)) not in TYPE_NAMES or text[:1] in ("'", '"'):
+        merged.merge_with_dotlist([override])
+    else:
+        OmegaConf.update(merged, key, text)
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
@@ -120,6 +123,8 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
         name = f"{prefix}{key}"
         if key not in hints:
             problems.append(_unknown(name, cls))
+        elif item := _item(hints[key]):
+            arguments[key] = _build_all(item, value, name, problems)
         elif kinds := _sections(hints[key]):
             if not isinstance(value, dict):
                 problems.append(f"{name}: is a section with keys of its own, not {value!r}")
@@ -137,7 +142,9 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
             except OmegaConfBaseException:
                 problems.append(f"{name}: must be {_type_name(hints[key])}, not {value!r}")
                 unusable.append(key)
-    if any(argument is None for argument in arguments.values()):
+    required = {key.name for key in fields(cls) if key.default is MISSING and key.default_factory is MISSING}
+    problems.extend(f"{prefix}{key}: is missing" for key in sorted(required - values.keys()))
+    if required - arguments.keys() or any(argument is None for argument in arguments.values()):
         return None
     try:
         made = cls(**arguments)
@@ -147,6 +154,27 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
         problems.extend(f"{prefix}{problem}" for problem in sound)
         return None
     return made if len(problems) == before else None
+
+
+def _build_all(cls: type, values: Any, name: str, problems: list[str]) -> Any:
+    """Make a tuple of `cls` out of a list of sections; return None where something is wrong with one."""
+    if not isinstance(values, list | tuple):
+        problems.append(f"{name}: is a list of sections, each with keys of its own, not {values!r}")
+        return None
+    made = []
+    for number, value in enumerate(values):
+        if isinstance(value, dict):
+            made.append(_build(cls, value, f"{name}[{number}].", problems))
+        else:
+            problems.append(f"{name}[{number}]: is a section with keys of its own, not {value!r}")
+            made.append(None)
+    return None if None in made else tuple(made)
+
+
+def _item(hint: Any) -> type | None:
+    """Return the dataclass of which a hint's list is made; None where it is no such list."""
+    item = get_args(hint)[0] if get_origin(hint) is tuple else None
+    return item if is_dataclass(item) else None  # type: ignore[return-value]
 
 
 def _sections(hint: Any) -> list[Any]:
@@ -166,13 +194,13 @@ def _default_name(kind: type) -> str:
 
 def _unknown(name: str, cls: type) -> str:
     """Say that `cls` has no such key, and which one may have been meant."""
-    known = _leaves(RunConfig, "")
+    known, shown, name = _leaves(RunConfig, ""), name, re.sub(r"\[\d+\]", "[]", name)
     if name in known:
         section = name.rpartition(".")[0]
-        return f"{name}: unknown key where {section}.name={_default_name(cls)}"
+        return f"{shown}: unknown key where {section}.name={_default_name(cls)}"
     same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     close = same_leaf or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"{name}: unknown key" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    return f"{shown}: unknown key" + (f"; did you mean {' or '.join(close)}?" if close else "")
 
 
 def _leaves(cls: type, prefix: str) -> dict[str, Any]:
@@ -182,6 +210,8 @@ def _leaves(cls: type, prefix: str) -> dict[str, Any]:
         kinds = _sections(hint)
         for kind in kinds:
             found |= _leaves(kind, f"{prefix}{key}.")
+        if item := _item(hint):
+            found |= _leaves(item, f"{prefix}{key}[].")
         if not kinds:
             found[f"{prefix}{key}"] = hint
     return found
@@ -190,7 +220,7 @@ def _leaves(cls: type, prefix: str) -> dict[str, Any]:
 def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
-    return TYPE_NAMES[hint]
+    return TYPE_NAMES.get(hint) or ("texts in a list" if get_origin(hint) is tuple else "numbers by name")
 
 
 def _docs(cls: type) -> dict[str, str]:

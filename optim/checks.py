@@ -84,4 +84,5 @@ def no_password(config: "DataclassInstance", *keys: str) -> Iterator[Check]:
     for key in keys:
         text = f"{key} must have no user or password in it; credentials come from a role or the environment "
         text += "(AWS_ACCESS_KEY_ID, MLFLOW_TRACKING_PASSWORD and so on)"
-        yield not _PASSWORD.search(getattr(config, key)), text
+        value = getattr(config, key)
+        yield not any(map(_PASSWORD.search, [value] if isinstance(value, str) else value)), text

@@ -12,13 +12,13 @@ from workers.common.errors import ConfigError
 from workers.common.storage import local_path, shared_url
 from workers.config import (
     CheckpointConfig,
-    DataConfig,
     ModelConfig,
     MoonlightConfig,
     StorageConfig,
     TelemetryConfig,
     TrainConfig,
 )
+from workers.data.config import DataConfig
 from workers.data.corpus import Corpus
 from workers.task import Origin, Task
 

@@ -29,7 +29,8 @@ from tests.workers.test_moonlight import TINY
 from workers.checkpoint.manifest import Manifest
 from workers.checkpoint.shards import CheckpointReader
 from workers.common.storage import Store
-from workers.config import CheckpointConfig, DataConfig, TrainConfig
+from workers.config import CheckpointConfig, TrainConfig
+from workers.data.config import DataConfig
 from workers.data.corpus import prepare
 from workers.reports import Report, StepDone, Validated
 

@@ -21,7 +21,7 @@ from tests.jobs.test_export import trained
 from workers.common.errors import RaymuonError
 from workers.common.source import ROOMS
 from workers.common.storage import Store
-from workers.config import DataConfig
+from workers.data.config import DataConfig
 from workers.data.corpus import prepare
 
 MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.package"}

@@ -213,29 +213,6 @@ def model_config_of(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """The corpus and where its prepared token shards go."""
-
-    source: str = "python-stdlib"
-    """Text: a file, a folder or a glob, of any fsspec URL, several with commas between them, or `python-stdlib`, the
-    standard library's own source code. Hidden files below a folder and what runs have written are left out."""
-    prepared_url: str = "runs/data"
-    """Folder (fsspec URL) for the token shards; every node must be able to read it."""
-    held_out_fraction: float = 0.03
-    """Share at the end of each document that is kept for validation."""
-    ledger: str = ""
-    """Folder in which every worker writes down the ids of the samples that it trains on; empty for none."""
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            *filled(self, source="a file, a glob, a URL or python-stdlib", prepared_url="a folder"),
-            *no_password(self, "source", "prepared_url", "ledger"),
-            *within(self, "(0, 1)", "held_out_fraction"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """How much is trained, in which batches, and how often it is validated."""
 

@@ -6,7 +6,8 @@ from optim.config import OptimConfig
 from workers.checkpoint.manifest import Manifest
 from workers.common.storage import Store
 from workers.common.wire import Address
-from workers.config import CheckpointConfig, DataConfig, ModelConfig, TelemetryConfig, TrainConfig
+from workers.config import CheckpointConfig, ModelConfig, TelemetryConfig, TrainConfig
+from workers.data.config import DataConfig
 from workers.data.corpus import Corpus
 from workers.snapshots.kept import Snapshot
 

@@ -15,7 +15,8 @@ from tests.optim.test_zero1_oracle import CONFIG, SHAPES, assert_trained, refere
 from tests.ranks import run_ranks
 from tests.trainer import trainer_of
 from tests.workers.test_moonlight import TINY, tiny
-from workers.config import CheckpointConfig, DataConfig, TelemetryConfig, TrainConfig
+from workers.config import CheckpointConfig, TelemetryConfig, TrainConfig
+from workers.data.config import DataConfig
 from workers.data.corpus import prepare
 from workers.models import attention as attention_module
 from workers.models import logits_of

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from workers.common.errors import ConfigError, StorageError
-from workers.config import DataConfig
 from workers.data import corpus as corpus_module
+from workers.data.config import DataConfig
 from workers.data.corpus import Corpus, check_corpus, load, prepare
 from workers.data.files import files_of
 from workers.data.tokens import TokenSplit

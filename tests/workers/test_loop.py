@@ -13,7 +13,8 @@ from tests.closeness import ADAMW_EPS, EPS, ROUNDINGS, assert_close_weights, gai
 from tests.ranks import run_ranks
 from tests.workers.test_moonlight import TINY
 from workers.common.errors import TrainingError
-from workers.config import CheckpointConfig, DataConfig, StorageConfig, TrainConfig
+from workers.config import CheckpointConfig, StorageConfig, TrainConfig
+from workers.data.config import DataConfig
 from workers.data.corpus import prepare
 from workers.phases import Phase
 from workers.reports import ShardWritten, StepDone, Validated

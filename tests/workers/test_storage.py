@@ -15,7 +15,7 @@ from orchestrator.record.journal import Journal, Row, read_journal
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store, absolute_url, open_source
 from workers.common.uploads import Bandwidth, upload
-from workers.config import DataConfig
+from workers.data.config import DataConfig
 from workers.data.corpus import prepare
 
 

@@ -18,7 +18,7 @@ from fsspec import AbstractFileSystem
 
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store, storage_errors
-from workers.config import DataConfig
+from workers.data.config import DataConfig
 from workers.data.files import files_of
 
 FORMAT = "raymuon-tokens-2"

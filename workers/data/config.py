@@ -1,0 +1,165 @@
+"""What is trained on: sources of text, their mixture, the tokenizer, and where the tokens go."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
+from typing import Literal
+
+from optim.checks import Check, filled, no_password, require, within
+
+MAX_DENOMINATOR = 1_000_000
+"""Of the sources' shares: the mixture repeats after so many samples at most, and is exact in each repetition."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """A named source of documents."""
+
+    name: str
+    """What metrics and messages call it: letters, digits, `-`, `_` and `.`."""
+    urls: tuple[str, ...]
+    """Files, folders and globs, of any fsspec URL."""
+    format: Literal["auto", "text", "jsonl", "parquet", "arrow", "npy", "megatron"] = "auto"
+    """Of the files; `auto` goes by their names and first bytes. gzip and zstd are seen by their first bytes. `npy` and
+    `megatron` (`.bin` with its `.idx`) hold tokens already."""
+    field: str = "text"
+    """That holds the text, in a row of JSONL, Parquet or Arrow."""
+    weight: float = 1.0
+    """Its share of the samples, relative to the others'."""
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            *filled(self, name="the source", field="the text's field"),
+            (
+                re.fullmatch(r"[A-Za-z0-9._-]*[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None,
+                f"name must be of letters, digits, -, _ and ., not {self.name!r}",
+            ),
+            (bool(self.urls) and all(url.strip() for url in self.urls), "urls must name files; one or all are empty"),
+            *no_password(self, "urls"),
+            *within(self, "(0, inf)", "weight"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureConfig:
+    """The sources' weights from a step on."""
+
+    step: int
+    """The first step that they hold for."""
+    weights: dict[str, float]
+    """By source; one that is left out, or has 0, gives nothing."""
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            *within(self, "[2, inf)", "step"),
+            (any(weight > 0 for weight in self.weights.values()), "weights must have one above 0"),
+            *(
+                (0 <= weight < float("inf"), f"weights.{name} must be 0 or more, not {weight}")
+                for name, weight in self.weights.items()
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """The text, its tokens, and the order in which they are read."""
+
+    source: str = "python-stdlib"
+    """Text: a file, a folder or a glob, of any fsspec URL, several with commas between them, or `python-stdlib`, the
+    standard library's own source code. Hidden files below a folder and what runs have written are left out."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Named sources with weights, in the place of `source`."""
+    mixture: tuple[MixtureConfig, ...] = ()
+    """Other weights of the sources from a step on; nothing before that step moves."""
+    tokenizer: str = "byte"
+    """`byte`; a `tokenizer.json`, a tiktoken file, or a folder (any fsspec URL) with one of them."""
+    begin_of_document: str = "auto"
+    """Token before each document; `auto` as the tokenizer says, empty for none."""
+    end_of_document: str = "auto"
+    """Token after each document; `auto` as the tokenizer says, empty for none."""
+    deduplicate: bool = False
+    """Leave out documents whose text was there before, in this source or in one before it."""
+    max_bad_documents: int = 0
+    """Documents of a source that may be unreadable and are left out; one more ends the preparation."""
+    held_out: Literal["auto", "ends", "documents"] = "auto"
+    """What is kept for validation: the end of each document, or whole documents by the hash of their text. `auto`: ends
+    of text files, whole rows of others."""
+    held_out_fraction: float = 0.03
+    """Share of the text that is kept for validation."""
+    window: int = 0
+    """Samples of a source among which the order is random; 0: all of it. Where it lies in an object store and is larger
+    than the cache, reads stay within so many samples."""
+    document_mask: bool = False
+    """Keep attention within a document, and count its positions from its beginning."""
+    cache_gb: float = 10.0
+    """Of a node's disk, for what was read from remote shards."""
+    prepared_url: str = "runs/data"
+    """Folder (fsspec URL) for the token shards; every node must be able to read it."""
+    ledger: str = ""
+    """Folder in which every worker writes down the ids of the samples that it trains on; empty for none."""
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            *filled(self, source="a file, a glob, a URL or python-stdlib", prepared_url="a folder"),
+            *filled(self, tokenizer="byte, a file or a folder"),
+            *no_password(self, "source", "tokenizer", "prepared_url", "ledger"),
+            *within(self, "(0, 1)", "held_out_fraction"),
+            *within(self, "[0, inf)", "max_bad_documents", lowest="none"),
+            *within(self, "[0, inf)", "window", lowest="all"),
+            *within(self, "(0, inf)", "cache_gb"),
+            *self._mixture_checks(),
+        )
+
+    def _mixture_checks(self) -> Iterator[Check]:
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        yield not twice, f"sources: {', '.join(twice)} is there more than once; each has a name of its own"
+        steps = [stage.step for stage in self.mixture]
+        yield steps == sorted(set(steps)), f"mixture: steps must rise from one to the next, not {steps}"
+        for number, stage in enumerate(self.mixture):
+            unknown = sorted(stage.weights.keys() - set(names))
+            known = f"the sources are {', '.join(names)}" if names else "there are no data.sources"
+            yield not unknown, f"mixture[{number}]: no source is called {', '.join(unknown)}; {known}"
+        for where, weights in self._weights():
+            try:
+                shares_of(weights)
+            except ValueError as error:
+                yield False, f"{where}: {error}"
+
+    def _weights(self) -> Iterator[tuple[str, list[float]]]:
+        if self.sources:
+            yield "sources", [source.weight for source in self.sources]
+        for number, stage in enumerate(self.mixture):
+            weights = [stage.weights.get(source.name, 0.0) for source in self.sources]
+            if any(weight > 0 for weight in weights):
+                yield f"mixture[{number}]", weights
+
+    def stages(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Return the step from which on each mixture holds, and the integer share of each source in it."""
+        if not self.sources:
+            return [(1, (1,))]
+        weights = [shares_of(weights) for _, weights in self._weights()]
+        return list(zip([1, *(stage.step for stage in self.mixture)], weights, strict=True))
+
+
+def shares_of(weights: list[float]) -> tuple[int, ...]:
+    """Return the smallest integers in the proportion of weights, each read as the decimal number that it is written as.
+
+    Raises:
+        ValueError: their sum is larger than MAX_DENOMINATOR: no mixture repeats after so few samples.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    unit = sum(exact)
+    parts = [weight / unit for weight in exact]
+    denominator = lcm(*(part.denominator for part in parts))
+    if denominator > MAX_DENOMINATOR:
+        raise ValueError(
+            f"the weights {weights} have shares of no common denominator up to {MAX_DENOMINATOR:,}, so no mixture of "
+            "few samples has exactly these; write them with fewer digits"
+        )
+    return tuple(int(part * denominator) for part in parts)
