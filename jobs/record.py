@@ -32,8 +32,8 @@ class Attempt:
     number: int
     config: dict[str, Any]
     provenance: Provenance
-    corpus: str
-    """URL of the prepared corpus."""
+    corpora: dict[str, str]
+    """URL of each source's prepared corpus, by the source's name."""
 
     def deciding(self) -> dict[str, Any]:
         """Return the part of the config on which losses depend."""
@@ -63,7 +63,7 @@ def read_record(lines: Iterable[Line]) -> Record:
                 attempt = line.attempt
                 if line.config:  # Older journals lack it.
                     provenance = read_fields(Provenance, line.provenance)
-                    record.attempts[attempt] = Attempt(attempt, line.config, provenance, line.corpus)
+                    record.attempts[attempt] = Attempt(attempt, line.config, provenance, line.corpora or {"": line.corpus})
             case Foreign(stored={"event": DriverStarted.stored_as}):
                 attempt = 0  # What follows was not trained with the config of the attempt before.
             case Membership():

@@ -25,7 +25,7 @@ from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, absolute
 from orchestrator.driver import Options, run
 from orchestrator.group.cluster import is_local
 from orchestrator.log.run_log import RunLog
-from orchestrator.preflight import identity, refuse_other
+from orchestrator.preflight import corpora_of, identity, refuse_other
 from orchestrator.record.events import Event, Membership
 from orchestrator.record.journal import read_journal
 from orchestrator.record.provenance import changes, provenance
@@ -35,8 +35,7 @@ from orchestrator.stretch import Stretch
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError, TrainingError
 from workers.common.storage import Store
-from workers.data import corpus as corpora
-from workers.data.corpus import Corpus
+from workers.data.corpus import Corpus, prepare
 from workers.reports import Report, StepDone, Validated
 
 if TYPE_CHECKING:
@@ -83,9 +82,9 @@ def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
     begin = manifest.step + 1 if manifest else 1
     attempt = attempt_of(record, begin, last)
     config = _config(request, found, record, attempt, begin)
-    corpus = _corpus(config, attempt, warn)
+    corpora = _corpora(config, attempt, warn)
     if log.identity is not None:
-        refuse_other(found.url, log.identity, identity(config, corpus))
+        refuse_other(found.url, log.identity, identity(config, corpora))
     if is_local(request.address):
         from jobs.planning.here import look_here  # Imports torch.
 
@@ -108,7 +107,7 @@ def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
             _keep(run_record, found, comparison())
 
     options = Options(
-        stretch=Stretch(run_url=found.url, manifest=manifest, corpus=corpus, last_step=last),
+        stretch=Stretch(run_url=found.url, manifest=manifest, corpora=corpora, last_step=last),
         artifacts=keep,
     )
     with _Listener(replayed) as watcher:
@@ -184,18 +183,18 @@ def _config(request: Request, found: TrackedRun, record: Record, attempt: Attemp
     )
 
 
-def _corpus(config: RunConfig, attempt: Attempt, warn: Callable[[str], object]) -> Corpus:
-    """Return the run's own prepared corpus; where it cannot be read, the same text prepared here will do.
+def _corpora(config: RunConfig, attempt: Attempt, warn: Callable[[str], object]) -> tuple[Corpus, ...]:
+    """Return the run's own prepared sources; where one cannot be read, the same text prepared here will do.
 
     Whether it is the same is the run's log to say, which has its hash.
     """
     endpoint = config.storage.s3_endpoint
     try:
-        return corpora.load(Store(attempt.corpus, endpoint))
+        return corpora_of(attempt.corpora, endpoint)
     except StorageError as error:
-        warn(f"the run's own corpus cannot be read here ({error}); data.source is prepared anew")
+        warn(f"the run's own tokens cannot be read here ({error}); its text is prepared anew")
         here = replace(config.data, prepared_url=str(Path("runs/data").resolve()))
-        return corpora.prepare(here, s3_endpoint=endpoint)
+        return (prepare(here, s3_endpoint=endpoint),)
 
 
 def _workers(config: RunConfig) -> str:

@@ -79,7 +79,7 @@ class Attempt:
         log = log or RunLog(lease.store)
         log.guard = lease.check
         log.refresh()  # Since it was read another driver may have come and gone.
-        same = identity(config, inputs.corpus)
+        same = identity(config, inputs.corpora)
         if log.identity is not None:
             check_identity(log, same)
         manifest, manifest_url = log.newest_good(), ""
@@ -88,7 +88,7 @@ class Attempt:
         for text in log.damaged:
             warn(f"{text}; it does not count")
         number = log.take_over(same, inputs.warning)
-        task = task_of(config, inputs.corpus, log.store.url, number, manifest, origin)
+        task = task_of(config, inputs.corpora, log.store.url, number, manifest, origin)
         last_step = stretch.last_step if stretch else config.train.steps
         task = replace(task, manifest_url=manifest_url, until=last_step)
         recorder = begin(Journal(log.store, number), task)

@@ -234,7 +234,7 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
 
 def task_of(
     config: RunConfig,
-    corpus: Corpus,
+    corpora: tuple[Corpus, ...],
     run_url: str,
     attempt: int,
     manifest: Manifest | None,
@@ -249,7 +249,7 @@ def task_of(
         checkpoint=config.checkpoint,
         telemetry=config.telemetry,
         seed=config.seed,
-        corpus=corpus,
+        corpora=corpora,
         run_url=run_url,
         attempt=attempt,
         manifest=manifest,

@@ -96,8 +96,8 @@ def run_on(
 
 
 def _preflight(config: RunConfig, resume: str, watcher: Watcher, stop: StopSignal, options: Options) -> Preflight:
-    corpus = options.stretch.corpus if options.stretch else None
-    return Preflight(config, resume, stop, watcher.warn, corpus, options.take_over)
+    corpora = options.stretch.corpora if options.stretch else None
+    return Preflight(config, resume, stop, watcher.warn, corpora, options.take_over)
 
 
 def _run(joined: Joined, preflight: Preflight, watcher: Watcher, options: Options) -> RunResult:
@@ -106,7 +106,7 @@ def _run(joined: Joined, preflight: Preflight, watcher: Watcher, options: Option
     cluster = joined.slots(config.scaling)
     hang_s = config.recovery.hang_s
     with Pool(cluster, config.scaling, config.storage, new_token(), hang_s, notice=watcher.warn) as pool:
-        pool.rehearsal = task_of(config, preflight.inputs.corpus, run_url="", attempt=0, manifest=None)
+        pool.rehearsal = task_of(config, preflight.inputs.corpora, run_url="", attempt=0, manifest=None)
         _await_slots(pool, watcher, preflight.check)
         watcher.phase(f"starting {min(pool.num_slots, config.scaling.max_workers)} worker(s)")
         pool.wait(lambda: not pool.num_starting, preflight.check, config.scaling.wait_s)
@@ -165,7 +165,7 @@ def _lead(preflight: Preflight, pool: Pool, watcher: Watcher, options: Options) 
                 attempt=task.attempt,
                 config=asdict(config),
                 provenance=asdict(code),
-                corpus=inputs.corpus.url,
+                corpora={corpus.name: corpus.url for corpus in inputs.corpora},
             )
         )
         recorder.keep(options.files)

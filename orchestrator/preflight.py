@@ -5,9 +5,9 @@ beside Ray's start and the workers' own imports.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.config import RunConfig, database, database_files, flatten
@@ -19,7 +19,8 @@ from orchestrator.stop import StopSignal
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
-from workers.data.corpus import Corpus, check_corpus, prepare
+from workers.data.config import DataConfig
+from workers.data.corpus import Corpus, check_corpora, load, prepare
 from workers.task import Origin
 
 if TYPE_CHECKING:
@@ -32,17 +33,18 @@ T = TypeVar("T")
 class Inputs:
     """What a run is made of, besides its config."""
 
-    corpus: Corpus
+    corpora: tuple[Corpus, ...]
+    """Of each source."""
     warning: str
     """That the store does not honour conditional creates, on which fencing rests; empty where it does."""
 
 
-def check_inputs(config: RunConfig, corpus: Corpus | None = None) -> Inputs:
+def check_inputs(config: RunConfig, corpora: tuple[Corpus, ...] | None = None) -> Inputs:
     """Check that tracking and storage can be reached and that there is enough data.
 
     Args:
         config: of the run.
-        corpus: to train on; None prepares what the config names.
+        corpora: to train on; None prepares what the config names.
 
     Raises:
         ConfigError: the corpus is missing, empty or too small.
@@ -54,10 +56,10 @@ def check_inputs(config: RunConfig, corpus: Corpus | None = None) -> Inputs:
     endpoint = config.storage.s3_endpoint
     fences = Store(url, endpoint).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
-    corpus = corpus or prepare(config.data, database_files(config.tracking.uri), endpoint)
-    if problems := check_corpus(corpus, config.train.seq_len, config.train.global_batch):
+    corpora = corpora or (prepare(config.data, database_files(config.tracking.uri), endpoint),)
+    if problems := check_corpora(corpora, config.train.seq_len, config.train.global_batch):
         raise ConfigError("\n".join(problems))
-    return Inputs(corpus, "" if fences else warning)
+    return Inputs(corpora, "" if fences else warning)
 
 
 class Preflight:
@@ -70,7 +72,7 @@ class Preflight:
         resume: `never`, `auto`, or a run's id or name.
         stop: tells when a person wants it to end.
         warn: told of what does not end the run.
-        corpus: to train on; None prepares what the config names.
+        corpora: to train on; None prepares what the config names.
         take_over: do not wait until no other driver leads the run.
 
     Raises:
@@ -83,14 +85,14 @@ class Preflight:
         resume: str,
         stop: StopSignal,
         warn: Callable[[str], object],
-        corpus: Corpus | None = None,
+        corpora: tuple[Corpus, ...] | None = None,
         take_over: bool = False,
     ) -> None:
         self.config, self.stop, self.warn = config, stop, warn
-        self.inputs = self._await(in_background(lambda: check_inputs(config, corpus), may_be_torn=True))
+        self.inputs = self._await(in_background(lambda: check_inputs(config, corpora), may_be_torn=True))
         if self.inputs.warning:
             warn(self.inputs.warning)
-        self._found = in_background(lambda: find_run(config, self.inputs.corpus, resume), may_be_torn=False)
+        self._found = in_background(lambda: find_run(config, self.inputs.corpora, resume), may_be_torn=False)
         if resume != "never" and self.found.notice:  # Told, or refused, before Ray starts.
             warn(self.found.notice)
         self._free = in_background(lambda: take_over or await_free_run(config, self._found.result()), may_be_torn=True)
@@ -169,7 +171,7 @@ class Found:
     """For the person."""
 
 
-def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
+def find_run(config: RunConfig, corpora: tuple[Corpus, ...], resume: str) -> Found:
     """Open the tracking store and find the run that `resume` means: `never`, `auto`, or a run's id or name.
 
     Raises:
@@ -199,7 +201,7 @@ def find_run(config: RunConfig, corpus: Corpus, resume: str) -> Found:
         if tracking.submitted(run_id):
             return Found(tracking, run_id, find_origin(config))
         raise ConfigError(f"--resume {resume}: nothing of run {run_id} is under checkpoint.url={config.checkpoint.url}")
-    check_identity(log, identity(config, corpus))
+    check_identity(log, identity(config, corpora))
     reached = max((commit.step for commit in log.commits), default=0)
     notice = check_steps(run_id, reached, config.train.steps, tracking.is_finished(run_id))
     # A run with checkpoints has no more need of its origin, which may be gone by now.
@@ -221,16 +223,42 @@ def run_store(config: RunConfig, run_id: str) -> Store:
     return Store(config.checkpoint.url, config.storage.s3_endpoint).child(run_id)
 
 
-def identity(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
+def identity(config: RunConfig, corpora: tuple[Corpus, ...]) -> dict[str, Any]:
     """Return what has to be the same for a run to go on: otherwise it would be another run, silently."""
     return {
         "model": asdict(config.model),
         "optim.name": config.optim.name,
-        "data": corpus.content_hash,
+        **data_identity(config.data, corpora),
         "train.seq_len": config.train.seq_len,
         "train.global_batch": config.train.global_batch,
         "seed": config.seed,
     }
+
+
+def data_identity(config: DataConfig, corpora: tuple[Corpus, ...]) -> dict[str, Any]:
+    """Return the part of it that decides which tokens a step has; of one source without a name the hash alone."""
+    if not config.sources:
+        (corpus,) = corpora
+        found: dict[str, Any] = {"data": corpus.content_hash}
+    else:
+        stages = [[step, *shares] for step, shares in config.stages()]
+        found = {"data": {corpus.name: corpus.content_hash for corpus in corpora}, "data.mixture": stages}
+    if tokenizer := corpora[0].tokenizer:
+        found["data.tokenizer"] = tokenizer
+    if config.window:
+        found["data.window"] = config.window
+    if config.document_mask:
+        found["data.document_mask"] = True
+    return found
+
+
+def corpora_of(urls: Mapping[str, str], s3_endpoint: str) -> tuple[Corpus, ...]:
+    """Read the prepared sources of a run, by their names.
+
+    Raises:
+        StorageError: one is missing or damaged.
+    """
+    return tuple(replace(load(Store(url, s3_endpoint)), name=name) for name, url in urls.items())
 
 
 def in_background(work: Callable[[], T], may_be_torn: bool) -> Future[T]:

@@ -14,7 +14,7 @@ class Stretch:
     """The run's folder."""
     manifest: Manifest | None
     """The checkpoint to begin with, with its optimizer's state; None: from the run's start."""
-    corpus: Corpus
+    corpora: tuple[Corpus, ...]
     """The run's data."""
     last_step: int
     """After which the stretch ends."""

@@ -142,11 +142,11 @@ class Lead:
 
     def __init__(self, config: RunConfig, cluster: ProcessCluster, folder: Path, url: str = "") -> None:
         self.config, self.cluster, self.notes = config, cluster, Notes()
-        self.corpus = prepare(config.data, s3_endpoint=config.storage.s3_endpoint)
+        self.corpora = (prepare(config.data, s3_endpoint=config.storage.s3_endpoint),)
         self.lease = Lease(Store(f"{url or folder}/run", config.storage.s3_endpoint), strict=False)
         self.log = RunLog(self.lease.store)
         origin = None if self.log.commits else find_origin(config)
-        warn, inputs = self.notes.notices.append, Inputs(self.corpus, warning="")
+        warn, inputs = self.notes.notices.append, Inputs(self.corpora, warning="")
         self.attempt = Attempt.open(config, inputs, self.lease, lambda *_: self.notes, warn, self.log, origin)
         self.pool = Pool(cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, warn)
         self.pool.rehearsal = self.attempt.task

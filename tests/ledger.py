@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from workers.config import TrainConfig
-from workers.data.order import samples_of_slot
+from workers.data.config import DataConfig
+from workers.data.corpus import Corpus
+from workers.feed import indices_of_slot, order_of
 
 
 def ledger(folder: Path) -> list[dict[str, Any]]:
@@ -14,17 +16,29 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in texts if text.endswith("}")]
 
 
-def assert_every_sample_once(folder: Path, train: TrainConfig, seed: int, num_tokens: int) -> None:
+def assert_every_sample_once(
+    folder: Path,
+    train: TrainConfig,
+    seed: int,
+    corpora: tuple[Corpus, ...],
+    data: DataConfig = DataConfig(),
+) -> None:
     """The last generation that ran a step is the one that counts; together they are the run's whole order."""
-    counted: dict[tuple[int, int], tuple[tuple[int, int], list[int]]] = {}
+    counted: dict[tuple[int, int], tuple[tuple[int, int], list[Any]]] = {}
     for line in ledger(folder):
         key, turn = (line["step"], line["slot"]), (line["attempt"], line["generation"])
         assert key not in counted or counted[key][0] != turn, "a slot twice in one generation"
         if key not in counted or counted[key][0] < turn:
-            counted[key] = turn, line["samples"]
-    num_samples = (num_tokens - 1) // train.seq_len
+            sources = line.get("sources", [""] * len(line["samples"]))
+            counted[key] = turn, list(zip(sources, line["samples"], strict=True))
+    order, names = order_of(data, train, seed, corpora), [corpus.name for corpus in corpora]
+
+    def drawn(step: int, slot: int) -> list[Any]:
+        found = order.at(indices_of_slot(train, step, slot))
+        return [(names[source], int(sample)) for source, sample in zip(found.source, found.sample, strict=True)]
+
     expected = {
-        (step, slot): samples_of_slot(seed, step, slot, train.global_batch, train.micro_batch, num_samples)
+        (step, slot): drawn(step, slot)
         for step in range(1, train.steps + 1)
         for slot in range(train.slots)
     }

@@ -32,6 +32,8 @@ class Told:
     storage_keeps_up: float
     snapshot_seconds: float
     step_seconds: float
+    data_seconds: float
+    """That it waited for tokens."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Boundary:
     """That the last snapshot held training up, mean over the ranks."""
     step_seconds: float
     """Of this step without its snapshot, mean over the ranks."""
+    data_seconds: float
+    """Waited for tokens, mean over the ranks."""
     expert_load: Tensor
     """Tokens per expert over the global batch, `[MoE layers, experts]`."""
 
@@ -89,5 +93,6 @@ def agree(mine: Told, tokens: int, load: Tensor, ranks: int, all_reduce: Callabl
         storage_keeps_up=every.storage_keeps_up == ranks,
         snapshot_seconds=every.snapshot_seconds / ranks,
         step_seconds=every.step_seconds / ranks,
+        data_seconds=every.data_seconds / ranks,
         expert_load=sums[len(scalars) :].view(load.shape),
     )

@@ -5,12 +5,36 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from workers.data.order import samples_of_slot, slots_of_rank
-from workers.data.tokens import TokenSplit
+from workers.config import TrainConfig
+from workers.data.config import DataConfig
+from workers.data.corpus import Corpus
+from workers.data.order import Drawn, Order, slots_of_rank
+from workers.data.tokens import TokenSplit, num_samples
 from workers.objective import Batch, batch_of
 from workers.task import Place, Task
+
+
+def order_of(data: DataConfig, train: TrainConfig, seed: int, corpora: tuple[Corpus, ...]) -> Order:
+    """Return the order in which a run reads its samples, whatever its world size."""
+    return Order(
+        seed,
+        [(corpus.name, num_samples(corpus.train, train.seq_len)) for corpus in corpora],
+        [((step - 1) * train.global_batch, shares) for step, shares in data.stages()],
+        data.window,
+    )
+
+
+def indices_of_slot(train: TrainConfig, step: int, slot: int) -> np.ndarray:
+    """Return the global sample indices of one micro-batch slot of `step` (1 is the first)."""
+    return indices_of_step(train, step)[slot * train.micro_batch :][: train.micro_batch]
+
+
+def indices_of_step(train: TrainConfig, step: int) -> np.ndarray:
+    """Return the global sample indices of a step, slot after slot."""
+    return np.arange((step - 1) * train.global_batch, step * train.global_batch)
 
 
 @dataclass(frozen=True)
@@ -18,7 +42,8 @@ class Slot:
     """A micro-batch slot of a step, read."""
 
     number: int
-    samples: list[int]
+    drawn: Drawn
+    """Its samples."""
     batch: Batch
 
 
@@ -32,43 +57,83 @@ class Feed:
 
     def __init__(self, task: Task, member: Place) -> None:
         self.task, self.member = task, member
-        corpus = task.corpus
-        self.train = TokenSplit(corpus, corpus.train, task.train.seq_len)
-        self.held_out = TokenSplit(corpus, corpus.validation, task.train.seq_len)
+        seq_len, data = task.train.seq_len, task.data
+        self.sources = [corpus.name for corpus in task.corpora]
+        self.order = order_of(data, task.train, task.seed, task.corpora)
+        self.train = [TokenSplit(corpus, corpus.train, seq_len, data.cache_gb) for corpus in task.corpora]
+        self.held_out = [TokenSplit(corpus, corpus.validation, seq_len, data.cache_gb) for corpus in task.corpora]
         self.slots = slots_of_rank(task.train.slots, member.world_size, member.rank)
         self.ledger = _Ledger(task, member)
+        self._waited = 0.0
 
     def step(self, step: int) -> list[Slot]:
         """Return this rank's slots of a step.
 
         A rank without one gets one in which nothing counts: the reduction needs a gradient from everybody.
         """
-        train, read = self.task.train, []
+        read = []
         for number in self.slots or [0]:
-            samples = samples_of_slot(
-                self.task.seed, step, number, train.global_batch, train.micro_batch, self.train.num_samples
-            )
-            batch = self.batch(self.train, samples)
-            read.append(Slot(number, samples, batch if self.slots else batch.without_targets()))
+            drawn = self.drawn(step, number)
+            batch = self.batch(self.train, drawn)
+            read.append(Slot(number, drawn, batch if self.slots else batch.without_targets()))
         return read
 
-    def validation(self) -> Iterator[Batch]:
-        """Yield this rank's part of the first held-out sequences, spread evenly; the same ones every time."""
-        train, split = self.task.train, self.held_out
-        count = min(train.validate_sequences, split.num_samples)
-        samples = [i * split.num_samples // count for i in range(count)]
-        chunks = [samples[i : i + train.micro_batch] for i in range(0, count, train.micro_batch)]
-        for chunk in slots_of_rank(len(chunks), self.member.world_size, self.member.rank):
-            yield self.batch(split, chunks[chunk])
+    def drawn(self, step: int, slot: int) -> Drawn:
+        """Return the samples of a slot."""
+        return self.order.at(indices_of_slot(self.task.train, step, slot))
 
-    def batch(self, split: TokenSplit, samples: list[int]) -> Batch:
-        """Return what is learned from samples of a split."""
-        return batch_of(torch.from_numpy(split.batch(samples)))
+    def read_ahead(self, step: int) -> None:
+        """Begin to read this rank's slots of a later step."""
+        for number in self.slots or [0]:
+            drawn = self.drawn(step, number)
+            for source, split in enumerate(self.train):
+                split.prefetch(drawn.sample[drawn.source == source])
+
+    def validation(self) -> Iterator[tuple[int, Batch]]:
+        """Yield this rank's part of the first held-out sequences of each source; the same ones every time."""
+        train = self.task.train
+        for source, split in enumerate(self.held_out):
+            count = min(train.validate_sequences, split.num_samples)
+            samples = np.array([i * split.num_samples // count for i in range(count)])
+            chunks = [samples[i : i + train.micro_batch] for i in range(0, count, train.micro_batch)]
+            for chunk in slots_of_rank(len(chunks), self.member.world_size, self.member.rank):
+                yield source, batch_of(torch.from_numpy(split.batch(chunks[chunk])))
+
+    def batch(self, splits: list[TokenSplit], drawn: Drawn) -> Batch:
+        """Return what is learned from samples, in their order."""
+        tokens = np.empty((len(drawn.sample), self.task.train.seq_len + 1), np.int64)
+        documents = np.empty_like(tokens) if self.task.data.document_mask else None
+        for source, split in enumerate(splits):
+            rows = drawn.source == source
+            tokens[rows] = split.batch(drawn.sample[rows])
+            if documents is not None:
+                documents[rows] = split.documents(drawn.sample[rows])
+        return batch_of(torch.from_numpy(tokens), documents=None if documents is None else torch.from_numpy(documents))
+
+    def waited(self) -> float:
+        """Return for how many seconds this rank has waited for tokens since it was asked last."""
+        before, self._waited = self._waited, sum(split.wait_s for split in self.train)
+        return self._waited - before
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Return how many tokens of each named source, and how often all of it, a run has read after a step."""
+        if self.sources == [""]:
+            return {}
+        drawn, found = self.order.drawn(step * self.task.train.global_batch), {}
+        for name, split, samples in zip(self.sources, self.train, drawn.tolist(), strict=True):
+            found[f"data/{name}/tokens"] = float(samples * split.seq_len)
+            found[f"data/{name}/epochs"] = samples / split.num_samples
+        return found
 
     def trained(self, step: int, slot: Slot) -> None:
         """Write down that a slot was trained on."""
         if self.slots:
-            self.ledger.add(step, slot.number, slot.samples)
+            self.ledger.add(step, slot.number, slot.drawn)
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        for split in (*self.train, *self.held_out):
+            split.close()
 
 
 def counted(slots: Iterable[Slot]) -> int:
@@ -82,12 +147,16 @@ class _Ledger:
     def __init__(self, task: Task, member: Place) -> None:
         self.file = None
         self.place = {"attempt": task.attempt, "generation": member.generation}
+        self.names = [corpus.name for corpus in task.corpora]
         if task.data.ledger:
             folder = Path(task.data.ledger)
             folder.mkdir(parents=True, exist_ok=True)
             name = f"{task.attempt:04d}-{member.generation:04d}-{member.rank:05d}.jsonl"
             self.file = (folder / name).open("a", buffering=1)
 
-    def add(self, step: int, slot: int, samples: list[int]) -> None:
+    def add(self, step: int, slot: int, drawn: Drawn) -> None:
         if self.file:
-            self.file.write(json.dumps({**self.place, "step": step, "slot": slot, "samples": samples}) + "\n")
+            line = {**self.place, "step": step, "slot": slot, "samples": drawn.sample.tolist()}
+            if self.names != [""]:
+                line["sources"] = [self.names[source] for source in drawn.source]
+            self.file.write(json.dumps(line) + "\n")

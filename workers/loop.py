@@ -98,6 +98,7 @@ class Trainer:
             return self._run()
         finally:
             self.telemetry.close()
+            self.feed.close()
 
     def _run(self) -> str:
         last_step = self.task.last_step
@@ -162,6 +163,7 @@ class Trainer:
             "skipped": counters.skipped,
             "snapshot_every": self.schedule.chosen,
             "snapshot_seconds": boundary.snapshot_seconds,
+            "data": {"data/wait_s": boundary.data_seconds, **self.feed.figures(step)},
             "measured": measured and {**measured, **expert_load(boundary.expert_load)},
         }
         # Every rank keeps the rows that the driver may not have: they go with the snapshot, so that none is lost with
@@ -205,6 +207,7 @@ class Trainer:
             engine.model.clear_expert_load()
         part("forward")
         self.upcoming = self.feed.step(step + 1)
+        self.feed.read_ahead(step + 2)
         self.controls.busy((time.perf_counter() - clock) / len(self.upcoming))
         return total
 
@@ -227,6 +230,7 @@ class Trainer:
             storage_keeps_up=keeps_up,
             snapshot_seconds=cost,
             step_seconds=seconds,
+            data_seconds=self.feed.waited(),
         )
         boundary = agree(mine, self.tokens, load, engine.world_size, engine.all_reduce)
         engine.model.clear_expert_load()

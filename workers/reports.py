@@ -40,6 +40,8 @@ class StepDone(Report):
     """Steps between snapshots."""
     snapshot_seconds: float
     """That the last snapshot held training up, mean over the ranks."""
+    data: dict[str, float] = field(default_factory=dict)
+    """Seconds waited for tokens, and of each named source the tokens and epochs so far, by metric."""
     measured: dict[str, float] = field(default_factory=dict)
     """Telemetry by metric, on the steps where it is due."""
 

@@ -30,7 +30,8 @@ class Task:
     train: TrainConfig
     checkpoint: CheckpointConfig
     seed: int
-    corpus: Corpus
+    corpora: tuple[Corpus, ...]
+    """Of each source, in the order of the config."""
     run_url: str
     """The run's folder."""
     attempt: int

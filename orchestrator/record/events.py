@@ -112,8 +112,10 @@ class DriverStarted(Event):
     """Resolved, of this attempt: steps, learning rate and places may change between attempts."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """`orchestrator.record.provenance.Provenance`."""
+    corpora: dict[str, str] = field(default_factory=dict)
+    """URL of each source's prepared corpus, by the source's name."""
     corpus: str = ""
-    """URL of the prepared corpus."""
+    """The same of the only source, in older journals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,7 @@ def published(metric: str) -> str:
     if metric in NAMES:
         return NAMES[metric]
     group, slash, rest = metric.partition("/")
-    if not slash or group == "system":  # MLflow's own group, of its system metrics.
+    if not slash or group in ("data", "system"):  # The second is MLflow's own, of its system metrics.
         return metric
     return f"traffic/{rest}" if group == "bytes_sent" else f"telemetry/{metric}"
 

@@ -109,6 +109,7 @@ class RunRecorder:
             "skipped_steps": report.skipped,
             "snapshot_every": report.snapshot_every,
             "snapshot_seconds": report.snapshot_seconds,
+            **report.data,
             **report.measured,
         }
         self._step = report.step

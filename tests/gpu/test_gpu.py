@@ -110,7 +110,7 @@ def train_bf16(rank: int, world_size: int, folder: str, qk_clip: float = 0.0) ->
         train=train,
         checkpoint=CheckpointConfig(every=0),
         seed=0,
-        corpus=prepare(data),
+        corpora=(prepare(data),),
         run_url=f"{folder}/run",
         attempt=1,
         manifest=None,

@@ -39,8 +39,7 @@ def assert_equal_states(a, b) -> None:
 
 
 def assert_every_sample_of(lead: Lead, folder) -> None:
-    num_tokens = sum(shard.tokens for shard in lead.corpus.train)
-    assert_every_sample_once(folder / "ledger", lead.config.train, lead.config.seed, num_tokens)
+    assert_every_sample_once(folder / "ledger", lead.config.train, lead.config.seed, lead.corpora)
 
 
 def config_with_ledger(folder, **changes):

@@ -178,36 +178,36 @@ def test_rows_that_are_told_written_are_whatever_the_environment_says(tmp_path, 
 def test_a_run_that_has_checkpoints_needs_its_origin_no_more(tracking, tmp_path):
     config = config_of(tmp_path, train={"init": f"{tmp_path}/gone"})
     config = replace(config, checkpoint=CheckpointConfig(url=str(tmp_path)), tracking=TrackingConfig(uri=tracking.uri))
-    corpus = prepare(config.data)
+    corpora = (prepare(config.data),)
     run_id = tracking.create(config.run.name, {"seed": 0})
     log = RunLog(run_store(config, run_id))
-    log.take_over(identity(config, corpus))
+    log.take_over(identity(config, corpora))
     for resume in ("never", "auto", run_id):
         with pytest.raises(ConfigError, match="train.init=.*gone: no committed checkpoint"):
-            find_run(config, corpus, resume)
+            find_run(config, corpora, resume)
     shard = write_shard(log.store, place_of(0, 1, 1), 0, {TensorSlice(WEIGHT, "w", 0, 2): np.zeros(2, np.float32)})
     log.commit(Manifest(run_id, 1, 1, 0, 1, {}, {}, {"w": [2]}, (shard,)))
     for resume in ("auto", run_id):
-        found = find_run(config, corpus, resume)
+        found = find_run(config, corpora, resume)
         assert (found.run_id, found.origin) == (run_id, None)
 
 
 def test_steps_that_a_run_has_behind_it_are_told_with_the_way_on(tracking, tmp_path):
     config = config_of(tmp_path, train={"steps": 60}, run=RunInfo(name="further"))
     config = replace(config, checkpoint=CheckpointConfig(url=str(tmp_path)), tracking=TrackingConfig(uri=tracking.uri))
-    corpus = prepare(config.data)
+    corpora = (prepare(config.data),)
     run_id = tracking.create(config.run.name, {"seed": 0})
     log = RunLog(run_store(config, run_id))
-    elsewhere = find_run(config, corpus, "auto")
+    elsewhere = find_run(config, corpora, "auto")
     assert elsewhere.run_id is None and f"nothing of the unfinished one named further, {run_id}" in elsewhere.notice
-    log.take_over(identity(config, corpus))
-    assert find_run(config, corpus, "auto").notice == ""
+    log.take_over(identity(config, corpora))
+    assert find_run(config, corpora, "auto").notice == ""
     tensors = {TensorSlice(kind, "w", 0, 2): np.zeros(2, np.float32) for kind in (WEIGHT, "momentum")}
     shard = write_shard(log.store, place_of(169, 1, 1), 0, tensors)
     log.commit(Manifest(run_id, 1, 1, 169, 1, {}, {}, {"w": [2]}, (shard,)))
 
     def to(steps: int, resume: str) -> Found:
-        return find_run(replace(config, train=replace(config.train, steps=steps)), corpus, resume)
+        return find_run(replace(config, train=replace(config.train, steps=steps)), corpora, resume)
 
     for resume in ("auto", run_id):
         with pytest.raises(ConfigError, match="has come to step 169, and train.steps=60 is before that"):

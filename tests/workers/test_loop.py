@@ -36,7 +36,7 @@ def task_of(folder, **train) -> Task:
         train=TrainConfig(**{**settings, "sample_prompt": "", **train}),
         checkpoint=CheckpointConfig(every=2),
         seed=3,
-        corpus=prepare(data),
+        corpora=(prepare(data),),
         run_url=f"{folder}/run",
         attempt=1,
         manifest=None,

@@ -93,7 +93,7 @@ def test_a_masked_step_is_that_of_one_process_in_fp64_whoever_computes_it(tmp_pa
 
     task = task_of(tmp_path)
     task = replace(task, model=TINY, optim=replace(task.optim, grad_clip=0.0))
-    train, corpus = task.train, task.corpus
+    train, corpus = task.train, task.corpora[0]
     split = TokenSplit(corpus, corpus.train, train.seq_len)
 
     def samples(step: int, slot: int) -> list[int]:

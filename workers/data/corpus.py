@@ -52,6 +52,12 @@ class Corpus:
     validation: tuple[Shard, ...]
     s3_endpoint: str = ""
     """Of the S3 store that it is in, where that is not AWS."""
+    name: str = ""
+    """Of the source; empty where the config has `data.source`."""
+    dtype: str = "uint8"
+    """Of the tokens."""
+    tokenizer: str = ""
+    """Its hash; empty for bytes."""
 
     @property
     def store(self) -> Store:
@@ -121,8 +127,13 @@ def _has_shards(corpus: Corpus) -> bool:
     return all(sizes.get(shard.name) == shard.tokens for shard in (*corpus.train, *corpus.validation))
 
 
+def check_corpora(corpora: tuple[Corpus, ...], seq_len: int, global_batch: int) -> list[str]:
+    """Return what is wrong with the sources for this batch; nothing where all is well."""
+    return [problem for corpus in corpora for problem in check_corpus(corpus, seq_len, global_batch)]
+
+
 def check_corpus(corpus: Corpus, seq_len: int, global_batch: int) -> list[str]:
-    """Return what is wrong with a corpus for this batch; nothing where all is well."""
+    """Do the same for one source."""
     problems = []
     if (samples := (Corpus.tokens(corpus.train) - 1) // seq_len) < global_batch:
         problems.append(

@@ -1,0 +1,142 @@
+"""`raymuon data`: what prepared text holds, and which documents and tokens a step of a run had.
+
+Both read what lies in storage, and no config: a step's samples are a pure function of the run's seed and the step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from jobs.load import load_values
+from jobs.record import read_record
+from jobs.runs import TrackedRun
+from orchestrator.config import RunConfig
+from orchestrator.log.run_log import RunLog
+from orchestrator.preflight import corpora_of, data_identity, refuse_other
+from orchestrator.record.journal import read_journal
+from workers.common.errors import ConfigError
+from workers.common.storage import Store, absolute_url
+from workers.data.corpus import SPLITS, Corpus, load
+from workers.data.ends import DocumentEnds
+from workers.data.tokenizer import Tokenizer, load_tokenizer
+from workers.data.tokens import TokenSplit
+
+SHOWN_BYTES = 200
+"""Of a document's text in a table."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a sample has of one document."""
+
+    file: str
+    row: int
+    """In the file, from 1; 0: the whole file."""
+    first: int
+    """The piece's first token, counted from the document's."""
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence of a step."""
+
+    index: int
+    """Of the whole run, from 0."""
+    slot: int
+    """The micro-batch slot that it was in."""
+    source: str
+    epoch: int
+    sample: int
+    """Number in the source."""
+    pieces: list[Piece]
+
+
+def samples_at(found: TrackedRun, step: int) -> list[Sample]:
+    """Return what a step of a run was trained on, in the order of its global batch.
+
+    Raises:
+        ConfigError: the run had no such step, or its tokens are not those that it was trained on.
+        StorageError: its files or its tokens cannot be read.
+    """
+    from workers.feed import indices_of_step, order_of  # Imports torch.
+
+    config, corpora = _trained_on(found, step)
+    tokenizer = run_tokenizer(found.store, corpora)
+    train, order = config.train, order_of(config.data, config.train, config.seed, corpora)
+    splits = [TokenSplit(corpus, corpus.train, train.seq_len, config.data.cache_gb) for corpus in corpora]
+    ends = [DocumentEnds(corpus, corpus.train) for corpus in corpora]
+    indices = indices_of_step(train, step)
+    drawn, samples = order.at(indices), []
+    for number, index in enumerate(indices.tolist()):
+        source, sample = int(drawn.source[number]), int(drawn.sample[number])
+        tokens = splits[source].sample(sample)
+        pieces = list(_pieces(tokens, sample * train.seq_len, ends[source], tokenizer))
+        slot, epoch = number // train.micro_batch, int(drawn.epoch[number])
+        samples.append(Sample(index, slot, corpora[source].name, epoch, sample, pieces))
+    for split in splits:
+        split.close()
+    return samples
+
+
+def _pieces(tokens: np.ndarray, start: int, ends: DocumentEnds, tokenizer: Tokenizer) -> Iterator[Piece]:
+    """Yield what of each document is in a sample that begins at token `start` of its split."""
+    for stretch in ends.stretches(start, start + len(tokens)):
+        first, last = max(stretch.start, start), min(stretch.stop, start + len(tokens))
+        text = tokenizer.decode(tokens[first - start : last - start].tolist())
+        yield Piece(stretch.file, stretch.row, first - stretch.start, last - first, text)
+
+
+def _trained_on(found: TrackedRun, step: int) -> tuple[RunConfig, tuple[Corpus, ...]]:
+    """Return the config that a step was trained with, and its sources."""
+    record = read_record(read_journal(found.store, lambda text: None))
+    if not record.attempts:
+        raise ConfigError(f"run {found.run_id}: no driver has begun to lead it, so nothing tells its data")
+    attempt = record.attempts[record.by.get(step, max(record.attempts))]
+    config = load_values(attempt.config, [], f"of run {found.run_id}")
+    if not 1 <= step <= config.train.steps:
+        raise ConfigError(f"step {step}: run {found.run_id} has steps 1 to {config.train.steps}")
+    corpora = corpora_of(attempt.corpora, config.storage.s3_endpoint or found.s3_endpoint)
+    known = RunLog(found.store).identity or {}
+    refuse_other(found.url, known, data_identity(config.data, corpora))
+    return config, corpora
+
+
+def run_tokenizer(store: Store, corpora: tuple[Corpus, ...]) -> Tokenizer:
+    """Return the tokenizer of a run, which lies in its folder."""
+    if not corpora[0].tokenizer:
+        return load_tokenizer("byte", "auto", "auto")
+    return load_tokenizer(store.child("tokenizer").url, "auto", "auto", store.s3_endpoint)
+
+
+def show(url: str, documents: int, s3_endpoint: str = "") -> list[dict[str, Any]]:
+    """Return what the prepared sources in a folder, or in the folders below it, hold.
+
+    Raises:
+        ConfigError: there are none.
+        StorageError: they cannot be read, or are damaged.
+    """
+    store = Store(absolute_url(url.rstrip("/")), s3_endpoint)
+    folders = [store] if store.exists("index.json") else [store.child(name) for name in store.names("")]
+    found = [_shown(folder, documents) for folder in folders if folder.exists("index.json")]
+    if not found:
+        raise ConfigError(f"{url}: no prepared tokens there (no index.json in it, nor in a folder of it)")
+    return found
+
+
+def _shown(store: Store, documents: int) -> dict[str, Any]:
+    corpus = load(store)
+    told: dict[str, Any] = {
+        "url": corpus.url,
+        "content_hash": corpus.content_hash,
+        "documents": corpus.documents,
+        "dtype": corpus.dtype,
+        "tokenizer": corpus.tokenizer,
+    }
+    for split in SPLITS:
+        shards = getattr(corpus, split)
+        told[split] = {"tokens": Corpus.tokens(shards), "shards": len(shards)}
+    return told
