@@ -10,9 +10,9 @@ import torch
 
 from workers.config import TrainConfig
 from workers.data.config import DataConfig
-from workers.data.corpus import Corpus
+from workers.data.corpus import Corpus, num_samples
 from workers.data.order import Drawn, Order, slots_of_rank
-from workers.data.tokens import TokenSplit, num_samples
+from workers.data.tokens import TokenSplit
 from workers.objective import Batch, batch_of
 from workers.task import Place, Task
 

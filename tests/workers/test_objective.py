@@ -10,7 +10,6 @@ from tests.trainer import trainer_of
 from tests.workers.test_llama import TINY
 from tests.workers.test_loop import task_of
 from workers.common.errors import TrainingError
-from workers.data.order import samples_of_slot
 from workers.models import build
 from workers.objective import IGNORED, batch_of, summed_loss
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from optim.checks import Check, filled, no_password, require, within
 
-MAX_DENOMINATOR = 1_000_000
+MAX_DENOMINATOR = 100_000
 """Of the sources' shares: the mixture repeats after so many samples at most, and is exact in each repetition."""
 
 

@@ -127,6 +127,11 @@ def _has_shards(corpus: Corpus) -> bool:
     return all(sizes.get(shard.name) == shard.tokens for shard in (*corpus.train, *corpus.validation))
 
 
+def num_samples(shards: tuple[Shard, ...], seq_len: int) -> int:
+    """Return how many samples a split has; each needs one more token, the last target."""
+    return max(0, (Corpus.tokens(shards) - 1) // seq_len)
+
+
 def check_corpora(corpora: tuple[Corpus, ...], seq_len: int, global_batch: int) -> list[str]:
     """Return what is wrong with the sources for this batch; nothing where all is well."""
     return [problem for corpus in corpora for problem in check_corpus(corpus, seq_len, global_batch)]
@@ -135,9 +140,9 @@ def check_corpora(corpora: tuple[Corpus, ...], seq_len: int, global_batch: int) 
 def check_corpus(corpus: Corpus, seq_len: int, global_batch: int) -> list[str]:
     """Do the same for one source."""
     problems = []
-    if (samples := (Corpus.tokens(corpus.train) - 1) // seq_len) < global_batch:
+    if (samples := num_samples(corpus.train, seq_len)) < global_batch:
         problems.append(
-            f"the corpus has {max(0, samples)} training sequences of {seq_len} tokens, fewer than one global batch "
+            f"the corpus has {samples} training sequences of {seq_len} tokens, fewer than one global batch "
             f"({global_batch}); lower train.seq_len or train.global_batch, or add text to data.source"
         )
     if Corpus.tokens(corpus.validation) <= seq_len:
