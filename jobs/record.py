@@ -63,7 +63,8 @@ def read_record(lines: Iterable[Line]) -> Record:
                 attempt = line.attempt
                 if line.config:  # Older journals lack it.
                     provenance = read_fields(Provenance, line.provenance)
-                    record.attempts[attempt] = Attempt(attempt, line.config, provenance, line.corpora or {"": line.corpus})
+                    corpora = line.corpora or {"": line.corpus}
+                    record.attempts[attempt] = Attempt(attempt, line.config, provenance, corpora)
             case Foreign(stored={"event": DriverStarted.stored_as}):
                 attempt = 0  # What follows was not trained with the config of the attempt before.
             case Membership():

@@ -34,7 +34,6 @@ from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError, TrainingError
-from workers.common.storage import Store
 from workers.data.corpus import Corpus, prepare
 from workers.reports import Report, StepDone, Validated
 

@@ -21,7 +21,7 @@ def assert_every_sample_once(
     train: TrainConfig,
     seed: int,
     corpora: tuple[Corpus, ...],
-    data: DataConfig = DataConfig(),
+    data: DataConfig | None = None,
 ) -> None:
     """The last generation that ran a step is the one that counts; together they are the run's whole order."""
     counted: dict[tuple[int, int], tuple[tuple[int, int], list[Any]]] = {}
@@ -31,15 +31,11 @@ def assert_every_sample_once(
         if key not in counted or counted[key][0] < turn:
             sources = line.get("sources", [""] * len(line["samples"]))
             counted[key] = turn, list(zip(sources, line["samples"], strict=True))
-    order, names = order_of(data, train, seed, corpora), [corpus.name for corpus in corpora]
+    order, names = order_of(data or DataConfig(), train, seed, corpora), [corpus.name for corpus in corpora]
 
     def drawn(step: int, slot: int) -> list[Any]:
         found = order.at(indices_of_slot(train, step, slot))
         return [(names[source], int(sample)) for source, sample in zip(found.source, found.sample, strict=True)]
 
-    expected = {
-        (step, slot): drawn(step, slot)
-        for step in range(1, train.steps + 1)
-        for slot in range(train.slots)
-    }
+    expected = {(step, slot): drawn(step, slot) for step in range(1, train.steps + 1) for slot in range(train.slots)}
     assert {key: samples for key, (_, samples) in counted.items()} == expected

@@ -10,7 +10,8 @@ import torch
 
 from workers.config import TrainConfig
 from workers.data.config import DataConfig
-from workers.data.corpus import Corpus, num_samples
+from workers.data.corpus import Corpus, Shard, num_samples
+from workers.data.ends import DocumentEnds
 from workers.data.order import Drawn, Order, slots_of_rank
 from workers.data.tokens import TokenSplit
 from workers.objective import Batch, batch_of
@@ -47,6 +48,19 @@ class Slot:
     batch: Batch
 
 
+class Part:
+    """One split of all sources."""
+
+    def __init__(self, shards: list[tuple[Corpus, tuple[Shard, ...]]], task: Task) -> None:
+        self.seq_len = task.train.seq_len
+        self.tokens = [TokenSplit(*one, self.seq_len, task.data.cache_gb) for one in shards]
+        self.ends = [DocumentEnds(*one) for one in shards]
+
+    def documents(self, source: int, samples: np.ndarray) -> np.ndarray:
+        """Return the number of the document of each token within its sample, `[samples, seq_len + 1]`."""
+        return np.stack([self.ends[source].of_sample(sample, self.seq_len) for sample in samples.tolist()])
+
+
 class Feed:
     """One rank's batches.
 
@@ -57,11 +71,10 @@ class Feed:
 
     def __init__(self, task: Task, member: Place) -> None:
         self.task, self.member = task, member
-        seq_len, data = task.train.seq_len, task.data
         self.sources = [corpus.name for corpus in task.corpora]
-        self.order = order_of(data, task.train, task.seed, task.corpora)
-        self.train = [TokenSplit(corpus, corpus.train, seq_len, data.cache_gb) for corpus in task.corpora]
-        self.held_out = [TokenSplit(corpus, corpus.validation, seq_len, data.cache_gb) for corpus in task.corpora]
+        self.order = order_of(task.data, task.train, task.seed, task.corpora)
+        self.train = Part([(corpus, corpus.train) for corpus in task.corpora], task)
+        self.held_out = Part([(corpus, corpus.validation) for corpus in task.corpora], task)
         self.slots = slots_of_rank(task.train.slots, member.world_size, member.rank)
         self.ledger = _Ledger(task, member)
         self._waited = 0.0
@@ -86,33 +99,34 @@ class Feed:
         """Begin to read this rank's slots of a later step."""
         for number in self.slots or [0]:
             drawn = self.drawn(step, number)
-            for source, split in enumerate(self.train):
-                split.prefetch(drawn.sample[drawn.source == source])
+            for source, tokens in enumerate(self.train.tokens):
+                tokens.prefetch(drawn.sample[drawn.source == source])
 
     def validation(self) -> Iterator[tuple[int, Batch]]:
         """Yield this rank's part of the first held-out sequences of each source; the same ones every time."""
         train = self.task.train
-        for source, split in enumerate(self.held_out):
-            count = min(train.validate_sequences, split.num_samples)
-            samples = np.array([i * split.num_samples // count for i in range(count)])
+        for source, tokens in enumerate(self.held_out.tokens):
+            count = min(train.validate_sequences, tokens.num_samples)
+            samples = np.array([i * tokens.num_samples // count for i in range(count)])
             chunks = [samples[i : i + train.micro_batch] for i in range(0, count, train.micro_batch)]
             for chunk in slots_of_rank(len(chunks), self.member.world_size, self.member.rank):
-                yield source, batch_of(torch.from_numpy(split.batch(chunks[chunk])))
+                same = np.full(len(chunks[chunk]), source)
+                yield source, self.batch(self.held_out, Drawn(same, chunks[chunk], np.zeros_like(same)))
 
-    def batch(self, splits: list[TokenSplit], drawn: Drawn) -> Batch:
+    def batch(self, part: "Part", drawn: Drawn) -> Batch:
         """Return what is learned from samples, in their order."""
         tokens = np.empty((len(drawn.sample), self.task.train.seq_len + 1), np.int64)
         documents = np.empty_like(tokens) if self.task.data.document_mask else None
-        for source, split in enumerate(splits):
+        for source in np.unique(drawn.source).tolist():
             rows = drawn.source == source
-            tokens[rows] = split.batch(drawn.sample[rows])
+            tokens[rows] = part.tokens[source].batch(drawn.sample[rows])
             if documents is not None:
-                documents[rows] = split.documents(drawn.sample[rows])
+                documents[rows] = part.documents(source, drawn.sample[rows])
         return batch_of(torch.from_numpy(tokens), documents=None if documents is None else torch.from_numpy(documents))
 
     def waited(self) -> float:
         """Return for how many seconds this rank has waited for tokens since it was asked last."""
-        before, self._waited = self._waited, sum(split.wait_s for split in self.train)
+        before, self._waited = self._waited, sum(tokens.wait_s for tokens in self.train.tokens)
         return self._waited - before
 
     def figures(self, step: int) -> dict[str, float]:
@@ -120,9 +134,9 @@ class Feed:
         if self.sources == [""]:
             return {}
         drawn, found = self.order.drawn(step * self.task.train.global_batch), {}
-        for name, split, samples in zip(self.sources, self.train, drawn.tolist(), strict=True):
-            found[f"data/{name}/tokens"] = float(samples * split.seq_len)
-            found[f"data/{name}/epochs"] = samples / split.num_samples
+        for name, tokens, samples in zip(self.sources, self.train.tokens, drawn.tolist(), strict=True):
+            found[f"data/{name}/tokens"] = float(samples * tokens.seq_len)
+            found[f"data/{name}/epochs"] = samples / tokens.num_samples
         return found
 
     def trained(self, step: int, slot: Slot) -> None:
@@ -132,8 +146,8 @@ class Feed:
 
     def close(self) -> None:
         """End what reads ahead."""
-        for split in (*self.train, *self.held_out):
-            split.close()
+        for tokens in (*self.train.tokens, *self.held_out.tokens):
+            tokens.close()
 
 
 def counted(slots: Iterable[Slot]) -> int:

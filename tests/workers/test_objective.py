@@ -50,9 +50,9 @@ def masked(rank: int, world_size: int, task, empty: set[int], steps: int) -> dic
     from workers.feed import Feed
     from workers.reports import StepDone, Validated
 
-    def batch(self, split, samples):
-        tokens = torch.from_numpy(split.batch(samples))
-        return batch_of(tokens, counts(samples, tokens.size(1), empty))
+    def batch(self, part, drawn):
+        tokens = torch.from_numpy(part.tokens[0].batch(drawn.sample))
+        return batch_of(tokens, counts(drawn.sample.tolist(), tokens.size(1), empty))
 
     Feed.batch = batch
     trainer, told = trainer_of(rank, world_size, task)
@@ -89,14 +89,17 @@ def test_a_masked_step_is_that_of_one_process_in_fp64_whoever_computes_it(tmp_pa
     from dataclasses import replace
 
     from workers.data.tokens import TokenSplit
+    from workers.feed import indices_of_slot, order_of
 
     task = task_of(tmp_path)
     task = replace(task, model=TINY, optim=replace(task.optim, grad_clip=0.0))
     train, corpus = task.train, task.corpora[0]
     split = TokenSplit(corpus, corpus.train, train.seq_len)
 
+    order = order_of(task.data, train, task.seed, task.corpora)
+
     def samples(step: int, slot: int) -> list[int]:
-        return samples_of_slot(task.seed, step, slot, train.global_batch, train.micro_batch, split.num_samples)
+        return order.at(indices_of_slot(train, step, slot)).sample.tolist()
 
     second = {sample for slot in range(3) for sample in samples(2, slot)}
     empty = {*samples(1, 1), *second}

@@ -46,6 +46,10 @@ class DocumentEnds:
         self._firsts = [0, *accumulate(shard.tokens for shard in shards)]
         self._table = lru_cache(TABLES_KEPT)(self._read)
 
+    def of_sample(self, sample: int, seq_len: int) -> np.ndarray:
+        """Return for each of the `seq_len + 1` tokens of a sample the number of its document in it: int64, from 0."""
+        return self.numbers(sample * seq_len, (sample + 1) * seq_len + 1)
+
     def numbers(self, start: int, stop: int) -> np.ndarray:
         """Return for each token of a range how many documents have ended before it in the range: int64, from 0."""
         parts, ended = [], 0
@@ -62,7 +66,8 @@ class DocumentEnds:
         for shard, first, last in self._parts(start, stop):
             table, base = self._table(shard), self._firsts[shard]
             ends = table[:, 0]
-            for number in range(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last, "left")) + 1):
+            numbers = np.searchsorted(ends, [first, last - 1], side="right").tolist()
+            for number in range(numbers[0], numbers[1] + 1):
                 begin = int(ends[number - 1]) if number else 0
                 file = self.corpus.files[int(table[number, 1])]
                 found.append(Stretch(base + begin, base + int(ends[number]), file, int(table[number, 2])))
