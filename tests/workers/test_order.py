@@ -51,6 +51,9 @@ def inverse(seed: int, epoch: int, sample: int, num_samples: int) -> int:
             return sample
 
 
+SHARES = st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any)
+
+
 def alone(seed: int, num_samples: int, name: str = "", window: int = 0) -> Order:
     return Order(seed, [(name, num_samples)], [(0, (1,))], window)
 
@@ -68,7 +71,7 @@ def test_every_epoch_of_every_small_size_reads_every_sample_once(size):
             assert sorted(epoch_of(alone(size, size, "a", window), epoch, size)) == list(range(size))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(-3, 2**63), st.integers(1, 10**6), st.sampled_from([0, 1, 10**6]), st.integers(0, 10**6))
 @example(0, 2**16 + 1, 0, 0)
 @example(1, 10**6, 1, 640)
@@ -154,7 +157,7 @@ def test_all_mixtures_of_few_samples_are_within_one_at_every_prefix():
         prefixes_within_one(mixed(shares), 0, shares, 2 * sum(shares) + 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=20).filter(any), st.integers(0, 10**12))
 @example([1, 999_999], 0)
 @example([999_999, 1], 5)
@@ -166,7 +169,7 @@ def test_shares_are_within_one_sample_at_every_prefix(shares, periods):
     prefixes_within_one(mixed(shares), periods * total, tuple(shares), total + 7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 400), st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any)), max_size=4
@@ -283,16 +286,6 @@ def test_the_table_is_the_earliest_deadline_of_those_whose_turn_has_come():
 
 GOLDEN = [261, 245, 21, 8, 260, 132]
 GOLDEN_MIXTURE = [
-    (0, 477),
-    (1, 25156),
-    (0, 480),
-    (0, 881),
-    (1, 34105),
-    (0, 582),
-    (1, 69892),
-    (1, 54729),
-    (0, 336),
-    (1, 26926),
-    (1, 46103),
-    (1, 27244),
+    *((0, 477), (1, 25156), (0, 480), (0, 881), (1, 34105), (0, 582)),
+    *((1, 69892), (1, 54729), (0, 336), (1, 26926), (1, 46103), (1, 27244)),
 ]
