@@ -112,7 +112,23 @@ def run_tokenizer(store: Store, corpora: tuple[Corpus, ...]) -> Tokenizer:
     return load_tokenizer(store.child("tokenizer").url, "auto", "auto", store.s3_endpoint)
 
 
-def show(url: str, documents: int, s3_endpoint: str = "") -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Shown:
+    """What a prepared source holds."""
+
+    url: str
+    content_hash: str
+    dtype: str
+    tokenizer: str
+    """Its hash; empty for bytes."""
+    documents: int
+    splits: dict[str, dict[str, float]]
+    """Tokens, shards, bytes per token, and the median and largest length of a document in tokens, by split."""
+    first: list[tuple[str, str]]
+    """The first documents of the training split: file and row, and the beginning of the text."""
+
+
+def show(url: str, documents: int, s3_endpoint: str = "") -> list[Shown]:
     """Return what the prepared sources in a folder, or in the folders below it, hold.
 
     Raises:
@@ -121,22 +137,7 @@ def show(url: str, documents: int, s3_endpoint: str = "") -> list[dict[str, Any]
     """
     store = Store(absolute_url(url.rstrip("/")), s3_endpoint)
     folders = [store] if store.exists("index.json") else [store.child(name) for name in store.names("")]
-    found = [_shown(folder, documents) for folder in folders if folder.exists("index.json")]
+    found = [_shown(load(folder), documents) for folder in folders if folder.exists("index.json")]
     if not found:
         raise ConfigError(f"{url}: no prepared tokens there (no index.json in it, nor in a folder of it)")
     return found
-
-
-def _shown(store: Store, documents: int) -> dict[str, Any]:
-    corpus = load(store)
-    told: dict[str, Any] = {
-        "url": corpus.url,
-        "content_hash": corpus.content_hash,
-        "documents": corpus.documents,
-        "dtype": corpus.dtype,
-        "tokenizer": corpus.tokenizer,
-    }
-    for split in SPLITS:
-        shards = getattr(corpus, split)
-        told[split] = {"tokens": Corpus.tokens(shards), "shards": len(shards)}
-    return told

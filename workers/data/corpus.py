@@ -39,6 +39,8 @@ class Shard:
     name: str
     tokens: int
     sha256: str
+    sums: str = ""
+    """SHA-256 of the file beside it that has the SHA-256 of each of its blocks; empty where there is none."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,17 @@ class Corpus:
     validation: tuple[Shard, ...]
     s3_endpoint: str = ""
     """Of the S3 store that it is in, where that is not AWS."""
+<<<<<<< HEAD
     name: str = ""
     """Of the source; empty where the config has `data.source`."""
     dtype: str = "uint8"
     """Of the tokens."""
     tokenizer: str = ""
     """Its hash; empty for bytes."""
+=======
+    dtype: str = "uint8"
+    """Of its tokens."""
+>>>>>>> ord
 
     @property
     def store(self) -> Store:
@@ -115,8 +122,8 @@ def load(store: Store) -> Corpus:
             raise ConfigError(f"{url}: token format {found!r}, this version reads {' and '.join(READABLE)}")
         if index["content_hash"] != _content_hash(found, {split: index[split] for split in SPLITS}):
             raise ValueError("its content hash is not that of its shards")
-        splits = {split: tuple(Shard(**shard) for shard in index[split]) for split in SPLITS}
-        return Corpus(url, index["content_hash"], int(index["documents"]), **splits, s3_endpoint=store.s3_endpoint)
+        splits = [tuple(Shard(**shard) for shard in index[split]) for split in SPLITS]
+        return Corpus(url, index["content_hash"], int(index["documents"]), *splits, s3_endpoint=store.s3_endpoint)
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{url}/index.json: damaged ({error!r}); delete it. {REMAKE}") from error
 
@@ -168,10 +175,15 @@ def _write(config: DataConfig, files: list[tuple[AbstractFileSystem, str]], stor
                 splits[split].add(part + END_OF_DOCUMENT)
     if not documents:
         raise ConfigError(f"data.source={config.source!r}: {len(files)} file(s) found, but no text in them")
-    shards = {split: [asdict(shard) for shard in writer.close()] for split, writer in splits.items()}
+    shards = {split: [_entry(shard) for shard in writer.close()] for split, writer in splits.items()}
     content = _content_hash(FORMAT, shards)
     index = {"format": FORMAT, "content_hash": content, "source": config.source, "documents": documents, **shards}
     store.create("index.json", json.dumps(index, indent=1).encode())
+
+
+def _entry(shard: Shard) -> dict[str, Any]:
+    """Return what the index has of a shard; what there was not before does not change the content hash."""
+    return {name: value for name, value in asdict(shard).items() if name != "sums" or value}
 
 
 def _content_hash(form: str, shards: Mapping[str, Any]) -> str:
