@@ -150,11 +150,11 @@ def _lines(blocks: Iterable[bytes], offset: int, stop: int) -> Iterator[bytes | 
         for line in (b"".join(parts) if parts else None, *others[:-1]):
             if 0 <= stop <= offset:
                 return
-            yield line
+            yield line if line is None or len(line) <= LINE_BYTES else None
             offset += (held if line is None else len(line)) + 1
         parts, held = [others[-1]], len(others[-1])
     if held and not 0 <= stop <= offset:
-        yield b"".join(parts) if parts else None
+        yield b"".join(parts) if held <= LINE_BYTES else None
 
 
 def _text_in(line: bytes | None, field: str, first: bool) -> bytes:
@@ -174,10 +174,10 @@ def _text_in(line: bytes | None, field: str, first: bool) -> bytes:
         if b"\0" in line:
             raise Unreadable(why_no_text(line)) from None
         more = "; JSONL has a whole object in each line" if line.strip() in (b"{", b"[") else ""
-        raise Unreadable(f"no JSON ({error}): {_shown(line.decode())}{more}") from None
+        raise Unreadable(f"no JSON ({error}): {_shown(line.decode().strip())}{more}") from None
     if not isinstance(row, dict):
         more = "; JSONL has one object in each line, no list around them" if isinstance(row, list) else ""
-        raise Unreadable(f"{_KINDS[type(row)]}, not an object: {_shown(line.decode())}{more}")
+        raise Unreadable(f"{_KINDS[type(row)]}, not an object: {_shown(line.decode().strip())}{more}")
     return _encoded(_member(row, field), field)
 
 

@@ -4,6 +4,7 @@ Where a file is cut into pieces depends on the file alone, so that any number of
 document, line, row and token belongs to exactly one piece.
 """
 
+import io
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFile
 
-from workers.common.errors import ConfigError
+from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import open_place, open_source, storage_errors
 
 PIECE_BYTES = 64 * 2**20
@@ -53,7 +55,8 @@ def url_of(fs: AbstractFileSystem, path: str, s3_endpoint: str = "") -> str:
     """
     url = path if isinstance(fs, LocalFileSystem) else _chain(_protocol(fs), path, fs.storage_options)
     again, found = _open(url, s3_endpoint)
-    if (again, found) != (fs, path):
+    same = isinstance(again, LocalFileSystem) if isinstance(fs, LocalFileSystem) else again == fs
+    if not same or found != path:
         raise ConfigError(f"{url!r}: it would be opened as {found!r}; rename it: letters, digits, -, _, . and single /")
     return url
 
@@ -88,18 +91,34 @@ def opened(piece: Piece) -> tuple[AbstractFileSystem, str]:
 class Source:
     """A file that is read; what fails here is the storage's fault, and what fails above it the file's."""
 
+    failed: StorageError | None = None
+    """Kept, for Arrow makes errors of its own of it."""
+
     def __init__(self, file: Any, url: str) -> None:
         self.file, self.url, self.closed = file, url, False
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes."""
-        with storage_errors(self.url):
+        with self._kept():
+            if size > 0 and isinstance(whole := getattr(self.file, "size", None), int):
+                size = min(size, max(0, whole - self.file.tell()))  # A damaged file may ask for terabytes.
             return cast(bytes, self.file.read(size))
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Go to a byte."""
-        with storage_errors(self.url):
+        if offset < 0 and whence == 0:
+            raise ValueError(f"there is no byte {offset}")  # A damaged file asks for it.
+        with self._kept():
             return self.file.seek(offset, whence)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            with storage_errors(self.url):
+                yield
+        except StorageError as error:
+            self.failed = error
+            raise
 
     def tell(self) -> int:
         """Return the byte that is next."""
@@ -135,7 +154,10 @@ def source_of(piece: Piece, beside: str = "") -> Iterator[Source]:
     if beside:
         url, path = other_ending(url, beside), other_ending(path, beside)
     with storage_errors(url):
-        source = Source(fs.open(path, "rb"), url)
+        file = fs.open(path, "rb")
+    if isinstance(file, MemoryFile):  # One object for all who open it, with one position.
+        file = io.BytesIO(file.getbuffer())
+    source = Source(file, url)
     try:
         yield source
     finally:

@@ -1,6 +1,7 @@
 """Parquet and Arrow: the text's column alone, a few rows at a time, whatever type the text has there."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,12 @@ BATCH_BYTES = 8 * 2**20
 BUFFER_BYTES = 2**20
 MAX_ROWS = 8192
 _FILE = b"ARROW1"
+_OF_DAMAGE = (ValueError, KeyError, IndexError, OverflowError)
+"""What pyarrow lets through of a file whose bytes were changed."""
+
+
+class NoColumn(Unreadable):
+    """No row of the file has the text."""
 
 
 def parquet_cuts(source: Source) -> list[tuple[int, int, int]]:
@@ -25,8 +32,9 @@ def parquet_cuts(source: Source) -> list[tuple[int, int, int]]:
     Raises:
         Unreadable: it is damaged.
     """
-    about = _opened(source).metadata
-    return cuts([about.row_group(number).total_byte_size for number in range(about.num_row_groups)])
+    with _damage(source):
+        about = _opened(source).metadata
+        return cuts([about.row_group(number).total_byte_size for number in range(about.num_row_groups)])
 
 
 def arrow_cuts(source: Source, size: int) -> list[tuple[int, int, int]]:
@@ -37,10 +45,8 @@ def arrow_cuts(source: Source, size: int) -> list[tuple[int, int, int]]:
     """
     if not _is_file(source):
         return []
-    try:
+    with _damage(source):
         return even_cuts(ipc.open_file(source).num_record_batches, size)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(error) from error
 
 
 def table_documents(piece: Piece, field: str, bad: Callable[[int, str], None]) -> Iterator[Document]:
@@ -66,6 +72,9 @@ def table_documents(piece: Piece, field: str, bad: Callable[[int, str], None]) -
                             yield Document(whole, row)
                     except Unreadable as error:
                         bad(row, str(error))
+        except NoColumn as error:
+            if not piece.start:  # Once for the file.
+                bad(0, str(error))
         except Unreadable as error:
             bad(row and row + 1, str(error))
 
@@ -88,50 +97,56 @@ Texts = Iterator[tuple[int, "list[bytes | None] | Unreadable"]]
 
 def _parquet(source: Source, piece: Piece, field: str) -> Texts:
     file = _opened(source)
-    path = _path(file.schema_arrow, field)
-    for number in range(piece.start, file.num_row_groups if piece.stop < 0 else piece.stop):
-        group, seen = file.metadata.row_group(number), 0
-        size = sum(
-            group.column(i).total_uncompressed_size
-            for i in range(group.num_columns)
-            if group.column(i).path_in_schema == ".".join(path)
-        )
+    with _damage(source):
+        path = _path(file.schema_arrow, field)
+        stop = file.num_row_groups if piece.stop < 0 else piece.stop
+        groups = [file.metadata.row_group(number) for number in range(piece.start, stop)]
+        sizes = [_bytes_of(group, ".".join(path)) for group in groups]
+    for number, group, size in zip(range(piece.start, stop), groups, sizes, strict=True):
+        seen = 0
         rows = max(1, min(MAX_ROWS, BATCH_BYTES * group.num_rows // max(1, size)))
         columns = [".".join(path)]
         try:
-            for batch in file.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False):
-                yield batch.num_rows, (texts := _texts(batch, path))
-                seen += len(texts)
-        except (pa.ArrowException, OSError) as error:
-            yield group.num_rows - seen, Unreadable(f"row group {number} is damaged ({_said(error)})")
+            with _damage(source):
+                for batch in file.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False):
+                    yield batch.num_rows, (texts := _texts(batch, path))
+                    seen += len(texts)
+        except Unreadable as error:
+            yield group.num_rows - seen, Unreadable(f"row group {number}: {error}")
+
+
+def _bytes_of(group: pq.RowGroupMetaData, path: str) -> int:
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == path)
 
 
 def _arrow(source: Source, piece: Piece, field: str) -> Texts:
-    if not _is_file(source):
-        yield from _stream(source, field)
-        return
-    try:
-        schema = ipc.open_file(source).schema
+    whole = _is_file(source)
+    with _damage(source):
+        schema = (ipc.open_file if whole else ipc.open_stream)(source).schema
         path = _path(schema, field)
         wanted = ipc.IpcReadOptions(included_fields=[schema.get_field_index(path[0])], use_threads=False)
-        reader = ipc.open_file(source, options=wanted)
-        for number in range(piece.start, reader.num_record_batches if piece.stop < 0 else piece.stop):
-            batch = reader.get_batch(number)
-            yield batch.num_rows, _texts(batch, path)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(error) from error
-
-
-def _stream(source: Source, field: str) -> Texts:
-    try:
-        schema = ipc.open_stream(source).schema
-        path = _path(schema, field)
         source.seek(0)
-        wanted = ipc.IpcReadOptions(included_fields=[schema.get_field_index(path[0])], use_threads=False)
-        for batch in ipc.open_stream(source, options=wanted):
+        if whole:
+            reader = ipc.open_file(source, options=wanted)
+            stop = reader.num_record_batches if piece.stop < 0 else piece.stop
+            batches = (reader.get_batch(number) for number in range(piece.start, stop))
+        else:
+            batches = ipc.open_stream(source, options=wanted)
+        for batch in batches:
             yield batch.num_rows, _texts(batch, path)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(error) from error
+
+
+@contextmanager
+def _damage(source: Source) -> Iterator[None]:
+    """Tell a file that is damaged from storage that fails."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, *_OF_DAMAGE) as error:
+        if source.failed:
+            raise source.failed from error
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unreadable(f"damaged or cut off ({said[0]})") from error
 
 
 def _is_file(source: Source) -> bool:
@@ -142,18 +157,8 @@ def _is_file(source: Source) -> bool:
 
 
 def _opened(source: Source) -> pq.ParquetFile:
-    try:
+    with _damage(source):
         return pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(error) from error
-
-
-def _damaged(error: Exception) -> Unreadable:
-    return Unreadable(f"damaged or cut off ({_said(error)})")
-
-
-def _said(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _path(schema: pa.Schema, field: str) -> list[str]:
@@ -169,14 +174,14 @@ def _path(schema: pa.Schema, field: str) -> list[str]:
         if place < 0:
             twice = schema.names.count(name) > 1
             columns = ", ".join(schema.names) or "none"
-            raise Unreadable(
+            raise NoColumn(
                 f"more than one column is called {name!r}"
                 if twice
                 else f"no column {field!r}; its columns are {columns}"
             )
         kind = kind.field(place).type
     if not _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
-        raise Unreadable(f"column {field!r} is of type {kind}, not of text")
+        raise NoColumn(f"column {field!r} is of type {kind}, not of text")
     return path
 
 
