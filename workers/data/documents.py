@@ -43,12 +43,16 @@ def pieces_of(fs: AbstractFileSystem, path: str, format: str = "auto", s3_endpoi
     if beside and path.endswith(".idx"):
         return []  # It is read with its tokens.
     found = Found("megatron", certain=True) if beside else recognize(head, path)
+    if found.format == "megatron" and not beside:
+        found = replace(
+            found, format="", wrong="is the index of a Megatron data set; its tokens, a .bin beside it, are not there"
+        )
     if format != "auto":
         found = _named(found, format, url)
     whole = Piece(url, found.format, size=size or 0, compression=found.compression, s3_endpoint=s3_endpoint)
     if found.wrong:
         return [replace(whole, format="", wrong=found.wrong)]
-    if not head:
+    if not head and not beside:
         return []
     try:
         cuts = _cuts(whole)
@@ -109,7 +113,7 @@ def _cuts(piece: Piece) -> list[tuple[int, int, int]]:
             (stop - PIECE_BYTES, min(stop, piece.size), min(stop, piece.size) - stop + PIECE_BYTES) for stop in stops
         ]
     if piece.format == "megatron":
-        with storage_errors(piece.url), source_of(piece, ".idx") as index:
+        with source_of(piece, ".idx") as index:
             return megatron_cuts(index, piece.size)
     if piece.format in (*TABLES, "npy"):
         with source_of(piece) as source:
