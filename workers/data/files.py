@@ -7,7 +7,7 @@ and nobody would notice.
 import os
 import re
 import sysconfig
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,33 @@ def files_of(
     """
     if not (parts := parts_of(source, s3_endpoint=s3_endpoint)):
         raise ConfigError(f"data.source={source!r}: it names nothing")
+    yield from _files_of(parts, f"data.source={source!r}", outputs, s3_endpoint)
+
+
+def files_of_urls(
+    urls: Sequence[str], outputs: Collection[str] = (), s3_endpoint: str = "", key: str = "data.sources"
+) -> Iterator[tuple[AbstractFileSystem, str]]:
+    """Do the same for URLs that stand each for itself, whatever commas are in them.
+
+    Args:
+        urls: names, folders and globs of any fsspec URL, or `python-stdlib`.
+        outputs: absolute paths of the run's own files whose names a person has chosen.
+        s3_endpoint: of an S3 store that is not AWS.
+        key: of the config, for messages: `data.sources[NAME].urls`.
+
+    Raises:
+        ConfigError: a URL finds nothing.
+        StorageError: a place cannot be looked at.
+    """
+    parts = [url.strip() for url in urls]
+    if not all(parts) or not parts:
+        raise ConfigError(f"{key}={list(urls)!r}: one or all of them name nothing")
+    yield from _files_of(parts, f"{key}={(parts[0] if len(parts) == 1 else parts)!r}", outputs, s3_endpoint)
+
+
+def _files_of(
+    parts: Sequence[str], key: str, outputs: Collection[str], s3_endpoint: str
+) -> Iterator[tuple[AbstractFileSystem, str]]:
     for part in parts:
         if part == STDLIB:
             fs, found = fsspec.filesystem("file"), _standard_library()
@@ -84,10 +111,10 @@ def files_of(
                 fs, path = open_source(part, s3_endpoint)
                 found = _found(fs, path, outputs)
         if not found:
-            of = "" if parts == [source.strip()] else f" in {part!r}"
+            of = "" if len(parts) == 1 else f" in {part!r}"
             why = f"no file found{of}; name a file, a folder, a glob or a URL with text in it"
             why += " (below a folder hidden files do not count, nor what runs have written)"
-            raise ConfigError(f"data.source={source!r}: {why}")
+            raise ConfigError(f"{key}: {why}")
         yield from ((fs, name) for name in found)
 
 
