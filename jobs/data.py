@@ -5,10 +5,8 @@ Both read what lies in storage, and no config: a step's samples are a pure funct
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from workers.data.tokenizer import Tokenizer, load_tokenizer
 
 from jobs.load import load_values
 from jobs.record import read_record
@@ -19,8 +17,9 @@ from orchestrator.preflight import corpora_of, data_identity, refuse_other
 from orchestrator.record.journal import read_journal
 from workers.common.errors import ConfigError
 from workers.common.storage import Store, absolute_url
-from workers.data.corpus import SPLITS, Corpus, load
+from workers.data.corpus import Corpus, load
 from workers.data.ends import DocumentEnds
+from workers.data.tokenizer import Tokenizer, load_tokenizer
 from workers.data.tokens import TokenSplit
 
 SHOWN_BYTES = 200

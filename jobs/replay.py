@@ -34,7 +34,8 @@ from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError, TrainingError
-from workers.data.corpus import Corpus, prepare
+from workers.data.corpus import Corpus
+from workers.data.prepare import prepare
 from workers.reports import Report, StepDone, Validated
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def _corpora(config: RunConfig, attempt: Attempt, warn: Callable[[str], object])
     except StorageError as error:
         warn(f"the run's own tokens cannot be read here ({error}); its text is prepared anew")
         here = replace(config.data, prepared_url=str(Path("runs/data").resolve()))
-        return (prepare(here, s3_endpoint=endpoint),)
+        return prepare(here, s3_endpoint=endpoint)
 
 
 def _workers(config: RunConfig) -> str:

@@ -7,7 +7,7 @@ beside Ray's start and the workers' own imports.
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.config import RunConfig, database, database_files, flatten
@@ -20,7 +20,8 @@ from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
 from workers.data.config import DataConfig
-from workers.data.corpus import Corpus, check_corpora, load, prepare
+from workers.data.corpus import Corpus, check_corpora, load
+from workers.data.prepare import prepare
 from workers.task import Origin
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def check_inputs(config: RunConfig, corpora: tuple[Corpus, ...] | None = None) -
     endpoint = config.storage.s3_endpoint
     fences = Store(url, endpoint).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
-    corpora = corpora or (prepare(config.data, database_files(config.tracking.uri), endpoint),)
+    corpora = corpora or prepare(config.data, database_files(config.tracking.uri), endpoint)
     if problems := check_corpora(corpora, config.train.seq_len, config.train.global_batch):
         raise ConfigError("\n".join(problems))
     return Inputs(corpora, "" if fences else warning)
@@ -258,7 +259,7 @@ def corpora_of(urls: Mapping[str, str], s3_endpoint: str) -> tuple[Corpus, ...]:
     Raises:
         StorageError: one is missing or damaged.
     """
-    return tuple(replace(load(Store(url, s3_endpoint)), name=name) for name, url in urls.items())
+    return tuple(load(Store(url, s3_endpoint), name) for name, url in urls.items())
 
 
 def in_background(work: Callable[[], T], may_be_torn: bool) -> Future[T]:

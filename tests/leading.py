@@ -31,7 +31,7 @@ from workers.checkpoint.shards import CheckpointReader
 from workers.common.storage import Store
 from workers.config import CheckpointConfig, TrainConfig
 from workers.data.config import DataConfig
-from workers.data.corpus import prepare
+from workers.data.prepare import prepare
 from workers.reports import Report, StepDone, Validated
 
 
@@ -142,7 +142,7 @@ class Lead:
 
     def __init__(self, config: RunConfig, cluster: ProcessCluster, folder: Path, url: str = "") -> None:
         self.config, self.cluster, self.notes = config, cluster, Notes()
-        self.corpora = (prepare(config.data, s3_endpoint=config.storage.s3_endpoint),)
+        self.corpora = prepare(config.data, s3_endpoint=config.storage.s3_endpoint)
         self.lease = Lease(Store(f"{url or folder}/run", config.storage.s3_endpoint), strict=False)
         self.log = RunLog(self.lease.store)
         origin = None if self.log.commits else find_origin(config)

@@ -22,7 +22,7 @@ from workers.common.errors import RaymuonError
 from workers.common.source import ROOMS
 from workers.common.storage import Store
 from workers.data.config import DataConfig
-from workers.data.corpus import prepare
+from workers.data.prepare import prepare
 
 MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.package"}
 CALLS = {

@@ -18,7 +18,7 @@ from jobs.load import load
 from jobs.tell import tell
 from orchestrator.config import absolute, task_of
 from workers.controls import Controls
-from workers.data.corpus import prepare
+from workers.data.prepare import prepare
 from workers.task import Place
 from workers.training import join, train
 

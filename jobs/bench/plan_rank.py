@@ -24,7 +24,7 @@ from workers.calibrate import (
     processor_share,
 )
 from workers.controls import Controls, Pause
-from workers.data.corpus import prepare
+from workers.data.prepare import prepare
 from workers.engine import Engine
 from workers.loop import Trainer
 from workers.reports import Report, StepDone

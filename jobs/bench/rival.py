@@ -127,7 +127,7 @@ def train_loop(settings: dict[str, str]) -> None:
     from workers.checkpoint.shards import CheckpointReader, write_shard
     from workers.common.storage import Store
     from workers.controls import Controls
-    from workers.data.corpus import prepare
+    from workers.data.prepare import prepare
     from workers.engine import adopt_process_group, build_engine, default_device
     from workers.loop import Trainer
     from workers.reports import StepDone

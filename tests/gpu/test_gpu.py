@@ -17,7 +17,7 @@ from tests.trainer import trainer_of
 from tests.workers.test_moonlight import TINY, tiny
 from workers.config import CheckpointConfig, TelemetryConfig, TrainConfig
 from workers.data.config import DataConfig
-from workers.data.corpus import prepare
+from workers.data.prepare import prepare
 from workers.models import attention as attention_module
 from workers.models import logits_of
 from workers.models.attention import CausalAttention, take_logits, watch
@@ -110,7 +110,7 @@ def train_bf16(rank: int, world_size: int, folder: str, qk_clip: float = 0.0) ->
         train=train,
         checkpoint=CheckpointConfig(every=0),
         seed=0,
-        corpora=(prepare(data),),
+        corpora=prepare(data),
         run_url=f"{folder}/run",
         attempt=1,
         manifest=None,

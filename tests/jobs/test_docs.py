@@ -137,7 +137,7 @@ def test_the_tutorials_own_config_finds_its_text_in_an_empty_folder(tmp_path, mo
     (config,) = blocks("yaml")
     Path("my.yaml").write_text(config)
     loaded = load("my.yaml", [])
-    corpus = prepare(loaded.data)
+    (corpus,) = prepare(loaded.data)
     assert not check_corpus(corpus, loaded.train.seq_len, loaded.train.global_batch)
 
 

@@ -28,7 +28,7 @@ from workers.checkpoint.shards import write_shard
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
 from workers.config import CheckpointConfig
-from workers.data.corpus import prepare
+from workers.data.prepare import prepare
 from workers.reports import Planned, StepDone, Validated
 
 
@@ -178,7 +178,7 @@ def test_rows_that_are_told_written_are_whatever_the_environment_says(tmp_path, 
 def test_a_run_that_has_checkpoints_needs_its_origin_no_more(tracking, tmp_path):
     config = config_of(tmp_path, train={"init": f"{tmp_path}/gone"})
     config = replace(config, checkpoint=CheckpointConfig(url=str(tmp_path)), tracking=TrackingConfig(uri=tracking.uri))
-    corpora = (prepare(config.data),)
+    corpora = prepare(config.data)
     run_id = tracking.create(config.run.name, {"seed": 0})
     log = RunLog(run_store(config, run_id))
     log.take_over(identity(config, corpora))
@@ -195,7 +195,7 @@ def test_a_run_that_has_checkpoints_needs_its_origin_no_more(tracking, tmp_path)
 def test_steps_that_a_run_has_behind_it_are_told_with_the_way_on(tracking, tmp_path):
     config = config_of(tmp_path, train={"steps": 60}, run=RunInfo(name="further"))
     config = replace(config, checkpoint=CheckpointConfig(url=str(tmp_path)), tracking=TrackingConfig(uri=tracking.uri))
-    corpora = (prepare(config.data),)
+    corpora = prepare(config.data)
     run_id = tracking.create(config.run.name, {"seed": 0})
     log = RunLog(run_store(config, run_id))
     elsewhere = find_run(config, corpora, "auto")

@@ -1,6 +1,6 @@
+import hashlib
 import json
 import os
-import tempfile
 import threading
 import zipfile
 from dataclasses import replace
@@ -13,13 +13,26 @@ import numpy as np
 import pytest
 
 from workers.common.errors import ConfigError, StorageError
-from workers.data import corpus as corpus_module
+from workers.data import prepare as prepare_module
 from workers.data.config import DataConfig
-from workers.data.corpus import Corpus, check_corpus, load, prepare
+from workers.data.corpus import SPLITS, Corpus, check_corpus, load
 from workers.data.files import files_of
+from workers.data.prepare import prepare as prepare_all
 from workers.data.tokens import TokenSplit
 
 RUN = "0123456789abcdef0123456789abcdef"
+
+
+def read(corpus: Corpus) -> None:
+    """Read all that there is to train on."""
+    split = TokenSplit(corpus, corpus.train, 16)
+    split.batch(range(split.num_samples))
+
+
+def prepare(*arguments, **options) -> Corpus:
+    """Prepare the only source."""
+    (corpus,) = prepare_all(*arguments, **options)
+    return corpus
 
 
 @pytest.fixture
@@ -70,9 +83,9 @@ def test_a_document_of_which_nothing_is_held_out_does_not_end_there(texts, tmp_p
 
 
 def test_samples_run_on_over_shards(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "SHARD_BYTES", 100)
+    monkeypatch.setattr(prepare_module, "GROUP_BYTES", 1)  # A file each.
     many = prepare(config(texts, tmp_path))
-    assert len(many.train) > 5
+    assert len(many.train) > 1
     whole = b"".join(np.fromfile(f"{many.url}/{s.name}", dtype=np.uint8).tobytes() for s in many.train)
     split = TokenSplit(many, many.train, seq_len=64)
     assert split.num_samples == (len(whole) - 1) // 64
@@ -259,11 +272,11 @@ def test_the_advice_about_damaged_tokens_makes_the_same_ones_again(texts, tmp_pa
     whole = shard.read_bytes()
     HARMS[harm](shard)
     with pytest.raises(StorageError, match=r"train-00000.bin: (damaged .*; delete it|missing).*makes it again"):
-        TokenSplit(corpus, corpus.train, 16)
+        read(corpus)
     if harm == "a byte":
         shard.unlink()
     assert prepare(wanted) == corpus and shard.read_bytes() == whole
-    assert TokenSplit(corpus, corpus.train, 16).num_samples
+    read(corpus)
 
 
 def test_what_was_left_beside_a_lost_index_is_not_trusted(texts, tmp_path):
@@ -272,21 +285,7 @@ def test_what_was_left_beside_a_lost_index_is_not_trusted(texts, tmp_path):
     HARMS["a byte"](Path(corpus.url, corpus.train[0].name))
     Path(corpus.url, "index.json").unlink()
     assert prepare(wanted) == corpus
-    TokenSplit(corpus, corpus.train, 16)
-
-
-def test_a_damaged_copy_of_a_remote_shard_is_copied_again(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    corpus = prepare(replace(config(texts, tmp_path), prepared_url=f"memory://{tmp_path.name}"))
-    TokenSplit(corpus, corpus.train, 16)
-    (copy,) = (file for file in tmp_path.glob("raymuon-tokens-*/*") if file.name == corpus.train[0].sha256)
-    for harm in HARMS.values():
-        harm(copy)
-        assert TokenSplit(corpus, corpus.train, 16).num_samples
-    fsspec.filesystem("memory").pipe_file(f"{corpus.url}/{corpus.train[0].name}", b"other")
-    copy.unlink()
-    with pytest.raises(StorageError, match=r"train-00000.bin: damaged"):
-        TokenSplit(corpus, corpus.train, 16)
+    read(corpus)
 
 
 @pytest.mark.parametrize(
@@ -326,13 +325,28 @@ def test_an_unknown_format_is_refused(texts, tmp_path):
         load(corpus.store)
 
 
-def test_a_corpus_of_the_first_format_is_read_and_never_taken_for_a_new_one(texts, tmp_path, monkeypatch):
-    """Its training split has no ends of documents: it is read for replays, and every new run has one of its own."""
-    monkeypatch.setattr(corpus_module, "FORMAT", "raymuon-tokens-1")
-    old = prepare(config(texts, tmp_path))
-    monkeypatch.undo()
-    assert load(old.store) == old
-    assert prepare(config(texts, tmp_path)).url != old.url
+@pytest.mark.parametrize("form", ["raymuon-tokens-1", "raymuon-tokens-2"])
+def test_a_corpus_of_an_older_format_is_read(texts, tmp_path, form):
+    """It has no sums of blocks and no ends of documents beside its shards, and is checked whole."""
+    new = prepare(config(texts, tmp_path))
+    folder = Path(new.url)
+    index = json.loads((folder / "index.json").read_text())
+    splits = {
+        split: [{key: one[key] for key in ("name", "tokens", "sha256")} for one in index[split]] for split in SPLITS
+    }
+    content = hashlib.sha256(json.dumps([form, splits]).encode()).hexdigest()
+    older = {"format": form, "content_hash": content, "source": "", "documents": new.documents, **splits}
+    (folder / "index.json").write_text(json.dumps(older))
+    for file in [*folder.glob("*.sums"), *folder.glob("*.ends")]:
+        file.unlink()
+    old = load(new.store)
+    assert (TokenSplit(old, old.train, 16).batch([0, 1]) == tokens).all()
+    assert prepare(config(texts, tmp_path)) == old
+    if form == "raymuon-tokens-2":
+        assert old.content_hash == new.content_hash, "runs of that version go on"
+    HARMS["a byte"](folder / old.train[0].name)
+    with pytest.raises(StorageError, match="train-00000.bin: damaged"):
+        read(old)
 
 
 def test_the_standard_library_is_about_twelve_megabytes(tmp_path):

@@ -15,7 +15,7 @@ from tests.workers.test_moonlight import TINY
 from workers.common.errors import TrainingError
 from workers.config import CheckpointConfig, StorageConfig, TrainConfig
 from workers.data.config import DataConfig
-from workers.data.corpus import prepare
+from workers.data.prepare import prepare
 from workers.phases import Phase
 from workers.reports import ShardWritten, StepDone, Validated
 from workers.task import KeeperLinks, Place, Task
@@ -36,7 +36,7 @@ def task_of(folder, **train) -> Task:
         train=TrainConfig(**{**settings, "sample_prompt": "", **train}),
         checkpoint=CheckpointConfig(every=2),
         seed=3,
-        corpora=(prepare(data),),
+        corpora=prepare(data),
         run_url=f"{folder}/run",
         attempt=1,
         manifest=None,

@@ -16,7 +16,7 @@ from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store, absolute_url, open_source
 from workers.common.uploads import Bandwidth, upload
 from workers.data.config import DataConfig
-from workers.data.corpus import prepare
+from workers.data.prepare import prepare
 
 
 @pytest.mark.parametrize("scheme", ["local", "memory"])

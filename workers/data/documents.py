@@ -15,7 +15,6 @@ from workers.common.text import visible
 from workers.data.formats import HEAD, TEXTS, Found, recognize
 from workers.data.lines import Document, Unreadable, json_documents, lines_before, text_of
 from workers.data.pieces import PIECE_BYTES, Piece, other_ending, source_of, url_of
-from workers.data.tables import arrow_cuts, parquet_cuts, table_documents, table_rows_before
 from workers.data.token_files import megatron_cuts, npy_cuts
 
 TABLES = ("parquet", "arrow")
@@ -84,6 +83,8 @@ def documents(piece: Piece, field: str, bad: Callable[[str], None]) -> Iterator[
     elif piece.format == "jsonl":
         yield from json_documents(piece, field, bad_row)
     elif piece.format in TABLES:
+        from workers.data.tables import table_documents  # pyarrow takes its time to import.
+
         yield from table_documents(piece, field, bad_row)
     else:
         try:
@@ -101,6 +102,8 @@ def rows_before(piece: Piece) -> int:
     if piece.format == "jsonl":
         return lines_before(piece)
     if piece.format in TABLES:
+        from workers.data.tables import table_rows_before
+
         return table_rows_before(piece)
     return piece.start if piece.format == "megatron" else 0
 
@@ -119,6 +122,8 @@ def _cuts(piece: Piece) -> list[tuple[int, int, int]]:
         with source_of(piece) as source:
             if piece.format == "npy":
                 return npy_cuts(source, piece.size)
+            from workers.data.tables import arrow_cuts, parquet_cuts
+
             return parquet_cuts(source) if piece.format == "parquet" else arrow_cuts(source, piece.size)
     return []
 

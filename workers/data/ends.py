@@ -1,6 +1,6 @@
 """Where documents end among the tokens of a split, and which file and row each came from.
 
-Beside each shard lies NAME.ends, a table of three little-endian uint64 for each document in it: the offset of the token
+Beside each shard lies `train-00000.ends`, a table of three little-endian uint64 for each document in it: the offset of the token
 after its last one within the shard, the number of its file in the index's list, and its row there (0: the whole file).
 No document goes on in another shard. A table is read whole when something in its shard is asked for, and checked.
 """
@@ -85,13 +85,13 @@ class DocumentEnds:
 
     def _read(self, number: int) -> np.ndarray:
         shard = self.shards[number]
-        name = f"{self.corpus.url}/{shard.name}.ends"
+        name = f"{self.corpus.url}/{shard.beside('ends')}"
         if not shard.ends:
             raise StorageError(
                 f"{name}: tokens that were prepared by an older raymuon have no ends of documents beside them; delete "
                 f"{self.corpus.url}. {REMAKE}"
             )
-        table = self.corpus.store.read(f"{shard.name}.ends")
+        table = self.corpus.store.read(shard.beside("ends"))
         if hashlib.sha256(table).hexdigest() != shard.ends:
             raise StorageError(f"{name}: damaged (its SHA-256 is not the index's); delete {self.corpus.url}. {REMAKE}")
         return np.frombuffer(table, "<u8").reshape(-1, 3).astype(np.int64)

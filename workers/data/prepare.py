@@ -1,0 +1,460 @@
+"""Text becomes token shards, once, at a URL that every node can read.
+
+A source's files are cut into pieces, neighbouring pieces are put into groups, and each group makes one shard for each
+split. Pieces and groups depend on the files alone, so the bytes are the same whoever makes which group when: any number
+of tasks, or this process. A finished group leaves a note, written last; a group that has one is not made again. When
+all have one, the index is written out of them, and they go.
+
+What is held out is never learned: the end of each text file, or whole rows by the hash of their text. The end of a
+document ends its part in both splits: what is only in one of them is never learned, or never measured.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fsspec import AbstractFileSystem
+
+from workers.common import disk
+from workers.common.errors import ConfigError
+from workers.common.storage import Store, is_remote, storage_errors
+from workers.data.config import DataConfig, SourceConfig
+from workers.data.corpus import BYTES_FORMAT, FORMAT, SPLITS, Corpus, Shard, content_hash, has_shards, load
+from workers.data.documents import TOKENS, documents, pieces_of
+from workers.data.files import files_of, files_of_urls
+from workers.data.pieces import Piece
+from workers.data.token_files import token_documents
+from workers.data.tokenizer import Tokenizer, load_tokenizer
+from workers.data.tokens import BLOCK
+
+GROUP_BYTES = 64 * 2**20
+"""Of text that makes one shard for each split; more where there would be more groups than MOST_GROUPS."""
+MOST_GROUPS = 10_000
+BATCH_BYTES = 1 << 20
+"""Of text that is encoded at once."""
+BAD_SHOWN = 20
+VALIDATORS = {"ETag", "Last-Modified", "Content-MD5", "Digest"}
+"""By which a web server tells that a file is another one; fsspec's info has them under these names."""
+KEY = np.dtype("V16")
+"""Of a document, for duplicates: the first half of its text's SHA-256."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the documents of a source become tokens."""
+
+    tokenizer: str
+    begin: str
+    end: str
+    field: str
+    held_out: str
+    held_out_fraction: float
+    max_bad_documents: int
+    key: str
+    """Of the config, for messages."""
+    s3_endpoint: str = ""
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, which a process loads once."""
+        return _tokenizer(self.tokenizer, self.begin, self.end, self.s3_endpoint)
+
+
+_tokenizer = lru_cache(4)(load_tokenizer)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring pieces of a source that make one shard for each split."""
+
+    number: int
+    first: int
+    """Number of its first piece in the source."""
+    pieces: tuple[Piece, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its note."""
+        return f"groups/{self.number:05d}.json"
+
+    @property
+    def size(self) -> int:
+        """In bytes of input."""
+        return sum(piece.size for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A source that is to be prepared, or is."""
+
+    name: str
+    store: Store
+    """Its own folder."""
+    recipe: Recipe
+    groups: tuple[Group, ...]
+    after: tuple[Store, ...] = ()
+    """Sources whose documents are left out of this one, and this one, where duplicates are."""
+
+    def prepared(self) -> Corpus | None:
+        """Return it where it is there whole."""
+        if not self.store.exists("index.json") or not has_shards(corpus := load(self.store, self.name)):
+            return None
+        return corpus
+
+    def missing(self) -> list[Group]:
+        """Return the groups that nobody has finished yet."""
+        there = {*self.store.names("groups")}
+        return [group for group in self.groups if Path(group.name).name not in there]
+
+
+def works_of(config: DataConfig, outputs: Collection[str] = (), s3_endpoint: str = "") -> list[Work]:
+    """Return what there is to prepare, source by source; it reads no more than lists and the files' first bytes.
+
+    Args:
+        config: what is read, and where the tokens go.
+        outputs: absolute paths of the run's own files, which are no text wherever they lie.
+        s3_endpoint: of an S3 store that is not AWS.
+
+    Raises:
+        ConfigError: no file matches, or one is not of the format that was named.
+        StorageError: a place cannot be looked at.
+    """
+    works: list[Work] = []
+    tokenizer = _tokenizer(config.tokenizer, config.begin_of_document, config.end_of_document, s3_endpoint)
+    for source in config.sources or (None,):
+        if source is None:
+            files, key = files_of(config.source, outputs, s3_endpoint), f"data.source={config.source!r}"
+            source = SourceConfig(name="source", urls=(config.source,))
+            name = ""
+        else:
+            key, name = f"data.sources[{source.name}]", source.name
+            files = files_of_urls(source.urls, outputs, s3_endpoint, f"{key}.urls")
+        versions, pieces = [], []
+        for fs, path in files:
+            with storage_errors(path):
+                versions.append(f"{path}\0{fs.size(path)}\0{_version_of(fs, path)}\n")
+            pieces += pieces_of(fs, path, source.format, s3_endpoint)
+        recipe = Recipe(
+            *(config.tokenizer, config.begin_of_document, config.end_of_document, source.field),
+            *(config.held_out, config.held_out_fraction, config.max_bad_documents, key, s3_endpoint),
+        )
+        made_of: tuple[Any, ...] = (BYTES_FORMAT, config.held_out_fraction)
+        if not _is_as_ever(recipe, pieces, tokenizer, config.deduplicate):
+            made_of = (FORMAT, config.held_out_fraction, config.held_out, source.format, source.field, tokenizer.sha256)
+            made_of += tuple(work.store.url for work in works) if config.deduplicate else ()
+            made_of += (config.deduplicate,)
+        fingerprint = hashlib.sha256(repr(made_of).encode())
+        for version in versions:
+            fingerprint.update(version.encode())
+        store = Store(config.prepared_url, s3_endpoint).child(fingerprint.hexdigest()[:16])
+        after = (*(work.store for work in works), store) if config.deduplicate else ()
+        works.append(Work(name, store, recipe, tuple(groups_of(pieces)), after))
+    return works
+
+
+def _is_as_ever(recipe: Recipe, pieces: list[Piece], tokenizer: Tokenizer, deduplicate: bool) -> bool:
+    """Tell whether the tokens are what they were when there was nothing but text files and bytes.
+
+    Their folder has the name that it had, and they have the hash that they had.
+    """
+    plain = all(piece.format == "text" and not piece.compression for piece in pieces)
+    return plain and not tokenizer.sha256 and not deduplicate and recipe.held_out != "documents"
+
+
+def _version_of(fs: AbstractFileSystem, path: str) -> str:
+    """Return what changes with a file: fsspec's own `ukey` of web servers and archives goes by the name alone."""
+    if {"http", "https"} & {*fs.protocol} and not VALIDATORS & fs.info(path).keys():
+        return hashlib.sha256(fs.cat_file(path)).hexdigest()  # type: ignore[arg-type]
+    return AbstractFileSystem.ukey(fs, path)
+
+
+def groups_of(pieces: list[Piece]) -> Iterator[Group]:
+    """Yield the pieces in groups of about GROUP_BYTES."""
+    most = max(GROUP_BYTES, sum(piece.size for piece in pieces) // MOST_GROUPS)
+    first, size, number = 0, 0, 0
+    for at, piece in enumerate(pieces):
+        if size and size + piece.size > most:
+            yield Group(number, first, tuple(pieces[first:at]))
+            first, size, number = at, 0, number + 1
+        size += piece.size
+    if pieces:
+        yield Group(number, first, tuple(pieces[first:]))
+
+
+def prepare(
+    config: DataConfig,
+    outputs: Collection[str] = (),
+    s3_endpoint: str = "",
+    progress: Callable[[dict[str, Any]], object] = lambda note: None,
+) -> tuple[Corpus, ...]:
+    """Return the prepared sources of a config; make here, one group after another, what is not there yet.
+
+    Args:
+        config: what is read, and where the tokens go.
+        outputs: absolute paths of the run's own files, which are no text wherever they lie.
+        s3_endpoint: of an S3 store that is not AWS.
+        progress: called with the note of each group that was made.
+
+    Raises:
+        ConfigError: no file matches, there is no text in the files, or more documents are bad than may be.
+        StorageError: a place cannot be read or written.
+    """
+    found = []
+    for work in works_of(config, outputs, s3_endpoint):
+        if (corpus := work.prepared()) is None:
+            if work.after:
+                for group in work.groups:
+                    keep_keys(work, group)
+            for group in work.missing():
+                progress(make_group(work, group))
+            corpus = finish(work)
+        found.append(corpus)
+    return tuple(found)
+
+
+def keep_keys(work: Work, group: Group) -> None:
+    """Write down the keys of a group's documents, for whoever leaves out duplicates."""
+    name = _keys_name(group)
+    if not work.store.exists(name):
+        keys = [_key(text) for _, _, text in _texts(work.recipe, group, lambda told: None)]
+        work.store.put(name, b"".join(keys))
+
+
+def _keys_name(group: Group) -> str:
+    return f"keys/{group.number:05d}.bin"
+
+
+def _key(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()[: KEY.itemsize]
+
+
+def _duplicates(work: Work, group: Group) -> set[int]:
+    """Return which documents of a group, counted from 0, were there before: in it, or in what comes before it."""
+    keys: list[bytes] = []
+    for store in work.after:
+        for name in store.names("keys"):
+            if store == work.store and name >= Path(_keys_name(group)).name:
+                break
+            keys.append(store.read(f"keys/{name}"))
+    own = np.frombuffer(work.store.read(_keys_name(group)), KEY)
+    before = np.frombuffer(b"".join(keys), KEY)
+    _, first = np.unique(np.concatenate([before, own]), return_index=True)
+    return set(range(len(own))) - {*(first[first >= len(before)] - len(before)).tolist()}
+
+
+def _texts(recipe: Recipe, group: Group, bad: Callable[[str], None]) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the number of the piece, the row in it, and the text of each document of a group."""
+    for number, piece in enumerate(group.pieces, group.first):
+        for document in documents(piece, recipe.field, bad):
+            yield number, document.row, document.text
+
+
+def make_group(work: Work, group: Group) -> dict[str, Any]:
+    """Write a group's shards, and then its note, which is returned.
+
+    Raises:
+        ConfigError: more of its documents are bad than may be.
+        StorageError: a place cannot be read or written.
+    """
+    recipe, tokenizer, bad = work.recipe, work.recipe.load_tokenizer(), []
+    tell = _limited(recipe, bad)
+    skipped = _duplicates(work, group) if work.after else set()
+    numbers = {"documents": 0, "bytes": dict.fromkeys(SPLITS, 0)}
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(_Shard(work.store, split, group, tokenizer.dtype)) for split in SPLITS}
+        if group.pieces[0].format in TOKENS:
+            _copy(recipe, group, tokenizer, writers, numbers, tell)
+        else:
+            kept = (one for at, one in enumerate(_texts(recipe, group, tell)) if at not in skipped)
+            for batch in _batches(kept):
+                numbers["documents"] += len(batch)
+                parts = [part for one in batch for part in _parts(recipe, tokenizer, group, *one)]
+                for (split, number, row, text), ids in zip(parts, tokenizer.encode([p[3] for p in parts]), strict=True):
+                    writers[split].add(_ended(ids, tokenizer), number, row)
+                    numbers["bytes"][split] += len(text) + 1
+        shards = {split: writer.publish() for split, writer in writers.items()}
+    note = {
+        **numbers,
+        "duplicates": len(skipped),
+        "bad": len(bad),
+        "bad_shown": bad[:BAD_SHOWN],
+        "engine": tokenizer.engine,
+        "input_bytes": group.size,
+        "shards": {split: shard and asdict(shard) for split, shard in shards.items()},
+    }
+    work.store.put(group.name, json.dumps(note).encode())
+    return note
+
+
+def _limited(recipe: Recipe, bad: list[str]) -> Callable[[str], None]:
+    """Return what takes note of a bad document, until there are too many."""
+
+    def tell(told: str) -> None:
+        bad.append(told)
+        if len(bad) > recipe.max_bad_documents:
+            raise too_many(recipe, bad)
+
+    return tell
+
+
+def too_many(recipe: Recipe, bad: list[str]) -> ConfigError:
+    """Return the end of a preparation by bad documents."""
+    shown = "\n".join(f"  {one}" for one in bad[:BAD_SHOWN])
+    return ConfigError(
+        f"{recipe.key}: {len(bad)} document(s) cannot be read, data.max_bad_documents={recipe.max_bad_documents}:\n"
+        f"{shown}\nmend or leave out the files, or raise data.max_bad_documents to train without these documents"
+    )
+
+
+def _batches(documents: Iterable[tuple[int, int, bytes]]) -> Iterator[list[tuple[int, int, bytes]]]:
+    batch, size = [], 0
+    for one in documents:
+        batch.append(one)
+        size += len(one[2])
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _parts(
+    recipe: Recipe, tokenizer: Tokenizer, group: Group, number: int, row: int, text: bytes
+) -> Iterator[tuple[str, int, int, bytes]]:
+    """Yield the splits that have something of a document, and what."""
+    ends = recipe.held_out == "ends" or (recipe.held_out == "auto" and row == 0)
+    if not ends:
+        share = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
+        yield "validation" if share < recipe.held_out_fraction else "train", number, row, text
+        return
+    cut = len(text) - round(len(text) * recipe.held_out_fraction)
+    while tokenizer.sha256 and 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:  # Within a character.
+        cut -= 1
+    for split, part in (("train", text[:cut]), ("validation", text[cut:])):
+        if part:  # An end alone would be all that a split of short documents has.
+            yield split, number, row, part
+
+
+def _ended(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    around = [[] if special is None else [special] for special in (tokenizer.begin, tokenizer.end)]
+    return np.concatenate([np.array(around[0], ids.dtype), ids, np.array(around[1], ids.dtype)])
+
+
+def _copy(
+    recipe: Recipe,
+    group: Group,
+    tokenizer: Tokenizer,
+    writers: dict[str, "_Shard"],
+    numbers: dict[str, Any],
+    tell: Callable[[str], None],
+) -> None:
+    """Take tokens that somebody has made already, as they are; documents are held out by the hash of their tokens."""
+    for number, piece in enumerate(group.pieces, group.first):
+        for ids, row in token_documents(piece, tokenizer.vocab_size, tell):
+            stored = ids.astype(tokenizer.dtype)
+            share = int.from_bytes(hashlib.sha256(stored.tobytes()).digest()[:8], "big") / 2**64
+            split = "validation" if share < recipe.held_out_fraction else "train"
+            writers[split].add(stored, number, row)
+            numbers["documents"] += 1
+            numbers["bytes"][split] += len(ids)
+
+
+class _Shard:
+    """A shard that is being written: a temporary file on this machine's disk, whose name nobody looks for."""
+
+    def __init__(self, store: Store, split: str, group: Group, dtype: np.dtype) -> None:
+        self.store, self.name, self.dtype = store, f"{split}-{group.number:05d}.bin", dtype
+        self.whole, self.sums, self.ends, self.tokens = hashlib.sha256(), bytearray(), bytearray(), 0
+        self._block, self._stack = bytearray(), ExitStack()
+
+    def __enter__(self) -> "_Shard":
+        with storage_errors(self.store.url):
+            if is_remote(self.store.url):
+                self._target = Path(self._stack.enter_context(tempfile.TemporaryDirectory()), self.name)
+            else:
+                self._target = Path(self.store.path(self.name))
+            self._path = self._stack.enter_context(disk.temporary_beside(self._target))
+            self._file = self._stack.enter_context(self._path.open("xb"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with storage_errors(self.store.url):
+            self._stack.close()
+
+    def add(self, ids: np.ndarray, piece: int, row: int) -> None:
+        """Append a document's tokens."""
+        self._block += ids.astype(self.dtype).tobytes()
+        self.tokens += len(ids)
+        self.ends += np.array([self.tokens, piece, row], "<u8").tobytes()
+        while len(self._block) >= BLOCK:
+            self._flush(BLOCK)
+
+    def publish(self) -> Shard | None:
+        """Put the shard and what lies beside it into place; return its entry, None where it is empty."""
+        if self._block:
+            self._flush(len(self._block))
+        if not self.tokens:
+            return None
+        with storage_errors(f"{self.store.url}/{self.name}"):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if is_remote(self.store.url):
+                self.store.fs.put_file(str(self._path), self.store.path(self.name))
+            else:
+                self._path.replace(self._target)
+        hashes = (hashlib.sha256(content).hexdigest() for content in (self.sums, self.ends))
+        shard = Shard(self.name, self.tokens, self.whole.hexdigest(), *hashes)
+        for ending, content in (("sums", self.sums), ("ends", self.ends)):
+            self.store.put(shard.beside(ending), bytes(content))
+        return shard
+
+    def _flush(self, size: int) -> None:
+        block = bytes(self._block[:size])
+        del self._block[:size]
+        self.whole.update(block)
+        self.sums += hashlib.sha256(block).digest()
+        with storage_errors(self.store.url):
+            self._file.write(block)
+
+
+def finish(work: Work) -> Corpus:
+    """Write the index out of the groups' notes, and return the source.
+
+    Raises:
+        ConfigError: more documents are bad than may be, or there is no text at all.
+        StorageError: a note is missing or cannot be read.
+    """
+    store, recipe = work.store, work.recipe
+    notes = [json.loads(text) for text in store.read_all([group.name for group in work.groups])]
+    if sum(note["bad"] for note in notes) > recipe.max_bad_documents:
+        raise too_many(recipe, [told for note in notes for told in note["bad_shown"]])
+    if not sum(note["documents"] for note in notes):
+        files = len({piece.url for group in work.groups for piece in group.pieces})
+        raise ConfigError(f"{recipe.key}: {files} file(s) found, but no text in them")
+    tokenizer = recipe.load_tokenizer()
+    splits = {split: [note["shards"][split] for note in notes if note["shards"][split]] for split in SPLITS}
+    index = {
+        "format": FORMAT,
+        "content_hash": content_hash(splits, tokenizer.sha256),
+        "dtype": tokenizer.dtype.name,
+        "tokenizer": tokenizer.sha256,
+        "documents": sum(note["documents"] for note in notes),
+        "duplicates": sum(note["duplicates"] for note in notes),
+        "bad": sum(note["bad"] for note in notes),
+        "bad_shown": [told for note in notes for told in note["bad_shown"]][:BAD_SHOWN],
+        "engines": sorted({note["engine"] for note in notes}),
+        "bytes": {split: sum(note["bytes"][split] for note in notes) for split in SPLITS},
+        "pieces": [[p.url, p.format, p.start, p.stop, p.compression] for group in work.groups for p in group.pieces],
+        **splits,
+    }
+    store.put("index.json", json.dumps(index, indent=1).encode())
+    for name in [group.name for group in work.groups]:
+        store.remove(name)
+    return replace(load(store), name=work.name)

@@ -1,0 +1,61 @@
+"""What makes token ids out of text, and text out of ids."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from workers.common.errors import ConfigError
+
+
+class Tokenizer(ABC):
+    """A reversible map between texts and ids."""
+
+    vocab_size: int
+    """Ids are below it."""
+    begin: int | None
+    """Put before each document."""
+    end: int | None
+    """Put after each document."""
+    sha256: str
+    """Of all that decides on ids; empty for bytes."""
+    engine: str
+    """The library that encodes."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What ids are stored in."""
+        return np.dtype("u1" if self.vocab_size <= 256 else "<u2" if self.vocab_size <= 2**16 else "<u4")
+
+    @abstractmethod
+    def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Return the ids of texts in UTF-8, in `dtype`, without `begin` and `end`."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids."""
+
+
+class ByteTokenizer(Tokenizer):
+    """Every byte is a token; a zero byte ends a document."""
+
+    vocab_size, begin, end, sha256, engine = 256, None, 0, "", "bytes"
+
+    def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Return the bytes."""
+        return [np.frombuffer(text, np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text; what is no byte is left out."""
+        return bytes(token for token in ids if token < 256).decode(errors="replace")
+
+
+def load_tokenizer(name: str, begin: str = "auto", end: str = "auto", s3_endpoint: str = "") -> Tokenizer:
+    """Return the tokenizer of a config's `data.tokenizer`.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name != "byte":
+        raise ConfigError(f"data.tokenizer={name!r}: only byte is known")
+    return ByteTokenizer()
