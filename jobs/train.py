@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from jobs.load import load, plain_yaml
+from jobs.prepare import ensure_prepared
 from jobs.screen import Screen, command, mlflow_page
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
@@ -56,6 +57,7 @@ def train(
         if look and is_local(address):
             with stop.abruptly():  # It imports torch.
                 _look(run_config, watcher)
+        ensure_prepared(run_config, address, stop, watcher.console)
         result = run(run_config, resume, address, watcher, stop, options)
     summary = _summary(run_config, result, plots[0] if plots else None)
     console = Screen(stderr=as_json)

@@ -329,10 +329,11 @@ def test_an_unknown_format_is_refused(texts, tmp_path):
 def test_a_corpus_of_an_older_format_is_read(texts, tmp_path, form):
     """It has no sums of blocks and no ends of documents beside its shards, and is checked whole."""
     new = prepare(config(texts, tmp_path))
-    folder = Path(new.url)
+    tokens = TokenSplit(new, new.train, 16).batch([0, 1])
+    folder, keys = Path(new.url), ("name", "tokens", "sha256")
     index = json.loads((folder / "index.json").read_text())
     splits = {
-        split: [{key: one[key] for key in ("name", "tokens", "sha256")} for one in index[split]] for split in SPLITS
+        split: [{key: one[key] for key in keys} for one in index[split]] for split in SPLITS
     }
     content = hashlib.sha256(json.dumps([form, splits]).encode()).hexdigest()
     older = {"format": form, "content_hash": content, "source": "", "documents": new.documents, **splits}

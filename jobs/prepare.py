@@ -1,0 +1,109 @@
+"""`raymuon prepare`: text to tokens, before a run or by the run itself."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.load import load
+from jobs.screen import Screen
+from jobs.tell import tell
+from orchestrator.config import RunConfig, absolute
+from orchestrator.stop import StopSignal
+from workers.data.corpus import Corpus, read_index
+from workers.data.prepare import GROUP_BYTES, Group, Work
+
+TELL_S = 2.0
+"""Between two lines."""
+
+
+def prepare(config: str, overrides: list[str], address: str | None, stop: StopSignal, as_json: bool) -> None:
+    """Prepare all sources of a config, and say what they hold.
+
+    Raises:
+        RaymuonError: with its exit code.
+    """
+    from orchestrator.preparation import pending  # Ray takes a second to import.
+
+    run_config, console = absolute(load(config, overrides)), Screen(stderr=as_json)
+    if works := pending(run_config):
+        prepare_by_tasks(works, address, stop, console)
+    else:
+        console.print("already prepared")
+    from orchestrator.preflight import check_data
+
+    found = [summary(corpus) for corpus in check_data(run_config)]
+    for one in found:
+        console.print(
+            f"{one['name'] or 'text'}: {one['tokens']:,} tokens to train on and {one['held_out_tokens']:,} held out, of "
+            f"{one['documents']:,} documents, {one['bytes_per_token']:.2f} bytes per token, {one['duplicates']} "
+            f"duplicate(s) and {one['bad']} bad one(s) left out, by {', '.join(one['engines'])}; in {one['url']}"
+        )
+    if as_json:
+        tell(found)
+
+
+def ensure_prepared(config: RunConfig, address: str | None, stop: StopSignal, console: Screen) -> None:
+    """Prepare by tasks what a run needs, if it is not there yet; what is small the run's driver makes itself."""
+    from orchestrator.preparation import pending
+
+    works = pending(config)
+    if sum(group.size for work in works for group in work.groups) > GROUP_BYTES:
+        prepare_by_tasks(works, address, stop, console)
+
+
+def prepare_by_tasks(works: list[Work], address: str | None, stop: StopSignal, console: Screen) -> None:
+    """Prepare sources on a cluster, with a line every few seconds."""
+    from orchestrator.preparation import prepare_on
+
+    progress = _Progress(works, console)
+    prepare_on(works, address, stop, progress.told)
+
+
+def summary(corpus: Corpus) -> dict[str, Any]:
+    """Return what there is to say of a prepared source."""
+    index = read_index(corpus.store)
+    return {
+        "name": corpus.name,
+        "url": corpus.url,
+        "tokens": Corpus.tokens(corpus.train),
+        "held_out_tokens": Corpus.tokens(corpus.validation),
+        "documents": corpus.documents,
+        "bytes_per_token": corpus.bytes_per_token,
+        "duplicates": index.get("duplicates", 0),
+        "bad": index.get("bad", 0),
+        "engines": index.get("engines", ["bytes"]),
+        "tokenizer": corpus.tokenizer,
+        "content_hash": corpus.content_hash,
+    }
+
+
+@dataclass
+class _Done:
+    groups: int = 0
+    documents: int = 0
+    bytes: int = 0
+
+
+class _Progress:
+    """Says how far it is."""
+
+    def __init__(self, works: list[Work], console: Screen) -> None:
+        self.total = sum(group.size for work in works for group in work.missing())
+        self.console, self.done, self.began, self.said = console, _Done(), time.monotonic(), 0.0
+        console.print(f"preparing {len(works)} source(s), {self.total / 1e6:,.1f} MB", style="dim")
+
+    def told(self, work: Work, group: Group, note: dict[str, Any] | None) -> None:
+        """Take note of a finished group."""
+        self.done.groups += 1
+        self.done.documents += note["documents"] if note else 0
+        self.done.bytes += group.size
+        now = time.monotonic()
+        if now - self.said < TELL_S and self.done.bytes < self.total:
+            return
+        self.said, rate = now, self.done.bytes / max(1e-9, now - self.began)
+        left = (self.total - self.done.bytes) / max(1e-9, rate)
+        self.console.print(
+            f"{work.name or 'text'}: {self.done.bytes / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, "
+            f"{self.done.documents:,} documents, {rate / 1e6:,.1f} MB/s, {left:,.0f} s left",
+            style="dim",
+        )
