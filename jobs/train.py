@@ -111,17 +111,11 @@ def _summary(config: RunConfig, result: RunResult, plot: Path | None) -> dict[st
     return {
         **kept,
         "changes": [change.record() for change in result.changes],
-        "val_bits_per_byte_start": _bits(result.val_loss_start),
-        "val_bits_per_byte": _bits(result.val_loss),
         "loss_curve": plot and str(plot),
         "mlflow_tracking_uri": config.tracking.uri,
         "wall_s": round(time.time() - started, 2),
         "first_step_s": result.first_step_time and round(result.first_step_time - started, 2),
     }
-
-
-def _bits(nats: float | None) -> float | None:
-    return None if nats is None else nats / math.log(2)
 
 
 def _print(summary: dict[str, Any], console: Screen) -> None:

@@ -35,6 +35,10 @@ class Feed:
         corpus = task.corpus
         self.train = TokenSplit(corpus, corpus.train, task.train.seq_len)
         self.held_out = TokenSplit(corpus, corpus.validation, task.train.seq_len)
+        self.sources = [""]
+        """Names, in the order of their numbers; one without a name where the config has none."""
+        self.validation_weights, self.bytes_per_token = [1.0], [1.0]
+        """Of each source: its share of the mean validation loss, and the text of its held-out split over the tokens."""
         self.slots = slots_of_rank(task.train.slots, member.world_size, member.rank)
         self.ledger = _Ledger(task, member)
 
@@ -52,14 +56,14 @@ class Feed:
             read.append(Slot(number, samples, batch if self.slots else batch.without_targets()))
         return read
 
-    def validation(self) -> Iterator[Batch]:
-        """Yield this rank's part of the first held-out sequences, spread evenly; the same ones every time."""
+    def validation(self) -> Iterator[tuple[int, Batch]]:
+        """Yield this rank's part of the held-out sequences, spread evenly, by source; the same ones every time."""
         train, split = self.task.train, self.held_out
         count = min(train.validate_sequences, split.num_samples)
         samples = [i * split.num_samples // count for i in range(count)]
         chunks = [samples[i : i + train.micro_batch] for i in range(0, count, train.micro_batch)]
         for chunk in slots_of_rank(len(chunks), self.member.world_size, self.member.rank):
-            yield self.batch(split, chunks[chunk])
+            yield 0, self.batch(split, chunks[chunk])
 
     def batch(self, split: TokenSplit, samples: list[int]) -> Batch:
         """Return what is learned from samples of a split."""
