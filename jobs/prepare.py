@@ -7,10 +7,11 @@ from typing import Any
 from jobs.load import load
 from jobs.screen import Screen
 from jobs.tell import tell
-from orchestrator.config import RunConfig, absolute
+from orchestrator.config import RunConfig, absolute, database_files
 from orchestrator.stop import StopSignal
-from workers.data.corpus import Corpus, read_index
-from workers.data.prepare import GROUP_BYTES, Group, Work
+from workers.common.errors import ConfigError
+from workers.data.corpus import Corpus, check_corpora, read_index
+from workers.data.prepare import GROUP_BYTES, Group, Work, prepare_here, works_of
 
 TELL_S = 2.0
 """Between two lines."""
@@ -22,19 +23,14 @@ def prepare(config: str, overrides: list[str], address: str | None, stop: StopSi
     Raises:
         RaymuonError: with its exit code.
     """
-    from orchestrator.preparation import pending  # Ray takes a second to import.
-
     run_config, console = absolute(load(config, overrides)), Screen(stderr=as_json)
-    if works := pending(run_config):
-        prepare_by_tasks(works, address, stop, console)
-    else:
-        console.print("already prepared")
-    from orchestrator.preflight import check_data
-
-    found = [summary(corpus) for corpus in check_data(run_config)]
+    corpora = prepared(run_config, address, stop, console)
+    if problems := check_corpora(corpora, run_config.train.seq_len, run_config.train.global_batch):
+        raise ConfigError("\n".join(problems))
+    found = [summary(corpus) for corpus in corpora]
     for one in found:
         console.print(
-            f"{one['name'] or 'text'}: {one['tokens']:,} tokens to train on and {one['held_out_tokens']:,} held out, of "
+            f"{one['name'] or 'text'}: {one['tokens']:,} tokens to train on, {one['held_out_tokens']:,} held out, of "
             f"{one['documents']:,} documents, {one['bytes_per_token']:.2f} bytes per token, {one['duplicates']} "
             f"duplicate(s) and {one['bad']} bad one(s) left out, by {', '.join(one['engines'])}; in {one['url']}"
         )
@@ -42,21 +38,23 @@ def prepare(config: str, overrides: list[str], address: str | None, stop: StopSi
         tell(found)
 
 
-def ensure_prepared(config: RunConfig, address: str | None, stop: StopSignal, console: Screen) -> None:
-    """Prepare by tasks what a run needs, if it is not there yet; what is small the run's driver makes itself."""
-    from orchestrator.preparation import pending
+def prepared(config: RunConfig, address: str | None, stop: StopSignal, console: Screen) -> tuple[Corpus, ...]:
+    """Return the prepared sources of a run.
 
-    works = pending(config)
-    if sum(group.size for work in works for group in work.groups) > GROUP_BYTES:
-        prepare_by_tasks(works, address, stop, console)
+    What is not there yet is made: what is small here, the rest by tasks, for it is not to be in a driver's memory.
 
+    Raises:
+        RaymuonError: with its exit code.
+    """
+    with stop.abruptly():
+        works = works_of(config.data, database_files(config.tracking.uri), config.storage.s3_endpoint)
+        missing = [work for work in works if work.prepared() is None]
+        if sum(group.size for work in missing for group in work.groups) <= GROUP_BYTES:
+            return prepare_here(works)
+    from orchestrator.preparation import prepare_on  # Ray takes a second to import.
 
-def prepare_by_tasks(works: list[Work], address: str | None, stop: StopSignal, console: Screen) -> None:
-    """Prepare sources on a cluster, with a line every few seconds."""
-    from orchestrator.preparation import prepare_on
-
-    progress = _Progress(works, console)
-    prepare_on(works, address, stop, progress.told)
+    prepare_on(missing, address, stop, _Progress(missing, console).told)
+    return prepare_here(works)
 
 
 def summary(corpus: Corpus) -> dict[str, Any]:

@@ -1,17 +1,16 @@
 """`raymuon train`: a run from config to summary."""
 
-import math
 import os
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from jobs.load import load, plain_yaml
-from jobs.prepare import ensure_prepared
+from jobs.prepare import prepared
 from jobs.screen import Screen, command, mlflow_page
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
@@ -57,7 +56,7 @@ def train(
         if look and is_local(address):
             with stop.abruptly():  # It imports torch.
                 _look(run_config, watcher)
-        ensure_prepared(run_config, address, stop, watcher.console)
+        options = replace(options, corpora=prepared(run_config, address, stop, watcher.console))
         result = run(run_config, resume, address, watcher, stop, options)
     summary = _summary(run_config, result, plots[0] if plots else None)
     console = Screen(stderr=as_json)
@@ -113,17 +112,11 @@ def _summary(config: RunConfig, result: RunResult, plot: Path | None) -> dict[st
     return {
         **kept,
         "changes": [change.record() for change in result.changes],
-        "val_bits_per_byte_start": _bits(result.val_loss_start),
-        "val_bits_per_byte": _bits(result.val_loss),
         "loss_curve": plot and str(plot),
         "mlflow_tracking_uri": config.tracking.uri,
         "wall_s": round(time.time() - started, 2),
         "first_step_s": result.first_step_time and round(result.first_step_time - started, 2),
     }
-
-
-def _bits(nats: float | None) -> float | None:
-    return None if nats is None else nats / math.log(2)
 
 
 def _print(summary: dict[str, Any], console: Screen) -> None:

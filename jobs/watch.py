@@ -77,7 +77,10 @@ class TerminalWatcher:
                     self.next_line = time.monotonic() + LOG_S
                     self.console.print(f"step {report.step}/{self.last_step}  {numbers}  {left:.0f} s left")
             case Validated():
-                self.console.print(f"step {report.step}: validation loss {report.loss:.4f} nats per byte")
+                bits = "" if report.bits_per_byte is None else f", {report.bits_per_byte:.4f} bits per byte"
+                parts = ", ".join(f"{name} {loss:.4f}" for name, loss in report.by_source.items())
+                of = f" ({parts})" if len(report.by_source) > 1 else ""
+                self.console.print(f"step {report.step}: validation loss {report.loss:.4f} nats per token{of}{bits}")
 
     def event(self, event: Event) -> None:
         """Say what happened to the group, and that it goes on."""

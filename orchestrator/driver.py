@@ -29,6 +29,7 @@ from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
 from workers.common.errors import ClusterError, Interrupted, StorageError
+from workers.data.corpus import Corpus
 from workers.task import Task
 
 NOTICE_S = 2.0
@@ -47,6 +48,8 @@ class Options:
     """Called with the result and the MLflow record before the record is closed."""
     take_over: bool = False
     """Take the run from a driver that leads it."""
+    corpora: tuple[Corpus, ...] | None = None
+    """The prepared sources; None prepares them here."""
     stretch: Stretch | None = None
     """What to train once more of another run."""
     kill_after: int | None = None
@@ -96,7 +99,7 @@ def run_on(
 
 
 def _preflight(config: RunConfig, resume: str, watcher: Watcher, stop: StopSignal, options: Options) -> Preflight:
-    corpora = options.stretch.corpora if options.stretch else None
+    corpora = options.stretch.corpora if options.stretch else options.corpora
     return Preflight(config, resume, stop, watcher.warn, corpora, options.take_over)
 
 

@@ -57,21 +57,10 @@ def check_inputs(config: RunConfig, corpora: tuple[Corpus, ...] | None = None) -
     endpoint = config.storage.s3_endpoint
     fences = Store(url, endpoint).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
-    corpora = corpora or check_data(config)
-    return Inputs(corpora, "" if fences else warning)
-
-
-def check_data(config: RunConfig) -> tuple[Corpus, ...]:
-    """Return the prepared sources of a run, made here where they are not there yet.
-
-    Raises:
-        ConfigError: there is too little in one of them.
-        StorageError: a place cannot be read or written.
-    """
-    corpora = prepare(config.data, database_files(config.tracking.uri), config.storage.s3_endpoint)
+    corpora = corpora or prepare(config.data, database_files(config.tracking.uri), endpoint)
     if problems := check_corpora(corpora, config.train.seq_len, config.train.global_batch):
         raise ConfigError("\n".join(problems))
-    return corpora
+    return Inputs(corpora, "" if fences else warning)
 
 
 class Preflight:

@@ -11,12 +11,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from orchestrator.config import RunConfig, database_files
 from orchestrator.group.cluster import connected
 from orchestrator.stop import StopSignal
 from workers.common.errors import ClusterError, RaymuonError, StorageError
 from workers.data.corpus import Corpus
-from workers.data.prepare import Group, Work, finish, keep_keys, make_group, works_of
+from workers.data.prepare import Group, Work, finish, keep_keys, make_group
 
 Told = Callable[[Work, Group, dict[str, Any] | None], object]
 """Called when a group is done, with its note."""
@@ -25,17 +24,6 @@ TRIES, RETRY_S = 6, 2.0
 """Of a group whose storage fails, by its own task; the pause doubles each time."""
 AHEAD = 2
 """Tasks that are handed out per processor of the cluster: ten thousand at once would hold up all others."""
-
-
-def pending(config: RunConfig) -> list[Work]:
-    """Return the sources that are not prepared yet.
-
-    Raises:
-        ConfigError: no file matches, or one is not of the format that was named.
-        StorageError: a place cannot be looked at.
-    """
-    works = works_of(config.data, database_files(config.tracking.uri), config.storage.s3_endpoint)
-    return [work for work in works if work.prepared() is None]
 
 
 def prepare_on(works: Collection[Work], address: str | None, stop: StopSignal, told: Told) -> list[Corpus]:

@@ -75,6 +75,11 @@ class Feed:
         self.order = order_of(task.data, task.train, task.seed, task.corpora)
         self.train = Part([(corpus, corpus.train) for corpus in task.corpora], task)
         self.held_out = Part([(corpus, corpus.validation) for corpus in task.corpora], task)
+        shares = task.data.stages()[0][1]
+        self.validation_weights = [share / sum(shares) for share in shares]
+        """Of each source, in the mean validation loss: the same before and after other weights hold."""
+        self.bytes_per_token = [corpus.bytes_per_token for corpus in task.corpora]
+        """Of each source's held-out split."""
         self.slots = slots_of_rank(task.train.slots, member.world_size, member.rank)
         self.ledger = _Ledger(task, member)
         self._waited = 0.0
@@ -122,7 +127,9 @@ class Feed:
             tokens[rows] = part.tokens[source].batch(drawn.sample[rows])
             if documents is not None:
                 documents[rows] = part.documents(source, drawn.sample[rows])
-        return batch_of(torch.from_numpy(tokens), documents=None if documents is None else torch.from_numpy(documents))
+        return batch_of(
+            torch.from_numpy(tokens), documents=None if documents is None else torch.from_numpy(documents).int()
+        )
 
     def waited(self) -> float:
         """Return for how many seconds this rank has waited for tokens since it was asked last."""

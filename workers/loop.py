@@ -12,6 +12,7 @@ neither a recovery nor a checkpoint can come from it.
 """
 
 import math
+import operator
 import time
 from collections import deque
 from collections.abc import Callable
@@ -211,10 +212,10 @@ class Trainer:
         self.controls.busy((time.perf_counter() - clock) / len(self.upcoming))
         return total
 
-    def _loss(self, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+    def _loss(self, forward: Callable[..., Tensor], batch: Batch) -> Tensor:
         """Return the summed loss of a batch through the engine or the model alone."""
         batch = batch.to(self.engine.device)
-        return summed_loss(forward(batch.inputs), self.engine.model.head, batch.targets)
+        return summed_loss(forward(*batch.given), self.engine.model.head, batch.targets)
 
     def _boundary(self, loss_sum: Tensor, written: bool, keeps_up: bool, cost: float, seconds: float) -> Boundary:
         engine, load = self.engine, self.engine.model.expert_load()
@@ -338,32 +339,50 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Measure the mean loss over the held-out sequences.
+        """Measure the mean loss over each source's held-out sequences.
 
         Raises:
-            TrainingError: it is not finite, or nothing counts.
+            TrainingError: one is not finite, or nothing counts.
         """
-        engine = self.engine
+        engine, feed, step = self.engine, self.feed, self.counters.step
         engine.model.eval()
-        total, tokens = 0.0, 0
-        for batch in self.feed.validation():
-            self.controls.mark(Phase.VALIDATE, self.counters.step)
-            total += self._loss(engine.model, batch).item()
-            tokens += batch.counted
-        self.controls.mark(Phase.VALIDATE, self.counters.step)
+        totals, tokens = [0.0] * len(feed.sources), [0] * len(feed.sources)
+        for source, batch in feed.validation():
+            self.controls.mark(Phase.VALIDATE, step)
+            totals[source] += self._loss(engine.model, batch).item()
+            tokens[source] += batch.counted
+        self.controls.mark(Phase.VALIDATE, step)
         engine.model.train()
-        total, tokens = self._sum(total), self._sum(tokens)
-        if not tokens:
-            raise TrainingError(
-                f"step {self.counters.step}: none of the targets in the held-out sequences counts, so there is no "
-                "validation loss; look at the held-out data, or raise train.validate_sequences"
-            )
-        loss = total / tokens
-        if not math.isfinite(loss):
-            raise TrainingError(f"step {self.counters.step}: the validation loss is {loss}; lower optim.lr")
-        self.validation = {"step": self.counters.step, "loss": loss, "time": time.time()}
+        sums = engine.all_reduce(torch.tensor([*totals, *tokens], dtype=torch.float64)).tolist()
+        losses = []
+        for name, total, num in zip(feed.sources, sums, sums[len(totals) :], strict=False):
+            of = f" of source {name}" if name else ""
+            if not num:
+                raise TrainingError(
+                    f"step {step}: none of the targets in the held-out sequences{of} counts, so there is no "
+                    "validation loss; look at the held-out data, or raise train.validate_sequences"
+                )
+            losses.append(total / num)
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(f"step {step}: the validation loss{of} is {losses[-1]}; lower optim.lr")
+        loss = _mean(losses, feed.validation_weights)
+        told = {
+            "step": step,
+            "loss": loss,
+            "by_source": {name: one for name, one in zip(feed.sources, losses, strict=True) if name},
+            # The weights are of tokens: so many bits in so many bytes of the mixture.
+            "bits_per_byte": loss / math.log(2) / _mean(feed.bytes_per_token, feed.validation_weights),
+        }
+        self.validation = {**told, "time": time.time()}
         if engine.rank == 0:
-            self.controls.report(Validated, step=self.counters.step, loss=loss)
+            self.controls.report(Validated, **told)
+
+
+def _mean(values: list[float], weights: list[float]) -> float:
+    """Return the mean by weight; of a single value itself."""
+    if len(values) == 1:
+        return values[0]
+    return math.fsum(map(operator.mul, values, weights)) / math.fsum(weights)
 
 
 def _imbalance(load: Tensor) -> float:

@@ -25,6 +25,13 @@ class Batch:
     """Tokens, int64 `[batch, time]`."""
     targets: Tensor
     """The token that each position predicts, int64 `[batch, time]`; IGNORED where it does not count."""
+    documents: Tensor | None = None
+    """Of each position, int32 `[batch, time]`, rising; None: each sequence is one."""
+
+    @property
+    def given(self) -> tuple[Tensor, ...]:
+        """What a model is called with."""
+        return (self.inputs,) if self.documents is None else (self.inputs, self.documents)
 
     @property
     def counted(self) -> int:
@@ -33,24 +40,30 @@ class Batch:
 
     def without_targets(self) -> "Batch":
         """Return the same of which nothing counts: its loss is 0, and its gradient, too."""
-        return Batch(self.inputs, torch.full_like(self.targets, IGNORED))
+        return Batch(self.inputs, torch.full_like(self.targets, IGNORED), self.documents)
 
     def to(self, device: torch.device) -> "Batch":
         """Return it on a device."""
-        return Batch(self.inputs.to(device), self.targets.to(device))
+        documents = None if self.documents is None else self.documents.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), documents)
 
 
-def batch_of(tokens: Tensor, counts: Tensor | None = None) -> Batch:
+def batch_of(tokens: Tensor, counts: Tensor | None = None, documents: Tensor | None = None) -> Batch:
     """Return what is learned from sequences: every token predicts the one after it.
 
     Args:
         tokens: int64 `[batch, time + 1]`.
         counts: which of them count where they are the target, bool in the same shape; None: all.
+        documents: the document of each, int32 in the same shape, rising; a document's first token then is no target,
+            for what comes before it belongs to another. None: each sequence is one.
     """
     targets = tokens[:, 1:]
     if counts is not None:
         targets = targets.masked_fill(~counts[:, 1:], IGNORED)
-    return Batch(tokens[:, :-1], targets)
+    if documents is None:
+        return Batch(tokens[:, :-1], targets)
+    targets = targets.masked_fill(documents[:, 1:] != documents[:, :-1], IGNORED)
+    return Batch(tokens[:, :-1], targets, documents[:, :-1])
 
 
 def summed_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:

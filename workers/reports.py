@@ -48,11 +48,15 @@ class StepDone(Report):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validated(Report):
-    """A validation on the held-out split, from rank 0."""
+    """A validation on the held-out splits, from rank 0."""
 
     step: int
     loss: float
-    """Nats per token."""
+    """Nats per token, of the sources' mean by weight."""
+    by_source: dict[str, float] = field(default_factory=dict)
+    """Each named source's."""
+    bits_per_byte: float | None = None
+    """Of the text in the mixture; None in snapshots of versions that did not tell it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

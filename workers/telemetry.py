@@ -233,23 +233,35 @@ class Telemetry:
 
 
 def warm_up(task: Task, engine: Engine) -> None:
-    """Compile the attention of the task's model, if it will be watched: in a step that would be taken for a hang.
+    """Compile the attention that the task's model will need: in a step that would be taken for a hang.
 
     Args:
         task: what will be trained.
         engine: any on the device, in the precision and with the optimizer's settings of the training.
     """
     watches = task.telemetry.every or engine.optimizer.config.qk_clip
-    if watches and engine.device.type == "cuda":
-        _compile_watched(task.model, task.train, next(engine.model.parameters()).dtype, engine.device)
+    masked = task.data.document_mask
+    if engine.device.type != "cuda":
+        return
+    dtype = next(engine.model.parameters()).dtype
+    if watches:
+        _compile_attention(task.model, task.train, dtype, engine.device, masked, watched=True)
+    if masked:
+        _compile_attention(task.model, task.train, dtype, engine.device, masked, watched=False)
 
 
 @functools.cache
-def _compile_watched(config: ModelConfig, train: TrainConfig, dtype: torch.dtype, device: torch.device) -> None:
+def _compile_attention(
+    config: ModelConfig, train: TrainConfig, dtype: torch.dtype, device: torch.device, masked: bool, watched: bool
+) -> None:
     model = build(config.shallow(), initialize=False).to(device, dtype)
-    watch(model, True)
-    batch = batch_of(torch.zeros(train.micro_batch, train.seq_len + 1, dtype=torch.int64, device=device))
-    summed_loss(model(batch.inputs), model.head, batch.targets).backward()
+    watch(model, watched)
+    tokens = torch.zeros(train.micro_batch, train.seq_len + 1, dtype=torch.int64, device=device)
+    batch = batch_of(tokens, documents=tokens.int() if masked else None)
+    summed_loss(model(*batch.given), model.head, batch.targets).backward()
+    if masked and not watched:  # A validation's attention is a kernel of its own.
+        with torch.no_grad():
+            model.eval()(*batch.given)
 
 
 def svd_entropy(matrix: Tensor) -> float | None:

@@ -180,7 +180,13 @@ class _Costed(torch.autograd.Function):
 
 @functools.lru_cache(maxsize=32)
 def micro_batch_of(
-    config: ModelConfig, micro_batch: int, seq_len: int, dtype: torch.dtype, kind: str, watched: bool = False
+    config: ModelConfig,
+    micro_batch: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    kind: str,
+    watched: bool = False,
+    documents: bool = False,
 ) -> MicroBatch:
     """Run the model without data and return what a micro-batch takes.
 
@@ -191,6 +197,8 @@ def micro_batch_of(
         dtype: of the weights.
         kind: of the device whose kernels are taken, `cpu` or `cuda`.
         watched: attention's largest logits are kept, for which a CPU writes all scores.
+        documents: attention stays within documents, of which nothing is known: a GPU is taken to leave out no block
+            for them.
     """
     with torch.device("meta"):
         model = build_empty(config).to(dtype)
@@ -198,8 +206,8 @@ def micro_batch_of(
         tokens = torch.zeros(micro_batch, seq_len + 1, dtype=torch.int64)
     recorder = OpRecorder()
     with recorder, _Kernels(recorder, kind):
-        batch = batch_of(tokens)
-        loss = summed_loss(model(batch.inputs), model.head, batch.targets)
+        batch = batch_of(tokens, documents=tokens.int() if documents else None)
+        loss = summed_loss(model(*batch.given), model.head, batch.targets)
         forward = recorder.take_works()
         loss.backward()
         del loss

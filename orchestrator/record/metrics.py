@@ -25,7 +25,7 @@ class NodeUsage:
 
 
 GROUPS = {
-    "loss": {"loss": "train", "val_loss": "validation"},
+    "loss": {"loss": "train", "val_loss": "validation", "val_bits_per_byte": "validation_bits_per_byte"},
     "optim": dict.fromkeys(("grad_norm", "lr", "skipped_steps")),
     "performance": dict.fromkeys(("tokens_per_second", "step_seconds", "mfu")),
     "run": dict.fromkeys(
@@ -47,6 +47,8 @@ def published(metric: str) -> str:
     group, slash, rest = metric.partition("/")
     if not slash or group in ("data", "system"):  # The second is MLflow's own, of its system metrics.
         return metric
+    if group == "val_loss":  # Beside the others, and no folder of the name that the mean has.
+        return f"loss/validation_by_source/{rest}"
     return f"traffic/{rest}" if group == "bytes_sent" else f"telemetry/{metric}"
 
 

@@ -1,6 +1,7 @@
 """What becomes of everything that happens in a run: MLflow, the journal, and the person who watches."""
 
 import json
+import math
 import tempfile
 import threading
 import time
@@ -82,6 +83,7 @@ class RunRecorder:
         self.links, self.last_step, self.tally, self.events = links, last_step, tally, events
         self.marks: dict[str, int] = record.marks
         self.val_loss: float | None = None
+        self.val_bits_per_byte: float | None = None
         self.sample = ""
         self.checkpoint = ""
         self.first_step_time: float | None = None
@@ -124,9 +126,13 @@ class RunRecorder:
         """Record a validation, a plan, a sample or a trace."""
         match report:
             case Validated():
-                self.val_loss = report.loss
+                self.val_loss, self.val_bits_per_byte = report.loss, report.bits_per_byte
+                values = {"val_loss": report.loss}
+                values |= {f"val_loss/{name}": loss for name, loss in report.by_source.items()}
+                if report.bits_per_byte is not None:
+                    values["val_bits_per_byte"] = report.bits_per_byte
                 self._note_loss(report.step, "val_loss", report.loss)
-                self._row("validation", report.step, report.time, {"val_loss": report.loss})
+                self._row("validation", report.step, report.time, values)
             case Planned():
                 self._put("plan.json", json.dumps(report.figures, indent=1).encode(), only_first=True)
             case Sampled():
@@ -220,14 +226,20 @@ class RunRecorder:
         self.record.flush()
         result.checkpoint, result.sample = self.checkpoint, self.sample
         result.first_step_time, result.val_loss = self.first_step_time, self.val_loss
+        result.val_bits_per_byte = self.val_bits_per_byte
+        bits: dict[int, float] = {}
         try:
             result.losses = self.record.history("loss"), self.record.history("val_loss")
+            bits = dict(self.record.history("val_bits_per_byte"))
         except StorageError as error:  # Closing the record will say so; the training is done.
             self.watcher.warn(str(error))
         if validations := result.losses[1]:
-            result.val_loss = validations[-1][1]
-            if validations[0][0] == 0:
-                result.val_loss_start = validations[0][1]
+            (first, start), (last, result.val_loss) = validations[0], validations[-1]
+            # Runs of before there were other tokenizers have no row of it: their tokens are bytes.
+            result.val_bits_per_byte = bits.get(last, result.val_loss / math.log(2))
+            if first == 0:
+                result.val_loss_start = start
+                result.val_bits_per_byte_start = bits.get(first, start / math.log(2))
 
     def _ship(self) -> None:
         self.journal.add(Alive(time.monotonic() - self.tally.began, time.time()))

@@ -17,6 +17,9 @@ class RunResult:
     """At the end."""
     val_loss_start: float | None = None
     val_loss: float | None = None
+    """Nats per token: the sources' mean by weight."""
+    val_bits_per_byte_start: float | None = None
+    val_bits_per_byte: float | None = None
     checkpoint: str = ""
     first_step_time: float | None = None
     """Seconds since the epoch at which the first step of this attempt was finished."""

@@ -332,9 +332,7 @@ def test_a_corpus_of_an_older_format_is_read(texts, tmp_path, form):
     tokens = TokenSplit(new, new.train, 16).batch([0, 1])
     folder, keys = Path(new.url), ("name", "tokens", "sha256")
     index = json.loads((folder / "index.json").read_text())
-    splits = {
-        split: [{key: one[key] for key in keys} for one in index[split]] for split in SPLITS
-    }
+    splits = {split: [{key: one[key] for key in keys} for one in index[split]] for split in SPLITS}
     content = hashlib.sha256(json.dumps([form, splits]).encode()).hexdigest()
     older = {"format": form, "content_hash": content, "source": "", "documents": new.documents, **splits}
     (folder / "index.json").write_text(json.dumps(older))

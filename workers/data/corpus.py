@@ -1,7 +1,7 @@
 """A prepared source: token shards in a folder, and the index that says what they are.
 
-The folder is named after what it was made from. `index.json` is written last: a folder without it counts as nothing. The
-content hash over all shards, which it has, identifies the data in every checkpoint. `prepare.py` makes such folders.
+The folder is named after what it was made from. `index.json` is written last: a folder without it counts as nothing.
+Its content hash over all shards identifies the data in every checkpoint. `prepare.py` makes such folders.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Where documents end among the tokens of a split, and which file and row each came from.
 
-Beside each shard lies `train-00000.ends`, a table of three little-endian uint64 for each document in it: the offset of the token
-after its last one within the shard, the number of its file in the index's list, and its row there (0: the whole file).
-No document goes on in another shard. A table is read whole when something in its shard is asked for, and checked.
+Beside each shard lies `train-00000.ends`, a table of three little-endian uint64 for each document in it: the offset of
+the token after its last one within the shard, the number of its piece in the index's list, and its row there (0: the
+whole file). No document goes on in another shard. A table is read whole when something in its shard is asked for.
 """
 
 import hashlib

@@ -206,8 +206,15 @@ def prepare(
         ConfigError: no file matches, there is no text in the files, or more documents are bad than may be.
         StorageError: a place cannot be read or written.
     """
+    return prepare_here(works_of(config, outputs, s3_endpoint), progress)
+
+
+def prepare_here(
+    works: Iterable[Work], progress: Callable[[dict[str, Any]], object] = lambda note: None
+) -> tuple[Corpus, ...]:
+    """Make in this process, one group after another, what is not there yet, and return the prepared sources."""
     found = []
-    for work in works_of(config, outputs, s3_endpoint):
+    for work in works:
         if (corpus := work.prepared()) is None:
             if work.after:
                 for group in work.groups:

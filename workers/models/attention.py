@@ -1,20 +1,17 @@
 """Causal attention that tells how large its logits are when it is watched, and computes none of them twice for it."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest
 
-from workers.models.kernels import attention
+from workers.models.kernels import attention, flexible
+from workers.models.masks import DocumentMask, causal_blocks, compiled_flex
 
 LARGE_LOGIT = 100.0
 """Logits above it are counted (Moonlight, section 3.4); Kimi K2 clips there."""
-NARROWEST_FUSED = 16
-"""Width per head from which torch's kernel takes queries and values."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +40,21 @@ class CausalAttention(nn.Module):
         self.watched = False
         self.seen: list[Tensor] = []
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None = None) -> Tensor:
         """Attend; several neighbouring query heads may share one of keys and values.
 
         Args:
             q: `[batch, heads, time, dim]`.
             k: `[batch, key heads, time, dim]`.
             v: `[batch, key heads, time, value dim]`.
+            mask: of the documents in the sequences; None: each is one.
 
         Returns:
             `[batch, heads, time, value dim]`.
         """
         if not (self.watched and self.training):
-            return attention(q, k, v)
-        fused = q.is_cuda and min(q.size(-1), v.size(-1)) >= NARROWEST_FUSED
-        out, largest = (_flex if fused else _plain)(q, k, v)
+            return attention(q, k, v, mask)
+        out, largest = (_flex if flexible(q, v) else _plain)(q, k, v, mask)
         self.seen.append(largest.detach().float())
         return out
 
@@ -86,36 +83,30 @@ def _layers(model: nn.Module) -> Iterator[CausalAttention]:
     return (module for module in model.modules() if isinstance(module, CausalAttention))
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None) -> tuple[Tensor, Tensor]:
     """Attend with all scores written out, `[batch * key heads, group * time, time]`; return each query's largest."""
     (batch, heads, time, dim), key_heads = q.shape, k.size(1)
     group = heads // key_heads
-    future = torch.full((time, time), -torch.inf, dtype=q.dtype, device=q.device).triu_(1).repeat(group, 1)
+    if mask is None:
+        hidden = torch.full((time, time), -torch.inf, dtype=q.dtype, device=q.device).triu_(1).repeat(group, 1)
+    else:
+        hidden = mask.added(q.dtype).unsqueeze(1).expand(-1, key_heads, group, -1, -1)
+        hidden = hidden.reshape(batch * key_heads, group * time, time)
     queries = q.reshape(batch * key_heads, group * time, dim)
-    scores = torch.baddbmm(future, queries, k.flatten(0, 1).mT, alpha=dim**-0.5)
+    scores = torch.baddbmm(hidden, queries, k.flatten(0, 1).mT, alpha=dim**-0.5)
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     out = torch.bmm(weights, v.flatten(0, 1)).view(batch, heads, time, -1)
     return out, scores.detach().amax(-1).view(batch, heads, time)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None) -> tuple[Tensor, Tensor]:
     """Attend in one kernel, which has each query's largest logit anyway; torch has none for the CPU's backward."""
-    out, aux = _compiled_flex()(
+    out, aux = compiled_flex()(
         q,
         k,
         v,
-        block_mask=_causal_mask(q.size(2), q.device),
+        block_mask=causal_blocks(q.size(2), q.device) if mask is None else mask.blocks(),
         enable_gqa=q.size(1) != k.size(1),
         return_aux=AuxRequest(max_scores=True),
     )
     return out, aux.max_scores
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@functools.lru_cache(maxsize=4)
-def _causal_mask(time: int, device: torch.device) -> Any:
-    return create_block_mask(lambda b, h, query, key: query >= key, None, None, time, time, device=device)

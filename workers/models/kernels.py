@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from workers.models.masks import DocumentMask, compiled_flex
 from workers.work import Work, elementwise, harmonic, nbytes_of, product
 
 KEY_BLOCK = {"cpu": 512, "cuda": 128}
 """Keys of a block of torch's fused attention (`FlashAttentionKernel.cpp`: kvSplitSize), and of FlashAttention 2."""
+NARROWEST_FUSED = 16
+"""Width per head from which FlexAttention takes queries and values."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +64,37 @@ def causal_keys(time: int, kind: str) -> float:
     return float(time) if time <= block else (time + block) / 2
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+def flexible(q: Tensor, v: Tensor) -> bool:
+    """Tell whether FlexAttention takes these; torch has none for the CPU's backward."""
+    return q.is_cuda and min(q.size(-1), v.size(-1)) >= NARROWEST_FUSED
 
 
-def _cost_of_attention(kind: str, q: Tensor, k: Tensor, v: Tensor) -> Cost | None:
-    """The scores are never written, the backward pass computes them again; a CPU's kernel has one width for all."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None = None) -> Tensor:
+    grouped = q.size(1) != k.size(1)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    if flexible(q, v):
+        return compiled_flex()(q, k, v, block_mask=mask.blocks(), enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.added(q.dtype), enable_gqa=grouped)
+
+
+def _cost_of_attention(kind: str, q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None = None) -> Cost | None:
+    """The scores are never written, the backward pass computes them again; a CPU's kernel has one width for all.
+
+    With a mask of documents a CPU's kernel reads the mask and leaves out no block, not even the future. A GPU's leaves
+    out what lies in other documents; how much that is nobody knows before the data, so it costs what it does without.
+    """
     if kind == "cpu" and q.size(-1) != v.size(-1):
         return None
+    added = () if mask is None or kind != "cpu" else (mask.added(q.dtype),)
     (batch, heads, time, width), value_width = q.shape, v.size(-1)
     out = q.new_empty((*q.shape[:-1], value_width))
     sums = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    amount = 2.0 * batch * heads * time * causal_keys(time, kind) * (width + value_width)
+    amount = 2.0 * batch * heads * time * (time if added else causal_keys(time, kind)) * (width + value_width)
     size = harmonic(time, time, (width + value_width) / 2)
-    moved = float(sum(nbytes_of(tensor) for tensor in (q, k, v, out)))
+    moved = float(sum(nbytes_of(tensor) for tensor in (q, k, v, out)) + heads * sum(map(nbytes_of, added)))
     backward = Work("attention_backward", 2.5 * amount, size, 2.5 * moved)
-    return Cost(out, (out, sums), Work("attention", amount, size, moved), (backward,))
+    return Cost(out, (out, sums, *added), Work("attention", amount, size, moved), (backward,))
 
 
 def _cost_of_grouped_product(kind: str, x: Tensor, weights: Tensor, ends: Tensor) -> Cost:
@@ -98,7 +116,8 @@ def _cost_of_rms_norm(kind: str, x: Tensor, weight: Tensor, eps: float) -> Cost 
 
 
 attention = Kernel(_attend, _cost_of_attention)
-"""Causal, of `[batch, heads, time, dim]`; several neighbouring query heads may share one of keys and values."""
+"""Causal, of `[batch, heads, time, dim]`; several neighbouring query heads may share one of keys and values. A mask of
+documents may come behind the tensors."""
 grouped_product = Kernel(lambda x, weights, ends: F.grouped_mm(x, weights, offs=ends), _cost_of_grouped_product)
 """Rows `[rows, k]`, of expert e up to `ends[e]`, times their experts' matrices `[experts, k, n]`."""
 rms_norm = Kernel(lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps), _cost_of_rms_norm)

@@ -39,10 +39,15 @@ class LanguageModel(nn.Module, ABC):
     has others. Vectors are `norms`, whatever they are called."""
 
     @abstractmethod
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Map tokens, int64 `[batch, time]`, to hidden states `[batch, time, hidden]` in the dtype of the weights.
 
         They are what the head takes, after the last norm; a position sees itself and those before it.
+
+        Args:
+            tokens: of the sequences.
+            documents: the document of each position, int32 `[batch, time]`: a position then sees its own alone, in
+                which positions start anew. None: each sequence is one.
         """
 
     @property

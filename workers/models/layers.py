@@ -6,11 +6,25 @@ from torch import Tensor, nn
 
 from workers.models.kernels import rms_norm
 from workers.models.language_model import LanguageModel
+from workers.models.masks import DocumentMask
 
 
-def rotary(time: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine `[time, dim / 2]` of the rotary positions, in fp32."""
+def rotary(
+    time: int, dim: int, theta: float, device: torch.device, mask: DocumentMask | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the rotary positions in fp32: `[time, dim / 2]`, or `[batch, 1, time, dim / 2]`.
+
+    Args:
+        time: tokens of a sequence.
+        dim: of a head.
+        theta: base of the wave lengths.
+        device: for the result.
+        mask: of documents, at whose beginnings the positions start anew.
+    """
     frequency = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    if mask is not None:
+        angle = mask.positions.float()[:, None, :, None] * frequency
+        return angle.cos(), angle.sin()
     angle = torch.outer(torch.arange(time, device=device, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
 

@@ -11,6 +11,7 @@ from workers.config import LlamaConfig
 from workers.models.attention import CausalAttention
 from workers.models.language_model import LanguageModel
 from workers.models.layers import RMSNorm, SwiGLU, rotary, training_flops
+from workers.models.masks import DocumentMask
 
 
 class Llama(LanguageModel):
@@ -22,9 +23,9 @@ class Llama(LanguageModel):
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return the hidden states."""
-        return self.model(tokens)
+        return self.model(tokens, None if documents is None else DocumentMask(documents))
 
     @property
     def head(self) -> Tensor:
@@ -70,12 +71,12 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: DocumentMask | None) -> Tensor:
         """Return the hidden states `[batch, time, hidden]`."""
         x = self.embed_tokens(tokens)
-        rotation = rotary(tokens.size(1), self.config.head_dim, self.config.rope_theta, tokens.device)
+        rotation = rotary(tokens.size(1), self.config.head_dim, self.config.rope_theta, tokens.device, mask)
         for layer in self.layers:
-            x = layer(x, rotation)
+            x = layer(x, rotation, mask)
         return self.norm(x)
 
 
@@ -89,9 +90,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: DocumentMask | None = None) -> Tensor:
         """Map `[batch, time, hidden]` to the same."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation)
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -115,11 +116,11 @@ class GroupedQueryAttention(nn.Module):
         self.o_proj = nn.Linear(queries, hidden, bias=False)
         self.attend = CausalAttention(config.num_heads)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: DocumentMask | None = None) -> Tensor:
         """Map `[batch, time, hidden]` to the same."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = self.attend(rotate(q, rotation), rotate(k, rotation), v)
+        out = self.attend(rotate(q, rotation), rotate(k, rotation), v, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))

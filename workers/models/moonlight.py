@@ -17,6 +17,7 @@ from workers.models.attention import CausalAttention
 from workers.models.kernels import grouped_product
 from workers.models.language_model import LanguageModel
 from workers.models.layers import RMSNorm, SwiGLU, rotary, training_flops
+from workers.models.masks import DocumentMask
 
 LATENT_NORM_EPS = 1e-6
 """Of the norm of the compressed keys and values: DeepSeek's code and transformers' have this one whatever
@@ -32,9 +33,9 @@ class Moonlight(LanguageModel):
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return the hidden states."""
-        return self.model(tokens)
+        return self.model(tokens, None if documents is None else DocumentMask(documents))
 
     @property
     def head(self) -> Tensor:
@@ -118,12 +119,12 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(config, dense=i < config.num_dense_layers) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: DocumentMask | None) -> Tensor:
         """Return the hidden states `[batch, time, hidden]`."""
         x = self.embed_tokens(tokens)
-        rotation = rotary(tokens.size(1), self.config.qk_rope_head_dim, self.config.rope_theta, tokens.device)
+        rotation = rotary(tokens.size(1), self.config.qk_rope_head_dim, self.config.rope_theta, tokens.device, mask)
         for layer in self.layers:
-            x = layer(x, rotation)
+            x = layer(x, rotation, mask)
         return self.norm(x)
 
 
@@ -137,9 +138,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: DocumentMask | None = None) -> Tensor:
         """Map `[batch, time, hidden]` to the same."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation)
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -165,7 +166,7 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
         self.attend = CausalAttention(self.heads)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: DocumentMask | None = None) -> Tensor:
         """Map `[batch, time, hidden]` to the same; the rotary key is shared by all heads."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
@@ -173,7 +174,7 @@ class LatentAttention(nn.Module):
         kv = self.kv_b_proj(self.kv_a_layernorm(compressed)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([self.nope, self.value], dim=-1)
         k_rope = rotate(k_rope.unsqueeze(1), rotation).expand(-1, self.heads, -1, -1)
-        out = self.attend(torch.cat((q_nope, rotate(q_rope, rotation)), -1), torch.cat((k_nope, k_rope), -1), v)
+        out = self.attend(torch.cat((q_nope, rotate(q_rope, rotation)), -1), torch.cat((k_nope, k_rope), -1), v, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
