@@ -22,8 +22,8 @@ from workers.data.ends import DocumentEnds
 from workers.data.tokenizer import Tokenizer, load_tokenizer
 from workers.data.tokens import TokenSplit
 
-SHOWN_BYTES = 200
-"""Of a document's text in a table."""
+SHOWN_TOKENS = 200
+"""Of a document's beginning."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ class Shown:
     """Its hash; empty for bytes."""
     documents: int
     splits: dict[str, dict[str, float]]
-    """Tokens, shards, bytes per token, and the median and largest length of a document in tokens, by split."""
+    """Tokens, shards, and the lengths of documents in tokens in the first shard, by split."""
+    bytes_per_token: float
     first: list[tuple[str, str]]
     """The first documents of the training split: file and row, and the beginning of the text."""
 
@@ -140,3 +141,30 @@ def show(url: str, documents: int, s3_endpoint: str = "") -> list[Shown]:
     if not found:
         raise ConfigError(f"{url}: no prepared tokens there (no index.json in it, nor in a folder of it)")
     return found
+
+
+def _shown(corpus: Corpus, documents: int) -> Shown:
+    splits = {}
+    for split in SPLITS:
+        shards = getattr(corpus, split)
+        splits[split] = {"tokens": Corpus.tokens(shards), "shards": len(shards)}
+        if shards and shards[0].ends:
+            lengths = DocumentEnds(corpus, shards).lengths(0)
+            splits[split] |= {"median_length": float(np.median(lengths)), "largest_length": float(lengths.max())}
+    first = []
+    if corpus.train and corpus.train[0].ends and not corpus.tokenizer and documents:
+        ends, tokens = DocumentEnds(corpus, corpus.train), TokenSplit(corpus, corpus.train, 1)
+        for stretch in ends.stretches(0, corpus.train[0].tokens)[:documents]:
+            last = min(stretch.stop, stretch.start + SHOWN_TOKENS)
+            ids = [int(tokens.sample(at)[0]) for at in range(stretch.start, min(last, tokens.num_samples))]
+            first.append((_place(stretch.file, stretch.row), load_tokenizer("byte").decode(ids)))
+        tokens.close()
+    return Shown(
+        *(corpus.url, corpus.content_hash, corpus.dtype, corpus.tokenizer, corpus.documents, splits),
+        bytes_per_token=corpus.bytes_per_token,
+        first=first,
+    )
+
+
+def _place(file: str, row: int) -> str:
+    return f"{file}:{row}" if row else file

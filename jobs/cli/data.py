@@ -32,8 +32,11 @@ def data_show(
         return
     console = Screen()
     for one in found:
-        console.print(f"{one.url}", style="bold")
-        rows = [(key, value) for key, value in one.figures()]
+        console.print(one.url, style="bold")
+        rows = [("documents", f"{one.documents:,}"), ("tokenizer", one.tokenizer or "bytes"), ("dtype", one.dtype)]
+        rows += [("bytes per token", f"{one.bytes_per_token:.3f}"), ("content hash", one.content_hash)]
+        for split, figures in one.splits.items():
+            rows += [(f"{split} {key.replace('_', ' ')}", f"{value:,.0f}") for key, value in figures.items()]
         print_table(console, ("", ""), rows)
         for place, text in one.first:
             console.print(f"\n{place}", style="dim")

@@ -8,13 +8,13 @@ whole file). No document goes on in another shard. A table is read whole when so
 import hashlib
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import numpy as np
 
 from workers.common.errors import StorageError
-from workers.data.corpus import REMAKE, Corpus, Shard
+from workers.data.corpus import REMAKE, Corpus, Shard, read_index
 
 TABLES_KEPT = 64
 """Of shards, in memory: some megabytes each."""
@@ -60,6 +60,10 @@ class DocumentEnds:
             ended = int(parts[-1][-1]) + (last == self.shards[shard].tokens)
         return np.concatenate(parts)
 
+    def lengths(self, shard: int) -> np.ndarray:
+        """Return how many tokens each document of a shard has."""
+        return np.diff(self._table(shard)[:, 0], prepend=0)
+
     def stretches(self, start: int, stop: int) -> list[Stretch]:
         """Return the documents that have tokens in a range, in order."""
         found = []
@@ -69,7 +73,7 @@ class DocumentEnds:
             numbers = np.searchsorted(ends, [first, last - 1], side="right").tolist()
             for number in range(numbers[0], numbers[1] + 1):
                 begin = int(ends[number - 1]) if number else 0
-                file = self.corpus.files[int(table[number, 1])]
+                file = self._pieces[int(table[number, 1])]
                 found.append(Stretch(base + begin, base + int(ends[number]), file, int(table[number, 2])))
         return found
 
@@ -82,6 +86,12 @@ class DocumentEnds:
             parts.append((shard, start - base, min(stop, end) - base))
             start = min(stop, end)
         return parts
+
+    @cached_property
+    def _pieces(self) -> list[str]:
+        """What each piece is called: its file, and where it begins in it, where it is not the first part."""
+        pieces = read_index(self.corpus.store).get("pieces", [])
+        return [f"{url}@{start}" if start else url for url, _, start, *_ in pieces]
 
     def _read(self, number: int) -> np.ndarray:
         shard = self.shards[number]
