@@ -17,7 +17,7 @@ from orchestrator.preflight import corpora_of, data_identity, refuse_other
 from orchestrator.record.journal import read_journal
 from workers.common.errors import ConfigError
 from workers.common.storage import Store, absolute_url
-from workers.data.corpus import Corpus, load
+from workers.data.corpus import SPLITS, Corpus, load
 from workers.data.ends import DocumentEnds
 from workers.data.tokenizer import Tokenizer, load_tokenizer
 from workers.data.tokens import TokenSplit

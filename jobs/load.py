@@ -138,7 +138,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
                 if hints[key] is bool and str(value).lower() not in SWITCH:
                     raise OmegaConfBaseException  # It would take any number but 0 for true.
                 alone = OmegaConf.structured(make_dataclass("Alone", [(key, hints[key])]))
-                arguments[key] = getattr(OmegaConf.merge(alone, {key: value}), key)
+                arguments[key] = _plain(getattr(OmegaConf.merge(alone, {key: value}), key))
             except OmegaConfBaseException:
                 problems.append(f"{name}: must be {_type_name(hints[key])}, not {value!r}")
                 unusable.append(key)
@@ -154,6 +154,14 @@ def _build(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) 
         problems.extend(f"{prefix}{problem}" for problem in sound)
         return None
     return made if len(problems) == before else None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without OmegaConf's own lists and dicts."""
+    if not OmegaConf.is_config(value):
+        return value
+    found = OmegaConf.to_container(value)
+    return found if isinstance(found, dict) else tuple(found)  # type: ignore[arg-type]
 
 
 def _build_all(cls: type, values: Any, name: str, problems: list[str]) -> Any:

@@ -15,9 +15,14 @@ import pytest
 from workers.common.errors import ConfigError, StorageError
 from workers.data import prepare as prepare_module
 from workers.data.config import DataConfig
+<<<<<<< HEAD
 from workers.data.corpus import SPLITS, Corpus, check_corpus, load
 from workers.data.files import files_of
 from workers.data.prepare import prepare as prepare_all
+=======
+from workers.data.corpus import Corpus, check_corpus, load, prepare
+from workers.data.files import files_of, files_of_urls
+>>>>>>> doc
 from workers.data.tokens import TokenSplit
 
 RUN = "0123456789abcdef0123456789abcdef"
@@ -228,6 +233,25 @@ def test_a_part_that_finds_nothing_is_an_error_even_where_others_find(texts, wro
     for source in (f"{texts},{part}", f"{part}, {texts}", f"python-stdlib,{part}"):
         with pytest.raises(ConfigError, match="no file found in '.*nowhere|no file found in '.*md"):
             list(names(source))
+
+
+def test_urls_stand_each_for_itself_and_are_told_by_their_source(texts, tmp_path):
+    both = write(tmp_path / "a,b.txt")
+    write(tmp_path / "a")
+    key = "data.sources[web].urls"
+
+    def found(*urls):
+        return [name for _, name in files_of_urls(urls, (f"{texts}/1.txt",), key=key)]
+
+    assert found(both, f" {texts} ", both) == [both, *(f"{texts}/{i}.txt" for i in (0, 2, 3, 4)), both]
+    assert len(found("python-stdlib")) > 100
+    with pytest.raises(ConfigError, match=r"data.sources\[web\].urls=.*a,c.txt.: no file found; name a file"):
+        found(f"{tmp_path}/a,c.txt")
+    with pytest.raises(ConfigError, match=r"data.sources\[web\].urls=.*: no file found in '.*nowhere'"):
+        found(both, f"{tmp_path}/nowhere")
+    for nothing in ((), ("",), (both, " ")):
+        with pytest.raises(ConfigError, match=r"data.sources\[web\].urls=.*name nothing"):
+            found(*nothing)
 
 
 def names(source, outputs=()):

@@ -21,10 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import ipc
 
+from jobs.stack.seaweed import s3_environment, seaweedfs
 from workers.common.errors import ConfigError, StorageError
-from workers.common.storage import open_source
+from workers.common.storage import Store, open_source
 from workers.data import lines, pieces
 from workers.data.documents import Piece, documents, pieces_of, rows_before
+from workers.data.files import files_of_urls
 from workers.data.lines import Document
 
 ROWS = [{"text": f"row {i}: " + "äöü €𝄞"[i % 7 :] * (i % 5), "id": i} for i in range(60)]
@@ -502,6 +504,36 @@ class Failing(io.FileIO):
         if (self.tell() > 300 and self.tell() < Path(self.name).stat().st_size - 2000) or size > 2**13:
             raise OSError("the line went dead")
         return super().read(size)
+
+
+def test_all_formats_out_of_a_bucket(tmp_path, monkeypatch):
+    """Also in an archive in it, in pieces, and by a name with odd letters."""
+    monkeypatch.setattr("workers.data.documents.PIECE_BYTES", 500)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 500)
+    for name, value in s3_environment().items():
+        monkeypatch.setenv(name, value)
+    table = pa.table({"text": [row["text"] for row in ROWS]})
+    files = [table_file(tmp_path, form, table) for form in FORMS]
+    files += [written(tmp_path, f"a b#c.jsonl{ending}", PACK[ending](JSONL)) for ending in PACK]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("in/b.jsonl", JSONL)
+    (tmp_path / "served").mkdir()
+    with seaweedfs(tmp_path / "served") as endpoint:
+        store = Store("s3://raymuon/documents", endpoint)
+        store.probe()
+        for file in (*files, tmp_path / "a.zip", written(tmp_path, "empty.txt", b"")):
+            store.put(file.name, file.read_bytes())
+        places = [f"s3://raymuon/documents/{file.name}" for file in files]
+        found = [(fs, path) for place in places for fs, path in files_of_urls([place], (), endpoint)]
+        found += files_of_urls(["zip://in/*::s3://raymuon/documents/a.zip"], (), endpoint)
+        assert len(found) == len(places) + 1
+        for fs, path in found:
+            cut = pieces_of(fs, path, s3_endpoint=endpoint)
+            rows, bad = rows_of(pickle.loads(pickle.dumps(cut)))
+            assert rows == list(zip(TEXTS, range(1, len(TEXTS) + 1), strict=True)) and not bad, path
+        assert read("s3://raymuon/documents/empty.txt", endpoint=endpoint) == ([], [])
+    with pytest.raises(StorageError, match="b.jsonl"):
+        rows_of(cut)
 
 
 def test_memory_stays_flat_over_files_of_any_size(tmp_path):

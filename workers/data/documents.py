@@ -37,7 +37,8 @@ def pieces_of(fs: AbstractFileSystem, path: str, format: str = "auto", s3_endpoi
     url = url_of(fs, path, s3_endpoint)
     with storage_errors(url):
         size = fs.info(path).get("size")
-        head = b"" if size == 0 else bytes(fs.cat_file(path, 0, HEAD if size is None else min(HEAD, size)))[:HEAD]  # type: ignore[arg-type]
+        end = HEAD if size is None else min(HEAD, size)
+        head = bytes(fs.cat_file(path, start=0, end=end))[:HEAD] if end else b""  # type: ignore[arg-type]
         beside = format in ("auto", "megatron") and _other_half(fs, path)
     if beside and path.endswith(".idx"):
         return []  # It is read with its tokens.
