@@ -15,14 +15,9 @@ import pytest
 from workers.common.errors import ConfigError, StorageError
 from workers.data import prepare as prepare_module
 from workers.data.config import DataConfig
-<<<<<<< HEAD
 from workers.data.corpus import SPLITS, Corpus, check_corpus, load
-from workers.data.files import files_of
-from workers.data.prepare import prepare as prepare_all
-=======
-from workers.data.corpus import Corpus, check_corpus, load, prepare
 from workers.data.files import files_of, files_of_urls
->>>>>>> doc
+from workers.data.prepare import prepare as prepare_all
 from workers.data.tokens import TokenSplit
 
 RUN = "0123456789abcdef0123456789abcdef"
