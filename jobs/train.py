@@ -1,6 +1,5 @@
 """`raymuon train`: a run from config to summary."""
 
-import math
 import os
 import tempfile
 import time

@@ -260,7 +260,9 @@ def require_fit(config: RunConfig, machines: Machines, device: Calibration, memo
 
 def _micro_batch(config: RunConfig, kind: str, watched: bool) -> MicroBatch:
     train, dtype = config.train, dtype_on(kind, config.train.precision)
-    return micro_batch_of(config.model, train.micro_batch, train.seq_len, dtype, kind, watched, config.data.document_mask)
+    return micro_batch_of(
+        config.model, train.micro_batch, train.seq_len, dtype, kind, watched, config.data.document_mask
+    )
 
 
 def memory_on(config: RunConfig, machines: Machines, device: Calibration) -> Memory:

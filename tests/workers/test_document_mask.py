@@ -21,7 +21,7 @@ PACKED = {
     "tokens that are documents": [[1] * 17, [3, 14]],
 }
 """Lengths of the documents in each sequence of 16 inputs and the last target."""
-ENLARGED = 8
+ENLARGED = 4
 """Two layers of logits and norms, and gradients in which much cancels."""
 
 
@@ -56,7 +56,8 @@ def test_a_packed_document_is_what_it_is_alone(name, packing, dtype, watched):
 
     losses, counted, at, place = torch.zeros(()), 0, 0, 0
     pieces = [document for row, sizes in zip(tokens, lengths, strict=True) for document in row.split(sizes)]
-    enlarged = ENLARGED * (torch.finfo(dtype).eps / EPS)
+    # In bf16, whose rounding dwarfs what the computation enlarges, as much of it as it makes: 6 % in all.
+    enlarged = ENLARGED if dtype == torch.float32 else torch.finfo(dtype).eps / EPS
     for document in pieces:
         row, first = divmod(at, 17)
         inputs = document if first + len(document) < 17 else document[:-1]  # The last token is a target only.
@@ -86,7 +87,10 @@ def test_a_packed_document_is_what_it_is_alone(name, packing, dtype, watched):
 def test_one_document_is_what_a_sequence_is_without_a_mask(name):
     tokens = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(1))
     plain, masked = model_of(name, torch.float32, False), model_of(name, torch.float32, False)
-    expected, found = passed(plain, batch_of(tokens)), passed(masked, batch_of(tokens, documents=numbered([[17], [17]])))
+    expected, found = (
+        passed(plain, batch_of(tokens)),
+        passed(masked, batch_of(tokens, documents=numbered([[17], [17]]))),
+    )
     assert_close(found[0], expected[0], ENLARGED)
     assert_close(found[1], expected[1], ENLARGED)
     for p, other in zip(masked.parameters(), plain.parameters(), strict=True):
