@@ -351,14 +351,14 @@ class Trainer:
         engine.model.train()
         sums = engine.all_reduce(torch.tensor([*totals, *tokens], dtype=torch.float64)).tolist()
         losses = []
-        for name, total, counted in zip(feed.sources, sums, sums[len(totals) :], strict=False):
+        for name, total, count in zip(feed.sources, sums, sums[len(totals) :], strict=False):
             of = f" of source {name}" if name else ""
-            if not counted:
+            if not count:
                 raise TrainingError(
                     f"step {step}: none of the targets in the held-out sequences{of} counts, so there is no "
                     "validation loss; look at the held-out data, or raise train.validate_sequences"
                 )
-            losses.append(total / counted)
+            losses.append(total / count)
             if not math.isfinite(losses[-1]):
                 raise TrainingError(f"step {step}: the validation loss{of} is {losses[-1]}; lower optim.lr")
         loss = _mean(losses, feed.validation_weights)

@@ -152,12 +152,11 @@ def sourced(rank: int, world_size: int, task, weights: list[float], shift: float
     whole = list(Feed.validation(trainer.feed))
     feed = trainer.feed
     feed.sources, feed.validation_weights, feed.bytes_per_token = ["wiki", "code"], weights, [4.0, 2.0]
-    feed.validation = lambda: ((number % 2, batch) for number, (_, batch) in enumerate(whole))
+    parts = [((rank + number) % 2, batch) for number, (_, batch) in enumerate(whole)]
+    feed.validation = lambda: iter(parts)
     loss = trainer._loss
-    trainer._loss = lambda forward, batch: loss(forward, batch) + shift * (batch is whole[1][1])
-    mine = [
-        (number % 2, loss(trainer.engine.model, batch).item(), batch.counted) for number, (_, batch) in enumerate(whole)
-    ]
+    trainer._loss = lambda forward, batch: loss(forward, batch) + (shift if batch is whole[-1][1] else 0.0)
+    mine = [(source, loss(trainer.engine.model, batch).item(), batch.counted) for source, batch in parts]
     try:
         trainer._validate()
     except TrainingError as error:
