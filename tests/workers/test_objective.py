@@ -155,7 +155,7 @@ def sourced(rank: int, world_size: int, task, weights: list[float], shift: float
     parts = [((rank + number) % 2, batch) for number, (_, batch) in enumerate(whole)]
     feed.validation = lambda: iter(parts)
     loss = trainer._loss
-    trainer._loss = lambda forward, batch: loss(forward, batch) + (shift if batch is whole[-1][1] else 0.0)
+    trainer._loss = lambda forward, batch: loss(forward, batch) + (shift if batch is whole[1 % len(whole)][1] else 0.0)
     mine = [(source, loss(trainer.engine.model, batch).item(), batch.counted) for source, batch in parts]
     try:
         trainer._validate()
