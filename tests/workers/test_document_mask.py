@@ -21,7 +21,7 @@ PACKED = {
     "tokens that are documents": [[1] * 17, [3, 14]],
 }
 """Lengths of the documents in each sequence of 16 inputs and the last target."""
-ENLARGED = 8
+ENLARGED = 4
 """Two layers of logits and norms, and gradients in which much cancels."""
 
 
@@ -56,7 +56,8 @@ def test_a_packed_document_is_what_it_is_alone(name, packing, dtype, watched):
 
     losses, counted, at, place = torch.zeros(()), 0, 0, 0
     pieces = [document for row, sizes in zip(tokens, lengths, strict=True) for document in row.split(sizes)]
-    enlarged = ENLARGED * (torch.finfo(dtype).eps / EPS)
+    # In bf16, whose rounding dwarfs what the computation enlarges, as much of it as it makes: 6 % in all.
+    enlarged = ENLARGED if dtype == torch.float32 else torch.finfo(dtype).eps / EPS
     for document in pieces:
         row, first = divmod(at, 17)
         inputs = document if first + len(document) < 17 else document[:-1]  # The last token is a target only.

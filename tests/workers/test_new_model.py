@@ -31,6 +31,7 @@ from workers.models import build, build_empty, logits_of
 from workers.models.attention import CausalAttention, take_logits, watch
 from workers.models.language_model import LanguageModel
 from workers.models.layers import training_flops
+from workers.models.masks import DocumentMask
 from workers.reports import StepDone
 
 pytestmark = pytest.mark.numeric
@@ -91,10 +92,12 @@ class Gpt(LanguageModel):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.size(1), device=tokens.device))
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        mask = None if documents is None else DocumentMask(documents)
+        places = torch.arange(tokens.size(1), device=tokens.device) if mask is None else mask.positions
+        x = self.tokens(tokens) + self.positions(places)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, mask)
         return self.norm(x)
 
     @property
@@ -127,8 +130,8 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.before_attention(x))
+    def forward(self, x: Tensor, mask: DocumentMask | None) -> Tensor:
+        x = x + self.attention(self.before_attention(x), mask)
         return x + self.mlp(self.before_mlp(x))
 
 
@@ -140,9 +143,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width)
         self.attend = CausalAttention(config.num_heads)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: DocumentMask | None) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        return self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 def test_the_page_names_every_member():

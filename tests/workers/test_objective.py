@@ -143,3 +143,45 @@ def test_held_out_sequences_in_which_nothing_counts_are_no_validation(tmp_path):
     split_size = 10_000
     with pytest.raises(AssertionError, match="step 0: none of the targets in the held-out sequences counts"):
         run_ranks(1, masked, task, set(range(split_size)), 0)
+
+
+def sourced(rank: int, world_size: int, task, weights: list[float], shift: float) -> dict:
+    """Validate on two sources, one with the text's even sequences and one with the odd ones."""
+    from workers.feed import Feed
+    from workers.reports import Validated
+
+    trainer, told = trainer_of(rank, world_size, task)
+    whole = list(Feed.validation(trainer.feed))
+    feed = trainer.feed
+    feed.sources, feed.validation_weights, feed.bytes_per_token = ["wiki", "code"], weights, [4.0, 2.0]
+    parts = [((rank + number) % 2, batch) for number, (_, batch) in enumerate(whole)]
+    feed.validation = lambda: iter(parts)
+    loss = trainer._loss
+    trainer._loss = lambda forward, batch: loss(forward, batch) + (shift if batch is whole[1 % len(whole)][1] else 0.0)
+    mine = [(source, loss(trainer.engine.model, batch).item(), batch.counted) for source, batch in parts]
+    try:
+        trainer._validate()
+    except TrainingError as error:
+        return {"error": str(error)}
+    return {"told": told.of(Validated), "mine": mine, "kept": trainer.validation}
+
+
+def test_each_source_has_a_validation_loss_of_its_own(tmp_path):
+    import math
+
+    task = task_of(tmp_path)
+    ranks = run_ranks(2, sourced, task, [3.0, 1.0], 0.0)
+    (told,) = ranks[0]["told"]
+    assert not ranks[1]["told"] and ranks[0]["kept"].items() >= told.items() <= ranks[1]["kept"].items()
+    parts = [[one for rank in ranks for one in rank["mine"] if one[0] == source] for source in (0, 1)]
+    wiki, code = (sum(loss for _, loss, _ in part) / sum(n for _, _, n in part) for part in parts)
+    assert told["by_source"] == {"wiki": pytest.approx(wiki, rel=1e-12), "code": pytest.approx(code, rel=1e-12)}
+    assert wiki != code and told["loss"] == pytest.approx((3 * wiki + code) / 4, rel=1e-12)
+    assert told["bits_per_byte"] == pytest.approx(told["loss"] / math.log(2) / 3.5, rel=1e-12)
+    only = run_ranks(1, sourced, task, [0.0, 1.0], 0.0)[0]["told"][0]
+    assert only["loss"] == only["by_source"]["code"], "a source without weight is measured, and moves nothing"
+
+
+def test_a_source_whose_loss_is_not_finite_is_named(tmp_path):
+    (rank,) = run_ranks(1, sourced, task_of(tmp_path), [1.0, 1.0], float("nan"))
+    assert rank["error"].startswith("step 0: the validation loss of source code is nan")
