@@ -355,24 +355,14 @@ class Trainer:
         engine.model.train()
         sums = engine.all_reduce(torch.tensor([*totals, *tokens], dtype=torch.float64)).tolist()
         losses = []
-<<<<<<< HEAD
-        for name, total, num in zip(feed.sources, sums, sums[len(totals) :], strict=False):
-            of = f" of source {name}" if name else ""
-            if not num:
-=======
         for name, total, count in zip(feed.sources, sums, sums[len(totals) :], strict=False):
             of = f" of source {name}" if name else ""
             if not count:
->>>>>>> mask
                 raise TrainingError(
                     f"step {step}: none of the targets in the held-out sequences{of} counts, so there is no "
                     "validation loss; look at the held-out data, or raise train.validate_sequences"
                 )
-<<<<<<< HEAD
-            losses.append(total / num)
-=======
             losses.append(total / count)
->>>>>>> mask
             if not math.isfinite(losses[-1]):
                 raise TrainingError(f"step {step}: the validation loss{of} is {losses[-1]}; lower optim.lr")
         loss = _mean(losses, feed.validation_weights)
