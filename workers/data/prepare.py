@@ -24,7 +24,7 @@ import numpy as np
 from fsspec import AbstractFileSystem
 
 from workers.common import disk
-from workers.common.errors import ConfigError
+from workers.common.errors import ConfigError, NotFoundError
 from workers.common.storage import Store, is_remote, storage_errors
 from workers.data.config import DataConfig, SourceConfig
 from workers.data.corpus import BYTES_FORMAT, FORMAT, SPLITS, Corpus, Shard, content_hash, has_shards, load
@@ -213,17 +213,22 @@ def prepare_here(
     works: Iterable[Work], progress: Callable[[dict[str, Any]], object] = lambda note: None
 ) -> tuple[Corpus, ...]:
     """Make in this process, one group after another, what is not there yet, and return the prepared sources."""
-    found = []
-    for work in works:
+    return tuple(work.prepared() or _prepare(work, progress) for work in works)
+
+
+def _prepare(work: Work, progress: Callable[[dict[str, Any]], object]) -> Corpus:
+    try:
+        if work.after:
+            for group in work.groups:
+                keep_keys(work, group)
+        for group in work.missing():
+            progress(make_group(work, group))
+        return finish(work)
+    except NotFoundError:
+        # Somebody else has finished it meanwhile, and cleared away what we were writing.
         if (corpus := work.prepared()) is None:
-            if work.after:
-                for group in work.groups:
-                    keep_keys(work, group)
-            for group in work.missing():
-                progress(make_group(work, group))
-            corpus = finish(work)
-        found.append(corpus)
-    return tuple(found)
+            raise
+        return corpus
 
 
 def keep_keys(work: Work, group: Group) -> None:
@@ -462,6 +467,7 @@ def finish(work: Work) -> Corpus:
         **splits,
     }
     store.put("index.json", json.dumps(index, indent=1).encode())
-    for name in [group.name for group in work.groups]:
+    left = [name for name in store.names("") if name.startswith(".")]  # Of processes that were killed.
+    for name in [*left, *(group.name for group in work.groups)]:
         store.remove(name)
     return replace(load(store), name=work.name)
