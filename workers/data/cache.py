@@ -44,7 +44,7 @@ class BlockCache:
 
     def has(self, name: str) -> bool:
         """Tell whether a file is there."""
-        return Path(self.folder, name).exists()
+        return os.access(f"{self.folder}/{name}", os.F_OK)
 
     def read(self, name: str, start: int = 0, stop: int = 1 << 40) -> bytes | None:
         """Return the bytes from `start` up to `stop`, fewer where the file is shorter; None where there is none."""
