@@ -19,7 +19,7 @@ from workers.common.errors import ConfigError
 from workers.common.storage import Store, absolute_url
 from workers.data.corpus import SPLITS, Corpus, load
 from workers.data.ends import DocumentEnds
-from workers.data.tokenizer import Tokenizer, load_tokenizer
+from workers.data.tokenizer import BYTES
 from workers.data.tokens import TokenSplit
 
 SHOWN_TOKENS = 200
@@ -64,7 +64,6 @@ def samples_at(found: TrackedRun, step: int) -> list[Sample]:
     from workers.feed import indices_of_step, order_of  # Imports torch.
 
     config, corpora = _trained_on(found, step)
-    tokenizer = run_tokenizer(found.store, corpora)
     train, order = config.train, order_of(config.data, config.train, config.seed, corpora)
     splits = [TokenSplit(corpus, corpus.train, train.seq_len, config.data.cache_gb) for corpus in corpora]
     ends = [DocumentEnds(corpus, corpus.train) for corpus in corpora]
@@ -73,7 +72,7 @@ def samples_at(found: TrackedRun, step: int) -> list[Sample]:
     for number, index in enumerate(indices.tolist()):
         source, sample = int(drawn.source[number]), int(drawn.sample[number])
         tokens = splits[source].sample(sample)
-        pieces = list(_pieces(tokens, sample * train.seq_len, ends[source], tokenizer))
+        pieces = list(_pieces(tokens, sample * train.seq_len, ends[source]))
         slot, epoch = number // train.micro_batch, int(drawn.epoch[number])
         samples.append(Sample(index, slot, corpora[source].name, epoch, sample, pieces))
     for split in splits:
@@ -81,11 +80,11 @@ def samples_at(found: TrackedRun, step: int) -> list[Sample]:
     return samples
 
 
-def _pieces(tokens: np.ndarray, start: int, ends: DocumentEnds, tokenizer: Tokenizer) -> Iterator[Piece]:
+def _pieces(tokens: np.ndarray, start: int, ends: DocumentEnds) -> Iterator[Piece]:
     """Yield what of each document is in a sample that begins at token `start` of its split."""
     for stretch in ends.stretches(start, start + len(tokens)):
         first, last = max(stretch.start, start), min(stretch.stop, start + len(tokens))
-        text = tokenizer.decode(tokens[first - start : last - start].tolist())
+        text = BYTES.decode(tokens[first - start : last - start].tolist())
         yield Piece(stretch.file, stretch.row, first - stretch.start, last - first, text)
 
 
@@ -102,13 +101,6 @@ def _trained_on(found: TrackedRun, step: int) -> tuple[RunConfig, tuple[Corpus, 
     known = RunLog(found.store).identity or {}
     refuse_other(found.url, known, data_identity(config.data, corpora))
     return config, corpora
-
-
-def run_tokenizer(store: Store, corpora: tuple[Corpus, ...]) -> Tokenizer:
-    """Return the tokenizer of a run, which lies in its folder."""
-    if not corpora[0].tokenizer:
-        return load_tokenizer("byte", "auto", "auto")
-    return load_tokenizer(store.child("tokenizer").url, "auto", "auto", store.s3_endpoint)
 
 
 @dataclass(frozen=True)
@@ -157,7 +149,7 @@ def _shown(corpus: Corpus, documents: int) -> Shown:
         for stretch in ends.stretches(0, corpus.train[0].tokens)[:documents]:
             last = min(stretch.stop, stretch.start + SHOWN_TOKENS)
             ids = [int(tokens.sample(at)[0]) for at in range(stretch.start, min(last, tokens.num_samples))]
-            first.append((_place(stretch.file, stretch.row), load_tokenizer("byte").decode(ids)))
+            first.append((_place(stretch.file, stretch.row), BYTES.decode(ids)))
         tokens.close()
     return Shown(
         *(corpus.url, corpus.content_hash, corpus.dtype, corpus.tokenizer, corpus.documents, splits),

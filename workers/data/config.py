@@ -1,4 +1,4 @@
-"""What is trained on: sources of text, their mixture, the tokenizer, and where the tokens go."""
+"""What is trained on: sources of text, their mixture, and where the tokens go."""
 
 import re
 from collections.abc import Iterator
@@ -75,12 +75,6 @@ class DataConfig:
     """Named sources with weights, in the place of `source`."""
     mixture: tuple[MixtureConfig, ...] = ()
     """Other weights of the sources from a step on; nothing before that step moves."""
-    tokenizer: str = "byte"
-    """`byte`; a `tokenizer.json`, a tiktoken file, or a folder (any fsspec URL) with one of them."""
-    begin_of_document: str = "auto"
-    """Token before each document; `auto` as the tokenizer says, empty for none."""
-    end_of_document: str = "auto"
-    """Token after each document; `auto` as the tokenizer says, empty for none."""
     deduplicate: bool = False
     """Leave out documents whose text was there before, in this source or in one before it."""
     max_bad_documents: int = 0
@@ -106,8 +100,7 @@ class DataConfig:
         require(
             self,
             *filled(self, source="a file, a glob, a URL or python-stdlib", prepared_url="a folder"),
-            *filled(self, tokenizer="byte, a file or a folder"),
-            *no_password(self, "source", "tokenizer", "prepared_url", "ledger"),
+            *no_password(self, "source", "prepared_url", "ledger"),
             *within(self, "(0, 1)", "held_out_fraction"),
             *within(self, "[0, inf)", "max_bad_documents", lowest="none"),
             *within(self, "[0, inf)", "window", lowest="all"),

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from workers.data.documents import TOKENS, documents, pieces_of
 from workers.data.files import files_of, files_of_urls
 from workers.data.pieces import Piece
 from workers.data.token_files import token_documents
-from workers.data.tokenizer import Tokenizer, load_tokenizer
+from workers.data.tokenizer import BYTES, Tokenizer
 from workers.data.tokens import BLOCK
 
 GROUP_BYTES = 64 * 2**20
@@ -51,9 +50,6 @@ KEY = np.dtype("V16")
 class Recipe:
     """How the documents of a source become tokens."""
 
-    tokenizer: str
-    begin: str
-    end: str
     field: str
     held_out: str
     held_out_fraction: float
@@ -61,13 +57,6 @@ class Recipe:
     key: str
     """Of the config, for messages."""
     s3_endpoint: str = ""
-
-    def load_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer, which a process loads once."""
-        return _tokenizer(self.tokenizer, self.begin, self.end, self.s3_endpoint)
-
-
-_tokenizer = lru_cache(4)(load_tokenizer)
 
 
 @dataclass(frozen=True)
@@ -127,7 +116,6 @@ def works_of(config: DataConfig, outputs: Collection[str] = (), s3_endpoint: str
         StorageError: a place cannot be looked at.
     """
     works: list[Work] = []
-    tokenizer = _tokenizer(config.tokenizer, config.begin_of_document, config.end_of_document, s3_endpoint)
     for source in config.sources or (None,):
         if source is None:
             files, key = files_of(config.source, outputs, s3_endpoint), f"data.source={config.source!r}"
@@ -142,12 +130,12 @@ def works_of(config: DataConfig, outputs: Collection[str] = (), s3_endpoint: str
                 versions.append(f"{path}\0{fs.size(path)}\0{_version_of(fs, path)}\n")
             pieces += pieces_of(fs, path, source.format, s3_endpoint)
         recipe = Recipe(
-            *(config.tokenizer, config.begin_of_document, config.end_of_document, source.field),
+            source.field,
             *(config.held_out, config.held_out_fraction, config.max_bad_documents, key, s3_endpoint),
         )
         made_of: tuple[Any, ...] = (BYTES_FORMAT, config.held_out_fraction)
-        if not _is_as_ever(recipe, pieces, tokenizer, config.deduplicate):
-            made_of = (FORMAT, config.held_out_fraction, config.held_out, source.format, source.field, tokenizer.sha256)
+        if not _is_as_ever(recipe, pieces, config.deduplicate):
+            made_of = (FORMAT, config.held_out_fraction, config.held_out, source.format, source.field)
             made_of += tuple(work.store.url for work in works) if config.deduplicate else ()
             made_of += (config.deduplicate,)
         fingerprint = hashlib.sha256(repr(made_of).encode())
@@ -159,13 +147,13 @@ def works_of(config: DataConfig, outputs: Collection[str] = (), s3_endpoint: str
     return works
 
 
-def _is_as_ever(recipe: Recipe, pieces: list[Piece], tokenizer: Tokenizer, deduplicate: bool) -> bool:
+def _is_as_ever(recipe: Recipe, pieces: list[Piece], deduplicate: bool) -> bool:
     """Tell whether the tokens are what they were when there was nothing but text files and bytes.
 
     Their folder has the name that it had, and they have the hash that they had.
     """
     plain = all(piece.format == "text" and not piece.compression for piece in pieces)
-    return plain and not tokenizer.sha256 and not deduplicate and recipe.held_out != "documents"
+    return plain and not deduplicate and recipe.held_out != "documents"
 
 
 def _version_of(fs: AbstractFileSystem, path: str) -> str:
@@ -275,7 +263,7 @@ def make_group(work: Work, group: Group) -> dict[str, Any]:
         ConfigError: more of its documents are bad than may be.
         StorageError: a place cannot be read or written.
     """
-    recipe, tokenizer, bad = work.recipe, work.recipe.load_tokenizer(), []
+    recipe, tokenizer, bad = work.recipe, BYTES, []
     tell = _limited(recipe, bad)
     skipped = _duplicates(work, group) if work.after else set()
     numbers = {"documents": 0, "bytes": dict.fromkeys(SPLITS, 0)}
@@ -450,7 +438,7 @@ def finish(work: Work) -> Corpus:
     if not sum(note["documents"] for note in notes):
         files = len({piece.url for group in work.groups for piece in group.pieces})
         raise ConfigError(f"{recipe.key}: {files} file(s) found, but no text in them")
-    tokenizer = recipe.load_tokenizer()
+    tokenizer = BYTES
     splits = {split: [note["shards"][split] for note in notes if note["shards"][split]] for split in SPLITS}
     index = {
         "format": FORMAT,

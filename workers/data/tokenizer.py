@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from workers.common.errors import ConfigError
-
 
 class Tokenizer(ABC):
     """A reversible map between texts and ids."""
@@ -50,12 +48,4 @@ class ByteTokenizer(Tokenizer):
         return bytes(token for token in ids if token < 256).decode(errors="replace")
 
 
-def load_tokenizer(name: str, begin: str = "auto", end: str = "auto", s3_endpoint: str = "") -> Tokenizer:
-    """Return the tokenizer of a config's `data.tokenizer`.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    if name != "byte":
-        raise ConfigError(f"data.tokenizer={name!r}: only byte is known")
-    return ByteTokenizer()
+BYTES = ByteTokenizer()
