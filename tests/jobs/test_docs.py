@@ -12,7 +12,8 @@ import typer
 
 from jobs.cli import app
 from jobs.load import load
-from workers.data.corpus import check_corpus, prepare
+from workers.data.corpus import check_corpus
+from workers.data.prepare import prepare
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = ROOT / "docs" / "commands"
