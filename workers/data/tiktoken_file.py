@@ -136,8 +136,8 @@ def _pattern(where: str, config: dict[str, Any]) -> tuple[str, int]:
     if "pat_str" in config:
         return named, reserved
     raise ConfigError(
-        f"data.tokenizer: {where} does not say by which pattern a text is split into words, and another one gives other "
-        f'ids; write it into tokenizer_config.json beside it, as "pat_str": a regular expression, or one of '
+        f"data.tokenizer: {where} does not say by which pattern a text is split into words, and another one gives "
+        f'other ids; write it into tokenizer_config.json beside it, as "pat_str": a regular expression, or one of '
         f"{', '.join(PATTERNS)}"
     )
 
@@ -179,8 +179,8 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Return, in order, the pairs that tokens are merged from.
 
     tiktoken merges the pair whose concatenation has the lowest rank, whichever pair that is; so every pair of two
-    tokens that makes a third is a merge, at its rank. Of the pairs of one token the order does not matter among words:
-    they are equal in rank to tiktoken, which takes the leftmost.
+    tokens that makes a third is a merge, at its rank. Pairs of
+    one token are equal in rank there, where the leftmost is taken; here they have an order, which no text has shown yet.
     """
     merges = []
     for token in ranks:
