@@ -179,8 +179,8 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Return, in order, the pairs that tokens are merged from.
 
     tiktoken merges the pair whose concatenation has the lowest rank, whichever pair that is; so every pair of two
-    tokens that makes a third is a merge, at its rank. Pairs of
-    one token are equal in rank there, where the leftmost is taken; here they have an order, which no text has shown yet.
+    tokens that makes a third is a merge, at its rank. Pairs of one token are equal in rank there, and the leftmost is
+    taken; here they have an order, and no text has shown a difference yet.
     """
     merges = []
     for token in ranks:
