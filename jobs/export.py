@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jobs.byte_tokenizer import byte_tokenizer
 from jobs.hugging_face import config_of, empty_tensors_of, refuse_unloadable, tensors_of, trained_on_bytes
 from optim.checks import ConfigProblems
 from orchestrator.log.run_log import Entry, find_commit
@@ -17,6 +16,7 @@ from workers.checkpoint.shards import CheckpointReader
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store, shared_url
 from workers.config import ModelConfig, model_config_of
+from workers.data.byte_tokenizer import byte_tokenizer
 
 SHARD_BYTES = 4 << 30
 """Of an exported file, at most, but for a tensor that is larger."""

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from jobs.architectures import architecture_of
-from jobs.byte_tokenizer import END_OF_DOCUMENT
 from workers.common.errors import ConfigError
 from workers.config import ModelConfig
+from workers.data.byte_tokenizer import END_OF_DOCUMENT
 
 
 def tensors_of(name: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

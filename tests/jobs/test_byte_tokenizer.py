@@ -5,9 +5,9 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
-from jobs.byte_tokenizer import byte_tokenizer
 from jobs.hugging_face import config_of, trained_on_bytes
 from tests.jobs.test_export import MODELS
+from workers.data.byte_tokenizer import byte_tokenizer
 
 PLANE = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
 BYTES = [list(character.encode()) for character in PLANE]

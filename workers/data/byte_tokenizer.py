@@ -1,8 +1,8 @@
-"""The tokenizer of models that are trained on bytes, as Hugging Face's libraries read it.
+"""The tokenizer of models that are trained on bytes: each text is its UTF-8 bytes, and byte 0 ends a document.
 
-Every text becomes its UTF-8 bytes. Byte-level tokenizers write each byte as a printable character (GPT-2's convention),
-and a special token is looked for in the text as it is written: byte 0, the end of a document, would be written "Ā", and
-that letter (U+0100) would end a document wherever it stands. So byte 0 is written as what it is, the character U+0000,
+Hugging Face's libraries read it, too. Byte-level tokenizers write each byte as a printable character (GPT-2's
+convention), and a special token is looked for in the text as it is written: byte 0 would be written "Ā", and that
+letter (U+0100) would end a document wherever it stands. So byte 0 is written as what it is, the character U+0000,
 whose UTF-8 is that byte: a text that has it says the end of a document, and nothing else does.
 """
 
@@ -16,9 +16,9 @@ def byte_tokenizer() -> dict[str, str]:
     """Return the files of the tokenizer, with their content."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    end = chr(END_OF_DOCUMENT)
-    vocabulary = {character: byte for byte, character in enumerate(_characters())} | {end: END_OF_DOCUMENT}
-    del vocabulary[_characters()[END_OF_DOCUMENT]]
+    characters, end = byte_characters(), chr(END_OF_DOCUMENT)
+    vocabulary = {character: byte for byte, character in enumerate(characters)} | {end: END_OF_DOCUMENT}
+    del vocabulary[characters[END_OF_DOCUMENT]]
     # Where special tokens are read as text the pre-tokenizer writes byte 0 as "Ā", which is then the only unknown one.
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=end))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -32,7 +32,7 @@ def byte_tokenizer() -> dict[str, str]:
     return {"tokenizer.json": tokenizer.to_str(pretty=True), "tokenizer_config.json": json.dumps(about, indent=2)}
 
 
-def _characters() -> list[str]:
+def byte_characters() -> list[str]:
     """Return the printable character by which byte-level tokenizers write each byte (GPT-2's convention)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
