@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 import pytest
+import shellingham
 from typer import TyperException
 from typer.testing import CliRunner
 
@@ -57,7 +58,9 @@ def test_the_version_is_told():
     assert (done.exit_code, done.output) == (0, f"raymuon {version('raymuon')}\n")
 
 
-def test_a_shell_completes_commands_and_built_in_configs():
+def test_a_shell_completes_commands_and_built_in_configs(monkeypatch):
+    monkeypatch.setattr(shellingham, "detect_shell", lambda: ("bash", "/bin/bash"))  # Whatever has started us.
+
     def completed(words: str) -> list[str]:
         number = str(len(words.split(" ")) - 1)
         env = {"_RAYMUON_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": number}
