@@ -11,7 +11,7 @@ from orchestrator.config import RunConfig, absolute, database_files
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError
 from workers.data.corpus import Corpus, check_corpora, read_index
-from workers.data.prepare import GROUP_BYTES, Group, Work, prepare_here, works_of
+from workers.data.prepare import GROUP_BYTES, Group, Work, prepare_work, works_of
 
 TELL_S = 2.0
 """Between two lines."""
@@ -48,13 +48,16 @@ def prepared(config: RunConfig, address: str | None, stop: StopSignal, console: 
     """
     with stop.abruptly():
         works = works_of(config.data, database_files(config.tracking.uri), config.storage.s3_endpoint)
-        missing = [work for work in works if work.prepared() is None]
-        if sum(group.size for work in missing for group in work.groups) <= GROUP_BYTES:
-            return prepare_here(works)
-    from orchestrator.preparation import prepare_on  # Ray takes a second to import.
+        found = [work.prepared() for work in works]
+        missing = [work for work, corpus in zip(works, found, strict=True) if corpus is None]
+        small = sum(group.size for work in missing for group in work.groups) <= GROUP_BYTES
+        made = [prepare_work(work) for work in missing] if small else []
+    if not small:
+        from orchestrator.preparation import prepare_on  # Ray takes a second to import.
 
-    prepare_on(missing, address, stop, _Progress(missing, console).told)
-    return prepare_here(works)
+        made = prepare_on(missing, address, stop, _Progress(missing, console).told)
+    rest = iter(made)
+    return tuple(corpus or next(rest) for corpus in found)
 
 
 def summary(corpus: Corpus) -> dict[str, Any]:
@@ -90,10 +93,10 @@ class _Progress:
         self.console, self.done, self.began, self.said = console, _Done(), time.monotonic(), 0.0
         console.print(f"preparing {len(works)} source(s), {self.total / 1e6:,.1f} MB", style="dim")
 
-    def told(self, work: Work, group: Group, note: dict[str, Any] | None) -> None:
+    def told(self, work: Work, group: Group, note: dict[str, Any]) -> None:
         """Take note of a finished group."""
         self.done.groups += 1
-        self.done.documents += note["documents"] if note else 0
+        self.done.documents += note["documents"]
         self.done.bytes += group.size
         now = time.monotonic()
         if now - self.said < TELL_S and self.done.bytes < self.total:

@@ -5,7 +5,8 @@ task that dies is tried again; a preparation that ends begins again with the gro
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import ray
@@ -15,9 +16,9 @@ from orchestrator.group.cluster import connected
 from orchestrator.stop import StopSignal
 from workers.common.errors import ClusterError, RaymuonError, StorageError
 from workers.data.corpus import Corpus
-from workers.data.prepare import Group, Work, finish, keep_keys, make_group
+from workers.data.prepare import Group, Work, prepare_work
 
-Told = Callable[[Work, Group, dict[str, Any] | None], object]
+Told = Callable[[Work, Group, dict[str, Any]], object]
 """Called when a group is done, with its note."""
 WAIT_S = 0.5
 TRIES, RETRY_S = 6, 2.0
@@ -42,24 +43,15 @@ def prepare_on(works: Collection[Work], address: str | None, stop: StopSignal, t
         Interrupted: a person has ended it.
     """
     with connected(address, stop):
-        return [_prepared(work, stop, told) for work in works]
-
-
-def _prepared(work: Work, stop: StopSignal, told: Told) -> Corpus:
-    if work.after:
-        for _ in _by_tasks(keep_keys, work, list(work.groups), stop):
-            pass
-    for group, note in _by_tasks(make_group, work, work.missing(), stop):
-        told(work, group, note)
-    return finish(work)
+        return [prepare_work(work, partial(_by_tasks, stop), told) for work in works]
 
 
 def _by_tasks(
-    do: Callable[[Work, Group], Any], work: Work, groups: list[Group], stop: StopSignal
+    stop: StopSignal, do: Callable[[Work, Group], Any], work: Work, groups: Iterable[Group]
 ) -> Iterator[tuple[Group, Any]]:
     """Do something with each group in a task of its own; yield each one that is done, and what came of it."""
     task = ray.remote(num_cpus=1, max_retries=TRIES, scheduling_strategy="SPREAD")(_patiently)
-    shared, waiting, running = ray.put(work), groups[::-1], {}
+    shared, waiting, running = ray.put(work), [*groups][::-1], {}
     while waiting or running:
         room = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
         while waiting and len(running) < room:

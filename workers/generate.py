@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from workers.data.tokenizer import BYTES
 from workers.models import LanguageModel, logits_of
 
 
@@ -36,8 +37,8 @@ def generate(
         progress()
         logits = logits_of(model, torch.tensor([tokens[-context:]], device=device))[0, -1].float().cpu()
         token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=random))
-        if token == 0:
+        if token == BYTES.end:
             break
         tokens.append(token)
     model.train()
-    return bytes(token for token in tokens if token < 256).decode(errors="replace")
+    return BYTES.decode(tokens)

@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -176,41 +176,48 @@ def groups_of(pieces: list[Piece]) -> Iterator[Group]:
         yield Group(number, first, tuple(pieces[first:]))
 
 
-def prepare(
-    config: DataConfig,
-    outputs: Collection[str] = (),
-    s3_endpoint: str = "",
-    progress: Callable[[dict[str, Any]], object] = lambda note: None,
-) -> tuple[Corpus, ...]:
+def prepare(config: DataConfig, outputs: Collection[str] = (), s3_endpoint: str = "") -> tuple[Corpus, ...]:
     """Return the prepared sources of a config; make here, one group after another, what is not there yet.
 
     Args:
         config: what is read, and where the tokens go.
         outputs: absolute paths of the run's own files, which are no text wherever they lie.
         s3_endpoint: of an S3 store that is not AWS.
-        progress: called with the note of each group that was made.
 
     Raises:
         ConfigError: no file matches, there is no text in the files, or more documents are bad than may be.
         StorageError: a place cannot be read or written.
     """
-    return prepare_here(works_of(config, outputs, s3_endpoint), progress)
+    return tuple(work.prepared() or prepare_work(work) for work in works_of(config, outputs, s3_endpoint))
 
 
-def prepare_here(
-    works: Iterable[Work], progress: Callable[[dict[str, Any]], object] = lambda note: None
-) -> tuple[Corpus, ...]:
-    """Make in this process, one group after another, what is not there yet, and return the prepared sources."""
-    return tuple(work.prepared() or _prepare(work, progress) for work in works)
+Each = Callable[[Callable[[Work, Group], Any], Work, Iterable[Group]], Iterable[tuple[Group, Any]]]
+"""Does something with each group of a source, and yields each one that is done, and what came of it."""
 
 
-def _prepare(work: Work, progress: Callable[[dict[str, Any]], object]) -> Corpus:
+def one_by_one(do: Callable[[Work, Group], Any], work: Work, groups: Iterable[Group]) -> Iterator[tuple[Group, Any]]:
+    """Do it in this process."""
+    return ((group, do(work, group)) for group in groups)
+
+
+def prepare_work(
+    work: Work,
+    each: Each = one_by_one,
+    told: Callable[[Work, Group, dict[str, Any]], object] = lambda work, group, note: None,
+) -> Corpus:
+    """Make what is not there yet of a source, and return it.
+
+    Args:
+        work: the source.
+        each: goes through the groups.
+        told: called with each group that is made, and its note.
+    """
     try:
         if work.after:
-            for group in work.groups:
-                keep_keys(work, group)
-        for group in work.missing():
-            progress(make_group(work, group))
+            for _ in each(keep_keys, work, work.groups):
+                pass
+        for group, note in each(make_group, work, work.missing()):
+            told(work, group, note)
         return finish(work)
     except NotFoundError:
         # Somebody else has finished it meanwhile, and cleared away what we were writing.
@@ -286,7 +293,6 @@ def make_group(work: Work, group: Group) -> dict[str, Any]:
         "bad": len(bad),
         "bad_shown": bad[:BAD_SHOWN],
         "engine": tokenizer.engine,
-        "input_bytes": group.size,
         "shards": {split: shard and asdict(shard) for split, shard in shards.items()},
     }
     work.store.put(group.name, json.dumps(note).encode())
@@ -331,8 +337,7 @@ def _parts(
     """Yield the splits that have something of a document, and what."""
     ends = recipe.held_out == "ends" or (recipe.held_out == "auto" and row == 0)
     if not ends:
-        share = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
-        yield "validation" if share < recipe.held_out_fraction else "train", number, row, text
+        yield _split_of(recipe, text), number, row, text
         return
     cut = len(text) - round(len(text) * recipe.held_out_fraction)
     while tokenizer.sha256 and 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:  # Within a character.
@@ -340,6 +345,12 @@ def _parts(
     for split, part in (("train", text[:cut]), ("validation", text[cut:])):
         if part:  # An end alone would be all that a split of short documents has.
             yield split, number, row, part
+
+
+def _split_of(recipe: Recipe, content: bytes) -> str:
+    """Return the split of a document that is held out whole: it goes by its content, wherever it stands."""
+    share = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
+    return "validation" if share < recipe.held_out_fraction else "train"
 
 
 def _ended(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -359,8 +370,7 @@ def _copy(
     for number, piece in enumerate(group.pieces, group.first):
         for ids, row in token_documents(piece, tokenizer.vocab_size, tell):
             stored = ids.astype(tokenizer.dtype)
-            share = int.from_bytes(hashlib.sha256(stored.tobytes()).digest()[:8], "big") / 2**64
-            split = "validation" if share < recipe.held_out_fraction else "train"
+            split = _split_of(recipe, stored.tobytes())
             writers[split].add(stored, number, row)
             numbers["documents"] += 1
             numbers["bytes"][split] += len(ids)
@@ -458,4 +468,4 @@ def finish(work: Work) -> Corpus:
     left = [name for name in store.names("") if name.startswith(".")]  # Of processes that were killed.
     for name in [*left, *(group.name for group in work.groups)]:
         store.remove(name)
-    return replace(load(store), name=work.name)
+    return load(store, work.name)

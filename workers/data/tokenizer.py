@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from workers.data.byte_tokenizer import END_OF_DOCUMENT
+
 
 class Tokenizer(ABC):
     """A reversible map between texts and ids."""
@@ -37,7 +39,7 @@ class Tokenizer(ABC):
 class ByteTokenizer(Tokenizer):
     """Every byte is a token; a zero byte ends a document."""
 
-    vocab_size, begin, end, sha256, engine = 256, None, 0, "", "bytes"
+    vocab_size, begin, end, sha256, engine = 256, None, END_OF_DOCUMENT, "", "bytes"
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return the bytes."""
