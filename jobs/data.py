@@ -61,22 +61,20 @@ def samples_at(found: TrackedRun, step: int) -> list[Sample]:
         ConfigError: the run had no such step, or its tokens are not those that it was trained on.
         StorageError: its files or its tokens cannot be read.
     """
-    from workers.feed import indices_of_step, order_of  # Imports torch.
+    from workers.feed import Part, indices_of_step, order_of  # Imports torch.
 
     config, corpora = _trained_on(found, step)
     train, order = config.train, order_of(config.data, config.train, config.seed, corpora)
-    splits = [TokenSplit(corpus, corpus.train, train.seq_len, config.data.cache_gb) for corpus in corpora]
-    ends = [DocumentEnds(corpus, corpus.train) for corpus in corpora]
+    part = Part([(corpus, corpus.train) for corpus in corpora], train.seq_len, config.data.cache_gb)
     indices = indices_of_step(train, step)
     drawn, samples = order.at(indices), []
     for number, index in enumerate(indices.tolist()):
         source, sample = int(drawn.source[number]), int(drawn.sample[number])
-        tokens = splits[source].sample(sample)
-        pieces = list(_pieces(tokens, sample * train.seq_len, ends[source]))
+        tokens = part.tokens[source].sample(sample)
+        pieces = list(_pieces(tokens, sample * train.seq_len, part.ends[source]))
         slot, epoch = number // train.micro_batch, int(drawn.epoch[number])
         samples.append(Sample(index, slot, corpora[source].name, epoch, sample, pieces))
-    for split in splits:
-        split.close()
+    part.close()
     return samples
 
 
@@ -148,8 +146,8 @@ def _shown(corpus: Corpus, documents: int) -> Shown:
         ends, tokens = DocumentEnds(corpus, corpus.train), TokenSplit(corpus, corpus.train, 1)
         for stretch in ends.stretches(0, corpus.train[0].tokens)[:documents]:
             last = min(stretch.stop, stretch.start + SHOWN_TOKENS)
-            ids = [int(tokens.sample(at)[0]) for at in range(stretch.start, min(last, tokens.num_samples))]
-            first.append((_place(stretch.file, stretch.row), BYTES.decode(ids)))
+            ids = tokens.batch(range(stretch.start, min(last, tokens.num_samples)))[:, 0].tolist()
+            first.append((place_of(stretch.file, stretch.row), BYTES.decode(ids)))
         tokens.close()
     return Shown(
         *(corpus.url, corpus.content_hash, corpus.dtype, corpus.tokenizer, corpus.documents, splits),
@@ -158,5 +156,6 @@ def _shown(corpus: Corpus, documents: int) -> Shown:
     )
 
 
-def _place(file: str, row: int) -> str:
+def place_of(file: str, row: int) -> str:
+    """Return what a document is called."""
     return f"{file}:{row}" if row else file

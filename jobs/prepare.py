@@ -9,7 +9,6 @@ from jobs.screen import Screen
 from jobs.tell import tell
 from orchestrator.config import RunConfig, absolute, database_files
 from orchestrator.stop import StopSignal
-from workers.common.errors import ConfigError
 from workers.data.corpus import Corpus, check_corpora, read_index
 from workers.data.prepare import GROUP_BYTES, Group, Work, prepare_work, works_of
 
@@ -25,8 +24,7 @@ def prepare(config: str, overrides: list[str], address: str | None, stop: StopSi
     """
     run_config, console = absolute(load(config, overrides)), Screen(stderr=as_json)
     corpora = prepared(run_config, address, stop, console)
-    if problems := check_corpora(corpora, run_config.train.seq_len, run_config.train.global_batch):
-        raise ConfigError("\n".join(problems))
+    check_corpora(corpora, run_config.train.seq_len, run_config.train.global_batch)
     found = [summary(corpus) for corpus in corpora]
     for one in found:
         console.print(

@@ -58,8 +58,7 @@ def check_inputs(config: RunConfig, corpora: tuple[Corpus, ...] | None = None) -
     fences = Store(url, endpoint).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
     corpora = corpora or prepare(config.data, database_files(config.tracking.uri), endpoint)
-    if problems := check_corpora(corpora, config.train.seq_len, config.train.global_batch):
-        raise ConfigError("\n".join(problems))
+    check_corpora(corpora, config.train.seq_len, config.train.global_batch)
     return Inputs(corpora, "" if fences else warning)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +52,19 @@ class Slot:
 class Part:
     """One split of all sources."""
 
-    def __init__(self, shards: list[tuple[Corpus, tuple[Shard, ...]]], task: Task) -> None:
-        self.seq_len = task.train.seq_len
-        self.tokens = [TokenSplit(*one, self.seq_len, task.data.cache_gb) for one in shards]
+    def __init__(self, shards: list[tuple[Corpus, tuple[Shard, ...]]], seq_len: int, cache_gb: float) -> None:
+        self.seq_len = seq_len
+        self.tokens = [TokenSplit(*one, seq_len, cache_gb) for one in shards]
         self.ends = [DocumentEnds(*one) for one in shards]
 
     def documents(self, source: int, samples: np.ndarray) -> np.ndarray:
         """Return the number of the document of each token within its sample, `[samples, seq_len + 1]`."""
         return np.stack([self.ends[source].of_sample(sample, self.seq_len) for sample in samples.tolist()])
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        for tokens in self.tokens:
+            tokens.close()
 
 
 class Feed:
@@ -73,8 +79,9 @@ class Feed:
         self.task, self.member = task, member
         self.sources = [corpus.name for corpus in task.corpora]
         self.order = order_of(task.data, task.train, task.seed, task.corpora)
-        self.train = Part([(corpus, corpus.train) for corpus in task.corpora], task)
-        self.held_out = Part([(corpus, corpus.validation) for corpus in task.corpora], task)
+        size = (task.train.seq_len, task.data.cache_gb)
+        self.train = Part([(corpus, corpus.train) for corpus in task.corpora], *size)
+        self.held_out = Part([(corpus, corpus.validation) for corpus in task.corpora], *size)
         shares = task.data.stages()[0][1]
         self.validation_weights = [share / sum(shares) for share in shares]
         """Of each source, in the mean validation loss: the same before and after other weights hold."""
@@ -83,6 +90,7 @@ class Feed:
         self.slots = slots_of_rank(task.train.slots, member.world_size, member.rank)
         self.ledger = _Ledger(task, member)
         self._waited = 0.0
+        self.drawn = lru_cache(4 * max(1, len(self.slots)))(self._drawn)  # Read-ahead asks first, the step again.
 
     def step(self, step: int) -> list[Slot]:
         """Return this rank's slots of a step.
@@ -96,7 +104,7 @@ class Feed:
             read.append(Slot(number, drawn, batch if self.slots else batch.without_targets()))
         return read
 
-    def drawn(self, step: int, slot: int) -> Drawn:
+    def _drawn(self, step: int, slot: int) -> Drawn:
         """Return the samples of a slot."""
         return self.order.at(indices_of_slot(self.task.train, step, slot))
 
@@ -118,7 +126,7 @@ class Feed:
                 same = np.full(len(chunks[chunk]), source)
                 yield source, self.batch(self.held_out, Drawn(same, chunks[chunk], np.zeros_like(same)))
 
-    def batch(self, part: "Part", drawn: Drawn) -> Batch:
+    def batch(self, part: Part, drawn: Drawn) -> Batch:
         """Return what is learned from samples, in their order."""
         tokens = np.empty((len(drawn.sample), self.task.train.seq_len + 1), np.int64)
         documents = np.empty_like(tokens) if self.task.data.document_mask else None
@@ -153,8 +161,8 @@ class Feed:
 
     def close(self) -> None:
         """End what reads ahead."""
-        for tokens in (*self.train.tokens, *self.held_out.tokens):
-            tokens.close()
+        self.train.close()
+        self.held_out.close()
 
 
 def counted(slots: Iterable[Slot]) -> int:

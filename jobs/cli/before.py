@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import AsJson, CalibrationFile, Config, GpuType, Overrides, greater_than_0, writable
+from jobs.cli.options import (
+    AsJson,
+    CalibrationFile,
+    Config,
+    GpuType,
+    Overrides,
+    RayAddress,
+    greater_than_0,
+    writable,
+)
 
 app = typer.Typer()
 
@@ -62,9 +71,7 @@ def doctor(
         str | None, typer.Argument(help="Of the run that is meant to start. None: the cluster alone.")
     ] = None,
     overrides: Overrides = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")
-    ] = None,
+    address: RayAddress = None,
     storage: Annotated[str, typer.Option(help="Folder (fsspec URL) to check in checkpoint.url's place.")] = "",
     calibration: Annotated[
         Path | None,

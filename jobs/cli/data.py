@@ -53,7 +53,7 @@ def data_at(
     s3_endpoint: RunEndpoint = "",
 ) -> None:
     """Print which documents and tokens a step of a run was trained on, in the order of its global batch."""
-    from jobs.data import samples_at
+    from jobs.data import place_of, samples_at
     from jobs.runs import find
 
     samples = samples_at(find(run, tracking_uri, s3_endpoint), step)
@@ -63,7 +63,7 @@ def data_at(
     console, rows = Screen(), []
     for sample in samples:
         for piece in sample.pieces:
-            place = piece.file + (f":{piece.row}" if piece.row else "")
+            place = place_of(piece.file, piece.row)
             tokens = f"{piece.first} to {piece.first + piece.tokens - 1}"
             rows.append((str(sample.index), str(sample.slot), sample.source, str(sample.epoch), place, tokens))
     print_table(console, ("sample", "slot", "source", "epoch", "document", "its tokens"), rows)

@@ -49,6 +49,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on the last lin
 Run = Annotated[str, typer.Argument(help="A run's id or name in MLflow, or the URL of its folder.")]
 TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Of the MLflow that has the run.")]
 RunEndpoint = Annotated[str, typer.Option("--s3-endpoint", help="Of an S3 store that is not AWS; else the run's own.")]
+RayAddress = Annotated[str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")]
 DEFAULT_HEAD = "http://127.0.0.1:8265"
 Head = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")]
 JobHead = Annotated[str, typer.Option("--address", help="URL of the cluster's dashboard; else where it was submitted.")]

@@ -1,11 +1,15 @@
 """Text to tokens."""
 
 from functools import partial
-from typing import Annotated
 
 import typer
 
-from jobs.cli.options import AsJson, Config, Overrides
+from jobs.cli.options import (
+    AsJson,
+    Config,
+    Overrides,
+    RayAddress,
+)
 from jobs.screen import command
 from orchestrator.stop import StopSignal
 
@@ -16,9 +20,7 @@ app = typer.Typer()
 def prepare(
     config: Config,
     overrides: Overrides = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")
-    ] = None,
+    address: RayAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Make the token shards of a config's sources; train does it, too, where it is not done."""

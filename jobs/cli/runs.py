@@ -21,6 +21,7 @@ from jobs.cli.options import (
     JobHead,
     Overrides,
     Pin,
+    RayAddress,
     Run,
     RunEndpoint,
     TrackingUri,
@@ -40,9 +41,7 @@ def train(
         str,
         typer.Option(help="auto: go on with the unfinished run of that name; RUN: with that one; never: a new run."),
     ] = "never",
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")
-    ] = None,
+    address: RayAddress = None,
     takeover: Annotated[
         bool, typer.Option("--takeover", help="With --resume: take the run from a driver that leads it.")
     ] = False,
@@ -171,9 +170,7 @@ def replay(
             callback=at_least_0, help="Relative difference of a loss that is borne; ten times that of a norm."
         ),
     ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster; RAY_ADDRESS also counts. None: a local Ray.")
-    ] = None,
+    address: RayAddress = None,
     tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
     s3_endpoint: RunEndpoint = "",
     as_json: AsJson = False,

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
 
@@ -136,8 +138,6 @@ def _older_hash(form: Any, splits: Mapping[str, Any]) -> str:
 
 def has_shards(corpus: Corpus) -> bool:
     """Tell whether all shards are there in their sizes; their hashes are checked where they are read."""
-    import numpy as np
-
     sizes = {name: file.size for name, file in corpus.store.files("").items()}
     itemsize = np.dtype(corpus.dtype).itemsize
     return all(sizes.get(shard.name) == shard.tokens * itemsize for shard in (*corpus.train, *corpus.validation))
@@ -148,13 +148,18 @@ def num_samples(shards: tuple[Shard, ...], seq_len: int) -> int:
     return max(0, (Corpus.tokens(shards) - 1) // seq_len)
 
 
-def check_corpora(corpora: tuple[Corpus, ...], seq_len: int, global_batch: int) -> list[str]:
-    """Return what is wrong with the sources for this batch; nothing where all is well."""
-    return [problem for corpus in corpora for problem in check_corpus(corpus, seq_len, global_batch)]
+def check_corpora(corpora: tuple[Corpus, ...], seq_len: int, global_batch: int) -> None:
+    """Refuse sources that are too small.
+
+    Raises:
+        ConfigError: with everything that is wrong with them.
+    """
+    if problems := [problem for corpus in corpora for problem in check_corpus(corpus, seq_len, global_batch)]:
+        raise ConfigError("\n".join(problems))
 
 
 def check_corpus(corpus: Corpus, seq_len: int, global_batch: int) -> list[str]:
-    """Do the same for one source."""
+    """Return what is wrong with a source for this batch; nothing where all is well."""
     problems = []
     if (samples := num_samples(corpus.train, seq_len)) < global_batch:
         problems.append(
