@@ -465,7 +465,10 @@ def finish(work: Work) -> Corpus:
         **splits,
     }
     store.put("index.json", json.dumps(index, indent=1).encode())
-    left = [name for name in store.names("") if name.startswith(".")]  # Of processes that were killed.
-    for name in [*left, *(group.name for group in work.groups)]:
-        store.remove(name)
+    for folder in ("", "groups/", "keys/"):
+        for name in store.names(folder):
+            if name.startswith("."):  # Of a process that was killed.
+                store.remove(folder + name)
+    for group in work.groups:
+        store.remove(group.name)
     return load(store, work.name)
