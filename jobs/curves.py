@@ -24,7 +24,7 @@ def plot_losses(runs: Mapping[str, tuple[Series, Series]], path: Path, changes: 
     """Draw training (thin) and validation (dots) losses of each run over its steps.
 
     Args:
-        runs: label to training and validation losses, `(step, nats per byte)`.
+        runs: label to training and validation losses, `(step, nats per token)`.
         path: of the PNG.
         changes: of the group of workers (`RunResult.changes`): a line at each, red after a fault, with the new size.
     """
@@ -39,7 +39,7 @@ def plot_losses(runs: Mapping[str, tuple[Series, Series]], path: Path, changes: 
             labelled += axes.plot(*zip(*validation, strict=True), color=color, marker="o", markersize=4)
             labelled[-1].set_label(visible(label))
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per byte)")
+    axes.set_ylabel("loss (nats per token)")
     if limits := height([point for series in runs.values() for one in series for point in one]):
         axes.set_ylim(*limits)
     _mark(axes, changes)

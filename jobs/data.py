@@ -19,7 +19,7 @@ from workers.common.errors import ConfigError
 from workers.common.storage import Store, absolute_url
 from workers.data.corpus import SPLITS, Corpus, load
 from workers.data.ends import DocumentEnds
-from workers.data.tokenizer import BYTES
+from workers.data.tokenizer import Tokenizer
 from workers.data.tokens import TokenSplit
 
 SHOWN_TOKENS = 200
@@ -67,22 +67,22 @@ def samples_at(found: TrackedRun, step: int) -> list[Sample]:
     train, order = config.train, order_of(config.data, config.train, config.seed, corpora)
     part = Part([(corpus, corpus.train) for corpus in corpora], train.seq_len, config.data.cache_gb)
     indices = indices_of_step(train, step)
-    drawn, samples = order.at(indices), []
+    drawn, samples, tokenizer = order.at(indices), [], corpora[0].open_tokenizer()
     for number, index in enumerate(indices.tolist()):
         source, sample = int(drawn.source[number]), int(drawn.sample[number])
         tokens = part.tokens[source].sample(sample)
-        pieces = list(_pieces(tokens, sample * train.seq_len, part.ends[source]))
+        pieces = list(_pieces(tokens, sample * train.seq_len, part.ends[source], tokenizer))
         slot, epoch = number // train.micro_batch, int(drawn.epoch[number])
         samples.append(Sample(index, slot, corpora[source].name, epoch, sample, pieces))
     part.close()
     return samples
 
 
-def _pieces(tokens: np.ndarray, start: int, ends: DocumentEnds) -> Iterator[Piece]:
+def _pieces(tokens: np.ndarray, start: int, ends: DocumentEnds, tokenizer: Tokenizer) -> Iterator[Piece]:
     """Yield what of each document is in a sample that begins at token `start` of its split."""
     for stretch in ends.stretches(start, start + len(tokens)):
         first, last = max(stretch.start, start), min(stretch.stop, start + len(tokens))
-        text = BYTES.decode(tokens[first - start : last - start].tolist())
+        text = tokenizer.decode(tokens[first - start : last - start].tolist())
         yield Piece(stretch.file, stretch.row, first - stretch.start, last - first, text)
 
 
@@ -142,12 +142,13 @@ def _shown(corpus: Corpus, documents: int) -> Shown:
             lengths = DocumentEnds(corpus, shards).lengths(0)
             splits[split] |= {"median_length": float(np.median(lengths)), "largest_length": float(lengths.max())}
     first = []
-    if corpus.train and corpus.train[0].ends and not corpus.tokenizer and documents:
+    if corpus.train and corpus.train[0].ends and documents:
+        tokenizer = corpus.open_tokenizer()
         ends, tokens = DocumentEnds(corpus, corpus.train), TokenSplit(corpus, corpus.train, 1)
         for stretch in ends.stretches(0, corpus.train[0].tokens)[:documents]:
             last = min(stretch.stop, stretch.start + SHOWN_TOKENS)
             ids = tokens.batch(range(stretch.start, min(last, tokens.num_samples)))[:, 0].tolist()
-            first.append((place_of(stretch.file, stretch.row), BYTES.decode(ids)))
+            first.append((place_of(stretch.file, stretch.row), tokenizer.decode(ids)))
         tokens.close()
     return Shown(
         *(corpus.url, corpus.content_hash, corpus.dtype, corpus.tokenizer, corpus.documents, splits),

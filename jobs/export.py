@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jobs.hugging_face import config_of, empty_tensors_of, refuse_unloadable, tensors_of, trained_on_bytes
+from jobs.hugging_face import config_of, empty_tensors_of, refuse_unloadable, tensors_of, trained_with
 from optim.checks import ConfigProblems
 from orchestrator.log.run_log import Entry, find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
@@ -16,7 +16,8 @@ from workers.checkpoint.shards import CheckpointReader
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store, shared_url
 from workers.config import ModelConfig, model_config_of
-from workers.data.byte_tokenizer import byte_tokenizer
+from workers.data.json_tokenizer import read_tokenizer
+from workers.data.tokenizer import BYTES, Tokenizer
 
 SHARD_BYTES = 4 << 30
 """Of an exported file, at most, but for a tensor that is larger."""
@@ -50,7 +51,8 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_e
     log, commit = find_commit(url, s3_endpoint)
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
     reader = CheckpointReader(log.store, manifest)
-    model, about = model_of(manifest), _about(manifest)
+    model, tokenizer = model_of(manifest), _tokenizer_of(log.store, manifest)
+    about = _about(manifest, tokenizer)
     generation = about.pop("generation_config")
     refuse_unloadable(model)
     target = Store(shared_url(to), s3_endpoint)
@@ -69,9 +71,9 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_e
         where |= dict.fromkeys(tensors, file)
     size = sum(file.size for file in target.files("").values())
     texts = {
-        "README.md": _card(manifest, commit, model, dtype, buffers),
+        "README.md": _card(manifest, commit, model, tokenizer, dtype, buffers),
         "generation_config.json": json.dumps(generation, indent=2),
-        **(byte_tokenizer() if _trained_here(manifest) else {}),
+        **(tokenizer.files if tokenizer else {}),
     }
     if len(plan) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": where}
@@ -126,15 +128,20 @@ def model_of(manifest: Manifest) -> ModelConfig:
 
 
 def _trained_here(manifest: Manifest) -> bool:
-    """Tell whether the tokens are bytes, and a zero byte ends a document: those of an import may be anything."""
     return "data" in manifest.identity
 
 
-def _about(manifest: Manifest) -> dict[str, Any]:
+def _tokenizer_of(store: Store, manifest: Manifest) -> Tokenizer | None:
+    """Return what has made the tokens; None for an import that came without."""
+    known = manifest.identity.get("data.tokenizer", "" if _trained_here(manifest) else None)
+    return read_tokenizer(store, known) if known else None if known is None else BYTES
+
+
+def _about(manifest: Manifest, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return what `config.json` says beside the sizes, and `generation_config`."""
     identity = manifest.identity
-    if _trained_here(manifest):
-        return trained_on_bytes(identity["train.seq_len"])
+    if tokenizer and _trained_here(manifest):
+        return trained_with(tokenizer, identity["train.seq_len"])
     if "hugging_face" not in identity:
         raise ConfigError(
             f"{manifest.run_id} was imported by an older raymuon, without its special tokens' ids; import it once more"
@@ -191,7 +198,9 @@ def _training(identity: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _card(manifest: Manifest, commit: Entry, model: ModelConfig, dtype: str, buffers: set[str]) -> str:
+def _card(
+    manifest: Manifest, commit: Entry, model: ModelConfig, tokenizer: Tokenizer | None, dtype: str, buffers: set[str]
+) -> str:
     """Return the model card: where the weights come from, and the run's figures."""
     parameters = sum(int(np.prod(shape)) for name, shape in manifest.shapes.items() if name not in buffers)
     rows: dict[str, Any] = {
@@ -206,9 +215,14 @@ def _card(manifest: Manifest, commit: Entry, model: ModelConfig, dtype: str, buf
         "saved": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(commit.time)),
     }
     here = _trained_here(manifest)
-    tokens = "The tokens are bytes; a zero byte ends a document." if here else "The tokenizer is the original's."
+    if tokenizer is BYTES:
+        tokens = "The tokens are bytes; a zero byte ends a document."
+    elif here and tokenizer:
+        tokens = f"Its {tokenizer.vocab_size:,} tokens are those of the tokenizer beside it."
+    else:
+        tokens = "The tokenizer is the original's."
     pretrained = "Pretrained with raymuon." if here else "Imported into raymuon and exported again, not trained."
-    tokenizer = '\ntokenizer = AutoTokenizer.from_pretrained(".")' if here else ""
+    loaded = '\ntokenizer = AutoTokenizer.from_pretrained(".")' if tokenizer else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: transformers
@@ -224,8 +238,8 @@ pipeline_tag: text-generation
 {table}
 
 ```python
-from transformers import {"AutoModelForCausalLM, AutoTokenizer" if here else "AutoModelForCausalLM"}
+from transformers import {"AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM"}
 
-model = AutoModelForCausalLM.from_pretrained("."){tokenizer}
+model = AutoModelForCausalLM.from_pretrained("."){loaded}
 ```
 """

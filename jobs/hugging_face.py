@@ -8,7 +8,7 @@ import numpy as np
 from jobs.architectures import architecture_of
 from workers.common.errors import ConfigError
 from workers.config import ModelConfig
-from workers.data.byte_tokenizer import END_OF_DOCUMENT
+from workers.data.tokenizer import Tokenizer
 
 
 def tensors_of(name: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -67,8 +67,9 @@ def refuse_unloadable(model: ModelConfig) -> None:
         raise ConfigError(f"transformers loads a {model.name} only where {' and '.join(problems)}")
 
 
-def trained_on_bytes(seq_len: int) -> dict[str, Any]:
+def trained_with(tokenizer: Tokenizer, seq_len: int) -> dict[str, Any]:
     """Return what `config.json` and `generation_config.json` say of a model that was trained here."""
-    ids = {"bos_token_id": END_OF_DOCUMENT, "eos_token_id": END_OF_DOCUMENT}
+    begin = tokenizer.end if tokenizer.begin is None else tokenizer.begin
+    ids = {"bos_token_id": begin, "eos_token_id": tokenizer.end}
     generation = {**ids, "do_sample": True, "temperature": 0.7}
     return {"max_position_embeddings": seq_len, **ids, "generation_config": generation}

@@ -17,6 +17,10 @@ from workers.checkpoint.shards import write_shard
 from workers.common.errors import ConfigError
 from workers.common.storage import Store, shared_url
 from workers.config import ModelConfig
+from workers.data.config import DataConfig
+from workers.data.json_tokenizer import write_tokenizer
+from workers.data.tokenizer import Tokenizer
+from workers.data.tokenizer_files import JSON, TIKTOKEN, open_tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -50,11 +54,25 @@ def import_model(folder: str, to: str, say: Callable[[str], object] = lambda tex
             say("the output layer, which was the embedding, becomes one of its own: they may part in training")
         log = RunLog(store)
         identity = {"model": asdict(described.model), "imported": source.resolve().name, "hugging_face": about}
+        if (tokenizer := _tokenizer(source, say)) is not None:
+            identity["data.tokenizer"] = tokenizer.sha256
+            write_tokenizer(store, tokenizer)
         attempt = log.take_over(identity)
         shard = write_shard(store, place_of(0, attempt, 1), 0, tensors)
     counters = {"step": 0, "tokens": 0, "applied_steps": 0}
     log.commit(Manifest(log.run_id, attempt, 1, 0, 1, identity, counters, shapes, (shard,)))
     return store.url
+
+
+def _tokenizer(source: Path, say: Callable[[str], object]) -> Tokenizer | None:
+    """Return the tokenizer in the folder, if there is one that can be used."""
+    if not any((source / name).exists() for name in (JSON, TIKTOKEN)):
+        return None
+    try:
+        return open_tokenizer(DataConfig(tokenizer=str(source)))
+    except ConfigError as error:
+        say(f"it comes without a tokenizer: {error}")
+        return None
 
 
 def _generation_config(source: Path, described: Described) -> dict[str, object]:

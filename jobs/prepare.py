@@ -9,7 +9,7 @@ from jobs.screen import Screen
 from jobs.tell import tell
 from orchestrator.config import RunConfig, absolute, database_files
 from orchestrator.stop import StopSignal
-from workers.data.corpus import Corpus, check_corpora, read_index
+from workers.data.corpus import Corpus, check_corpora, check_vocabulary, read_index
 from workers.data.prepare import GROUP_BYTES, Group, Work, prepare_work, works_of
 
 TELL_S = 2.0
@@ -24,7 +24,7 @@ def prepare(config: str, overrides: list[str], address: str | None, stop: StopSi
     """
     run_config, console = absolute(load(config, overrides)), Screen(stderr=as_json)
     corpora = prepared(run_config, address, stop, console)
-    check_corpora(corpora, run_config.train.seq_len, run_config.train.global_batch)
+    check_corpora(corpora, run_config.train.seq_len, run_config.train.global_batch, run_config.model.vocab_size)
     found = [summary(corpus) for corpus in corpora]
     for one in found:
         console.print(
@@ -46,6 +46,7 @@ def prepared(config: RunConfig, address: str | None, stop: StopSignal, console: 
     """
     with stop.abruptly():
         works = works_of(config.data, database_files(config.tracking.uri), config.storage.s3_endpoint)
+        check_vocabulary(works[0].tokenizer.vocab_size, config.model.vocab_size)  # Before hours of work.
         found = [work.prepared() for work in works]
         missing = [work for work, corpus in zip(works, found, strict=True) if corpus is None]
         small = sum(group.size for work in missing for group in work.groups) <= GROUP_BYTES

@@ -28,6 +28,7 @@ from orchestrator.record.provenance import COMMIT_VARIABLE, provenance
 from orchestrator.resumption import check_steps
 from workers.common.errors import BY_EXIT_CODE, ClusterError, ConfigError, Interrupted
 from workers.data.files import STDLIB, parts_of
+from workers.data.tokenizer import BYTE
 
 if TYPE_CHECKING:
     from orchestrator.record.tracking import Tracking
@@ -137,6 +138,7 @@ def check_places(config: RunConfig) -> None:
         "checkpoint.url": config.checkpoint.url,
         "data.prepared_url": config.data.prepared_url,
         "data.ledger": config.data.ledger,
+        "data.tokenizer": config.data.tokenizer if config.data.tokenizer != BYTE else "",
         "train.init": config.train.init,
         "tracking.uri": config.tracking.uri.removeprefix("sqlite:///"),
     }

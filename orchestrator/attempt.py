@@ -22,6 +22,7 @@ from orchestrator.record.progress import Progress, Recorder
 from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
+from workers.data.json_tokenizer import copy_tokenizer
 from workers.task import Origin, Task
 
 Begin = Callable[[Journal, Task], Recorder]
@@ -87,6 +88,8 @@ class Attempt:
             manifest, manifest_url = stretch.manifest, stretch.run_url
         for text in log.damaged:
             warn(f"{text}; it does not count")
+        if inputs.corpora[0].tokenizer:
+            copy_tokenizer(inputs.corpora[0].store, log.store)
         number = log.take_over(same, inputs.warning)
         task = task_of(config, inputs.corpora, log.store.url, number, manifest, origin)
         last_step = stretch.last_step if stretch else config.train.steps

@@ -9,7 +9,7 @@ from optim.checks import filled, no_password, require, within
 from optim.config import OptimConfig
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError
-from workers.common.storage import local_path, shared_url
+from workers.common.storage import absolute_url, local_path, shared_url
 from workers.config import (
     CheckpointConfig,
     ModelConfig,
@@ -20,6 +20,7 @@ from workers.config import (
 )
 from workers.data.config import DataConfig
 from workers.data.corpus import Corpus
+from workers.data.tokenizer import BYTE
 from workers.task import Origin, Task
 
 
@@ -191,6 +192,7 @@ def absolute(config: RunConfig) -> RunConfig:
         config,
         data=replace(
             data,
+            tokenizer=_tokenizer(data.tokenizer),
             prepared_url=_place("data.prepared_url", data.prepared_url),
             ledger=data.ledger and _place("data.ledger", data.ledger),
         ),
@@ -198,6 +200,13 @@ def absolute(config: RunConfig) -> RunConfig:
         checkpoint=replace(config.checkpoint, url=_place("checkpoint.url", config.checkpoint.url)),
         tracking=replace(config.tracking, uri=uri),
     )
+
+
+def _tokenizer(url: str) -> str:
+    try:
+        return url if url == BYTE or "::" in url else absolute_url(url)
+    except ConfigError as error:
+        raise ConfigError(f"data.tokenizer={error}") from error
 
 
 def _place(key: str, url: str) -> str:

@@ -58,7 +58,7 @@ def check_inputs(config: RunConfig, corpora: tuple[Corpus, ...] | None = None) -
     fences = Store(url, endpoint).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
     corpora = corpora or prepare(config.data, database_files(config.tracking.uri), endpoint)
-    check_corpora(corpora, config.train.seq_len, config.train.global_batch)
+    check_corpora(corpora, config.train.seq_len, config.train.global_batch, config.model.vocab_size)
     return Inputs(corpora, "" if fences else warning)
 
 
@@ -107,7 +107,9 @@ class Preflight:
     def finish(self) -> None:
         """Wait for what is still being checked."""
         self._await(self._free)
-        if (origin := self.found.origin) and (told := other_tokens(origin.manifest.identity)):
+        if (origin := self.found.origin) and (
+            told := other_tokens(origin.manifest.identity, self.inputs.corpora[0].tokenizer)
+        ):
             self.warn(told)
 
     @property
@@ -144,17 +146,23 @@ def find_origin(config: RunConfig) -> Origin | None:
     return Origin(run_url=log.store.url, manifest=manifest)
 
 
-def other_tokens(identity: dict[str, Any]) -> str:
-    """Return that the weights to begin with know other tokens than a run's bytes; empty where they do not.
+def other_tokens(identity: dict[str, Any], tokenizer: str) -> str:
+    """Return that the weights to begin with know other tokens than a run's; empty where they do not.
 
     Args:
-        identity: of their checkpoint. An import has the ids of its special tokens; the end of a document in bytes is 0.
+        identity: of their checkpoint. An import that came without a tokenizer has the ids of its special tokens; the
+            end of a document in bytes is 0.
+        tokenizer: hash of the run's; empty for bytes.
     """
-    if "data" in identity or identity.get("hugging_face", {}).get("eos_token_id") == 0:
+    known = identity.get("data.tokenizer")
+    bytes_ = "data" in identity or identity.get("hugging_face", {}).get("eos_token_id") == 0
+    if known == tokenizer or (known is None and bytes_ and not tokenizer):
         return ""
+    theirs = "bytes" if known is None and bytes_ else f"tokenizer {known[:12]}" if known else "a tokenizer of its own"
+    ours = f"tokenizer {tokenizer[:12]}" if tokenizer else "bytes"
     return (
-        f"train.init: {identity.get('imported', 'it')} was trained with a tokenizer of its own, and this run's tokens "
-        "are bytes: its embeddings and its head mean something else, and are learned anew"
+        f"train.init: {identity.get('imported', 'it')} was trained with {theirs}, and this run's tokens are of {ours}: "
+        "its embeddings and its head mean something else, and are learned anew"
     )
 
 

@@ -233,7 +233,7 @@ class TrainConfig:
     sample_prompt: str = "def "
     """The text from which the trained model writes a sample at the end; empty for none."""
     sample_bytes: int = 200
-    """Length of the sample."""
+    """Length of the sample in letters, and in tokens at most."""
     init: str = ""
     """Checkpoint (FOLDER or FOLDER@STEP) with whose weights a new run begins; empty for random ones."""
     max_skipped_in_a_row: int = 10

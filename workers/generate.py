@@ -1,44 +1,48 @@
-"""Text from a trained byte-level model."""
+"""Text from a trained model."""
 
 from collections.abc import Callable
 
 import torch
 
-from workers.data.tokenizer import BYTES
+from workers.data.tokenizer import Tokenizer
 from workers.models import LanguageModel, logits_of
 
 
 @torch.no_grad()
 def generate(
     model: LanguageModel,
+    tokenizer: Tokenizer,
     prompt: str,
-    num_bytes: int,
+    size: int,
     context: int,
     seed: int,
     progress: Callable[[], None] = lambda: None,
     temperature: float = 0.7,
 ) -> str:
-    """Return the prompt and up to `num_bytes` bytes after it; a document's end (a zero byte) stops it.
+    """Return the prompt and what the model writes after it, until it ends the document.
 
     Args:
         model: on any device.
+        tokenizer: that it was trained with.
         prompt: text to go on from.
-        num_bytes: to generate.
+        size: so many letters are written, or as many tokens.
         context: tokens that the model looks back on.
         seed: of the sampling.
-        progress: called before each byte.
+        progress: called before each token.
         temperature: of the softmax.
     """
     device = next(model.parameters()).device
     random = torch.Generator().manual_seed(seed)
-    tokens = list(prompt.encode())
+    begin = [] if tokenizer.begin is None else [tokenizer.begin]
+    tokens, written = begin + tokenizer.encode([prompt.encode()])[0].tolist(), []
     model.eval()
-    for _ in range(num_bytes):
+    while len(written) < size and len(tokenizer.decode(written)) < size:
         progress()
-        logits = logits_of(model, torch.tensor([tokens[-context:]], device=device))[0, -1].float().cpu()
+        looked_at = torch.tensor([(tokens + written)[-context:]], device=device)
+        logits = logits_of(model, looked_at)[0, -1].float().cpu()
         token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=random))
-        if token == BYTES.end:
+        if token == tokenizer.end:
             break
-        tokens.append(token)
+        written.append(token)
     model.train()
-    return BYTES.decode(tokens)
+    return tokenizer.decode(tokens + written)

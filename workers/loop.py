@@ -116,7 +116,9 @@ class Trainer:
         if self.engine.rank == 0 and train.sample_prompt and train.sample_bytes and last_step == train.steps:
             progress = lambda: self.controls.mark(Phase.SAMPLE, last_step)  # noqa: E731
             text = generate(
-                self.engine.model, train.sample_prompt, train.sample_bytes, train.seq_len, self.task.seed, progress
+                self.engine.model,
+                self.task.corpora[0].open_tokenizer(),
+                *(train.sample_prompt, train.sample_bytes, train.seq_len, self.task.seed, progress),
             )
             self.controls.report(Sampled, text=text)
         return FINISHED

@@ -1,4 +1,7 @@
-"""A mixture of sources through Ray: prepared by tasks, killed, and gone on with at another world size."""
+"""A mixture of sources through Ray, with a tokenizer of its own.
+
+It is prepared by tasks, killed, gone on with at another world size, replayed, and exported with the tokenizer.
+"""
 
 import json
 import signal
@@ -7,17 +10,28 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from jobs.export import model_of
 from jobs.load import load as load_config
+from jobs.screen import Screen
+from jobs.tokenizer import train_tokenizer
+from orchestrator.log.run_log import find_commit
 from tests.e2e.conftest import RAYMUON, TINY, Place
 from tests.e2e.test_resume import wait_for_step, workers_of
 from tests.ledger import assert_every_sample_once, ledger
+from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
+from workers.checkpoint.shards import CheckpointReader
 from workers.common.storage import Store
+from workers.data.config import DataConfig
 from workers.data.corpus import load
+from workers.data.tokenizer_files import open_tokenizer
+from workers.models import build, logits_of
 
-STEPS, BORDER = 40, 20
+STEPS, BORDER, VOCAB = 40, 20, 512
 MIXED = """
 data:
+  tokenizer: TOKENIZER
   deduplicate: true
   ledger: ledger
   sources:
@@ -30,7 +44,14 @@ data:
 
 
 @pytest.fixture(scope="module")
-def mixed_place(make_place, texts):
+def tokenizer(tmp_path_factory, texts) -> str:
+    folder = str(tmp_path_factory.mktemp("tokenizer") / "made")
+    train_tokenizer(str(texts), VOCAB, folder, "text", 0, Screen(quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed_place(make_place, texts, tokenizer):
     def make(name: str) -> Place:
         place = make_place(name)
         for source in ("web", "notes"):
@@ -38,6 +59,7 @@ def mixed_place(make_place, texts):
             rows = [json.dumps({"text": f"{source}: {line}"}) for line in lines]
             (place.folder / f"{source}.jsonl").write_text("\n".join(rows))
         config = TINY.replace("data: {source: TEXTS}", MIXED.replace("TEXTS", str(texts)))
+        config = config.replace("TOKENIZER", tokenizer).replace("model: {", f"model: {{vocab_size: {VOCAB}, ")
         (place.folder / "tiny.yaml").write_text(config.replace("steps: 120", f"steps: {STEPS}"))
         return place
 
@@ -49,7 +71,7 @@ def told_by(place: Place, *arguments: str) -> object:
     return json.loads(done.splitlines()[-1])
 
 
-def test_a_mixture_that_changes_is_the_same_killed_and_at_another_world_size(mixed_place):
+def test_a_mixture_that_changes_is_the_same_killed_and_at_another_world_size(mixed_place, tokenizer):
     calm, place = mixed_place("calm"), mixed_place("killed")
     whole = calm.train()
     prepared = told_by(place, "prepare", "tiny.yaml", "--address", place.address)
@@ -86,9 +108,41 @@ def test_a_mixture_that_changes_is_the_same_killed_and_at_another_world_size(mix
         assert [(one["source"], one["sample"]) for one in told] == drawn
         if step >= BORDER:
             assert {source for source, _ in drawn} == {"code", "web"}
-    piece = told[0]["pieces"][0]
-    if piece["file"].endswith(".py"):
-        assert piece["text"].rstrip("\0") in Path(piece["file"]).read_text()
+    pieces = [piece for one in told for piece in one["pieces"] if piece["file"].endswith(".py")]
+    assert pieces and all(piece["text"] in Path(piece["file"]).read_text() for piece in pieces)
+
+    folder = f"{place.folder}/runs/checkpoints/{result['run_id']}"
+    replayed = told_by(place, "replay", folder, "--steps", f"{BORDER + 11}:{STEPS}", *joined(place))
+    assert replayed["verdict"] != "different" and replayed["compared"] > 0
+    told_by(place, "export", folder, "--to", f"{place.folder}/exported")
+    assert_exported(place.folder / "exported", folder, tokenizer)
+
+
+def joined(place: Place) -> list[str]:
+    return ["--address", place.address, "--tracking-uri", f"sqlite:///{place.folder}/runs/mlflow.db"]
+
+
+def assert_exported(exported: Path, run: str, tokenizer: str) -> None:
+    """Its tokenizer gives the ids of the one that it was trained with, and it writes token by token what ours does."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded, model = AutoTokenizer.from_pretrained(exported), AutoModelForCausalLM.from_pretrained(exported)
+    ours = open_tokenizer(DataConfig(tokenizer=tokenizer))
+    text = "def naïve(x):\n    return '日本' * x  # ☃\n"
+    ids = loaded(text)["input_ids"]
+    assert ids == ours.encode([text.encode()])[0].tolist() and loaded.decode(ids) == text
+    assert (loaded.eos_token_id, model.config.eos_token_id) == (ours.end, ours.end)
+    written = model.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)[0].tolist()
+    log, commit = find_commit(run)
+    manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
+    trained, reader = build(model_of(manifest)).eval(), CheckpointReader(log.store, manifest)
+    state = {name: torch.from_numpy(reader.tensor(WEIGHT, name)) for name in reader.names(WEIGHT)}
+    state |= {name: torch.from_numpy(reader.tensor(BUFFER, name)) for name in reader.names(BUFFER)}
+    trained.load_state_dict(state)
+    with torch.no_grad():
+        while len(ids) < len(written):
+            ids.append(int(logits_of(trained, torch.tensor([ids]))[0, -1].argmax()))
+    assert ids == written
 
 
 def test_a_source_that_has_changed_is_refused_by_its_name(mixed_place):

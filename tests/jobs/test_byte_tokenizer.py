@@ -5,9 +5,10 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
-from jobs.hugging_face import config_of, trained_on_bytes
+from jobs.hugging_face import config_of, trained_with
 from tests.jobs.test_export import MODELS
 from workers.data.byte_tokenizer import byte_tokenizer
+from workers.data.tokenizer import ByteTokenizer
 
 PLANE = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
 BYTES = [list(character.encode()) for character in PLANE]
@@ -28,7 +29,7 @@ TEXTS = [
 @pytest.fixture(scope="module", params=MODELS)
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    about = trained_on_bytes(128)
+    about = trained_with(ByteTokenizer(), 128)
     del about["generation_config"]
     config = config_of(MODELS[request.param], about, "float32")
     for name, text in {**byte_tokenizer(), "config.json": json.dumps(config)}.items():

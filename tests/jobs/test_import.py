@@ -285,6 +285,6 @@ def test_a_run_that_begins_with_the_weights_of_another_vocabulary_says_so(folder
     for changes, told in (({}, False), ({"eos_token_id": [0, 7]}, True), ({"eos_token_id": 7}, True)):
         folder = folder_of("llama", changes)
         identity = open_checkpoint(import_model(str(folder), f"{folder}-imported")).manifest.identity
-        said = other_tokens(identity)
+        said = other_tokens(identity, "")
         assert bool(said) == told and (not told or f"train.init: {folder.name} was trained with" in said)
-    assert not other_tokens({"data": "d"}), "a checkpoint of a run"
+    assert not other_tokens({"data": "d"}, ""), "a checkpoint of a run"

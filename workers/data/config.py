@@ -75,6 +75,12 @@ class DataConfig:
     """Named sources with weights, in the place of `source`."""
     mixture: tuple[MixtureConfig, ...] = ()
     """Other weights of the sources from a step on; nothing before that step moves."""
+    tokenizer: str = "byte"
+    """`byte`, or a tokenizer.json, a tiktoken file, or a folder with one of them (fsspec URL)."""
+    begin_of_document: str = ""
+    """Token that is put before each document: empty for what the tokenizer itself puts before a text, or `none`."""
+    end_of_document: str = ""
+    """Token that is put after each document: empty for the tokenizer's own, or `none`."""
     deduplicate: bool = False
     """Leave out documents whose text was there before, in this source or in one before it."""
     max_bad_documents: int = 0
@@ -99,8 +105,20 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            *filled(self, source="a file, a glob, a URL or python-stdlib", prepared_url="a folder"),
-            *no_password(self, "source", "prepared_url", "ledger"),
+            *filled(
+                self,
+                source="a file, a glob, a URL or python-stdlib",
+                tokenizer="byte, a file or a folder",
+                prepared_url="a folder",
+            ),
+            *no_password(self, "source", "tokenizer", "prepared_url", "ledger"),
+            *(
+                (not value or self.tokenizer != "byte", f"{key}={value!r} needs a data.tokenizer other than byte")
+                for key, value in (
+                    ("begin_of_document", self.begin_of_document),
+                    ("end_of_document", self.end_of_document),
+                )
+            ),
             *within(self, "(0, 1)", "held_out_fraction"),
             *within(self, "[0, inf)", "max_bad_documents", lowest="none"),
             *within(self, "[0, inf)", "window", lowest="all"),

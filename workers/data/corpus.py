@@ -14,6 +14,8 @@ import numpy as np
 
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
+from workers.data.json_tokenizer import read_tokenizer
+from workers.data.tokenizer import BYTES, Tokenizer
 
 BYTES_FORMAT, FORMAT = "raymuon-tokens-2", "raymuon-tokens-3"
 READABLE = ("raymuon-tokens-1", BYTES_FORMAT, FORMAT)
@@ -56,7 +58,9 @@ class Corpus:
     dtype: str = "uint8"
     """Of the tokens."""
     tokenizer: str = ""
-    """Its hash; empty for bytes."""
+    """Its hash; empty for bytes. Its files lie in the folder."""
+    vocab_size: int = 256
+    """All ids are below it."""
     bytes_per_token: float = 1.0
     """Of the validation split; the end of a document counts as a byte."""
 
@@ -64,6 +68,14 @@ class Corpus:
     def store(self) -> Store:
         """Its folder."""
         return Store(self.url, self.s3_endpoint)
+
+    def open_tokenizer(self) -> Tokenizer:
+        """Return what has made its tokens.
+
+        Raises:
+            StorageError: its files are missing or damaged.
+        """
+        return read_tokenizer(self.store, self.tokenizer) if self.tokenizer else BYTES
 
     @staticmethod
     def tokens(shards: tuple[Shard, ...]) -> int:
@@ -91,6 +103,7 @@ def load(store: Store, name: str = "") -> Corpus:
             name=name,
             dtype=index.get("dtype", "uint8"),
             tokenizer=index.get("tokenizer", ""),
+            vocab_size=int(index.get("vocab_size", 256)),
             bytes_per_token=index["bytes"]["validation"] / tokens if "bytes" in index else 1.0,
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -148,12 +161,26 @@ def num_samples(shards: tuple[Shard, ...], seq_len: int) -> int:
     return max(0, (Corpus.tokens(shards) - 1) // seq_len)
 
 
-def check_corpora(corpora: tuple[Corpus, ...], seq_len: int, global_batch: int) -> None:
-    """Refuse sources that are too small.
+def check_vocabulary(tokens: int, vocab_size: int) -> None:
+    """Refuse a tokenizer with ids that the model does not have.
+
+    Raises:
+        ConfigError: it has.
+    """
+    if tokens > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size:,}: the tokenizer (data.tokenizer) has ids up to {tokens - 1:,}; set "
+            f"model.vocab_size={-(-tokens // 128) * 128} (a multiple of 128 is faster on GPUs), or at least {tokens}"
+        )
+
+
+def check_corpora(corpora: tuple[Corpus, ...], seq_len: int, global_batch: int, vocab_size: int) -> None:
+    """Refuse sources that are too small, and tokens that the model does not have.
 
     Raises:
         ConfigError: with everything that is wrong with them.
     """
+    check_vocabulary(max(corpus.vocab_size for corpus in corpora), vocab_size)
     if problems := [problem for corpus in corpora for problem in check_corpus(corpus, seq_len, global_batch)]:
         raise ConfigError("\n".join(problems))
 

@@ -11,8 +11,6 @@ document ends its part in both splits: what is only in one of them is never lear
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -22,17 +20,19 @@ from typing import Any
 import numpy as np
 from fsspec import AbstractFileSystem
 
-from workers.common import disk
 from workers.common.errors import ConfigError, NotFoundError
-from workers.common.storage import Store, is_remote, storage_errors
+from workers.common.storage import Store, storage_errors
 from workers.data.config import DataConfig, SourceConfig
-from workers.data.corpus import BYTES_FORMAT, FORMAT, SPLITS, Corpus, Shard, content_hash, has_shards, load
+from workers.data.corpus import BYTES_FORMAT, FORMAT, SPLITS, Corpus, content_hash, has_shards, load
 from workers.data.documents import TOKENS, documents, pieces_of
 from workers.data.files import files_of, files_of_urls
+from workers.data.gigatoken_encoder import UnequalIds, encoder_of
+from workers.data.json_tokenizer import write_tokenizer
 from workers.data.pieces import Piece
+from workers.data.shard_writer import ShardWriter
 from workers.data.token_files import token_documents
-from workers.data.tokenizer import BYTES, Tokenizer
-from workers.data.tokens import BLOCK
+from workers.data.tokenizer import Encoder, Tokenizer
+from workers.data.tokenizer_files import open_tokenizer
 
 GROUP_BYTES = 64 * 2**20
 """Of text that makes one shard for each split; more where there would be more groups than MOST_GROUPS."""
@@ -87,6 +87,7 @@ class Work:
     store: Store
     """Its own folder."""
     recipe: Recipe
+    tokenizer: Tokenizer
     groups: tuple[Group, ...]
     after: tuple[Store, ...] = ()
     """Sources whose documents are left out of this one, and this one, where duplicates are."""
@@ -116,6 +117,7 @@ def works_of(config: DataConfig, outputs: Collection[str] = (), s3_endpoint: str
         StorageError: a place cannot be looked at.
     """
     works: list[Work] = []
+    tokenizer = open_tokenizer(config, s3_endpoint)
     for source in config.sources or (None,):
         if source is None:
             files, key = files_of(config.source, outputs, s3_endpoint), f"data.source={config.source!r}"
@@ -134,8 +136,9 @@ def works_of(config: DataConfig, outputs: Collection[str] = (), s3_endpoint: str
             *(config.held_out, config.held_out_fraction, config.max_bad_documents, key, s3_endpoint),
         )
         made_of: tuple[Any, ...] = (BYTES_FORMAT, config.held_out_fraction)
-        if not _is_as_ever(recipe, pieces, config.deduplicate):
+        if not _is_as_ever(recipe, tokenizer, pieces, config.deduplicate):
             made_of = (FORMAT, config.held_out_fraction, config.held_out, source.format, source.field)
+            made_of += (tokenizer.sha256,) if tokenizer.sha256 else ()
             made_of += tuple(work.store.url for work in works) if config.deduplicate else ()
             made_of += (config.deduplicate,)
         fingerprint = hashlib.sha256(repr(made_of).encode())
@@ -143,17 +146,17 @@ def works_of(config: DataConfig, outputs: Collection[str] = (), s3_endpoint: str
             fingerprint.update(version.encode())
         store = Store(config.prepared_url, s3_endpoint).child(fingerprint.hexdigest()[:16])
         after = (*(work.store for work in works), store) if config.deduplicate else ()
-        works.append(Work(name, store, recipe, tuple(groups_of(pieces)), after))
+        works.append(Work(name, store, recipe, tokenizer, tuple(groups_of(pieces)), after))
     return works
 
 
-def _is_as_ever(recipe: Recipe, pieces: list[Piece], deduplicate: bool) -> bool:
+def _is_as_ever(recipe: Recipe, tokenizer: Tokenizer, pieces: list[Piece], deduplicate: bool) -> bool:
     """Tell whether the tokens are what they were when there was nothing but text files and bytes.
 
     Their folder has the name that it had, and they have the hash that they had.
     """
     plain = all(piece.format == "text" and not piece.compression for piece in pieces)
-    return plain and not deduplicate and recipe.held_out != "documents"
+    return plain and not tokenizer.sha256 and not deduplicate and recipe.held_out != "documents"
 
 
 def _version_of(fs: AbstractFileSystem, path: str) -> str:
@@ -270,12 +273,23 @@ def make_group(work: Work, group: Group) -> dict[str, Any]:
         ConfigError: more of its documents are bad than may be.
         StorageError: a place cannot be read or written.
     """
-    recipe, tokenizer, bad = work.recipe, BYTES, []
+    encoder = encoder_of(work.tokenizer)
+    try:
+        return _make_group(work, group, encoder)
+    except UnequalIds:
+        return _make_group(work, group, work.tokenizer)
+
+
+def _make_group(work: Work, group: Group, encoder: Encoder) -> dict[str, Any]:
+    recipe, tokenizer, bad = work.recipe, work.tokenizer, []
     tell = _limited(recipe, bad)
     skipped = _duplicates(work, group) if work.after else set()
     numbers = {"documents": 0, "bytes": dict.fromkeys(SPLITS, 0)}
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(_Shard(work.store, split, group, tokenizer.dtype)) for split in SPLITS}
+        writers = {
+            split: stack.enter_context(ShardWriter(work.store, f"{split}-{group.number:05d}.bin", tokenizer.dtype))
+            for split in SPLITS
+        }
         if group.pieces[0].format in TOKENS:
             _copy(recipe, group, tokenizer, writers, numbers, tell)
         else:
@@ -283,7 +297,7 @@ def make_group(work: Work, group: Group) -> dict[str, Any]:
             for batch in _batches(kept):
                 numbers["documents"] += len(batch)
                 parts = [part for one in batch for part in _parts(recipe, tokenizer, group, *one)]
-                for (split, number, row, text), ids in zip(parts, tokenizer.encode([p[3] for p in parts]), strict=True):
+                for (split, number, row, text), ids in zip(parts, encoder.encode([p[3] for p in parts]), strict=True):
                     writers[split].add(_ended(ids, tokenizer), number, row)
                     numbers["bytes"][split] += len(text) + 1
         shards = {split: writer.publish() for split, writer in writers.items()}
@@ -292,7 +306,7 @@ def make_group(work: Work, group: Group) -> dict[str, Any]:
         "duplicates": len(skipped),
         "bad": len(bad),
         "bad_shown": bad[:BAD_SHOWN],
-        "engine": tokenizer.engine,
+        "engine": encoder.engine,
         "shards": {split: shard and asdict(shard) for split, shard in shards.items()},
     }
     work.store.put(group.name, json.dumps(note).encode())
@@ -362,7 +376,7 @@ def _copy(
     recipe: Recipe,
     group: Group,
     tokenizer: Tokenizer,
-    writers: dict[str, "_Shard"],
+    writers: dict[str, ShardWriter],
     numbers: dict[str, Any],
     tell: Callable[[str], None],
 ) -> None:
@@ -374,64 +388,6 @@ def _copy(
             writers[split].add(stored, number, row)
             numbers["documents"] += 1
             numbers["bytes"][split] += len(ids)
-
-
-class _Shard:
-    """A shard that is being written: a temporary file on this machine's disk, whose name nobody looks for."""
-
-    def __init__(self, store: Store, split: str, group: Group, dtype: np.dtype) -> None:
-        self.store, self.name, self.dtype = store, f"{split}-{group.number:05d}.bin", dtype
-        self.whole, self.sums, self.ends, self.tokens = hashlib.sha256(), bytearray(), bytearray(), 0
-        self._block, self._stack = bytearray(), ExitStack()
-
-    def __enter__(self) -> "_Shard":
-        with storage_errors(self.store.url):
-            if is_remote(self.store.url):
-                self._target = Path(self._stack.enter_context(tempfile.TemporaryDirectory()), self.name)
-            else:
-                self._target = Path(self.store.path(self.name))
-            self._path = self._stack.enter_context(disk.temporary_beside(self._target))
-            self._file = self._stack.enter_context(self._path.open("xb"))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with storage_errors(self.store.url):
-            self._stack.close()
-
-    def add(self, ids: np.ndarray, piece: int, row: int) -> None:
-        """Append a document's tokens."""
-        self._block += ids.astype(self.dtype).tobytes()
-        self.tokens += len(ids)
-        self.ends += np.array([self.tokens, piece, row], "<u8").tobytes()
-        while len(self._block) >= BLOCK:
-            self._flush(BLOCK)
-
-    def publish(self) -> Shard | None:
-        """Put the shard and what lies beside it into place; return its entry, None where it is empty."""
-        if self._block:
-            self._flush(len(self._block))
-        if not self.tokens:
-            return None
-        with storage_errors(f"{self.store.url}/{self.name}"):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            if is_remote(self.store.url):
-                self.store.fs.put_file(str(self._path), self.store.path(self.name))
-            else:
-                self._path.replace(self._target)
-        hashes = (hashlib.sha256(content).hexdigest() for content in (self.sums, self.ends))
-        shard = Shard(self.name, self.tokens, self.whole.hexdigest(), *hashes)
-        for ending, content in (("sums", self.sums), ("ends", self.ends)):
-            self.store.put(shard.beside(ending), bytes(content))
-        return shard
-
-    def _flush(self, size: int) -> None:
-        block = bytes(self._block[:size])
-        del self._block[:size]
-        self.whole.update(block)
-        self.sums += hashlib.sha256(block).digest()
-        with storage_errors(self.store.url):
-            self._file.write(block)
 
 
 def finish(work: Work) -> Corpus:
@@ -448,13 +404,15 @@ def finish(work: Work) -> Corpus:
     if not sum(note["documents"] for note in notes):
         files = len({piece.url for group in work.groups for piece in group.pieces})
         raise ConfigError(f"{recipe.key}: {files} file(s) found, but no text in them")
-    tokenizer = BYTES
+    tokenizer = work.tokenizer
+    write_tokenizer(store, tokenizer)
     splits = {split: [note["shards"][split] for note in notes if note["shards"][split]] for split in SPLITS}
     index = {
         "format": FORMAT,
         "content_hash": content_hash(splits, tokenizer.sha256),
         "dtype": tokenizer.dtype.name,
         "tokenizer": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
         "documents": sum(note["documents"] for note in notes),
         "duplicates": sum(note["duplicates"] for note in notes),
         "bad": sum(note["bad"] for note in notes),

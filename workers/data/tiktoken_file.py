@@ -94,13 +94,7 @@ def tokenizer_of(data: bytes, where: str, config: dict[str, Any]) -> dict[str, A
         "padding": None,
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-            ],
-        },
+        "pre_tokenizer": splitting(pattern),
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
@@ -115,6 +109,28 @@ def tokenizer_of(data: bytes, where: str, config: dict[str, Any]) -> dict[str, A
             "vocab": {written[token]: rank for token, rank in ranks.items()},
             "merges": [[written[left], written[right]] for left, right in _merges(ranks)],
         },
+    }
+
+
+def tiktoken_of(parsed: dict[str, Any], pattern: str) -> bytes | None:
+    """Return the tiktoken file of a `tokenizer.json` that was made here with this pattern; None where it was not."""
+    if parsed.get("pre_tokenizer") != splitting(pattern):
+        return None
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+    lines = []
+    for written, rank in sorted(parsed["model"]["vocab"].items(), key=lambda one: one[1]):
+        lines.append(base64.b64encode(bytes(byte_of[character] for character in written)) + b" %d\n" % rank)
+    return b"".join(lines)
+
+
+def splitting(pattern: str) -> dict[str, Any]:
+    """Return the `pre_tokenizer` that splits a text by a pattern, and writes its bytes as letters."""
+    return {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
     }
 
 
