@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-checkpoint bench-load lock clean
+.PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-checkpoint bench-data bench-load lock clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ bench-optimizer: $(INSTALLED) ## the optimizer's share of a step, against DeepSp
 
 bench-checkpoint: $(INSTALLED) ## saves against DeepSpeed's and s3fs, with 300 MB of state per rank (10 minutes)
 	$(BIN)/raymuon bench checkpoint --json $(ARGS)
+
+bench-data: $(INSTALLED) ## text to tokens and tokens to a worker, against tokenizers and the demo (10 minutes)
+	$(BIN)/raymuon bench data --json $(ARGS)
 
 bench-load: $(INSTALLED) ## the driver under 1,024 simulated workers and 16 real ones (15 minutes)
 	$(BIN)/raymuon bench load --json $(ARGS)

@@ -33,6 +33,11 @@ def torchrun(processes: int, module: str, *arguments: object) -> dict[str, Any]:
     return run_json([*command, "-m", module, *map(str, arguments)], **alike)
 
 
+def python(module: str, *arguments: str) -> list[str]:
+    """Return the command line of a module of this very installation."""
+    return [sys.executable, "-m", module, *arguments]
+
+
 def raymuon(*arguments: str) -> list[str]:
     """Return the command line of this very installation's raymuon."""
     return [str(Path(sys.executable).with_name("raymuon")), *arguments]

@@ -77,6 +77,19 @@ def bench_plan(
     _print_result(against_reality(overrides or [], turns, only, _say), as_json)
 
 
+@bench_app.command("data")
+def bench_data(
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each comparison.")] = 5,
+    vocab: Annotated[int, typer.Option(min=257, help="Tokens of the tokenizer.")] = 32_000,
+    as_json: AsJson = False,
+) -> None:
+    """How fast text becomes tokens, against tokenizers, and tokens reach a worker, against what a core eats."""
+    from jobs.bench.data import data
+
+    _print_result(data(overrides or [], rounds, vocab, _say), as_json)
+
+
 @bench_app.command("variants")
 def bench_variants(
     overrides: Overrides = None,

@@ -1,0 +1,58 @@
+"""One reader of `bench data`: shuffled samples in slots, a slot ahead, as a worker reads them.
+
+Started as `python -m jobs.bench.data_reader URL S3_ENDPOINT MICRO_BATCH SEQ_LEN SLOTS FIRST CACHE_GB`; it prints what
+came out as JSON.
+"""
+
+import sys
+import time
+
+import numpy as np
+import psutil
+
+from jobs.tell import tell
+from workers.common.storage import Store
+from workers.data.corpus import load
+from workers.data.order import Order
+from workers.data.tokens import TokenSplit
+
+
+def main(url: str, endpoint: str, micro_batch: int, seq_len: int, slots: int, first: int, cache_gb: float) -> None:
+    """Read `slots` slots of `micro_batch` samples, from the global sample `first` on."""
+    corpus, process = load(Store(url, endpoint)), psutil.Process()
+    began = time.perf_counter()
+    tokens = TokenSplit(corpus, corpus.train, seq_len, cache_gb)
+    order = Order(1, [("", tokens.num_samples)], [(0, (1,))])
+
+    def samples(slot: int) -> np.ndarray:
+        return order.at(first + np.arange(slot * micro_batch, (slot + 1) * micro_batch)).sample
+
+    tokens.batch(samples(0))
+    first_batch_s = time.perf_counter() - began
+    began, now, tenth = time.perf_counter(), samples(0), process.memory_info().rss
+    for slot in range(1, slots):
+        ahead = samples(slot)
+        tokens.prefetch(ahead)
+        tokens.batch(now)
+        now = ahead
+        if slot == slots // 10:
+            tenth = process.memory_info().rss
+    seconds = time.perf_counter() - began
+    tell(
+        {
+            "first_batch_s": first_batch_s,
+            "seconds": seconds,
+            "tokens_per_s": (slots - 1) * micro_batch * seq_len / seconds,
+            "wait_s": tokens.wait_s,
+            "rss_tenth": tenth,
+            "rss_last": process.memory_info().rss,
+            "bytes_read": tokens.bytes_read,
+        }
+    )
+    tokens.close()
+
+
+if __name__ == "__main__":
+    url, endpoint, *numbers, gb = sys.argv[1:]
+    micro_batch, seq_len, slots, first = map(int, numbers)
+    main(url, endpoint, micro_batch, seq_len, slots, first, float(gb))
