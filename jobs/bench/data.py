@@ -6,11 +6,11 @@ first part of it. Everything is per core: one thread each, in turns.
 - `tokenize_ratio_to_hf`: a shard is made by `raymuon prepare`'s own function (read, split, encoded, checked, hashed and
   written), against a loop that only calls `encode_batch` on the same texts in memory.
 - `tokenize_scaling_2`: the same by Ray tasks on two nodes of one processor, against one node.
-- `loader_ratio_disk`, `loader_ratio_s3`: tokens per second of a new process that reads shuffled samples, from a disk and
+- `loader_ratio_disk`, `loader_ratio_s3`: tokens per second of a process that reads shuffled samples, from a disk and
   from a SeaweedFS through an empty cache, against what one core takes in a training step of the demo's model without
   its optimizer.
 - `first_batch_s_0`, `first_batch_s_1e9`: from nothing to the first batch, at that sample of a run.
-- `memory_growth`: the resident memory of a reader whose cache is a tenth of its corpus, at its end by that after a tenth.
+- `memory_growth`: memory of a reader whose cache is a tenth of its corpus, at its end by that after a tenth.
 """
 
 import json
