@@ -25,6 +25,8 @@ FILE = "lease.json"
 LEASE_S = 15.0
 """A lease that has not changed for so long is nobody's."""
 RENEW_S = 4.0
+BEYOND = 10**9
+"""Whoever takes a lease over counts on from so far beyond: of two that write over each other, the newer is known."""
 LOOK_S = 0.5
 
 
@@ -97,6 +99,8 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
+        if (before := Holder.read(self.store)) is not None:
+            self._renewed = before.renewed + BEYOND
         self._write(held=True)
         self._thread.start()
         return self
@@ -131,8 +135,8 @@ class Lease:
 
     def _is_taken(self) -> bool:
         holder = Holder.read(self.store)
-        if holder is not None and holder.writer != self.writer:
-            self._taken_by = holder
+        if holder is not None and holder.writer != self.writer and holder.renewed > self._renewed:
+            self._taken_by = holder  # One with a lower count had looked before this one came, and has written since.
         return self._taken_by is not None
 
     def _write(self, held: bool) -> None:

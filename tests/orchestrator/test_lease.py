@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 
+from orchestrator.log import lease
 from orchestrator.log.lease import FILE, LEASE_S, Holder, Lease, await_free
 from orchestrator.log.run_log import FencedError, RunLog
 from workers.common.errors import ClusterError, StorageError
@@ -68,7 +69,7 @@ def test_whoever_takes_over_ends_the_other(tmp_path):
         await_change(store)
         first.check()
         with Lease(store, strict=False) as second:
-            first._thread.join(10)
+            first._thread.join(60)
             with pytest.raises(FencedError, match="has taken this run over"):
                 first.check()
             second.check()
@@ -77,6 +78,19 @@ def test_whoever_takes_over_ends_the_other(tmp_path):
                 log.take_over({})
         assert log.entries == RunLog(store).entries == []
     assert Holder.read(store).writer == second.writer, "the first one's end does not touch what is not its own"
+
+
+def test_whoever_is_overwritten_in_the_moment_of_a_takeover_still_ends_the_other(tmp_path, monkeypatch):
+    """The first one has looked before the second one came, and writes after it: a slow store, a stopped process."""
+    monkeypatch.setattr(lease, "RENEW_S", 0.05)
+    store = Store(str(tmp_path))
+    with Lease(store, strict=False) as first, Lease(store, strict=False) as second:
+        first._write(held=True)
+        first._thread.join(60)
+        with pytest.raises(FencedError, match="has taken this run over"):
+            first.check()
+        second.check()
+    assert Holder.read(store).writer == second.writer
 
 
 @pytest.mark.parametrize("strict", [True, False])
