@@ -16,10 +16,14 @@ from jobs.config_json import describe
 from jobs.export import export, model_of
 from jobs.import_ import import_model
 from jobs.load import load
+from jobs.screen import Screen
+from jobs.tokenizer import train_tokenizer
 from orchestrator.preflight import other_tokens
 from tests.jobs.folders import GONE, KINDS, TOKENS, difference, refused
 from tests.jobs.test_export import MODELS, trained
 from workers.common.errors import ConfigError
+from workers.data.config import DataConfig
+from workers.data.tokenizer_files import open_tokenizer
 
 DEFAULTS = {architecture.model_type: architecture.defaults for architecture in ARCHITECTURES.values()}
 
@@ -279,6 +283,23 @@ def test_what_is_no_model_is_one_message(folder_of, tmp_path):
     adapter = folder_of("llama")
     (adapter / "adapter_config.json").write_text("{}")
     assert "merge the adapter" in told(adapter)
+
+
+def test_a_model_comes_with_its_tokenizer_and_is_exported_with_it(folder_of, tmp_path):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "text.txt").write_text("some text of some words, and some more words of text\n" * 9)
+    train_tokenizer(f"{tmp_path}/text.txt", 270, f"{tmp_path}/made", "text", 0, Screen(quiet=True))
+    folder = folder_of("llama", {})
+    for file in (tmp_path / "made").iterdir():
+        shutil.copy(file, folder)
+    url = import_model(str(folder), f"{folder}-imported")
+    identity, tokenizer = open_checkpoint(url).manifest.identity, open_tokenizer(DataConfig(tokenizer=str(folder)))
+    assert identity["data.tokenizer"] == tokenizer.sha256 and not other_tokens(identity, tokenizer.sha256)
+    assert "this run's tokens are of bytes" in other_tokens(identity, "")
+    done = export(url, f"{folder}-again", "float32")
+    ids = AutoTokenizer.from_pretrained(done.url)("some words")["input_ids"]
+    assert ids == tokenizer.encode([b"some words"])[0].tolist() and len(ids) < 5
 
 
 def test_a_run_that_begins_with_the_weights_of_another_vocabulary_says_so(folder_of):

@@ -166,6 +166,9 @@ def test_a_folder_is_read_whole_through_links_and_once(texts, tmp_path):
 OUTPUTS = (
     *("runs/mlflow.db", "runs/mlflow.db-wal", "records.sqlite", "runs/plots/any.png", "mlruns/0/meta.yaml"),
     *("prepared/0123456789abcdef/index.json", "prepared/0123456789abcdef/train-00000.bin"),
+    *(f"prepared/0123456789abcdef/{name}" for name in ("train-00000.sums", "validation-00012.ends", "keys/00001.bin")),
+    *("prepared/0123456789abcdef/groups/00001.json", "prepared/0123456789abcdef/tokenizer/tokenizer_config.json"),
+    "imported/tokenizer/tokenizer.json",
     *(f"kept/{RUN}/{name}" for name in ("lease.json", "log/00000001.json", "journal/0001-000001.jsonl")),
     *(f"kept/{RUN}/{name}" for name in ("manifests/00000008-0001-0002.json", "shards/a/00000-12.safetensors")),
     *(

@@ -327,6 +327,28 @@ def test_another_tokenizer_is_another_run(bpe, kimi, data):
     assert "of bytes" in other_tokens(was, "")
 
 
+def test_tokens_that_somebody_has_made_are_taken_as_they_are(bpe, tmp_path):
+    tokenizer = open_tokenizer(DataConfig(tokenizer=str(bpe)))
+    ids = np.concatenate([np.append(found, tokenizer.end) for found in tokenizer.encode([t.encode() for t in rows()])])
+    ids = np.tile(ids, 12)
+    np.save(tmp_path / "tokens.npy", ids.astype(np.uint16))
+    config = DataConfig(source=f"{tmp_path}/tokens.npy", tokenizer=str(bpe), prepared_url=f"{tmp_path}/prepared")
+    (corpus,) = prepare(replace(config, held_out_fraction=0.5))
+    parts = [
+        np.concatenate([np.frombuffer(corpus.store.read(shard.name), corpus.dtype) for shard in shards])
+        for shards in (corpus.train, corpus.validation)
+    ]
+    assert sum(map(len, parts)) == len(ids) and np.bincount(np.concatenate(parts)).tolist() == np.bincount(ids).tolist()
+    text = len(tokenizer.decode(parts[1].tolist()).encode())
+    assert corpus.bytes_per_token == pytest.approx(text / len(parts[1]), rel=1e-4)
+    np.save(tmp_path / "tokens.npy", np.append(ids, VOCAB))
+    with pytest.raises(ConfigError, match=r"has the id 1200, but the vocabulary has the ids 0 to 1199"):
+        prepare(config)
+    (tmp_path / "text.txt").write_text("text")
+    with pytest.raises(ConfigError, match=r"tokens\.npy holds tokens, and .*text\.txt does not"):
+        prepare(replace(config, source=str(tmp_path), prepared_url="/nowhere"))
+
+
 def test_encoding_is_gigatoken_s_where_it_can_be(bpe):
     tokenizer = open_tokenizer(DataConfig(tokenizer=str(bpe)))
     encoder = encoder_of(tokenizer)

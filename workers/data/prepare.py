@@ -131,6 +131,7 @@ def works_of(config: DataConfig, outputs: Collection[str] = (), s3_endpoint: str
             with storage_errors(path):
                 versions.append(f"{path}\0{fs.size(path)}\0{_version_of(fs, path)}\n")
             pieces += pieces_of(fs, path, source.format, s3_endpoint)
+        _refuse_both(pieces, key)
         recipe = Recipe(
             source.field,
             *(config.held_out, config.held_out_fraction, config.max_bad_documents, key, s3_endpoint),
@@ -148,6 +149,16 @@ def works_of(config: DataConfig, outputs: Collection[str] = (), s3_endpoint: str
         after = (*(work.store for work in works), store) if config.deduplicate else ()
         works.append(Work(name, store, recipe, tokenizer, tuple(groups_of(pieces)), after))
     return works
+
+
+def _refuse_both(pieces: list[Piece], key: str) -> None:
+    """Refuse a source that has tokens and texts."""
+    tokens = next((piece.url for piece in pieces if piece.format in TOKENS), None)
+    text = next((piece.url for piece in pieces if piece.format not in TOKENS), None)
+    if tokens and text:
+        raise ConfigError(
+            f"{key}: {tokens} holds tokens, and {text} does not; give each kind a source of its own (data.sources)"
+        )
 
 
 def _is_as_ever(recipe: Recipe, tokenizer: Tokenizer, pieces: list[Piece], deduplicate: bool) -> bool:
@@ -387,7 +398,15 @@ def _copy(
             split = _split_of(recipe, stored.tobytes())
             writers[split].add(stored, number, row)
             numbers["documents"] += 1
-            numbers["bytes"][split] += len(ids)
+            if split == "validation":  # Of the training split nobody asks for it, and decoding takes its time.
+                numbers["bytes"][split] += _text_bytes(tokenizer, ids)
+
+
+def _text_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
+    """Return the bytes of a document's text; its end counts as one."""
+    if not tokenizer.sha256:
+        return len(ids)
+    return len(tokenizer.decode(ids.tolist()).encode()) + int(tokenizer.end in ids[-1:])
 
 
 def finish(work: Work) -> Corpus:
