@@ -156,8 +156,8 @@ def test_killed_and_begun_again_is_the_same(tmp_path, monkeypatch):
     [
         ('{"text": "fine"}\n{"text": \n{"text": "fine"}\n', "bad.jsonl:2: "),
         ('{"other": "fine"}\n', "bad.jsonl:1: "),
-        ("", "no text in them"),
-        ("\n\n", "no text in them"),
+        ("", "there is no text in them"),
+        ("\n\n", "there is no text in them"),
     ],
 )
 def test_bad_input_is_one_message(tmp_path, content, told):

@@ -291,7 +291,7 @@ def test_ids_that_tokenizers_would_change_are_refused(bpe, tmp_path):
 
 
 def test_a_missing_tokenizer_is_told_by_its_place(tmp_path):
-    with pytest.raises(StorageError, match=r"nowhere"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer='.*nowhere': nothing is there"):
         open_tokenizer(DataConfig(tokenizer=f"{tmp_path}/nowhere"))
 
 

@@ -120,7 +120,10 @@ def read_index(store: Store) -> dict[str, Any]:
     try:
         index = json.loads(store.read("index.json"))
         if (found := index["format"]) not in READABLE:
-            raise ConfigError(f"{store.url}: token format {found!r}, this version reads {', '.join(READABLE)}")
+            raise ConfigError(
+                f"{store.url}: token format {found!r}, this version reads {', '.join(READABLE)}; take the "
+                "version that has made it, or another data.prepared_url"
+            )
         splits = {split: index[split] for split in SPLITS}
         tokenizer = index.get("tokenizer", "")
         known = content_hash(splits, tokenizer) if found == FORMAT else _older_hash(found, splits)

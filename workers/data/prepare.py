@@ -421,8 +421,7 @@ def finish(work: Work) -> Corpus:
     if sum(note["bad"] for note in notes) > recipe.max_bad_documents:
         raise too_many(recipe, [told for note in notes for told in note["bad_shown"]])
     if not sum(note["documents"] for note in notes):
-        files = len({piece.url for group in work.groups for piece in group.pieces})
-        raise ConfigError(f"{recipe.key}: {files} file(s) found, but no text in them")
+        raise ConfigError(f"{recipe.key}: files were found, but there is no text in them")
     tokenizer = work.tokenizer
     write_tokenizer(store, tokenizer)
     splits = {split: [note["shards"][split] for note in notes if note["shards"][split]] for split in SPLITS}

@@ -4,7 +4,7 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from workers.common.errors import ConfigError
+from workers.common.errors import ConfigError, NotFoundError
 from workers.common.storage import open_source, storage_errors
 from workers.data.config import DataConfig
 from workers.data.json_tokenizer import normal_tokenizer
@@ -29,11 +29,17 @@ def open_tokenizer(config: DataConfig, s3_endpoint: str = "") -> Tokenizer:
     if config.tokenizer == BYTE:
         return BYTES
     fs, path = open_source(config.tokenizer, s3_endpoint)
-    with storage_errors(config.tokenizer):
-        if fs.isdir(path):
-            path = f"{path.rstrip('/')}/{_name_in(fs, path, config.tokenizer)}"
-        data, beside = _content(fs, path), path.rpartition("/")[0] + f"/{ABOUT}"
-        about = read_config(_content(fs, beside), beside) if fs.exists(beside) else {}
+    try:
+        with storage_errors(config.tokenizer):
+            if fs.isdir(path):
+                path = f"{path.rstrip('/')}/{_name_in(fs, path, config.tokenizer)}"
+            data, beside = _content(fs, path), path.rpartition("/")[0] + f"/{ABOUT}"
+            about = read_config(_content(fs, beside), beside) if fs.exists(beside) else {}
+    except NotFoundError as error:
+        raise ConfigError(
+            f"data.tokenizer={config.tokenizer!r}: nothing is there; name {BYTE}, a tokenizer.json, a tiktoken file, "
+            "or a folder with one of them"
+        ) from error
     if is_tiktoken(data):
         parsed: dict[str, Any] = tokenizer_of(data, path, about)
     elif data.lstrip()[:1] == b"{":
