@@ -97,7 +97,7 @@ def _trained_on(found: TrackedRun, step: int) -> tuple[RunConfig, tuple[Corpus, 
         raise ConfigError(f"step {step}: run {found.run_id} has steps 1 to {config.train.steps}")
     corpora = corpora_of(attempt.corpora, config.storage.s3_endpoint or found.s3_endpoint)
     known = RunLog(found.store).identity or {}
-    refuse_other(found.url, known, data_identity(config.data, corpora))
+    refuse_other(found.url, known, data_identity(config.data, corpora), step)
     return config, corpora
 
 

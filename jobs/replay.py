@@ -84,7 +84,7 @@ def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
     config = _config(request, found, record, attempt, begin)
     corpora = _corpora(config, attempt, warn)
     if log.identity is not None:
-        refuse_other(found.url, log.identity, identity(config, corpora))
+        refuse_other(found.url, log.identity, identity(config, corpora), last)
     if is_local(request.address):
         from jobs.planning.here import look_here  # Imports torch.
 

@@ -210,7 +210,7 @@ def find_run(config: RunConfig, corpora: tuple[Corpus, ...], resume: str) -> Fou
             return Found(tracking, run_id, find_origin(config))
         raise ConfigError(f"--resume {resume}: nothing of run {run_id} is under checkpoint.url={config.checkpoint.url}")
     check_identity(log, identity(config, corpora))
-    reached = max((commit.step for commit in log.commits), default=0)
+    reached = log.reached
     notice = check_steps(run_id, reached, config.train.steps, tracking.is_finished(run_id))
     # A run with checkpoints has no more need of its origin, which may be gone by now.
     return Found(tracking, log.run_id, None if log.commits else find_origin(config), log, notice)
@@ -295,21 +295,29 @@ def check_identity(log: RunLog, wanted: dict[str, Any]) -> None:
     Raises:
         ConfigError: going on would make another run of it, silently.
     """
-    refuse_other(log.store.url, log.identity or {}, wanted)
+    refuse_other(log.store.url, log.identity or {}, wanted, log.reached)
 
 
-def refuse_other(url: str, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to go on from what has another identity; name every difference.
+def refuse_other(url: str, saved: dict[str, Any], wanted: dict[str, Any], step: int) -> None:
+    """Refuse to go on from what had another identity up to a step; name every difference.
+
+    Weights that hold from a later step on may be other ones: they move nothing before it.
 
     Raises:
         ConfigError: it has.
     """
-    if differences := _differences(saved, wanted):
+    if differences := _differences(_until(saved, step), _until(wanted, step)):
         raise ConfigError(
             f"the run at {url} cannot go on with this config:\n"
             + "\n".join(differences)
             + "\nmake them equal, or start a new run with --resume never"
         )
+
+
+def _until(identity: dict[str, Any], step: int) -> dict[str, Any]:
+    if not (mixture := identity.get("data.mixture")):
+        return identity
+    return {**identity, "data.mixture": [stage for stage in mixture if stage[0] <= max(1, step)]}
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

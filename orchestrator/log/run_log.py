@@ -195,6 +195,11 @@ class RunLog:
             raise DamagedError(f"{self.store.url}: none of the {len(commits)} checkpoints is whole")
         return None
 
+    @property
+    def reached(self) -> int:
+        """The step of the newest checkpoint; 0 where there is none."""
+        return max((commit.step for commit in self.commits), default=0)
+
     def take_over(self, identity: dict[str, Any], warning: str = "") -> int:
         """Become the run's driver and return the number of this attempt.
 

@@ -321,7 +321,7 @@ def test_another_tokenizer_is_another_run(bpe, kimi, data):
     one, other = (replace(data, tokenizer=str(folder)) for folder in (bpe, kimi))
     was, wanted = data_identity(one, prepare(one)), data_identity(other, prepare(other))
     with pytest.raises(ConfigError, match=r"data\.tokenizer: the checkpoint has '"):
-        refuse_other("runs/x", was, wanted)
+        refuse_other("runs/x", was, wanted, 0)
     assert other_tokens(was, was["data.tokenizer"]) == ""
     assert "was trained with tokenizer" in other_tokens(was, wanted["data.tokenizer"])
     assert "of bytes" in other_tokens(was, "")

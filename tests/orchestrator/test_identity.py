@@ -1,0 +1,46 @@
+"""What makes a run another run: it is refused by name, and what lies ahead may change."""
+
+import pytest
+
+from orchestrator.preflight import refuse_other
+from workers.common.errors import ConfigError
+
+
+def mixture(*stages: list[int]) -> dict:
+    return {"data": {"a": "1" * 64, "b": "2" * 64}, "data.mixture": [[1, 1, 1], *stages]}
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "reached"),
+    [
+        (mixture(), mixture([50, 1, 3]), 49),
+        (mixture([50, 1, 3]), mixture([50, 2, 3]), 49),
+        (mixture([50, 1, 3]), mixture(), 49),
+        (mixture([20, 1, 3], [50, 1, 3]), mixture([20, 1, 3], [60, 1, 3]), 49),
+        (mixture([20, 1, 3]), mixture([30, 1, 3]), 0),
+    ],
+)
+def test_weights_of_steps_that_are_to_come_may_change(saved, wanted, reached):
+    refuse_other("runs/x", saved, wanted, reached)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reached"),
+    [
+        (mixture([50, 2, 3]), 50),
+        (mixture([49, 1, 3]), 50),
+        (mixture(), 50),
+        (mixture([20, 1, 1], [50, 1, 3]), 50),
+        ({**mixture([50, 1, 3]), "data.mixture": [[1, 2, 1], [50, 1, 3]]}, 0),
+    ],
+)
+def test_weights_that_held_already_may_not(wanted, reached):
+    with pytest.raises(ConfigError, match=r"data\.mixture: the checkpoint has"):
+        refuse_other("runs/x", mixture([50, 1, 3]), wanted, reached)
+
+
+def test_a_changed_source_is_told_by_its_name():
+    wanted = {**mixture(), "data": {"a": "1" * 64, "b": "3" * 64}}
+    with pytest.raises(ConfigError, match=r"data\.b: the checkpoint has") as error:
+        refuse_other("runs/x", mixture(), wanted, 10)
+    assert "data.a" not in str(error.value)
