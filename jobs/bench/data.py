@@ -10,6 +10,7 @@ first part of it. Everything is per core: one thread each, in turns.
   from a SeaweedFS through an empty cache, against what one core takes in a training step of the demo's model without
   its optimizer.
 - `first_batch_s_0`, `first_batch_s_1e9`: from nothing to the first batch, at that sample of a run.
+- `wait_share_slow_store`: what a reader at the pace of a core waits, with a window, where the store gives 20 MB/s.
 - `memory_growth`: memory of a reader whose cache is a tenth of its corpus, at its end by that after a tenth.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 
 from jobs.bench.cluster import bench_cluster
 from jobs.bench.process import python, run_json
+from jobs.bench.throttle import throttled
 from jobs.load import load
 from jobs.screen import Screen
 from jobs.stack.seaweed import BUCKET, s3_environment, seaweedfs
@@ -45,7 +47,8 @@ CHUNK_BYTES = 16 << 20
 COPIES = 10
 """Of all files, by other names, for the tasks: at this speed a hundred megabytes are gone before both have begun."""
 RIVAL_BATCH = 1 << 20
-WARM_SLOTS, DISK_SLOTS, S3_SLOTS, MEMORY_SLOTS = 20, 4000, 1500, 600
+DISK_SLOTS, S3_SLOTS, MEMORY_SLOTS = 4000, 1500, 600
+SLOW_BYTES_PER_S, SLOW_WINDOW, SLOW_SLOTS = 20e6, 8192, 150
 
 
 def data(overrides: list[str], rounds: int, vocab: int, say: Callable[[str], object]) -> dict[str, Any]:
@@ -188,6 +191,10 @@ def _reading(
                 found.append(_read(config, corpus, 1, first, folder=folder)["first_batch_s"])
             told = [f"{found[-1]['tokens_per_s']:,.0f}" for found in (eaten, disk, bucket)]
             say(f"round {number + 1}: a core eats {told[0]} tokens/s; from disk {told[1]}, from S3 {told[2]}")
+        with throttled(int(endpoint.rpartition(":")[2]), SLOW_BYTES_PER_S) as port:
+            slow = replace(remote, s3_endpoint=f"http://127.0.0.1:{port}")
+            pace = statistics.median(one["tokens_per_s"] for one in eaten)
+            paced = _read(config, slow, SLOW_SLOTS, folder=folder, window=SLOW_WINDOW, pace=pace)
         bytes_of = Corpus.tokens(corpus.train) * 2
         small = _read(config, remote, MEMORY_SLOTS, folder=folder, cache_gb=bytes_of / 1e10)
     rates = [[one["tokens_per_s"] for one in found] for found in (eaten, disk, bucket)]
@@ -199,6 +206,7 @@ def _reading(
         "tokens_per_s": dict(zip(("eaten", "disk", "s3"), map(statistics.median, rates), strict=True)),
         "first_batch_s_0": statistics.median(firsts[0]),
         "first_batch_s_1e9": statistics.median(firsts[10**9]),
+        "wait_share_slow_store": paced["wait_s"] / paced["seconds"],
         "memory_growth": small["rss_last"] / small["rss_tenth"],
         "memory_mb": [small["rss_tenth"] / 1e6, small["rss_last"] / 1e6],
         "read_over_cache": small["bytes_read"] / (bytes_of / 10),
@@ -210,9 +218,16 @@ def _size(config: RunConfig) -> tuple[str, str]:
 
 
 def _read(
-    config: RunConfig, corpus: Corpus, slots: int, first: int = 0, folder: str = "", cache_gb: float = 10.0
+    config: RunConfig,
+    corpus: Corpus,
+    slots: int,
+    first: int = 0,
+    window: int = 0,
+    folder: str = "",
+    cache_gb: float = 10.0,
+    pace: float = 0.0,
 ) -> dict[str, Any]:
     """Read so many slots in a new process, with a cache of its own that is empty."""
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        arguments = [corpus.url, corpus.s3_endpoint, *_size(config), str(slots), str(first), str(cache_gb)]
+        arguments = [corpus.url, corpus.s3_endpoint, *_size(config), *map(str, (slots, first, window, cache_gb, pace))]
         return run_json(python("jobs.bench.data_reader", *arguments), TMPDIR=cache)

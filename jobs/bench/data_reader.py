@@ -1,7 +1,7 @@
 """One reader of `bench data`: shuffled samples in slots, a slot ahead, as a worker reads them.
 
-Started as `python -m jobs.bench.data_reader URL S3_ENDPOINT MICRO_BATCH SEQ_LEN SLOTS FIRST CACHE_GB`; it prints what
-came out as JSON.
+Started as `python -m jobs.bench.data_reader URL S3_ENDPOINT MICRO_BATCH SEQ_LEN SLOTS FIRST WINDOW CACHE_GB PACE`; it
+prints what came out as JSON. With a pace, in tokens per second, it computes nothing between two slots for as long.
 """
 
 import sys
@@ -17,12 +17,22 @@ from workers.data.order import Order
 from workers.data.tokens import TokenSplit
 
 
-def main(url: str, endpoint: str, micro_batch: int, seq_len: int, slots: int, first: int, cache_gb: float) -> None:
+def main(
+    url: str,
+    endpoint: str,
+    micro_batch: int,
+    seq_len: int,
+    slots: int,
+    first: int,
+    window: int,
+    cache_gb: float,
+    pace: float,
+) -> None:
     """Read `slots` slots of `micro_batch` samples, from the global sample `first` on."""
     corpus, process = load(Store(url, endpoint)), psutil.Process()
     began = time.perf_counter()
     tokens = TokenSplit(corpus, corpus.train, seq_len, cache_gb)
-    order = Order(1, [("", tokens.num_samples)], [(0, (1,))])
+    order = Order(1, [("", tokens.num_samples)], [(0, (1,))], window)
 
     def samples(slot: int) -> np.ndarray:
         return order.at(first + np.arange(slot * micro_batch, (slot + 1) * micro_batch)).sample
@@ -37,6 +47,8 @@ def main(url: str, endpoint: str, micro_batch: int, seq_len: int, slots: int, fi
         now = ahead
         if slot == slots // 10:
             tenth = process.memory_info().rss
+        if pace:
+            time.sleep(micro_batch * seq_len / pace)
     seconds = time.perf_counter() - began
     tell(
         {
@@ -53,6 +65,6 @@ def main(url: str, endpoint: str, micro_batch: int, seq_len: int, slots: int, fi
 
 
 if __name__ == "__main__":
-    url, endpoint, *numbers, gb = sys.argv[1:]
-    micro_batch, seq_len, slots, first = map(int, numbers)
-    main(url, endpoint, micro_batch, seq_len, slots, first, float(gb))
+    url, endpoint, *numbers, cache_gb, pace = sys.argv[1:]
+    micro_batch, seq_len, slots, first, window = map(int, numbers)
+    main(url, endpoint, micro_batch, seq_len, slots, first, window, float(cache_gb), float(pace))
