@@ -3,9 +3,11 @@
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from dataclasses import dataclass
 
 from jobs.screen import Screen
+from orchestrator.preflight import in_background
 from workers.common.errors import ConfigError
 from workers.common.storage import Store, shared_url
 from workers.data.documents import documents, pieces_of
@@ -78,7 +80,10 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    learned.train_from_iterator(reading.texts(), trainer)
+    training = in_background(lambda: learned.train_from_iterator(reading.texts(), trainer), may_be_torn=True)
+    while not training.done():  # A person can interrupt: Rust merges for minutes and hears nobody.
+        wait([training], timeout=0.1)
+    training.result()
     if (found := learned.get_vocab_size()) < vocab:
         raise ConfigError(
             f"--vocab {vocab}: this text has no more than {found} tokens that occur twice; name a smaller vocabulary, "

@@ -6,7 +6,8 @@ It must give them on texts that are hard to split, when it is loaded, and on a s
 import json
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from workers.common.errors import RaymuonError
 from workers.data.json_tokenizer import JsonTokenizer
 from workers.data.tiktoken_file import PATTERNS, tiktoken_of
 from workers.data.tokenizer import Encoder, Tokenizer
@@ -39,7 +41,7 @@ PROBES = (
 
 
 class UnequalIds(Exception):
-    """Both have given other ids for the same text."""
+    """Both have given other ids for the same text, or gigatoken has failed."""
 
 
 class GigatokenEncoder:
@@ -49,14 +51,15 @@ class GigatokenEncoder:
         tokenizer: the reference.
 
     Raises:
-        UnequalIds: gigatoken gives other ids for texts that are hard to split.
-        Exception: gigatoken is not here, or does not know such a tokenizer.
+        UnequalIds: gigatoken is not here, does not know such a tokenizer, or gives other ids for texts that are hard to
+            split.
     """
 
     engine = "gigatoken"
 
     def __init__(self, tokenizer: JsonTokenizer) -> None:
-        self.tokenizer, self._fast = tokenizer, _load(tokenizer.parsed)
+        with _failures():
+            self.tokenizer, self._fast = tokenizer, _load(tokenizer.parsed)
         around = [f"a{special}b {special}" for special in tokenizer.special[:256]]
         self._compare([text.encode() for text in (*PROBES, *around)])
 
@@ -72,7 +75,8 @@ class GigatokenEncoder:
         return self._ids(texts)
 
     def _ids(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        layout = self._fast.encode_batch(list(texts), parallel=False).layout
+        with _failures():
+            layout = self._fast.encode_batch(list(texts), parallel=False).layout
         offsets, ids = np.asarray(layout.offsets), np.asarray(layout.content.data)
         return [ids[first:last] for first, last in pairwise(offsets)]
 
@@ -80,6 +84,17 @@ class GigatokenEncoder:
         for text, ours, theirs in zip(texts, self.tokenizer.encode(texts), self._ids(texts), strict=True):
             if not np.array_equal(ours, theirs):
                 raise UnequalIds(text[:80])
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Make whatever gigatoken raises, Rust's panics too, which are no `Exception`, one kind of failure."""
+    try:
+        yield
+    except (RaymuonError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UnequalIds(str(error)) from error
 
 
 def _sample(texts: Sequence[bytes]) -> bytes:
@@ -107,9 +122,7 @@ def _load(parsed: dict[str, Any]) -> Any:
 def _encoder(tokenizer: JsonTokenizer) -> Encoder:
     try:
         return GigatokenEncoder(tokenizer)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:  # Also Rust's panics. Whatever is in its way: the reference is always right.
+    except UnequalIds:
         return tokenizer
 
 
