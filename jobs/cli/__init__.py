@@ -74,6 +74,8 @@ def main() -> None:
     except typer.TyperException as error:  # A wrong option or a missing argument; empty where the help was shown.
         message = error.format_message()
         code, told = 2, message and f"{message}; see raymuon --help"
+    if code == 130 and not told:  # Typer makes that of a KeyboardInterrupt, and says nothing.
+        told = "interrupted"
     on_signals(lambda *_: os._exit(code))  # From here on there is nothing to end but what Python waits for.
     sys.stdout.flush()
     if told:

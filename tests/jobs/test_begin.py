@@ -101,7 +101,10 @@ jobs.cli.main()
 """
 
 
-@pytest.mark.parametrize(("then", "code", "told"), [("return", 0, ""), ("raise", 130, "raymuon: interrupted\n")])
+TOLD = "raymuon: interrupted\n"
+
+
+@pytest.mark.parametrize(("then", "code", "told"), [("return", 0, ""), ("raise", 130, TOLD), ("return 130", 130, TOLD)])
 def test_an_interruption_out_of_an_import_is_no_death_by_a_signal(then, code, told):
     """As of torch's, which make classes by `exec`; and some of which swallow it."""
     script = SWALLOWED.format(then=then)
