@@ -117,6 +117,11 @@ def test_a_mixture_that_changes_is_the_same_killed_and_at_another_world_size(mix
     told_by(place, "export", folder, "--to", f"{place.folder}/exported")
     assert_exported(place.folder / "exported", folder, tokenizer)
 
+    with (place.folder / "web.jsonl").open("a") as file:
+        file.write('\n{"text": "something new"}')
+    refused = place.run("--resume", "tiny", f"train.steps={STEPS + 1}", code=2)
+    assert "data.web" in refused.stderr and "data.code" not in refused.stderr
+
 
 def joined(place: Place) -> list[str]:
     return ["--address", place.address, "--tracking-uri", f"sqlite:///{place.folder}/runs/mlflow.db"]
@@ -143,12 +148,3 @@ def assert_exported(exported: Path, run: str, tokenizer: str) -> None:
         while len(ids) < len(written):
             ids.append(int(logits_of(trained, torch.tensor([ids]))[0, -1].argmax()))
     assert ids == written
-
-
-def test_a_source_that_has_changed_is_refused_by_its_name(mixed_place):
-    place = mixed_place("changed")
-    place.train(f"train.steps={BORDER}")
-    with (place.folder / "web.jsonl").open("a") as file:
-        file.write('\n{"text": "something new"}')
-    refused = place.run("--resume", "tiny", code=2)
-    assert "data.web" in refused.stderr and "data.code" not in refused.stderr

@@ -408,7 +408,7 @@ def test_threads_end_with_the_object(tmp_path, folder, how, monkeypatch):
     if how == "close":
         split.close()
     del split
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while reading() and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)
