@@ -4,6 +4,7 @@ What a task makes depends on its group alone, so it does not matter which task m
 task that dies is tried again; a preparation that ends begins again with the groups that nobody has finished.
 """
 
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
@@ -76,6 +77,7 @@ def _result(reference: Any) -> Any:
 
 def _patiently(do: Callable[[Work, Group], Any], work: Work, group: Group) -> Any:
     """Do it, again where storage fails: a store that is away for a minute costs no more than that."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # A task has one processor.
     for attempt in range(TRIES):
         try:
             return do(work, group)
