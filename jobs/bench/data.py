@@ -73,7 +73,7 @@ def data(overrides: list[str], rounds: int, vocab: int, say: Callable[[str], obj
         whole = DataConfig(source=f"{folder}/texts", tokenizer=tokenizer, prepared_url=f"{folder}/whole")
         result: dict[str, Any] = {"text_mb": size / 1e6, "vocab": vocab}
         result |= _against_tokenizers(works_of(chunks), rounds, say)
-        result |= _scaling(whole, folder, say)
+        result |= _scaling(whole, folder, rounds, say)
         (corpus,) = prepare(whole)
         result |= _reading(config, corpus, folder, rounds, say)
     return result
@@ -147,7 +147,7 @@ def _refuse(told: str) -> None:
     raise ConfigError(told)
 
 
-def _scaling(config: DataConfig, folder: str, say: Callable[[str], object]) -> dict[str, Any]:
+def _scaling(config: DataConfig, folder: str, rounds: int, say: Callable[[str], object]) -> dict[str, Any]:
     """Return the speed of two tasks at a time by that of one: between the first finished groups and the last ones."""
     from orchestrator.preparation import prepare_on
 
@@ -156,21 +156,27 @@ def _scaling(config: DataConfig, folder: str, say: Callable[[str], object]) -> d
     for number in range(COPIES):
         for path in Path(config.source).iterdir():
             (many / f"{number}-{path.name}").hardlink_to(path)
-    speeds = {}
-    for nodes in (1, 2):
-        done: list[tuple[float, int]] = []
+    speeds: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(rounds):
+        for nodes in (1, 2) if number % 2 else (2, 1):
+            done: list[tuple[float, int]] = []
 
-        def told(work: Work, group: Group, note: dict[str, Any], done: list[tuple[float, int]] = done) -> None:
-            done.append((time.monotonic(), group.size))
+            def told(work: Work, group: Group, note: dict[str, Any], done: list[tuple[float, int]] = done) -> None:
+                done.append((time.monotonic(), group.size))
 
-        wanted = DataConfig(source=str(many), tokenizer=config.tokenizer, prepared_url=f"{folder}/many-{nodes}")
-        with bench_cluster(nodes) as cluster:
-            prepare_on(works_of(wanted), cluster.address, StopSignal(), told)
-        first = nodes  # Each has begun with the tokenizer.
-        last = len(done) - nodes + 1  # While all are busy.
-        speeds[nodes] = sum(size for _, size in done[first:last]) / 1e6 / (done[last - 1][0] - done[first - 1][0])
-        say(f"{nodes} task(s) at a time: {speeds[nodes]:.1f} MB/s")
-    return {"tokenize_scaling_2": speeds[2] / speeds[1], "tasks_mb_per_s": speeds}
+            with tempfile.TemporaryDirectory(dir=folder) as to, bench_cluster(nodes) as cluster:
+                wanted = DataConfig(source=str(many), tokenizer=config.tokenizer, prepared_url=to)
+                prepare_on(works_of(wanted), cluster.address, StopSignal(), told)
+            first, last = nodes, len(done) - nodes + 1  # While all are busy, and have the tokenizer.
+            size = sum(size for _, size in done[first:last])
+            speeds[nodes].append(size / 1e6 / (done[last - 1][0] - done[first - 1][0]))
+            say(f"{nodes} task(s) at a time: {speeds[nodes][-1]:.1f} MB/s")
+    ratios = [two / one for one, two in zip(speeds[1], speeds[2], strict=True)]
+    return {
+        "tokenize_scaling_2": statistics.median(ratios),
+        "scaling_ratios": ratios,
+        "tasks_mb_per_s": {nodes: statistics.median(found) for nodes, found in speeds.items()},
+    }
 
 
 def _reading(
