@@ -10,7 +10,8 @@ first part of it. Everything is per core: one thread each, in turns.
   from a SeaweedFS through an empty cache, against what one core takes in a training step of the demo's model without
   its optimizer.
 - `first_batch_s_0`, `first_batch_s_1e9`: from nothing to the first batch, at that sample of a run.
-- `wait_share_slow_store`: what a reader at the pace of a core waits, with a window, where the store gives 20 MB/s.
+- `wait_share_slow_store`: what a reader at the pace of a core waits, with a window, where the store gives 20 MB/s;
+  `late_wait_share_slow_store`: of it what comes after the first tenth.
 - `memory_growth`: memory of a reader whose cache is a tenth of its corpus, at its end by that after a tenth.
 """
 
@@ -213,6 +214,7 @@ def _reading(
         "first_batch_s_0": statistics.median(firsts[0]),
         "first_batch_s_1e9": statistics.median(firsts[10**9]),
         "wait_share_slow_store": paced["wait_s"] / paced["seconds"],
+        "late_wait_share_slow_store": paced["late_wait_s"] / paced["seconds"],
         "memory_growth": small["rss_last"] / small["rss_tenth"],
         "memory_mb": [small["rss_tenth"] / 1e6, small["rss_last"] / 1e6],
         "read_over_cache": small["bytes_read"] / (bytes_of / 10),

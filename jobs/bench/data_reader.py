@@ -39,14 +39,14 @@ def main(
 
     tokens.batch(samples(0))
     first_batch_s = time.perf_counter() - began
-    began, now, tenth = time.perf_counter(), samples(0), process.memory_info().rss
+    began, now, tenth, early_s = time.perf_counter(), samples(0), process.memory_info().rss, 0.0
     for slot in range(1, slots):
         ahead = samples(slot)
         tokens.prefetch(ahead)
         tokens.batch(now)
         now = ahead
         if slot == slots // 10:
-            tenth = process.memory_info().rss
+            tenth, early_s = process.memory_info().rss, tokens.wait_s
         if pace:
             time.sleep(micro_batch * seq_len / pace)
     seconds = time.perf_counter() - began
@@ -56,6 +56,7 @@ def main(
             "seconds": seconds,
             "tokens_per_s": (slots - 1) * micro_batch * seq_len / seconds,
             "wait_s": tokens.wait_s,
+            "late_wait_s": tokens.wait_s - early_s,
             "rss_tenth": tenth,
             "rss_last": process.memory_info().rss,
             "bytes_read": tokens.bytes_read,
