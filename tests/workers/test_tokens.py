@@ -236,7 +236,9 @@ def test_a_cache_smaller_than_the_corpus_is_kept_to_its_size(remote, folder):
 
     def watch() -> None:
         while not stop.is_set():
-            sizes.append(size_of(folder))
+            with BlockCache(folder, 0)._locked():  # Between two writes: a walk beside one can meet a file twice.
+                sizes.append(size_of(folder))
+            time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -247,7 +249,7 @@ def test_a_cache_smaller_than_the_corpus_is_kept_to_its_size(remote, folder):
         assert found.tolist() == [wanted(tokens, int(i), 4096) for i in here]
     stop.set()
     watcher.join()
-    assert 2 * MIB < max(sizes) <= 6 * MIB + 100, "the limit, and the one file that is on its way"
+    assert 2 * MIB < max(sizes) <= 5 * MIB + 100
     tiny = TokenSplit(corpus, corpus.train, 4096, cache_gb=1e-6)
     assert tiny.batch(indices[:9]).tolist() == [wanted(tokens, int(i), 4096) for i in indices[:9]]
 
