@@ -1,7 +1,6 @@
 """`raymuon prepare`: text to tokens, before a run or by the run itself."""
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from jobs.load import load
@@ -77,33 +76,26 @@ def summary(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-@dataclass
-class _Done:
-    groups: int = 0
-    documents: int = 0
-    bytes: int = 0
-
-
 class _Progress:
     """Says how far it is."""
 
     def __init__(self, works: list[Work], console: Screen) -> None:
         self.total = sum(group.size for work in works for group in work.missing())
-        self.console, self.done, self.began, self.said = console, _Done(), time.monotonic(), 0.0
+        self.console, self.began, self.said = console, time.monotonic(), 0.0
+        self.documents = self.bytes = 0
         console.print(f"preparing {len(works)} source(s), {self.total / 1e6:,.1f} MB", style="dim")
 
     def told(self, work: Work, group: Group, note: dict[str, Any]) -> None:
         """Take note of a finished group."""
-        self.done.groups += 1
-        self.done.documents += note["documents"]
-        self.done.bytes += group.size
+        self.documents += note["documents"]
+        self.bytes += group.size
         now = time.monotonic()
-        if now - self.said < TELL_S and self.done.bytes < self.total:
+        if now - self.said < TELL_S and self.bytes < self.total:
             return
-        self.said, rate = now, self.done.bytes / max(1e-9, now - self.began)
-        left = (self.total - self.done.bytes) / max(1e-9, rate)
+        self.said, rate = now, self.bytes / max(1e-9, now - self.began)
+        left = (self.total - self.bytes) / max(1e-9, rate)
         self.console.print(
-            f"{work.name or 'text'}: {self.done.bytes / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, "
-            f"{self.done.documents:,} documents, {rate / 1e6:,.1f} MB/s, {left:,.0f} s left",
+            f"{work.name or 'text'}: {self.bytes / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, "
+            f"{self.documents:,} documents, {rate / 1e6:,.1f} MB/s, {left:,.0f} s left",
             style="dim",
         )

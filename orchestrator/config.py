@@ -1,5 +1,6 @@
 """RunConfig: everything that a run is told, composed out of each room's settings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -203,15 +204,12 @@ def absolute(config: RunConfig) -> RunConfig:
 
 
 def _tokenizer(url: str) -> str:
-    try:
-        return url if url == BYTE or "::" in url else absolute_url(url)
-    except ConfigError as error:
-        raise ConfigError(f"data.tokenizer={error}") from error
+    return url if url == BYTE or "::" in url else _place("data.tokenizer", url, absolute_url)
 
 
-def _place(key: str, url: str) -> str:
+def _place(key: str, url: str, form: Callable[[str], str] = shared_url) -> str:
     try:
-        return shared_url(url)
+        return form(url)
     except ConfigError as error:
         raise ConfigError(f"{key}={error}") from error
 

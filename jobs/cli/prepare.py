@@ -4,12 +4,7 @@ from functools import partial
 
 import typer
 
-from jobs.cli.options import (
-    AsJson,
-    Config,
-    Overrides,
-    RayAddress,
-)
+from jobs.cli.options import AsJson, Config, Overrides, RayAddress
 from jobs.screen import command
 from orchestrator.stop import StopSignal
 

@@ -31,6 +31,7 @@ def tokenizer_train(
 ) -> None:
     """Train a byte-level BPE on text, and write it as a tokenizer.json."""
     from jobs.tokenizer import train_tokenizer
+    from workers.data.corpus import vocabulary_for
 
     console = Screen(stderr=as_json)
     trained = train_tokenizer(source, vocab, to, field, most_mb, console, s3_endpoint)
@@ -38,7 +39,7 @@ def tokenizer_train(
         f"{trained.vocab_size:,} tokens, {trained.bytes_per_token:.2f} bytes per token, of {trained.documents:,} "
         f"documents ({trained.bytes / 1e6:,.1f} MB) in {trained.seconds:.0f} s, in {trained.url}"
     )
-    wide = f"model.vocab_size={-(-trained.vocab_size // 128) * 128}"
+    wide = f"model.vocab_size={vocabulary_for(trained.vocab_size)}"
     on = command("raymuon", "train", "demo", f"data.source={source}", f"data.tokenizer={trained.url}", wide)
     console.print(f"train with it: {on}")
     if as_json:

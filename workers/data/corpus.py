@@ -164,6 +164,11 @@ def num_samples(shards: tuple[Shard, ...], seq_len: int) -> int:
     return max(0, (Corpus.tokens(shards) - 1) // seq_len)
 
 
+def vocabulary_for(tokens: int) -> int:
+    """Return the `model.vocab_size` to take for a tokenizer: a multiple of 128 is faster on GPUs."""
+    return -(-tokens // 128) * 128
+
+
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
     """Refuse a tokenizer with ids that the model does not have.
 
@@ -173,7 +178,7 @@ def check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size:,}: the tokenizer (data.tokenizer) has ids up to {tokens - 1:,}; set "
-            f"model.vocab_size={-(-tokens // 128) * 128} (a multiple of 128 is faster on GPUs), or at least {tokens}"
+            f"model.vocab_size={vocabulary_for(tokens)} (a multiple of 128 is faster on GPUs), or at least {tokens}"
         )
 
 
