@@ -199,8 +199,9 @@ def _plan(config: RunConfig, target: Target) -> str:
         ConfigError: it does not fit, and what would.
     """
     from jobs.planning.command import read_calibration
+    from jobs.planning.estimate import Machines
     from jobs.planning.matrices import orthogonalization
-    from jobs.planning.plan import Machines, plan_run
+    from jobs.planning.plan import plan_run
 
     gpus = config.scaling.max_workers
     calibration = read_calibration(target.calibration) if target.calibration else None

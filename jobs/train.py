@@ -3,6 +3,7 @@
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError
 from workers.common.storage import storage_errors
+from workers.config import TrainConfig
 
 
 def train(
@@ -49,6 +51,7 @@ def train(
         artifacts=lambda result, record: plots.append(_keep_curve(run_config, result, record)),
         take_over=take_over,
         kill_after=kill_worker,
+        decide=_decide,
     )
     with TerminalWatcher() as watcher:
         if left_out := cut_short(run_config.optim, run_config.train.steps):
@@ -69,6 +72,12 @@ def train(
     if result.status == "interrupted":
         saved = "with a checkpoint" if result.checkpoint else "before the first checkpoint"
         raise stop.interrupted(f"stopped at step {result.steps} {saved}")
+
+
+def _decide(config: RunConfig, nodes: Sequence[str], devices: Sequence[str]) -> TrainConfig:
+    from jobs.planning.choice import decide  # Imports torch.
+
+    return decide(config, nodes, devices) if config.train.open else config.train
 
 
 def _check_kill(step: int, config: RunConfig) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.config import RunConfig, task_of
-from orchestrator.controller import Controller
+from orchestrator.controller import Controller, Decide, plainly
 from orchestrator.group.pool import Pool
 from orchestrator.log.commits import Commits
 from orchestrator.log.lease import Lease
@@ -102,13 +102,14 @@ class Attempt:
             progress.validated = min(recorder.marks["validation"], manifest.step)
         return cls(config, lease, log, same, task, recorder, progress)
 
-    def train(self, pool: Pool, stop: StopSignal, kill_after: int | None = None) -> None:
+    def train(self, pool: Pool, stop: StopSignal, kill_after: int | None = None, decide: Decide = plainly) -> None:
         """Lead the run with the pool's workers until its last step, or until a stop.
 
         Args:
             pool: the processes; they may still be starting.
             stop: tells when a person wants it to end.
             kill_after: for demonstrations: SIGKILL one worker after this step.
+            decide: decides what is automatic, for each number of workers.
 
         Raises:
             RaymuonError: with the exit code of what went wrong.
@@ -117,7 +118,16 @@ class Attempt:
         with Janitor(self.log, self.config.checkpoint, commits.bad, self.recorder.notice) as janitor:
             commits.after = janitor.wake
             self.controller = Controller(
-                self.config, pool, commits, self.task, self.progress, self.recorder, self.lease, stop, kill_after
+                self.config,
+                pool,
+                commits,
+                self.task,
+                self.progress,
+                self.recorder,
+                self.lease,
+                stop,
+                kill_after,
+                decide,
             )
             try:
                 with stop.during_training():

@@ -8,7 +8,7 @@ what becomes of all that they tell in `intake`.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from orchestrator.config import RunConfig
@@ -34,11 +34,21 @@ from orchestrator.record.progress import Progress, Recorder
 from orchestrator.stop import StopSignal
 from orchestrator.watchdog import Suspect, Watchdog
 from workers.common.errors import ClusterError, RaymuonError, StorageError
+from workers.config import TrainConfig
 from workers.task import KeeperLinks, Place, Task
 
 COMMIT_S = 600.0
 """How long to wait for each next part of the last checkpoint, as long as its keepers live."""
 SLOW_LOOK_S = 5.0
+
+
+Decide = Callable[[RunConfig, Sequence[str], Sequence[str]], TrainConfig]
+"""Returns how workers on nodes, one for each rank, with devices of some names, train a config: nothing is automatic."""
+
+
+def plainly(config: RunConfig, nodes: Sequence[str], devices: Sequence[str]) -> TrainConfig:
+    """Decide for as little as possible to be computed twice, whatever memory it takes."""
+    return config.train.plain()
 
 
 class Controller:
@@ -54,6 +64,7 @@ class Controller:
         lease: the right to lead it.
         stop: tells when a person wants it to end.
         kill_after: for demonstrations: SIGKILL one worker after this step.
+        decide: decides what is automatic, for each generation anew: fewer workers need more memory each.
     """
 
     def __init__(
@@ -67,9 +78,10 @@ class Controller:
         lease: Lease,
         stop: StopSignal,
         kill_after: int | None = None,
+        decide: Decide = plainly,
     ) -> None:
         self.config, self.pool, self.lease, self.stop = config, pool, lease, stop
-        self.progress, self.recorder, self.kill_after = progress, recorder, kill_after
+        self.progress, self.recorder, self.kill_after, self.decide = progress, recorder, kill_after, decide
         self.intake = Intake(config, pool, commits, task, progress, recorder)
         self.policy, self.saves = self.intake.policy, self.intake.saves
         self.watchdog = Watchdog(config.recovery.hang_s)
@@ -151,6 +163,8 @@ class Controller:
             redone=max(0, max(self.progress.step, self.progress.seen) - restored),
             reached=restored,
         )
+        devices = tuple(sorted({member.ready.device for member in members if member.ready}))
+        train = self.decide(self.config, nodes, devices)
         group = WorkerGroup(generation.number, members, self.pool, self.watchdog)
         group.told = self.progress.step
         self.recorder.event(
@@ -162,9 +176,10 @@ class Controller:
                 reason=reason,
                 nodes=tuple(nodes),
                 pids=tuple(member.ready.pid for member in members if member.ready),
-                devices=tuple(sorted({member.ready.device for member in members if member.ready})),
+                devices=devices,
                 source=source,
                 restored_step=restored,
+                chosen={key: getattr(train, key) for key in self.config.train.open},
             )
         )
         self.progress.world_size = len(members)
@@ -179,7 +194,7 @@ class Controller:
             committed=self.progress.committed,
             tell_plan=not self.intake.planned,
         )
-        group.start(self.saves.task, place, self._links(group))
+        group.start(replace(self.saves.task, train=train), place, self._links(group))
         self.pool.training = True
         return group
 

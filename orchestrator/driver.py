@@ -8,11 +8,12 @@ same time, each in a thread of its own, with processes, a signal to stop and a r
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from orchestrator.attempt import Attempt
 from orchestrator.config import RunConfig, flatten, task_of
+from orchestrator.controller import Decide, plainly
 from orchestrator.group.cluster import connected, job_place
 from orchestrator.group.handles import Joined
 from orchestrator.group.keeper import new_token
@@ -54,6 +55,8 @@ class Options:
     """What to train once more of another run."""
     kill_after: int | None = None
     """For demonstrations: SIGKILL one worker after this step."""
+    decide: Decide = plainly
+    """Decides what is automatic in `train`, for each number of workers."""
 
 
 def run(
@@ -109,7 +112,8 @@ def _run(joined: Joined, preflight: Preflight, watcher: Watcher, options: Option
     cluster = joined.slots(config.scaling)
     hang_s = config.recovery.hang_s
     with Pool(cluster, config.scaling, config.storage, new_token(), hang_s, notice=watcher.warn) as pool:
-        pool.rehearsal = task_of(config, preflight.inputs.corpora, run_url="", attempt=0, manifest=None)
+        rehearsal = task_of(config, preflight.inputs.corpora, run_url="", attempt=0, manifest=None)
+        pool.rehearsal = replace(rehearsal, train=rehearsal.train.plain())
         _await_slots(pool, watcher, preflight.check)
         watcher.phase(f"starting {min(pool.num_slots, config.scaling.max_workers)} worker(s)")
         pool.wait(lambda: not pool.num_starting, preflight.check, config.scaling.wait_s)
@@ -177,7 +181,7 @@ def _lead(preflight: Preflight, pool: Pool, watcher: Watcher, options: Options) 
     try:
         with Lease(run_store(config, run_id), strict=bool(inputs.warning)) as lease:
             attempt = Attempt.open(config, inputs, lease, begin, watcher.warn, found.log, found.origin, options.stretch)
-            attempt.train(pool, stop, options.kill_after)
+            attempt.train(pool, stop, options.kill_after, options.decide)
             result = attempt.result()
         result.page = page
         try:

@@ -17,7 +17,7 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class Calibration:
     """Of a GPU; of a CPU, the machine's."""
     seconds_per_op: float
     """Cost of calling an op in a training step, however small it is, its share of autograd included."""
-    curves: dict[str, Curve]
+    curves: dict[str, Curve] = field(hash=False)
     """By `KINDS`."""
     host_bytes_per_s: float
     """At which a shard is copied into the keeper's memory."""

@@ -221,7 +221,7 @@ class TrainConfig:
     global_batch: int = 32
     """Sequences per optimizer step, at any world size."""
     micro_batch: int = 8
-    """Sequences per forward pass; divides global_batch."""
+    """Sequences per forward pass; divides global_batch. 0: so many that a step is fastest, of those that fit."""
     seq_len: int = 256
     """Tokens per sequence."""
     validate_every: int = 100
@@ -238,12 +238,29 @@ class TrainConfig:
     """Checkpoint (FOLDER or FOLDER@STEP) with whose weights a new run begins; empty for random ones."""
     max_skipped_in_a_row: int = 10
     """Steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
+    recompute: str = "auto"
+    """Layers of which the backward pass computes again what the forward pass did not keep: `none`, `all`, or so many of
+    the first; a third of the operations more, a fraction of the memory. `auto`, here and below: as fast as fits."""
+    logits: Literal["auto", "whole", "chunked"] = "auto"
+    """`chunked`: the loss is computed from some tokens after the others, so that all logits are never there at once."""
+    gradients: Literal["auto", "whole", "partitioned"] = "auto"
+    """`whole`: each worker sums up all gradients, and they are reduced once a step. `partitioned`: they are reduced
+    after every micro-batch, and each worker keeps its part, in fp32 (ZeRO-2)."""
+    accumulate: Literal["auto", "fp32", "weights"] = "auto"
+    """In what whole gradients of several micro-batches are added up: in fp32, or in the precision of the weights."""
+    overlap: bool = True
+    """On GPUs, reduce gradients during the backward pass."""
 
     def __post_init__(self) -> None:
         require(
             self,
             *no_password(self, "init"),
-            *within(self, "[1, inf)", "steps", "global_batch", "micro_batch", "seq_len", "validate_sequences"),
+            (
+                self.recompute in ("auto", "none", "all") or self.recompute.isdecimal(),
+                f"recompute must be auto, none, all or a number of layers, not {self.recompute!r}",
+            ),
+            *within(self, "[1, inf)", "steps", "global_batch", "seq_len", "validate_sequences"),
+            *within(self, "[0, inf)", "micro_batch", lowest="automatic"),
             (
                 self.micro_batch < 1 or self.global_batch % self.micro_batch == 0,
                 f"global_batch must be a multiple of micro_batch ({self.micro_batch}), not {self.global_batch}",
@@ -256,7 +273,29 @@ class TrainConfig:
     @property
     def slots(self) -> int:
         """Micro-batch slots of a global batch."""
-        return self.global_batch // self.micro_batch
+        return self.global_batch // max(1, self.micro_batch)
+
+    @property
+    def open(self) -> tuple[str, ...]:
+        """Return the keys that are automatic: the fastest that fits has to be found, for a number of workers."""
+        keys = [key for key in ("recompute", "logits", "gradients", "accumulate") if getattr(self, key) == "auto"]
+        return tuple(keys) if self.micro_batch else ("micro_batch", *keys)
+
+    def plain(self) -> "TrainConfig":
+        """Return it with what is automatic as it is without any saving of memory."""
+        values = {
+            "micro_batch": 1,
+            "recompute": "none",
+            "logits": "whole",
+            "gradients": "whole",
+            "accumulate": "weights",
+        }
+        return replace(self, **{key: values[key] for key in self.open})
+
+    def recomputed(self, layers: int) -> int:
+        """Return how many of so many layers are computed again; `auto` that nobody has decided is none."""
+        known = {"auto": 0, "none": 0, "all": layers}
+        return known[self.recompute] if self.recompute in known else min(layers, int(self.recompute))
 
     @property
     def positions_per_step(self) -> int:

@@ -21,6 +21,7 @@ from optim.config import OptimConfig
 from optim.zero1 import Zero1Optimizer
 from workers.config import ModelConfig, TrainConfig
 from workers.models import LanguageModel, build
+from workers.models.recompute import recompute
 from workers.settings import deepspeed_config
 
 # DeepSpeed's autotuner imports MLflow where it is installed: a second per worker, for nothing.
@@ -147,6 +148,7 @@ def build_engine(
     if seed is not None:
         torch.manual_seed(seed)
     model = build(model_config, initialize=seed is not None).to(device)
+    recompute(model, train.recomputed(len(model.blocks)))
     parts = model.matrix_parts(optim_config.split)
     optimizer = Zero1Optimizer(model.named_parameters(), optim_config, model.tables(), parts, model.head_rows())
     engine, *_ = deepspeed.initialize(
@@ -156,4 +158,7 @@ def build_engine(
         dist_init_required=False,
     )
     optimizer.bind(engine.optimizer)
+    if train.gradients != "partitioned" and train.accumulate == "fp32":
+        for parameter in model.parameters():  # Autograd's own: what is added to it, it casts first.
+            parameter.grad_dtype = torch.float32
     return Engine(engine, model, optimizer, device, dist.get_rank(), dist.get_world_size())

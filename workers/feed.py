@@ -44,6 +44,8 @@ class Slot:
     """A micro-batch slot of a step, read."""
 
     number: int
+    counts: bool
+    """Whether it is this rank's: else nothing in its batch counts."""
     drawn: Drawn
     """Its samples."""
     batch: Batch
@@ -88,20 +90,18 @@ class Feed:
         self.bytes_per_token = [corpus.bytes_per_token for corpus in task.corpora]
         """Of each source's held-out split."""
         self.slots = slots_of_rank(task.train.slots, member.world_size, member.rank)
+        self.fillers = fillers(task.train, member.world_size, member.rank)
         self.ledger = _Ledger(task, member)
         self._waited = 0.0
         self.drawn = lru_cache(4 * max(1, len(self.slots)))(self._drawn)  # Read-ahead asks first, the step again.
 
     def step(self, step: int) -> list[Slot]:
-        """Return this rank's slots of a step.
-
-        A rank without one gets one in which nothing counts: the reduction needs a gradient from everybody.
-        """
+        """Return this rank's slots of a step, after those in which nothing counts: see `fillers`."""
         read = []
-        for number in self.slots or [0]:
+        for number, counts in [*[(0, False)] * self.fillers, *((slot, True) for slot in self.slots)]:
             drawn = self.drawn(step, number)
             batch = self.batch(self.train, drawn)
-            read.append(Slot(number, drawn, batch if self.slots else batch.without_targets()))
+            read.append(Slot(number, counts, drawn, batch if counts else batch.without_targets()))
         return read
 
     def _drawn(self, step: int, slot: int) -> Drawn:
@@ -156,13 +156,24 @@ class Feed:
 
     def trained(self, step: int, slot: Slot) -> None:
         """Write down that a slot was trained on."""
-        if self.slots:
+        if slot.counts:
             self.ledger.add(step, slot.number, slot.drawn)
 
     def close(self) -> None:
         """End what reads ahead."""
         self.train.close()
         self.held_out.close()
+
+
+def fillers(train: TrainConfig, world_size: int, rank: int) -> int:
+    """Return how many micro-batches a rank runs in which nothing counts.
+
+    A reduction needs a gradient from everybody: the one of whole gradients at the end of a step, those of partitioned
+    ones after each micro-batch of the rank that has most.
+    """
+    mine = len(slots_of_rank(train.slots, world_size, rank))
+    most = max(len(slots_of_rank(train.slots, world_size, peer)) for peer in range(world_size))
+    return most - mine if train.gradients == "partitioned" else int(not mine)
 
 
 def counted(slots: Iterable[Slot]) -> int:

@@ -45,17 +45,19 @@ BF16_TFLOPS = {name: gpu.tflops for name, gpu in GPUS.items()}
 """Peaks alone."""
 
 
+def type_of(device: str) -> str:
+    """Return the name in `GPUS` of a device that calls itself so; "" where it is not there."""
+    return next((part for part in GPUS if re.search(rf"\b{part}\b", device)), "")
+
+
 def peak_tflops(device: torch.device) -> float:
     """Return the peak of one device: of a known GPU as published, of any other device as measured now.
 
     Returns:
         10^12 floating-point operations per second; bf16 on a GPU, fp32 on a CPU with the process's threads.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, tflops in BF16_TFLOPS.items():
-            if re.search(rf"\b{part}\b", name):
-                return tflops
+    if device.type == "cuda" and (known := type_of(torch.cuda.get_device_name(device))):
+        return BF16_TFLOPS[known]
     return measured_tflops(device)
 
 

@@ -29,6 +29,7 @@ from workers.data.order import random_seed
 from workers.engine import Engine
 from workers.feed import Feed, counted
 from workers.generate import generate
+from workers.models.attention import take_logits
 from workers.objective import Batch, gradient_weight, summed_loss
 from workers.phases import Phase
 from workers.reports import Sampled, SaveFailed, SaveSkipped, StepDone, Validated
@@ -130,7 +131,8 @@ class Trainer:
         clock, part = time.perf_counter(), self.telemetry.clock.part
         lr = learning_rate(self.task.optim, step, train.steps)
         self.telemetry.begin(step)
-        loss_sum = self._forward_backward(step)
+        with self.telemetry.counting():  # Partitioned gradients are reduced on the way.
+            loss_sum = self._forward_backward(step)
         held_up = time.perf_counter()
         self.controls.mark(Phase.WAIT, step)
         part("snapshot")
@@ -140,7 +142,7 @@ class Trainer:
             group["lr"] = lr
         self.controls.mark(Phase.REDUCE, step)
         part("logits")
-        self.telemetry.before_update(counts=bool(self.feed.slots))
+        self.telemetry.before_update()
         part("reduce")
         with self.telemetry.counting():
             engine.engine.step()
@@ -205,9 +207,11 @@ class Trainer:
             part("backward")
             engine.engine.backward(loss_sum * weight, scale_wrt_gas=False)
             total += loss_sum.detach()
-            self.feed.trained(step, slot)
-        if not self.feed.slots:
-            engine.model.clear_expert_load()
+            if slot.counts:
+                self.feed.trained(step, slot)
+            else:  # They come first: what was seen in them is forgotten.
+                engine.model.clear_expert_load()
+                take_logits(engine.model)
         part("forward")
         self.upcoming = self.feed.step(step + 1)
         self.feed.read_ahead(step + 2)
@@ -217,7 +221,8 @@ class Trainer:
     def _loss(self, forward: Callable[..., Tensor], batch: Batch) -> Tensor:
         """Return the summed loss of a batch through the engine or the model alone."""
         batch = batch.to(self.engine.device)
-        return summed_loss(forward(*batch.given), self.engine.model.head, batch.targets)
+        hidden, chunked = forward(*batch.given), self.task.train.logits == "chunked"
+        return summed_loss(hidden, self.engine.model.head, batch.targets, chunked)
 
     def _boundary(self, loss_sum: Tensor, written: bool, keeps_up: bool, cost: float, seconds: float) -> Boundary:
         engine, load = self.engine, self.engine.model.expert_load()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.models.cross_entropy import chunked_cross_entropy
+
 IGNORED = -100
 """In the place of a target that does not count."""
 
@@ -66,14 +68,17 @@ def batch_of(tokens: Tensor, counts: Tensor | None = None, documents: Tensor | N
     return Batch(tokens[:, :-1], targets, documents[:, :-1])
 
 
-def summed_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def summed_loss(hidden: Tensor, head: Tensor, targets: Tensor, chunked: bool = False) -> Tensor:
     """Return the cross-entropy of the targets that count, summed, in nats and fp32; 0 where none does.
 
     Args:
         hidden: states of the last layer, after its norm, `[batch, time, hidden]`.
         head: weight of the output layer, `[vocabulary, hidden]`.
         targets: of a `Batch`.
+        chunked: never have all logits at once; the gradient is then computed on the way, once.
     """
+    if chunked:
+        return chunked_cross_entropy(hidden.flatten(0, 1), head, targets.flatten(), IGNORED)
     logits = F.linear(hidden, head)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 

@@ -22,7 +22,7 @@ from workers.config import ModelConfig, TrainConfig
 from workers.engine import Engine
 from workers.gpus import peak_tflops
 from workers.models import build
-from workers.models.attention import Logits, take_logits, watch
+from workers.models.attention import take_logits, watch
 from workers.models.language_model import KINDS, MATRICES
 from workers.objective import batch_of, summed_loss
 from workers.reports import Profiled
@@ -90,7 +90,7 @@ class Telemetry:
         self.flops_per_step = task.train.positions_per_step * engine.model.flops_per_token(task.train.seq_len)
         self._logits = take_logits(engine.model)
         self._before: list[Tensor] = []
-        self._traffic = Traffic()
+        self._traffic, self._counts = Traffic(), False
         watch(engine.model, self.clips)
         # DeepSpeed calls the optimizer once for each group, between its reduction and its all-gather.
         engine.optimizer.register_step_pre_hook(lambda *_: self.clock.part("optimizer"))
@@ -100,6 +100,7 @@ class Telemetry:
         """Get ready for a step."""
         config = self.config
         self.due = bool(config.every and step % config.every == 0)
+        self._counts = self.due and not self._traffic.calls
         if self.due:
             self.clock.start()
             watch(self.engine.model, True)
@@ -107,16 +108,11 @@ class Telemetry:
             self.profiler = torch.profiler.profile()
             self.profiler.start()
 
-    def before_update(self, counts: bool) -> None:
-        """Agree on the attention logits, for QK-Clip, and keep what the update will be measured by.
-
-        Args:
-            counts: this rank's micro-batches belong to the batch.
-        """
+    def before_update(self) -> None:
+        """Agree on the attention logits, for QK-Clip, and keep what the update will be measured by."""
         if not (self.clips or self.due):
             return
-        logits = take_logits(self.engine.model)
-        self._logits = logits if counts else Logits.none(logits)
+        self._logits = take_logits(self.engine.model)
         self.engine.optimizer.max_logits = self.engine.all_reduce(self._logits.largest, ReduceOp.MAX).tolist()
         if self.due:
             self.clock.part("")
@@ -124,8 +120,8 @@ class Telemetry:
             self._before = [state.tensors["weight"].to("cpu", copy=True) for state in self._flat_state()]
 
     def counting(self) -> AbstractContextManager:
-        """Count what is sent within, once: it is the same every step, and counting slows everything within."""
-        return self._traffic if self.due and not self._traffic.calls else nullcontext()
+        """Count what is sent within, in one step: it is the same in each, and counting slows everything within."""
+        return self._traffic if self._counts else nullcontext()
 
     def after_update(self, lr: float) -> dict[str, float]:
         """Return what was measured of the step, the same on every rank; nothing where it was not due, or skipped."""

@@ -15,7 +15,8 @@ from typing import Any
 
 from jobs.bench.process import torchrun
 from jobs.load import load, plain_yaml
-from jobs.planning.plan import Machines, plan_run
+from jobs.planning.estimate import Machines
+from jobs.planning.plan import plan_run
 from workers.calibrate import Calibration
 from workers.common.errors import ConfigError
 

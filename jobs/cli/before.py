@@ -51,7 +51,8 @@ def plan(
     """Show what a run needs before it is started: memory, traffic, time, money; refuse what cannot fit."""
     from jobs.load import load
     from jobs.planning.command import read_calibration, show
-    from jobs.planning.plan import Machines, Terms
+    from jobs.planning.estimate import Machines
+    from jobs.planning.plan import Terms
 
     loaded = load(config, overrides or [])
     counts = gpus or [loaded.scaling.max_workers]

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.planning.plan import Machines, Plan, Terms, gigabytes, plan_run, with_types
+from jobs.planning.estimate import Machines, gigabytes
+from jobs.planning.plan import Plan, Terms, plan_run, with_types
 from jobs.screen import Screen
 from jobs.table import print_table
 from jobs.tell import tell

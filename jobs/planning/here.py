@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import torch
 
+from jobs.planning.choice import decided, memory_alone, told
+from jobs.planning.estimate import Machines, gigabytes, memory_on, needed_on
 from jobs.planning.memory import PROCESS_BYTES
-from jobs.planning.plan import Machines, gigabytes, memory_on, needed_on, require_fit
-from jobs.planning.state import layout_of
+from jobs.planning.plan import require_fit
+from jobs.planning.state import layout_of, num_blocks
 from orchestrator.config import RunConfig
 from orchestrator.group.usage import memory_here
-from workers.calibrate import Calibration
 
 CLEARLY = 1.25
 """Times the memory that is there: more cannot fit, however wrong the plan is (docs/commands/plan.md)."""
@@ -30,7 +31,7 @@ def workers_here(config: RunConfig) -> int:
 
 
 def look_here(config: RunConfig, workers: int, warn: Callable[[str], object]) -> str:
-    """Return a line about what the run needs and what is there.
+    """Return a line about what the run needs and what is there, and one about what is chosen for it.
 
     Args:
         config: of the run.
@@ -45,17 +46,10 @@ def look_here(config: RunConfig, workers: int, warn: Callable[[str], object]) ->
     name, room = "this machine", free
     if cuda:
         name, room = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    device = Calibration(
-        device=name,
-        kind="cuda" if cuda else "cpu",
-        precision="",
-        memory_bytes=room,
-        seconds_per_op=0.0,  # Nothing is timed.
-        curves={},
-        host_bytes_per_s=1.0,
-    )
+    device = memory_alone(room, name, "cuda" if cuda else "cpu")
     machines = Machines(gpus=workers, gpus_per_node=workers, calibration=device)
-    memory = memory_on(config, machines, device)
+    chosen = decided(config, machines)
+    memory = memory_on(chosen, machines, device)
     if (needed := needed_on(memory, machines, device)) > CLEARLY * room:
         require_fit(config, machines, device, memory)
     kept = memory.keeper_bytes_per_node
@@ -64,16 +58,18 @@ def look_here(config: RunConfig, workers: int, warn: Callable[[str], object]) ->
     elif kept > TIGHT * free:
         warn(f"memory is tight: about {gigabytes(kept)} are needed for snapshots, {gigabytes(free)} are free")
     parameters = layout_of(config.model, config.optim, workers).parameters
+    line = told(chosen.train, config.train, num_blocks(config.model))
+    chosen_line = f"\n{line}" if line else ""
     many = f"{workers} worker{'s' if workers > 1 else ''}"
     if cuda:
         return (
             f"{parameters:,} parameters; each of {many} needs about {gigabytes(needed)} of its GPU's {gigabytes(room)} "
-            f"({name}), and snapshots {gigabytes(kept)} of {gigabytes(free)} free memory"
+            f"({name}), and snapshots {gigabytes(kept)} of {gigabytes(free)} free memory{chosen_line}"
         )
     each = memory.peak + PROCESS_BYTES
     return (
         f"{parameters:,} parameters; {many} of about {gigabytes(each)} each and snapshots of {gigabytes(kept)} need "
-        f"{gigabytes(needed)} of {gigabytes(room)} free memory"
+        f"{gigabytes(needed)} of {gigabytes(room)} free memory{chosen_line}"
     )
 
 

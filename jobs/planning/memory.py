@@ -86,18 +86,32 @@ def memory_of(
         "optimizer state": layout.state_bytes - 4 * layout.partition,
     }
     backward = {"gradients": parameters, "activations and logits": micro.peak - parameters}
-    heap = micro.heap
-    if train.slots > ranks:  # More than one micro-batch: all gradients are there while the next one runs.
+    heap, several = micro.heap, train.slots > ranks
+    if several:  # All gradients are there while the next micro-batch runs.
         backward["activations and logits"] = micro.peak_beside_gradients
         heap = micro.heap_beside_gradients
+    if several and itemsize == 2 and train.accumulate == "fp32":
+        backward["gradients"] = parameters = 4 * layout.parameters
     whole = itemsize * max(layout.whole_in_partition(rank) for rank in {0, ranks // 2, ranks - 1})
     largest = max(group.layout.partition for group in layout.groups)
     # The gradients leave for the bucket; packed for their owners they are gone before an owner keeps its own.
     reduction = {"gradients": parameters, "reduction bucket": bucket}
     reduction["partition's gradients"] = max(whole, partition if ranks > 1 else 0)
     update = {"partition's gradients": whole, "gradients in fp32": 4 * largest}
+    if train.gradients == "partitioned":
+        # Each is gone once it is in the bucket. In bf16 the parts are summed up in place, in fp32; in fp32 each
+        # micro-batch's are added to the last ones', all of those parameters of which the rank holds anything.
+        in_place = itemsize == 2
+        held = 4 * layout.partition if in_place else whole * (2 if several else 1)
+        backward = {"partition's gradients": held, "activations and logits": micro.peak_beside_gradients}
+        reduction = {"partition's gradients": held, "reduction bucket": bucket}
+        update = {
+            "partition's gradients": held if in_place else whole,
+            "gradients in fp32": 0 if in_place else 4 * largest,
+        }
     if kind == "cuda":
-        backward["reduction bucket"] = bucket  # A CPU finds its pages when it is written, after the backward pass.
+        # A CPU finds its pages when it is written, after the backward pass. Two are filled in turns, where one is sent.
+        backward["reduction bucket"] = bucket * (2 if train.overlap and ranks > 1 else 1)
         update["gradients in fp32"] += itemsize * largest
         update["orthogonalization"] = workspace_bytes(layout.plan, optim, kind) if layout.plan else 0
     else:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jobs.planning.devices import NETWORK_GBIT, calibration_of
+from jobs.planning.choice import decided, told
+from jobs.planning.estimate import Machines, gigabytes, memory_on, needed_on, sent_on, time_on
 from jobs.planning.goodput import UPLOAD_BYTES_PER_S, Goodput, failures_of, goodput
-from jobs.planning.memory import PROCESS_BYTES, Memory, memory_of
-from jobs.planning.state import layout_of
-from jobs.planning.timing import StepTime, step_time
-from jobs.planning.traffic import boundary_bytes, traffic_of
-from jobs.planning.work import MicroBatch, micro_batch_of
+from jobs.planning.memory import PROCESS_BYTES, Memory
+from jobs.planning.state import layout_of, num_blocks
+from jobs.planning.timing import StepTime
+from jobs.planning.traffic import boundary_bytes
 from optim.assignment import PlanFigures
 from optim.config import precision_on
 from optim.exchange import dtype_on
@@ -22,40 +22,8 @@ from workers.calibrate import Calibration
 from workers.common.errors import ConfigError
 from workers.gpus import GPUS
 
-GPUS_PER_NODE = 8
 MOST_GPUS = 8192
 """Beyond which nothing is looked for that would fit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machines:
-    """On what a run is planned."""
-
-    gpus: int
-    """Data-parallel ranks: GPUs, or processors."""
-    gpus_per_node: int = GPUS_PER_NODE
-    gpu_type: str = ""
-    """A name of the table of data sheets, where nothing is measured."""
-    calibration: Calibration | None = None
-    network_gbit: float = NETWORK_GBIT
-    """Per second and node; for `gpu_type` alone."""
-
-    @property
-    def known(self) -> bool:
-        """Tell whether anything is known of the device."""
-        return bool(self.gpu_type) or self.calibration is not None
-
-    def device(self) -> Calibration:
-        """Return the device's figures.
-
-        Raises:
-            ConfigError: neither or both are given, or the type is unknown.
-        """
-        if bool(self.gpu_type) == (self.calibration is not None):
-            raise ConfigError("a plan needs --gpu-type NAME or --calibration FILE, and not both")
-        if self.calibration is not None:
-            return self.calibration
-        return calibration_of(self.gpu_type, self.gpus, self.gpus_per_node, self.network_gbit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +43,9 @@ class Plan:
     """What a run needs."""
 
     config: RunConfig
+    """In which nothing is automatic."""
+    asked: RunConfig
+    """As it was given."""
     machines: Machines
     device: Calibration
     parameters: int
@@ -111,6 +82,7 @@ class Plan:
         machines = {key: value for key, value in vars(self.machines).items() if key != "calibration"}
         return {
             "name": self.config.run.name,
+            "chosen": {key: getattr(self.config.train, key) for key in self.asked.train.open},
             "device": self.device.device,
             **machines,
             "parameters": self.parameters,
@@ -142,12 +114,18 @@ class Plan:
         }
 
     def summary(self) -> str:
-        """Return one line for a terminal or a log."""
+        """Return one line for a terminal or a log, and a second one about what was chosen."""
+        chosen = f"\n{self.chosen}" if self.chosen else ""
         return (
             f"{self.machines.gpus} x {self.device.device}: {gigabytes(self.needed)} of "
             f"{gigabytes(self.device.memory_bytes)}, {self.time.total:.3g} s a step, "
-            f"{self.tokens_per_second:,.0f} tokens/s, {self.days:.3g} days"
+            f"{self.tokens_per_second:,.0f} tokens/s, {self.days:.3g} days{chosen}"
         )
+
+    @property
+    def chosen(self) -> str:
+        """Return a line about what `auto` has come to, "" where nothing is."""
+        return told(self.config.train, self.asked.train, num_blocks(self.config.model))
 
     def require_fit(self) -> None:
         """Refuse what cannot fit.
@@ -155,7 +133,7 @@ class Plan:
         Raises:
             ConfigError: it needs more memory than there is; with its parts, and with what would fit.
         """
-        require_fit(self.config, self.machines, self.device, self.memory)
+        require_fit(self.asked, self.machines, self.device, self.memory)
 
 
 def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> Plan:
@@ -172,7 +150,9 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
     per_step = config.train.positions_per_step
     tokens = terms.tokens or config.train.steps * per_step
     config = replace(config, train=replace(config.train, steps=-(-tokens // per_step)))
-    train, optim, device = config.train, config.optim, machines.device()
+    device, asked = machines.device(), config
+    config = decided(config, machines)
+    train, optim = config.train, config.optim
     if precision_on(device.kind, train.precision) != device.precision:
         raise ConfigError(
             f"train.precision={train.precision}: the figures of {device.device} are of {device.precision} products; "
@@ -181,9 +161,7 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
     layout = layout_of(config.model, optim, machines.gpus)
     memory = memory_on(config, machines, device)
     itemsize, wire = (dtype_on(device.kind, of).itemsize for of in (train.precision, optim.wire_dtype))
-    sent = traffic_of(layout, itemsize, wire)
-    micro = _micro_batch(config, device.kind, watched=optim.qk_clip > 0)
-    time = step_time(layout, micro, sent, train, optim, config.checkpoint, device)
+    sent, time = sent_on(config, machines, device), time_on(config, machines, device)
 
     speed = per_step / time.total
     expected = None
@@ -210,6 +188,7 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
         peak = max(gpu.tflops for name, gpu in GPUS.items() if device.device.startswith(f"{name} (")) * 1e12
     return Plan(
         config=config,
+        asked=asked,
         machines=machines,
         device=device,
         parameters=layout.parameters,
@@ -249,6 +228,8 @@ def require_fit(config: RunConfig, machines: Machines, device: Calibration, memo
         "  " + ", ".join(f"{name} {gigabytes(nbytes)}" for name, nbytes in parts if nbytes),
     ]
     found = list(what_would_fit(config, machines))
+    if chosen := told(decided(config, machines).train, config.train, num_blocks(config.model)):
+        lines.append(f"  with {chosen}")
     lines += [f"  would fit: {text}" for text in found]
     if not found:
         many = "the number of GPUs or their type" if device.kind == "cuda" else "the number of workers"
@@ -258,29 +239,6 @@ def require_fit(config: RunConfig, machines: Machines, device: Calibration, memo
     raise ConfigError("\n".join(lines))
 
 
-def _micro_batch(config: RunConfig, kind: str, watched: bool) -> MicroBatch:
-    train, dtype = config.train, dtype_on(kind, config.train.precision)
-    return micro_batch_of(
-        config.model, train.micro_batch, train.seq_len, dtype, kind, watched, config.data.document_mask
-    )
-
-
-def memory_on(config: RunConfig, machines: Machines, device: Calibration) -> Memory:
-    """Return the memory alone; on a CPU a step that is measured writes all attention scores."""
-    layout = layout_of(config.model, config.optim, machines.gpus)
-    watched = device.kind == "cpu" and bool(config.telemetry.every or config.optim.qk_clip)
-    micro, ranks_per_node = _micro_batch(config, device.kind, watched), min(machines.gpus, machines.gpus_per_node)
-    return memory_of(layout, micro, config.train, config.optim, device.kind, ranks_per_node)
-
-
-def needed_on(memory: Memory, machines: Machines, device: Calibration) -> int:
-    """Return the bytes of device memory; of processors, of a whole machine with its keeper."""
-    if device.kind == "cuda":
-        return memory.peak
-    ranks = min(machines.gpus, machines.gpus_per_node)
-    return ranks * (memory.peak + PROCESS_BYTES) + memory.keeper_bytes_per_node
-
-
 def what_would_fit(config: RunConfig, machines: Machines) -> Iterator[str]:
     """Plan other micro-batches, numbers of GPUs and types, and yield the smallest change of each kind that fits."""
     device, train = machines.device(), config.train
@@ -288,7 +246,7 @@ def what_would_fit(config: RunConfig, machines: Machines) -> Iterator[str]:
 
     def needs(changed: RunConfig, gpus: int) -> int:
         on = replace(machines, gpus=gpus)
-        return needed_on(memory_on(changed, on, device), on, device)
+        return needed_on(memory_on(decided(changed, on), on, device), on, device)
 
     for size in range(train.micro_batch - 1, 0, -1):
         if train.global_batch % size == 0:
@@ -303,7 +261,7 @@ def what_would_fit(config: RunConfig, machines: Machines) -> Iterator[str]:
         if ranks:
             yield f"{ranks} worker(s)"
         return
-    variants = [(config, "")] if train.micro_batch == 1 else [(config, ""), (least, " with train.micro_batch=1")]
+    variants = [(config, "")] if train.micro_batch <= 1 else [(config, ""), (least, " with train.micro_batch=1")]
     for changed, note in variants:
         # What does not shrink with the number of GPUs is what the largest number still needs.
         if needs(changed, MOST_GPUS) <= device.memory_bytes:
@@ -330,14 +288,10 @@ def with_types(config: RunConfig, machines: Machines) -> list[Machines]:
 
     def holds(gpu_type: str) -> bool:
         on = replace(machines, gpu_type=gpu_type)
-        return needed_on(memory_on(config, on, on.device()), on, on.device()) <= GPUS[gpu_type].memory_gb * 10**9
+        memory = memory_on(decided(config, on), on, on.device())
+        return needed_on(memory, on, on.device()) <= GPUS[gpu_type].memory_gb * 10**9
 
     types = [name for name in GPUS if holds(name)] or [max(GPUS, key=lambda name: GPUS[name].memory_gb)]
     smallest = min(types, key=lambda name: (GPUS[name].memory_gb, -GPUS[name].tflops))
     fastest = max(types, key=lambda name: (GPUS[name].tflops, -GPUS[name].memory_gb))
     return [replace(machines, gpu_type=name) for name in dict.fromkeys((smallest, fastest))]
-
-
-def gigabytes(nbytes: float) -> str:
-    """Return bytes for people."""
-    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"

@@ -87,6 +87,13 @@ class Layout:
 
 
 @lru_cache(maxsize=32)
+def num_blocks(model_config: ModelConfig) -> int:
+    """Return how many layers can be computed again."""
+    with torch.device("meta"):
+        return len(build_empty(model_config).blocks)
+
+
+@lru_cache(maxsize=32)
 def layout_of(model_config: ModelConfig, optim: OptimConfig, world_size: int) -> Layout:
     """Lay the model's parameters out over so many ranks."""
     with torch.device("meta"):

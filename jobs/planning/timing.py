@@ -28,6 +28,9 @@ from workers.data.order import slots_of_rank
 from workers.snapshots.schedule import steps_between
 from workers.work import Work, Works, elementwise
 
+OVERLAP_SHARE = 0.9
+"""Of a backward pass, in which gradients can be on their way: the first bucket is full a little later. Assumed."""
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -36,7 +39,7 @@ class StepTime:
     forward: float
     backward: float
     reduction: float
-    """DeepSpeed's passes over the gradients and their way to their owners."""
+    """DeepSpeed's passes over the gradients and their way to their owners, without what the backward pass hides."""
     optimizer: float
     gather: float
     """The weights' all-gather."""
@@ -49,6 +52,8 @@ class StepTime:
     snapshot_every: int
     newton_schulz_share: float
     """Of the step, on the busiest rank."""
+    hidden: float
+    """Of the gradients' way, under the backward pass."""
 
     @property
     def training(self) -> float:
@@ -164,8 +169,13 @@ def step_time(
 
     forward = rounds * seconds(micro.forward, calibration)
     backward = rounds * seconds(micro.backward, calibration)
-    backward += (rounds - 1) * seconds(micro.accumulation, calibration)
-    reduction = seconds(reduction_works(layout, itemsize), calibration) + wire("reduce", ranks)
+    partitioned = train.gradients == "partitioned"
+    if not partitioned:
+        backward += (rounds - 1) * seconds(micro.accumulation, calibration)
+    times, on_wire, hidden = (rounds if partitioned else 1), wire("reduce", ranks), 0.0
+    if calibration.kind == "cuda" and train.overlap:
+        hidden = min(on_wire, OVERLAP_SHARE * seconds(micro.backward, calibration))
+    reduction = times * (seconds(reduction_works(layout, itemsize), calibration) + on_wire - hidden)
     reduction += wire("all_reduce", len(layout.groups))
     passes, products = update_works(layout, optim, calibration.kind)
     orthogonalization = seconds(products, calibration)
@@ -189,6 +199,7 @@ def step_time(
         validation=validation,
         snapshot_every=every,
         newton_schulz_share=orthogonalization / training,
+        hidden=times * hidden,
     )
 
 

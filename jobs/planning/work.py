@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from workers.config import ModelConfig
 from workers.models import build_empty
 from workers.models.attention import watch
-from workers.models.kernels import Cost, Kernel
+from workers.models.feed_forward import work_of_grouped, work_of_stacked
+from workers.models.kernels import Cost, Kernel, stand_in
+from workers.models.recompute import recompute
 from workers.objective import batch_of, summed_loss
 from workers.work import Work, Works, elementwise, nbytes_of, product
 
@@ -70,10 +71,11 @@ class MicroBatch:
 
 
 class OpRecorder(TorchDispatchMode):
-    """Notes the ops that are called within it, and the memory of what they return."""
+    """Notes the ops that are called within it on a kind of device, and the memory of what they return."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "cuda") -> None:
         super().__init__()
+        self.kind = kind
         self.works: Works = Counter()
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._events: list[tuple[int, int]] = []
@@ -86,7 +88,8 @@ class OpRecorder(TorchDispatchMode):
         packet = func.overloadpacket
         if packet not in _META_ONLY:
             changed = made if func._schema.is_mutable else fresh
-            self.works[_work_of(packet, given, changed, touched=packet not in _UNTOUCHED)] += 1
+            touched = packet not in _UNTOUCHED
+            self.works[_work_of(packet, given, changed, touched, self.kind)] += 1
         for tensor in fresh:
             self._take(tensor.untyped_storage())
         return result
@@ -129,10 +132,16 @@ class OpRecorder(TorchDispatchMode):
             weakref.finalize(storage, self._events.append, (number, -storage.nbytes()))
 
 
-def _work_of(packet: Any, given: list[Tensor], made: list[Tensor], touched: bool) -> Work:
+def _work_of(packet: Any, given: list[Tensor], made: list[Tensor], touched: bool, kind: str) -> Work:
     if not made or not touched:
         return Work("call")
     itemsize = made[0].element_size()
+    if packet is torch.ops.raymuon.rows_product:
+        x, weights = given[:2]
+        return work_of_grouped(kind, len(weights), len(x), weights.size(1), weights.size(2), itemsize)
+    if packet is torch.ops.raymuon.stacked_product:
+        a, b, ends = given
+        return work_of_stacked(kind, len(ends), a.size(1), len(a), b.size(1), itemsize)
     if packet in (aten.mm, aten.addmm):
         a, b = given[-2:]
         return product(1, a.shape[0], a.shape[1], b.shape[1], itemsize)
@@ -147,38 +156,32 @@ def _work_of(packet: Any, given: list[Tensor], made: list[Tensor], touched: bool
     return Work("elementwise", moved, moved, moved)
 
 
-class _Kernels(TorchFunctionMode):
-    """Takes the kernels of a device at their word."""
-
-    def __init__(self, recorder: OpRecorder, kind: str) -> None:
-        super().__init__()
-        self.recorder, self.kind = recorder, kind
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        cost = func.cost(self.kind, *args) if isinstance(func, Kernel) else None
-        return func(*args, **(kwargs or {})) if cost is None else _Costed.apply(self.recorder, cost, *args)
-
-
 class _Costed(torch.autograd.Function):
     """A kernel that is not run: what it tells is noted, and what it keeps is kept."""
 
     @staticmethod
     def forward(ctx: Any, recorder: OpRecorder, cost: Cost, *arguments: Any) -> Tensor:
-        ctx.save_for_backward(*(one for one in arguments if isinstance(one, Tensor)), *cost.kept)
-        ctx.learns = [isinstance(one, Tensor) and one.is_floating_point() for one in arguments]
-        ctx.recorder, ctx.works = recorder, cost.backward
-        recorder.note(cost.forward)
+        ctx.save_for_backward(*cost.kept)
+        ctx.made = [(one.shape, one.dtype) if _learns(one) else None for one in arguments]
+        ctx.recorder, ctx.works, ctx.gradients = recorder, cost.backward, cost.gradients
+        for work in cost.forward:
+            recorder.note(work)
         return cost.result
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         for work in ctx.works:
             ctx.recorder.note(work)
-        arguments = zip(ctx.learns, ctx.saved_tensors, strict=False)
-        return None, None, *(torch.empty_like(one) if learns else None for learns, one in arguments)
+        rest = ctx.made[len(ctx.gradients) :]
+        made = [one and torch.empty(one[0], dtype=one[1], device="meta") for one in rest]
+        return None, None, *ctx.gradients, *made
 
 
-@functools.lru_cache(maxsize=32)
+def _learns(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point()
+
+
+@functools.lru_cache(maxsize=256)
 def micro_batch_of(
     config: ModelConfig,
     micro_batch: int,
@@ -187,6 +190,8 @@ def micro_batch_of(
     kind: str,
     watched: bool = False,
     documents: bool = False,
+    recomputed: int = 0,
+    chunked: bool = False,
 ) -> MicroBatch:
     """Run the model without data and return what a micro-batch takes.
 
@@ -199,15 +204,24 @@ def micro_batch_of(
         watched: attention's largest logits are kept, for which a CPU writes all scores.
         documents: attention stays within documents, of which nothing is known: a GPU is taken to leave out no block
             for them.
+        recomputed: layers that are computed again in the backward pass.
+        chunked: all logits are never there at once.
     """
     with torch.device("meta"):
         model = build_empty(config).to(dtype)
         watch(model, watched and kind == "cpu")
+        recompute(model, recomputed)
         tokens = torch.zeros(micro_batch, seq_len + 1, dtype=torch.int64)
-    recorder = OpRecorder()
-    with recorder, _Kernels(recorder, kind):
+    recorder = OpRecorder(kind)
+
+    def told(kernel: Kernel, *arguments: Any) -> Tensor:
+        """Take a kernel at its word, where the device has one."""
+        cost = kernel.cost(kind, *arguments)
+        return kernel.run(*arguments) if cost is None else _Costed.apply(recorder, cost, *arguments)
+
+    with recorder, stand_in(told):
         batch = batch_of(tokens, documents=tokens.int() if documents else None)
-        loss = summed_loss(model(*batch.given), model.head, batch.targets)
+        loss = summed_loss(model(*batch.given), model.head, batch.targets, chunked)
         forward = recorder.take_works()
         loss.backward()
         del loss

@@ -64,6 +64,8 @@ class Membership(Event):
     """Each once: names of GPUs, or `cpu`."""
     source: Source
     restored_step: int
+    chosen: dict[str, Any] = field(default_factory=dict)
+    """What is automatic in `train`, and what it is for this generation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

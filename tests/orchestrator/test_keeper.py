@@ -191,7 +191,7 @@ def test_a_worker_gets_an_answer_to_everything(keeper, peer, tmp_path):
         request(peer, OPEN, Opened)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(knows=st.booleans(), data=st.binary(max_size=300))
 def test_no_bytes_end_a_keeper(keeper, knows, data):
     """A stranger's, and those of one that knows the token."""

@@ -168,7 +168,6 @@ def test_in_any_order(request):
     profile = settings(
         max_examples=max(1, steps // STEPS_PER_EXAMPLE),
         stateful_step_count=STEPS_PER_EXAMPLE,
-        deadline=None,
         phases=[Phase.generate, Phase.shrink],
         database=None,
         suppress_health_check=list(HealthCheck),

@@ -14,6 +14,7 @@ from optim.routing import is_matrix
 from tests.closeness import EPS, assert_close
 from workers.config import MoonlightConfig
 from workers.models import build, logits_of
+from workers.models.feed_forward import Routes
 from workers.models.layers import rotary
 from workers.models.moonlight import Experts, Moonlight
 
@@ -167,8 +168,9 @@ def test_a_config_with_experts_is_accepted_where_their_products_work(device, dty
         for weight in experts.parameters():
             torch.nn.init.normal_(weight)
         try:
-            ends = torch.tensor([1, 3], dtype=torch.int32, device=device)
-            out = experts(torch.ones(3, hidden, dtype=dtype, device=device), ends)
+            routes = Routes.of(torch.tensor([[0], [1], [1]], device=device), 2)
+            x, gates = (torch.ones(3, wide, dtype=dtype, device=device) for wide in (hidden, 1))
+            out = experts(x, gates, routes)
             out.square().sum().backward()
         except RuntimeError:
             return False

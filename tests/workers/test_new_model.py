@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from jobs.hugging_face import refuse_unloadable
 from jobs.load import documented_yaml, load_values
-from jobs.planning.plan import Machines, plan_run
+from jobs.planning.estimate import Machines
+from jobs.planning.plan import plan_run
 from optim.checks import ConfigProblems, require, within
 from optim.config import OptimConfig
 from optim.qk_clip import HeadRows
@@ -103,6 +104,10 @@ class Gpt(LanguageModel):
     @property
     def head(self) -> Tensor:
         return self.tokens.weight
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
 
     def flops_per_token(self, seq_len: int) -> float:
         return training_flops(self, 1.0, self.config.num_layers * 2 * self.config.width, seq_len)

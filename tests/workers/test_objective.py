@@ -11,6 +11,7 @@ from tests.workers.test_llama import TINY
 from tests.workers.test_loop import task_of
 from workers.common.errors import TrainingError
 from workers.models import build
+from workers.models.cross_entropy import ROWS
 from workers.objective import IGNORED, batch_of, summed_loss
 
 pytestmark = pytest.mark.numeric
@@ -34,6 +35,47 @@ def test_the_loss_is_that_of_the_targets_that_count_alone():
     nothing = summed_loss(hidden, head, batch.without_targets().targets)
     nothing.backward()
     assert nothing == 0 and not head.grad.any()
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 7, 20])
+@pytest.mark.parametrize("counted", [0.0, 0.5, 1.0])
+def test_the_loss_of_some_tokens_after_the_others_is_that_of_all(tokens, counted, monkeypatch):
+    monkeypatch.setitem(ROWS, "cpu", 3)
+    random = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(1, tokens, 8, generator=random), torch.randn(300, 8, generator=random)
+    batch = batch_of(torch.randint(300, (1, tokens + 1), generator=random))
+    targets = batch.targets.masked_fill(torch.rand(1, tokens, generator=random) >= counted, IGNORED)
+
+    def learned(dtype: torch.dtype, chunked: bool) -> list[torch.Tensor]:
+        leaves = [one.to(dtype).requires_grad_() for one in (hidden, head)]
+        loss = (
+            summed_loss(*leaves, targets, chunked)
+            if dtype != torch.float64
+            else F.cross_entropy(
+                F.linear(*leaves).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+        )
+        return [loss.detach(), *torch.autograd.grad(loss * 0.037, leaves)]
+
+    found, exact = learned(torch.float32, True), learned(torch.float64, False)
+    for one, other in zip(found, exact, strict=True):
+        assert_close(one, other, enlarged=2.0)
+    assert all(torch.equal(one, other) for one, other in zip(found, learned(torch.float32, True), strict=True))
+    with torch.no_grad():
+        assert_close(summed_loss(hidden, head, targets, chunked=True), exact[0])
+
+
+def test_a_loss_in_bf16_keeps_all_digits_and_its_gradient_the_factor():
+    """Torch's own returns it in bf16, three digits, and multiplies the gradient by a factor of three digits."""
+    hidden, head = torch.randn(1, 64, 16).bfloat16(), torch.randn(300, 16).bfloat16().requires_grad_()
+    targets, factor = torch.randint(300, (1, 64)), 1 / 12345.0
+    exact = F.cross_entropy(F.linear(hidden[0].double(), head.double()), targets[0], reduction="sum")
+    loss = summed_loss(hidden, head, targets, chunked=True)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=2e-3)
+    (loss * factor).backward()
+    (of_head,) = torch.autograd.grad(exact * factor, head)
+    along = (head.grad.double() * of_head.double()).sum() / of_head.double().square().sum()
+    assert along.item() == pytest.approx(1.0, abs=5e-4), "bf16's own rounding goes either way"
 
 
 def counts(samples: list[int], length: int, empty: set[int]) -> torch.Tensor:

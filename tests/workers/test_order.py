@@ -35,7 +35,7 @@ def test_every_epoch_reads_every_sample_once(seed, size, epoch, window):
     assert sorted(whole_epoch(Order(seed, [("", size)], window=window), epoch, size)) == list(range(size))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 2**63 - 1), st.integers(1, 10**6), st.sampled_from([0, 5000, 65_536]))
 def test_large_ones_too_and_with_a_window(seed, size, window):
     seen = np.zeros(size, bool)
@@ -43,7 +43,7 @@ def test_large_ones_too_and_with_a_window(seed, size, window):
     assert seen.all()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(10**6, 10**12), st.lists(st.integers(0, 10**12 - 1), min_size=2, max_size=40, unique=True))
 def test_the_largest_are_the_plain_network_number_by_number(size, positions):
     positions = sorted({position % size for position in positions})
@@ -87,7 +87,7 @@ def test_reads_of_a_window_lie_in_few_blocks(size, window):
 shares = st.lists(st.one_of(st.integers(0, 5), st.integers(1, 400)), min_size=1, max_size=12).filter(any)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(shares)
 def test_at_every_prefix_each_source_is_within_one_sample_of_its_share(shares):
     mixture, period = Mixture(tuple(shares)), sum(shares)

@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 
 from workers.models.kernels import attention, flexible
 from workers.models.masks import DocumentMask, causal_blocks, compiled_flex
+from workers.models.recompute import recomputing
 
 LARGE_LOGIT = 100.0
 """Logits above it are counted (Moonlight, section 3.4); Kimi K2 clips there."""
@@ -24,11 +25,6 @@ class Logits:
     """Queries whose largest logit is above LARGE_LOGIT, over all heads: fp32, 0-dimensional."""
     queries: int
     """All of them."""
-
-    @staticmethod
-    def none(like: "Logits") -> "Logits":
-        """Return that of as many heads nothing was seen."""
-        return Logits(torch.full_like(like.largest, -torch.inf), torch.zeros_like(like.large), 0)
 
 
 class CausalAttention(nn.Module):
@@ -55,7 +51,8 @@ class CausalAttention(nn.Module):
         if not (self.watched and self.training):
             return attention(q, k, v, mask)
         out, largest = (_flex if flexible(q, v) else _plain)(q, k, v, mask)
-        self.seen.append(largest.detach().float())
+        if not recomputing():
+            self.seen.append(largest.detach().float())
         return out
 
 

@@ -5,17 +5,18 @@ scores of attention, say. So a kernel is one function that a `TorchFunctionMode`
 that tells what it does and what it keeps; where a device has none, the ops that torch calls instead are the truth.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from workers.models.masks import DocumentMask, compiled_flex
-from workers.work import Work, elementwise, harmonic, nbytes_of, product
+from workers.work import Work, elementwise, harmonic, nbytes_of
 
 KEY_BLOCK = {"cpu": 512, "cuda": 128}
 """Keys of a block of torch's fused attention (`FlashAttentionKernel.cpp`: kvSplitSize), and of FlashAttention 2."""
@@ -29,9 +30,13 @@ class Cost:
 
     result: Tensor
     kept: tuple[Tensor, ...]
-    """For the backward pass, beside the arguments."""
-    forward: Work
+    """For the backward pass, arguments among it."""
+    forward: tuple[Work, ...]
     backward: tuple[Work, ...]
+    working: tuple[Tensor, ...] = ()
+    """What is there while it runs, and no longer."""
+    gradients: tuple[Tensor, ...] = ()
+    """Those of `kept` that become the gradients of the first arguments; else they are made in the backward pass."""
 
 
 class Kernel:
@@ -47,10 +52,32 @@ class Kernel:
         self.run, self.cost = run, cost
 
     def __call__(self, *arguments: Any) -> Tensor:
-        """Compute it, or let a mode do so that is on."""
-        if has_torch_function(arguments):
-            return handle_torch_function(self, arguments, *arguments)
-        return self.run(*arguments)
+        """Compute it, or let a stand-in do so."""
+        return self.run(*arguments) if _stand_in is None else _stand_in(self, *arguments)
+
+
+_stand_in: Callable[..., Tensor] | None = None
+
+
+@contextmanager
+def stand_in(function: Callable[..., Tensor]) -> Iterator[None]:
+    """Have a function called in the place of kernels, with the kernel first, in backward passes as well."""
+    global _stand_in
+    before, _stand_in = _stand_in, function
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def compiled(function: Callable[..., Any], like: Tensor) -> Callable[..., Any]:
+    """Return a function of elements as one kernel where it runs on a GPU; elsewhere torch calls its ops."""
+    return _compiled(function) if like.is_cuda and not torch.compiler.is_compiling() else function
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
 
 
 def causal_keys(time: int, kind: str) -> float:
@@ -94,17 +121,7 @@ def _cost_of_attention(kind: str, q: Tensor, k: Tensor, v: Tensor, mask: Documen
     size = harmonic(time, time, (width + value_width) / 2)
     moved = float(sum(nbytes_of(tensor) for tensor in (q, k, v, out)) + heads * sum(map(nbytes_of, added)))
     backward = Work("attention_backward", 2.5 * amount, size, 2.5 * moved)
-    return Cost(out, (out, sums, *added), Work("attention", amount, size, moved), (backward,))
-
-
-def _cost_of_grouped_product(kind: str, x: Tensor, weights: Tensor, ends: Tensor) -> Cost:
-    """Each expert gets as many rows as any other; on a GPU one call, on a CPU one product after the other."""
-    (experts, k, n), rows = weights.shape, max(1, len(x) // len(weights))
-
-    def work(m: int, inner: int, columns: int) -> Work:
-        return product(experts, m, inner, columns, x.element_size(), parts=1 if kind == "cuda" else experts)
-
-    return Cost(x.new_empty(len(x), n), (), work(rows, k, n), (work(rows, n, k), work(rows, k, n)))
+    return Cost(out, (q, k, v, out, sums, *added), (Work("attention", amount, size, moved),), (backward,))
 
 
 def _cost_of_rms_norm(kind: str, x: Tensor, weight: Tensor, eps: float) -> Cost | None:
@@ -112,13 +129,12 @@ def _cost_of_rms_norm(kind: str, x: Tensor, weight: Tensor, eps: float) -> Cost 
     if kind == "cpu":
         return None
     inverse = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return Cost(torch.empty_like(x), (inverse,), elementwise(2 * nbytes_of(x)), (elementwise(4 * nbytes_of(x)),))
+    passes = (elementwise(2 * nbytes_of(x)),), (elementwise(4 * nbytes_of(x)),)
+    return Cost(torch.empty_like(x), (x, weight, inverse), *passes)
 
 
 attention = Kernel(_attend, _cost_of_attention)
 """Causal, of `[batch, heads, time, dim]`; several neighbouring query heads may share one of keys and values. A mask of
 documents may come behind the tensors."""
-grouped_product = Kernel(lambda x, weights, ends: F.grouped_mm(x, weights, offs=ends), _cost_of_grouped_product)
-"""Rows `[rows, k]`, of expert e up to `ends[e]`, times their experts' matrices `[experts, k, n]`."""
 rms_norm = Kernel(lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps), _cost_of_rms_norm)
 """Over the last dimension, with gains."""

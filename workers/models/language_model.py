@@ -55,6 +55,11 @@ class LanguageModel(nn.Module, ABC):
     def head(self) -> Tensor:
         """The output layer's weight, `[vocabulary, hidden]`; the embedding's, where they are one."""
 
+    @property
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The transformer layers in their order, all called alike: what is recomputed or compiled, one by one."""
+
     @abstractmethod
     def flops_per_token(self, seq_len: int) -> float:
         """Return the floating-point operations of training on a token; `training_flops` says what is counted."""

@@ -1,9 +1,9 @@
 """What the models have in common."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.models.feed_forward import swiglu_product
 from workers.models.kernels import rms_norm
 from workers.models.language_model import LanguageModel
 from workers.models.masks import DocumentMask
@@ -74,4 +74,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., hidden]` to the same."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return swiglu_product(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from optim.qk_clip import HeadRows
 from workers.config import MoonlightConfig
 from workers.models.attention import CausalAttention
-from workers.models.kernels import grouped_product
+from workers.models.feed_forward import Routes, grouped_product, swiglu_product
 from workers.models.language_model import LanguageModel
 from workers.models.layers import RMSNorm, SwiGLU, rotary, training_flops
 from workers.models.masks import DocumentMask
+from workers.models.recompute import recomputing
 
 LATENT_NORM_EPS = 1e-6
 """Of the norm of the compressed keys and values: DeepSeek's code and transformers' have this one whatever
@@ -41,6 +42,11 @@ class Moonlight(LanguageModel):
     def head(self) -> Tensor:
         """The output layer's weight, a parameter of its own."""
         return self.lm_head.weight
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer layers."""
+        return list(self.model.layers)
 
     def matrix_parts(self, split: str) -> dict[str, tuple[int, ...]]:
         """Return rows of each matrix of its own within a parameter, by name, as `optim.split` says.
@@ -216,11 +222,18 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(experts, intermediate, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Map rows sorted by expert, `[rows, hidden]`, to the same; expert e has the rows up to `ends[e]`."""
-        gate = grouped_product(x, self.gate_proj.mT, ends)
-        up = grouped_product(x, self.up_proj.mT, ends)
-        return grouped_product(F.silu(gate) * up, self.down_proj.mT, ends)
+    def forward(self, x: Tensor, gates: Tensor, routes: Routes) -> Tensor:
+        """Return the sum of what each token's experts make of it, times their gates.
+
+        Args:
+            x: `[tokens, hidden]`.
+            gates: of each token's experts, `[tokens, top_k]`, in the dtype of `x`.
+            routes: which they are.
+        """
+        rows = routes.rows_of(x)
+        gate = grouped_product(rows, self.gate_proj, routes.ends)
+        up = grouped_product(rows, self.up_proj, routes.ends)
+        return routes.summed(swiglu_product(gate, up, self.down_proj, routes.sorted(gates), routes.ends))
 
 
 class MixtureOfExperts(nn.Module):
@@ -240,12 +253,8 @@ class MixtureOfExperts(nn.Module):
         """Map `[batch, time, hidden]` to the same, and count the experts' load while training."""
         rows = x.flatten(0, -2)
         gates, chosen = self.gate(rows)
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.zeros_like(self.load).scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
-        if self.training:
-            self.load += counts
-        # A repeat and two permutations: their gradients are sums in a fixed order, unlike an indexed addition's.
-        repeated = rows.repeat_interleave(self.gate.top_k, dim=0)[order]
-        out = self.experts(repeated, counts.cumsum(0).to(torch.int32))[order.argsort()]
-        mixed = (out.unflatten(0, chosen.shape) * gates.unsqueeze(-1).to(out.dtype)).sum(1).view_as(x)
+        routes = Routes.of(chosen, len(self.load))
+        if self.training and not recomputing():
+            self.load += routes.counts
+        mixed = self.experts(rows, gates.to(x.dtype), routes).view_as(x)
         return mixed if self.shared_experts is None else mixed + self.shared_experts(x)

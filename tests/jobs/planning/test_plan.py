@@ -16,7 +16,8 @@ from jobs.cli import app
 from jobs.doctor.slot_probe import SlotProbe
 from jobs.load import load
 from jobs.planning.cost import seconds, seconds_of
-from jobs.planning.plan import Machines, Terms, plan_run
+from jobs.planning.estimate import Machines
+from jobs.planning.plan import Terms, plan_run
 from jobs.planning.state import layout_of
 from jobs.planning.timing import update_works
 from jobs.planning.traffic import traffic_of
@@ -199,7 +200,8 @@ def test_the_roofline_takes_the_longer_of_both():
     assert device.curves["matmul"].rate(32.0) == pytest.approx(2e9), "straight on logarithmic axes"
     assert seconds({wide: 3}, replace(device, share=0.5)) == pytest.approx(6 * seconds_of(wide, device))
     gpu = replace(device, kind="cuda", seconds_per_op=1.0)
-    assert seconds_of(Work("call"), gpu) == seconds_of(wide, gpu) == 1.0
+    assert seconds_of(Work("call"), gpu) == 0.0 and seconds({wide: 2, Work("call"): 3}, gpu) == 5.0, "called ahead"
+    assert seconds({wide: 2}, replace(gpu, seconds_per_op=0.0)) == 2 * seconds_of(wide, gpu)
 
 
 def test_a_calibration_survives_its_file(tmp_path):

@@ -1,0 +1,146 @@
+"""What `auto` is: of all ways to save memory, the one with the fastest step of those that fit.
+
+The plan decides for each number of workers: fewer of them need more memory each.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from jobs.planning.estimate import Machines, memory_on, needed_on, time_on
+from jobs.planning.state import num_blocks
+from orchestrator.config import RunConfig
+from orchestrator.group.usage import memory_here
+from workers.calibrate import Calibration
+from workers.config import TrainConfig
+from workers.gpus import GPUS, type_of
+
+SPARE = 0.05
+"""Of a device's memory, which a choice leaves free: the plan is an estimate."""
+LARGEST_MICRO_BATCH = 16
+
+
+@lru_cache(maxsize=64)
+def decided(config: RunConfig, machines: Machines) -> RunConfig:
+    """Return a config in which nothing is automatic.
+
+    Where nothing fits it is what needs least: whoever plans it says so.
+    """
+    if not config.train.open:
+        return config
+    device = machines.device()
+    found = [_leanest(config, machines, device, one) for one in _variants(config.train, machines.gpus)]
+    fitting = [one for one in found if _fits(one, machines, device)]
+    if not fitting:
+        return min(found, key=lambda one: needed_on(memory_on(one, machines, device), machines, device))
+    if len(fitting) == 1 or not device.curves:
+        return _exact(fitting[0], machines, device) if config.train.accumulate == "auto" else fitting[0]
+    fastest = min(fitting, key=lambda one: time_on(one, machines, device).training)
+    return _exact(fastest, machines, device) if config.train.accumulate == "auto" else fastest
+
+
+def decide(config: RunConfig, nodes: Sequence[str], devices: Sequence[str]) -> TrainConfig:
+    """Decide for a generation of workers.
+
+    Args:
+        config: of the run.
+        nodes: of the workers, one for each rank.
+        devices: what the workers' devices call themselves, each once.
+    """
+    ranks, per_node = len(nodes), max(Counter(nodes).values())
+    types = [type_of(device) for device in devices]
+    if all(types):
+        least = min(types, key=lambda name: GPUS[name].memory_gb)
+        return decided(config, Machines(gpus=ranks, gpus_per_node=per_node, gpu_type=least)).train
+    kinds = {"cpu" if device == "cpu" else "cuda" for device in devices}
+    if kinds != {"cpu"}:  # Nothing is known of them.
+        return config.train.plain()
+    here = memory_alone(memory_here()[0])
+    return decided(config, Machines(gpus=ranks, gpus_per_node=per_node, calibration=here)).train
+
+
+def memory_alone(nbytes: int, name: str = "this machine", kind: str = "cpu") -> Calibration:
+    """Return a device of which the memory alone is known: nothing is timed."""
+    return Calibration(
+        device=name,
+        kind=kind,
+        precision="",
+        memory_bytes=nbytes,
+        seconds_per_op=0.0,
+        curves={},
+        host_bytes_per_s=1.0,
+    )
+
+
+def told(train: TrainConfig, asked: TrainConfig, blocks: int) -> str:
+    """Return a line about what was chosen, "" where there was nothing to choose."""
+    says = {
+        "micro_batch": f"{train.micro_batch} sequence{'s' if train.micro_batch > 1 else ''} at once",
+        "recompute": f"{train.recomputed(blocks)} of {blocks} layers computed again",
+        "logits": f"{train.logits} logits",
+        "gradients": f"{train.gradients} gradients",
+    }
+    if train.gradients == "whole":
+        says["accumulate"] = "added up in " + ("fp32" if train.accumulate == "fp32" else "the precision of the weights")
+    return ", ".join(text for key, text in says.items() if key in asked.open)
+
+
+def _variants(train: TrainConfig, ranks: int) -> Iterator[TrainConfig]:
+    """Yield all micro-batches and places of gradients that are allowed; the rest as fast as can be."""
+    sizes = [train.micro_batch]
+    if not train.micro_batch:
+        most = max(1, min(LARGEST_MICRO_BATCH, -(-train.global_batch // ranks)))
+        sizes = [size for size in (1, 2, 4, 8, 16) if size <= most and train.global_batch % size == 0]
+    for size in sizes:
+        for gradients in ("whole", "partitioned") if train.gradients == "auto" else (train.gradients,):
+            if gradients == "partitioned" and ranks == 1 and train.gradients == "auto":
+                continue  # Its part is all of it.
+            yield replace(replace(train, micro_batch=size, gradients=gradients).plain(), accumulate=_cheapest(train))
+
+
+def _cheapest(train: TrainConfig) -> str:
+    return "weights" if train.accumulate == "auto" else train.accumulate
+
+
+def _fits(config: RunConfig, machines: Machines, device: Calibration) -> bool:
+    return needed_on(memory_on(config, machines, device), machines, device) <= (1 - SPARE) * device.memory_bytes
+
+
+def _leanest(asked: RunConfig, machines: Machines, device: Calibration, train: TrainConfig) -> RunConfig:
+    """Return the variant with as little computed again as fits, all of it where nothing does."""
+    plain = replace(asked, train=train)
+    if _fits(plain, machines, device):
+        return plain
+    if asked.train.logits == "auto":
+        plain = replace(plain, train=replace(plain.train, logits="chunked"))
+        if _fits(plain, machines, device):
+            return plain
+    if asked.train.recompute != "auto":
+        return plain
+
+    def with_layers(count: int) -> RunConfig:
+        return replace(plain, train=replace(plain.train, recompute=str(count)))
+
+    def need(config: RunConfig) -> int:
+        return needed_on(memory_on(config, machines, device), machines, device)
+
+    blocks, limit = num_blocks(asked.model), (1 - SPARE) * device.memory_bytes
+    most, least = need(plain), need(with_layers(blocks))
+    if least > limit:
+        return with_layers(blocks)
+    # Layers are much alike, so memory goes nearly straight down; a first look there, then one by one.
+    count = min(blocks, max(1, round(blocks * (most - limit) / (most - least))))
+    while count < blocks and need(with_layers(count)) > limit:
+        count += 1
+    while count > 1 and need(with_layers(count - 1)) <= limit:
+        count -= 1
+    return with_layers(count)
+
+
+def _exact(config: RunConfig, machines: Machines, device: Calibration) -> RunConfig:
+    """Return it with gradients added up in fp32, where that is open, some are added up, and there is room."""
+    train = config.train
+    several = train.gradients == "whole" and train.slots > machines.gpus
+    exact = replace(config, train=replace(train, accumulate="fp32"))
+    return exact if several and _fits(exact, machines, device) else config

@@ -1,0 +1,56 @@
+"""What saves memory changes nothing that is learned: each choice against the plain path, and a change between them."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from optim.polynomials import coefficients
+from tests.closeness import EPS, ROUNDINGS, assert_close_weights, gain
+from tests.ranks import Ranks, run_ranks
+from tests.workers.test_loop import task_of, trained
+from workers.task import Task
+
+pytestmark = pytest.mark.numeric
+
+PLAIN = {"recompute": "none", "logits": "whole", "gradients": "whole"}
+CHOICES = [
+    dict(zip(PLAIN, choice, strict=True))
+    for choice in itertools.product(("none", "1", "all"), ("whole", "chunked"), ("whole", "partitioned"))
+]
+
+
+def choice_of(task: Task, choice: dict[str, str]) -> Task:
+    return replace(task, train=replace(task.train, **choice))
+
+
+def assert_the_same(found: dict, plain: dict, task: Task, of: str) -> None:
+    assert found["outcome"] == "finished" and found["tokens"] == plain["tokens"]
+    assert found["losses"] == pytest.approx(plain["losses"], rel=ROUNDINGS * EPS), of
+    for (step, loss), (other, exact) in zip(found["validation"], plain["validation"], strict=True):
+        assert step == other and loss == pytest.approx(exact, rel=ROUNDINGS * EPS), of
+    # As between world sizes: what is left of a sum over tokens is off by some four times its rounding.
+    enlarged = 4 * gain(coefficients(task.optim.ns_coefficients, task.optim.ns_steps))
+    for name, weight in found["weights"].items():
+        assert_close_weights(weight, plain["weights"][name], plain["before"][name], enlarged, f"{of} {name}")
+    for name, bias in found["biases"].items():
+        assert bias.equal(plain["biases"][name]), f"{of}: the experts' load is counted once, over the whole batch"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_choice_trains_the_model_of_the_plain_path(tmp_path, world_size):
+    """Three slots: two ranks have 1 and 2 of them, and of four ranks one has none."""
+    task = task_of(tmp_path, steps=5)
+    (plain,) = run_ranks(1, trained, choice_of(task, PLAIN))
+    ranks = Ranks(world_size)
+    try:
+        for choice in CHOICES:
+            results = ranks.run(trained, choice_of(task, choice))
+            assert_the_same(
+                {**results[-1], "losses": results[0]["losses"], "validation": results[0]["validation"]},
+                plain,
+                task,
+                f"{world_size} {choice}",
+            )
+    finally:
+        ranks.close()
