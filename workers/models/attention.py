@@ -55,8 +55,13 @@ class CausalAttention(nn.Module):
         if not (self.watched and self.training):
             return attention(q, k, v, mask)
         out, largest = (_flex if flexible(q, v) else _plain)(q, k, v, mask)
-        self.seen.append(largest.detach().float())
+        self._keep(largest.detach().float())
         return out
+
+    # A compiled layer would be made anew for every length of the list that it adds to.
+    @torch.compiler.disable
+    def _keep(self, largest: Tensor) -> None:
+        self.seen.append(largest)
 
 
 def watch(model: nn.Module, on: bool) -> None:

@@ -115,10 +115,41 @@ def _cost_of_rms_norm(kind: str, x: Tensor, weight: Tensor, eps: float) -> Cost 
     return Cost(torch.empty_like(x), (inverse,), elementwise(2 * nbytes_of(x)), (elementwise(4 * nbytes_of(x)),))
 
 
+@torch.library.custom_op("raymuon::grouped_product", mutates_args=())
+def _grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(x, weights, offs=ends)
+
+
+@_grouped_product.register_fake
+def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(len(x), weights.size(-1))
+
+
+@torch.library.custom_op("raymuon::grouped_outer_product", mutates_args=())
+def _grouped_outer_product(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(x.mT, grad, offs=ends)
+
+
+@_grouped_outer_product.register_fake
+def _(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(len(ends), x.size(-1), grad.size(-1))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weights, ends = ctx.saved_tensors
+    return _grouped_product(grad, weights.mT, ends), _grouped_outer_product(x, grad, ends), None
+
+
+_grouped_product.register_autograd(_backward, setup_context=_keep_for_backward)
+
 attention = Kernel(_attend, _cost_of_attention)
 """Causal, of `[batch, heads, time, dim]`; several neighbouring query heads may share one of keys and values. A mask of
 documents may come behind the tensors."""
-grouped_product = Kernel(lambda x, weights, ends: F.grouped_mm(x, weights, offs=ends), _cost_of_grouped_product)
+grouped_product = Kernel(lambda x, weights, ends: _grouped_product(x, weights, ends), _cost_of_grouped_product)
 """Rows `[rows, k]`, of expert e up to `ends[e]`, times their experts' matrices `[experts, k, n]`."""
 rms_norm = Kernel(lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps), _cost_of_rms_norm)
 """Over the last dimension, with gains."""

@@ -55,6 +55,11 @@ class LanguageModel(nn.Module, ABC):
     def head(self) -> Tensor:
         """The output layer's weight, `[vocabulary, hidden]`; the embedding's, where they are one."""
 
+    @property
+    @abstractmethod
+    def layers(self) -> list[nn.Module]:
+        """The transformer layers, from the first to the last: what is compiled, each by itself."""
+
     @abstractmethod
     def flops_per_token(self, seq_len: int) -> float:
         """Return the floating-point operations of training on a token; `training_flops` says what is counted."""

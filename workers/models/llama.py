@@ -32,6 +32,11 @@ class Llama(LanguageModel):
         """The output layer's weight, a parameter of its own."""
         return self.lm_head.weight
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The transformer layers, from the first to the last."""
+        return list(self.model.layers)
+
     def matrix_parts(self, split: str) -> dict[str, tuple[int, ...]]:
         """Return rows of each matrix of its own within a parameter, by name, as `optim.split` says."""
         config, parts = self.config, {}
