@@ -4,8 +4,9 @@ Each layer is compiled by itself and in place, so that parameters keep their nam
 was made for one. Embedding, head and loss stay as they are.
 
 Invariant: only training is compiled, which has one shape. Validation and samples run as written: a sample has another
-length at every token, and each would be compiled anew. What stops training to look at it, `CausalAttention`'s watching,
-has code of its own, made when it is first asked for.
+length at every token, and each would be compiled anew. And a layer is one graph, or an error: where one breaks, torch
+takes the newest of the beginnings that fit, so that a step's rounding would depend on which steps were made before, and
+a resumed run would not do what the whole one did.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def compile_layers(model: LanguageModel) -> None:
 
 
 def _in_training(layer: nn.Module, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    compiled = torch.compile(plain, dynamic=False)
+    compiled = torch.compile(plain, dynamic=False, fullgraph=True)
 
     def forward(*inputs: object) -> Tensor:
         return (compiled if layer.training else plain)(*inputs)
