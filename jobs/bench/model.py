@@ -1,8 +1,8 @@
 """How fast the models compute: training steps against transformers' models of the same configs, weights and batch.
 
-Both sides take the same steps (forward, loss, backward, AdamW) in turns in one process of one thread, plain and compiled.
-transformers' side is the fastest of the ways that it has. What a mixture of experts costs over a dense model is measured
-beside it, with our code on both sides.
+Both sides take the same steps (forward, loss, backward, AdamW) in turns in one process of one thread, plain and
+compiled. transformers' side is the fastest of the ways that it has. What a mixture of experts costs over a dense model
+is measured beside it, with our code on both sides.
 """
 
 import importlib.util
@@ -43,15 +43,14 @@ def model(overrides: list[str], rounds: int, only: str, say: Callable[[str], Non
             offline = {"HF_HUB_OFFLINE": "1"}
             found = run_json(python("jobs.bench.model_step", str(path), str(rounds), folder), **ALIKE, **offline)
         reports[name] = found
-        say(f"{name}: " + ", ".join(f"{who} {speed:,.0f} tokens/s" for who, speed in found["tokens_per_second"].items()))
+        say(
+            f"{name}: " + ", ".join(f"{who} {speed:,.0f} tokens/s" for who, speed in found["tokens_per_second"].items())
+        )
     return {**summary(reports), "configs": reports, "rounds": rounds}
 
 
 def summary(reports: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Return what counts of each config's figures: the smaller ratios, and the larger price of a mixture."""
-    worst: dict[str, Callable[..., float]] = {"ratio_to_transformers": min, "ratio_compiled": min, "moe_over_dense": max}
-    return {
-        key: of(report[key] for report in reports.values() if key in report)
-        for key, of in worst.items()
-        if any(key in report for report in reports.values())
-    }
+    worse = {"ratio_to_transformers": min, "ratio_compiled": min, "moe_over_dense": max}
+    found = {key: [report[key] for report in reports.values() if key in report] for key in worse}
+    return {key: worse[key](figures) for key, figures in found.items() if figures}

@@ -151,9 +151,10 @@ def _loaded(folder: str, experts: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     way = {"experts_implementation": experts} if experts else {}
-    model, told = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, **way
     )
+    model, told = loaded
     if told["missing_keys"] or told["unexpected_keys"]:
         raise TrainingError(f"transformers loads other weights than these: {told}")
     return model.train()

@@ -89,14 +89,14 @@ class Gpt(LanguageModel):
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.positions, config.width)
-        self.blocks = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         mask = None if documents is None else DocumentMask(documents)
         places = torch.arange(tokens.size(1), device=tokens.device) if mask is None else mask.positions
         x = self.tokens(tokens) + self.positions(places)
-        for layer in self.blocks:
+        for layer in self.layers:
             x = layer(x, mask)
         return self.norm(x)
 
@@ -105,8 +105,8 @@ class Gpt(LanguageModel):
         return self.tokens.weight
 
     @property
-    def layers(self) -> list[nn.Module]:
-        return list(self.blocks)
+    def blocks(self) -> nn.ModuleList:
+        return self.layers
 
     def flops_per_token(self, seq_len: int) -> float:
         return training_flops(self, 1.0, self.config.num_layers * 2 * self.config.width, seq_len)
@@ -114,14 +114,14 @@ class Gpt(LanguageModel):
     def matrix_parts(self, split: str) -> dict[str, tuple[int, ...]]:
         width, heads = self.config.width, self.config.num_heads
         rows = {"none": (), "fused": (width,) * 3, "heads": (width // heads,) * (3 * heads)}[split]
-        return {f"blocks.{i}.attention.qkv.weight": rows for i in range(self.config.num_layers) if rows}
+        return {f"layers.{i}.attention.qkv.weight": rows for i in range(self.config.num_layers) if rows}
 
     def head_rows(self) -> list[HeadRows]:
         config, rows = self.config, []
         dim = config.width // config.num_heads
         for head in range(config.num_layers * config.num_heads):
             layer, place = divmod(head, config.num_heads)
-            name = f"blocks.{layer}.attention.qkv.weight"
+            name = f"layers.{layer}.attention.qkv.weight"
             rows += [HeadRows(name, start + place * dim, dim, head, power=1 / 2) for start in (0, config.width)]
         return rows
 
@@ -191,7 +191,7 @@ def test_muon_takes_its_matrices_and_nothing_else(registered):
     made = build_empty(GptConfig())
     assert made.tables() == {"tokens.weight", "positions.weight"}
     kinds = made.parameter_kinds()
-    assert kinds["blocks.1.mlp.0.weight"] == "dense" and kinds["blocks.1.mlp.0.bias"] == "norms"
+    assert kinds["layers.1.mlp.0.weight"] == "dense" and kinds["layers.1.mlp.0.bias"] == "norms"
     assert set(kinds.values()) == {"attention_qo", "attention_kv", "dense", "embedding", "norms"}
     multiplied = 2 * 12 * 32 * 32 + 256 * 32  # The output layer's, though it is the embedding; positions are looked up.
     assert made.flops_per_token(8) == 3 * 2 * (multiplied + 2 * 2 * 32 * 8 / 2)

@@ -22,8 +22,8 @@ def compile_layers(model: LanguageModel) -> None:
 
     That takes a C++ compiler on a CPU, and a minute; torch keeps what it has made on this machine's disk.
     """
-    for layer in model.layers:
-        layer.forward = _in_training(layer, layer.forward)
+    for block in model.blocks:
+        block.forward = _in_training(block, block.forward)
 
 
 def _in_training(layer: nn.Module, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:

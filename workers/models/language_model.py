@@ -5,7 +5,7 @@ fused projections and nothing to clip, which is said here once.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -57,8 +57,8 @@ class LanguageModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def layers(self) -> list[nn.Module]:
-        """The transformer layers, from the first to the last: what is compiled, each by itself."""
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer layers in their order, all called alike: what is recomputed or compiled, one by one."""
 
     @abstractmethod
     def flops_per_token(self, seq_len: int) -> float:

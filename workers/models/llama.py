@@ -33,9 +33,9 @@ class Llama(LanguageModel):
         return self.lm_head.weight
 
     @property
-    def layers(self) -> list[nn.Module]:
-        """The transformer layers, from the first to the last."""
-        return list(self.model.layers)
+    def blocks(self) -> nn.ModuleList:
+        """The transformer layers."""
+        return self.model.layers
 
     def matrix_parts(self, split: str) -> dict[str, tuple[int, ...]]:
         """Return rows of each matrix of its own within a parameter, by name, as `optim.split` says."""
