@@ -13,8 +13,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 
 from workers.models.language_model import LanguageModel
+
+
+VARIANTS = 32
+"""Of one layer's code at most: kinds of layers, each watched or not, recomputed or not, the first with a mask or not."""
 
 
 def compile_layers(model: LanguageModel) -> None:
@@ -22,6 +27,7 @@ def compile_layers(model: LanguageModel) -> None:
 
     That takes a C++ compiler on a CPU, and a minute; torch keeps what it has made on this machine's disk.
     """
+    dynamo_config.recompile_limit = max(VARIANTS, dynamo_config.recompile_limit)
     for block in model.blocks:
         block.forward = _in_training(block, block.forward)
 

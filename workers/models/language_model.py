@@ -5,7 +5,7 @@ fused projections and nothing to clip, which is said here once.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -57,7 +57,7 @@ class LanguageModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> nn.ModuleList:
         """The transformer layers in their order, all called alike: what is recomputed or compiled, one by one."""
 
     @abstractmethod
