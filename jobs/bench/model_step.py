@@ -1,10 +1,12 @@
 """One config of `bench model`: our model and transformers' with the same weights, a training step of each in turns.
 
 Started as `python -m jobs.bench.model_step CONFIG.yaml ROUNDS FOLDER`; prints what came out as JSON. The losses of all
-have to agree before anything is timed.
+have to agree before anything is timed. What is timed is the processor's time: one thread computes and nobody waits, so
+on a machine of one's own that is the clock's, and on a shared one it leaves out the turns of others.
 """
 
 import json
+import random
 import statistics
 import sys
 import time
@@ -128,17 +130,17 @@ def agree(steps: dict[str, Step]) -> dict[str, float]:
 
 def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     """Return the median seconds of a step of each, in rounds of one step each; hopeless ways of theirs are left out."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
+    order, taken = random.Random(0), {name: [] for name in steps}
     for round_ in range(WARMUP + rounds):
         if round_ == WARMUP:
             theirs = [name for name in taken if name.startswith("theirs")]
             slowest = HOPELESS * min((min(taken[name]) for name in theirs), default=0.0)
             taken = {name: [] for name in taken if name not in theirs or min(taken[name]) <= slowest}
-        # In another order every round: the machine's speed drifts.
-        for name in list(taken)[:: -1 if round_ % 2 else 1]:
-            begin = time.perf_counter()
+        # In another order every round: the machine's speed drifts, and each leaves the caches to the next.
+        for name in order.sample(list(taken), len(taken)):
+            begin = time.process_time()
             steps[name]()
-            taken[name].append(time.perf_counter() - begin)
+            taken[name].append(time.process_time() - begin)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 

@@ -17,9 +17,8 @@ from torch._dynamo import config as dynamo_config
 
 from workers.models.language_model import LanguageModel
 
-
 VARIANTS = 32
-"""Of one layer's code at most: kinds of layers, each watched or not, recomputed or not, the first with a mask or not."""
+"""Of a layer's code at most: kinds of layers, each watched or not, recomputed or not, the first with a mask or not."""
 
 
 def compile_layers(model: LanguageModel) -> None:
