@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-checkpoint bench-data bench-load lock clean
+.PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-model bench-checkpoint bench-data bench-load lock clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench-recovery: $(INSTALLED) ## seconds from a fault to the next new step, again
 
 bench-optimizer: $(INSTALLED) ## the optimizer's share of a step, against DeepSpeed's Muon (5 minutes)
 	$(BIN)/raymuon bench optimizer --json $(ARGS)
+
+bench-model: $(INSTALLED) ## tokens per second of a training step, against transformers' models (5 minutes)
+	$(BIN)/raymuon bench model --json $(ARGS)
 
 bench-checkpoint: $(INSTALLED) ## saves against DeepSpeed's and s3fs, with 300 MB of state per rank (10 minutes)
 	$(BIN)/raymuon bench checkpoint --json $(ARGS)

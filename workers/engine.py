@@ -21,6 +21,7 @@ from optim.config import OptimConfig
 from optim.zero1 import Zero1Optimizer
 from workers.config import ModelConfig, TrainConfig
 from workers.models import LanguageModel, build
+from workers.models.compiled import compile_layers
 from workers.models.recompute import recompute
 from workers.settings import deepspeed_config
 
@@ -148,6 +149,8 @@ def build_engine(
     if seed is not None:
         torch.manual_seed(seed)
     model = build(model_config, initialize=seed is not None).to(device)
+    if train.compile:
+        compile_layers(model)
     recompute(model, train.recomputed(len(model.blocks)))
     parts = model.matrix_parts(optim_config.split)
     optimizer = Zero1Optimizer(model.named_parameters(), optim_config, model.tables(), parts, model.head_rows())

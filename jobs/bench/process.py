@@ -9,6 +9,9 @@ from typing import Any
 
 from workers.common.errors import TrainingError
 
+ALIKE = {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+"""The environment of a process that computes, as Ray and our actor set it."""
+
 
 def run_json(command: list[str], **environment: str) -> dict[str, Any]:
     """Run a command whose last line on stdout is a JSON object, and return that object.
@@ -29,8 +32,7 @@ def torchrun(processes: int, module: str, *arguments: object) -> dict[str, Any]:
         TrainingError: it failed.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    alike = {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}  # As Ray and our actor set them.
-    return run_json([*command, "-m", module, *map(str, arguments)], **alike)
+    return run_json([*command, "-m", module, *map(str, arguments)], **ALIKE)
 
 
 def python(module: str, *arguments: str) -> list[str]:

@@ -64,6 +64,19 @@ def bench_optimizer(
     _print_result(optimizer(overrides or [], rounds, _say), as_json)
 
 
+@bench_app.command("model")
+def bench_model(
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Counted steps of each model.")] = 15,
+    only: Annotated[str, typer.Option(help="One config by name; without it both.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of a training step against transformers' models, plain and compiled."""
+    from jobs.bench.model import model
+
+    _print_result(model(overrides or [], rounds, only, _say), as_json)
+
+
 @bench_app.command("plan")
 def bench_plan(
     overrides: Overrides = None,

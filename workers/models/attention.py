@@ -34,7 +34,7 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.watched = False
-        self.seen: list[Tensor] = []
+        self.forget(torch.device("cpu"))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None = None) -> Tensor:
         """Attend; several neighbouring query heads may share one of keys and values.
@@ -52,27 +52,40 @@ class CausalAttention(nn.Module):
             return attention(q, k, v, mask)
         out, largest = (_flex if flexible(q, v) else _plain)(q, k, v, mask)
         if not recomputing():
-            self.seen.append(largest.detach().float())
+            self._see(largest.detach().float())
         return out
+
+    def forget(self, device: torch.device) -> None:
+        """Begin anew, on the device of what will be seen."""
+        self.largest = torch.full((self.heads,), -torch.inf, device=device)
+        self.large, self.queries = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+
+    # Into tensors, and neither a list nor a number: compiled code would be made anew for each length of it.
+    def _see(self, largest: Tensor) -> None:
+        if self.largest.device != largest.device:
+            self.forget(largest.device)
+        self.largest.copy_(torch.maximum(self.largest, largest.amax((0, 2))))
+        self.large += (largest > LARGE_LOGIT).sum()
+        self.queries += largest.numel()
 
 
 def watch(model: nn.Module, on: bool) -> None:
-    """Have the attention of every layer keep the largest logit of each query while it trains, or stop that."""
+    """Have the attention of every layer keep the largest logits while it trains, or stop that."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for layer in _layers(model):
         layer.watched = on
+        if layer.largest.device != device:
+            layer.forget(device)
 
 
 def take_logits(model: nn.Module) -> Logits:
     """Return what was seen since the last call, and forget it."""
     largest, large, queries = [], torch.zeros(()), 0
     for layer in _layers(model):
-        seen, layer.seen = layer.seen, []
-        device = seen[0].device if seen else None
-        largest.append(torch.full((layer.heads,), -torch.inf, device=device))
-        for logits in seen:
-            largest[-1] = torch.maximum(largest[-1], logits.amax((0, 2)))
-            large = large.to(logits.device) + (logits > LARGE_LOGIT).sum()
-            queries += logits.numel()
+        largest.append(layer.largest)
+        large = large.to(layer.large.device) + layer.large
+        queries += int(layer.queries)
+        layer.forget(layer.largest.device)
     return Logits(torch.cat(largest), large, queries)
 
 

@@ -218,6 +218,10 @@ def test_a_calibration_survives_its_file(tmp_path):
     assert median == replace(CPU, seconds_per_op=2e-6)
 
 
+PLAIN = {"recompute": "none", "logits": "whole", "gradients": "whole", "accumulate": "weights"}
+"""Of `train`: no memory is saved."""
+
+
 def refused(*arguments: str) -> tuple[int, str]:
     error = CliRunner().invoke(app, ["plan", *arguments], standalone_mode=False).exception
     assert isinstance(error, (ConfigError, TyperException))
@@ -227,14 +231,18 @@ def refused(*arguments: str) -> tuple[int, str]:
 def test_what_cannot_fit_is_refused_with_what_would():
     code, text = refused("moonlight-16b", "--gpus", "8", "--gpu-type", "l4")
     assert code == 2
-    assert "does not fit: 146.8 GB" in text and "L4 (data sheet) has 24.0 GB" in text
-    assert "weights 31.9 GB" in text and "gradients 31.9 GB" in text
-    assert "would fit: 8 x B200 (180 GB)" in text
+    assert "does not fit: 66.0 GB" in text and "L4 (data sheet) has 24.0 GB" in text
+    assert "weights 31.9 GB" in text and "27 of 27 layers computed again, chunked logits, partitioned gradients" in text
+    assert "would fit: 8 x H100 (80 GB)" in text
+    plain = [f"train.{key}={value}" for key, value in PLAIN.items()]
+    _, text = refused("moonlight-16b", *plain, "train.micro_batch=1", "--gpus", "8", "--gpu-type", "l4")
+    assert "does not fit: 13" in text and "gradients 31.9 GB" in text and "would fit: 8 x B200 (180 GB)" in text
 
 
 def test_the_smallest_change_comes_first():
     # Room for six sequences' activations, so for four as a divisor of the batch of eight.
-    config = load("demo-llama", ["train.global_batch=8", "train.micro_batch=8", "telemetry.every=0"])
+    kept = [f"train.{key}={value}" for key, value in PLAIN.items()]
+    config = load("demo-llama", ["train.global_batch=8", "train.micro_batch=8", "telemetry.every=0", *kept])
     gpu = replace(CPU, kind="cuda", precision="bf16")
 
     def plan(memory: int, **train: int) -> None:

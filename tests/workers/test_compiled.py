@@ -1,0 +1,91 @@
+"""Layers that torch.compile has made compute what those compute that run as they are written."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from tests.closeness import assert_close
+from tests.workers import test_llama, test_moonlight
+from workers.config import ModelConfig
+from workers.models import LanguageModel, build
+from workers.models.attention import take_logits, watch
+from workers.models.compiled import compile_layers
+from workers.objective import batch_of, summed_loss
+
+# Two layers, the second like the first or with experts: compiled code is shared where it can be.
+MODELS = {"moonlight": replace(test_moonlight.TINY, num_dense_layers=1), "llama": test_llama.TINY}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Forget what other tests have compiled, and how often."""
+    torch.compiler.reset()
+    counters.clear()
+
+
+def made(config: ModelConfig) -> LanguageModel:
+    torch.manual_seed(0)
+    return build(config)
+
+
+def trained(model: LanguageModel, micro_batches: int = 1, documents: bool = False) -> list[Tensor]:
+    """Return the loss and the gradients of a few micro-batches."""
+    model.zero_grad()
+    random = torch.Generator().manual_seed(0)
+    loss = torch.zeros(())
+    for _ in range(micro_batches):
+        tokens = torch.randint(256, (2, 25), generator=random)
+        ends = torch.randint(9, (2, 25), generator=random).eq(0).cumsum(1).int() if documents else None
+        batch = batch_of(tokens, documents=ends)
+        found = summed_loss(model(*batch.given), model.head, batch.targets) / batch.counted
+        found.backward()
+        loss += found.detach()
+    return [loss, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_layers_train_as_plain_ones(name):
+    config = MODELS[name]
+    plain, compiled = made(config), made(config)
+    compile_layers(compiled)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+    expected, found, again = trained(plain), trained(compiled), trained(compiled)
+    assert len(expected) == len(found) == 1 + sum(1 for _ in plain.parameters())
+    for exact, close in zip(expected, found, strict=True):
+        assert_close(close, exact, config.num_layers)
+    assert all(map(torch.equal, found, again)), "the same every time"
+    assert torch.equal(2 * plain.expert_load(), compiled.expert_load())
+    kinds = counters["stats"]["unique_graphs"]
+    assert kinds == (2 if name == "moonlight" else 1), "layers that are alike share their code"
+
+    for model in (plain, compiled):
+        watch(model, True)
+        take_logits(model)
+    trained(plain, 3)
+    watched = trained(compiled, 3)
+    graphs = counters["stats"]["unique_graphs"]
+    exact, close = take_logits(plain), take_logits(compiled)
+    assert_close(close.largest, exact.largest, config.num_layers)
+    assert (close.queries, close.large) == (exact.queries, exact.large) and close.queries > 0
+    assert all(map(torch.equal, watched, trained(compiled, 3)))
+    watch(compiled, False)
+    assert all(map(torch.equal, found, trained(compiled)))
+    assert counters["stats"]["unique_graphs"] == graphs, "whatever was made once is there"
+
+    compiled.eval(), plain.eval()
+    with torch.no_grad():
+        for time in (5, 6):
+            tokens = torch.arange(time).unsqueeze(0)
+            assert torch.equal(compiled(tokens), plain(tokens))
+    assert counters["stats"]["unique_graphs"] == graphs, "only training is compiled"
+
+
+def test_a_mask_of_documents_is_kept_to():
+    plain, compiled = made(MODELS["llama"]), made(MODELS["llama"])
+    compile_layers(compiled)
+    for exact, close in zip(trained(plain, 2, documents=True), trained(compiled, 2, documents=True), strict=True):
+        assert_close(close, exact, 2)
