@@ -252,7 +252,7 @@ class TrainConfig:
     accumulate: Literal["auto", "fp32", "weights"] = "auto"
     """In what whole gradients of several micro-batches are added up: in fp32, or in the precision of the weights."""
     overlap: bool = True
-    """On GPUs, reduce gradients during the backward pass."""
+    """On GPUs, reduce gradients during the backward pass, and gather weights during the next forward pass."""
 
     def __post_init__(self) -> None:
         require(

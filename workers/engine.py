@@ -20,10 +20,11 @@ from torch import Tensor
 from optim.config import OptimConfig
 from optim.zero1 import Zero1Optimizer
 from workers.config import ModelConfig, TrainConfig
+from workers.gather import Gather
 from workers.models import LanguageModel, build
 from workers.models.compiled import compile_layers
 from workers.models.recompute import recompute
-from workers.settings import deepspeed_config
+from workers.settings import deepspeed_config, overlapped
 
 # DeepSpeed's autotuner imports MLflow where it is installed: a second per worker, for nothing.
 _mlflow = sys.modules.get("mlflow")
@@ -59,6 +60,8 @@ class Engine:
     device: torch.device
     rank: int
     world_size: int
+    gather: Gather | None = None
+    """Of the weights, where that is under the forward pass; else it is part of DeepSpeed's step."""
 
     @property
     def zero(self) -> Any:
@@ -74,6 +77,24 @@ class Engine:
     def publish_weights(self) -> None:
         """Bring the fp32 master weights into every rank's module, after they were loaded."""
         self.zero.update_lp_params()
+        if self.gather:
+            self.gather.start()
+
+    def accumulates(self, last: bool) -> None:
+        """Say before a backward pass whether it is the step's last: overlapped whole gradients leave during that."""
+        if self.engine.managed_gradient_accumulation():
+            self.engine.set_gradient_accumulation_boundary(last)
+
+    def step(self) -> None:
+        """Reduce what is not yet reduced, update, and send the weights to everybody."""
+        self.engine.step()
+        if self.gather:
+            self.gather.start()
+
+    def settle(self) -> None:
+        """Wait for all weights, before somebody looks at them outside of a forward pass."""
+        if self.gather:
+            self.gather.finish()
 
     def abort(self) -> None:
         """Wake a thread that waits in a collective for a lost peer. Gloo's wakes by itself."""
@@ -82,6 +103,7 @@ class Engine:
 
     def destroy(self) -> None:
         """Take the engine down. Then drop every reference to it and call `leave_process_group`."""
+        self.settle()
         self.engine.destroy()
 
 
@@ -164,4 +186,7 @@ def build_engine(
     if train.gradients != "partitioned" and train.accumulate == "fp32":
         for parameter in model.parameters():  # Autograd's own: what is added to it, it casts first.
             parameter.grad_dtype = torch.float32
-    return Engine(engine, model, optimizer, device, dist.get_rank(), dist.get_world_size())
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    overlaps = world_size > 1 and overlapped(train, device.type)
+    gather = Gather(engine.optimizer, model) if overlaps else None
+    return Engine(engine, model, optimizer, device, rank, world_size, gather)

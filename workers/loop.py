@@ -145,7 +145,7 @@ class Trainer:
         self.telemetry.before_update()
         part("reduce")
         with self.telemetry.counting():
-            engine.engine.step()
+            engine.step()
         measured = self.telemetry.after_update(lr)
         cost, self.snapshot_seconds = self.snapshot_seconds, 0.0
         save = self._save_is_due(step)
@@ -205,6 +205,7 @@ class Trainer:
             part("forward")
             loss_sum = self._loss(engine.engine, slot.batch)
             part("backward")
+            engine.accumulates(last=slot is self.upcoming[-1])
             engine.engine.backward(loss_sum * weight, scale_wrt_gas=False)
             total += loss_sum.detach()
             if slot.counts:

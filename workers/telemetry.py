@@ -154,6 +154,7 @@ class Telemetry:
 
     def _measured(self, seconds: dict[str, float], lr: float) -> dict[str, float]:
         self.tick()
+        self.engine.settle()
         squares, spectra = self._squares(lr), self._spectra()
         peak = self.config.peak_tflops or peak_tflops(self.engine.device)
         scalars = torch.tensor([self._logits.large.item(), self._logits.queries, peak], dtype=torch.float64)

@@ -129,7 +129,7 @@ def rehearse(task: Task) -> None:
         batch = batch_of(torch.zeros(1, 17, dtype=torch.int64, device=device))
         loss = summed_loss(engine.engine(batch.inputs), engine.model.head, batch.targets)
         engine.engine.backward(loss * gradient_weight(batch.counted, 1), scale_wrt_gas=False)
-        engine.engine.step()
+        engine.step()
         warm_up(task, engine)
         engine.destroy()
     finally:

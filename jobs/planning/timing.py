@@ -25,11 +25,12 @@ from workers.calibrate import Calibration, Collective
 from workers.common.errors import ConfigError
 from workers.config import CheckpointConfig, TrainConfig
 from workers.data.order import slots_of_rank
+from workers.settings import overlapped
 from workers.snapshots.schedule import steps_between
 from workers.work import Work, Works, elementwise
 
 OVERLAP_SHARE = 0.9
-"""Of a backward pass, in which gradients can be on their way: the first bucket is full a little later. Assumed."""
+"""Of a pass, in which gradients or weights can be on their way: the first bucket is full a little later. Assumed."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class StepTime:
     """DeepSpeed's passes over the gradients and their way to their owners, without what the backward pass hides."""
     optimizer: float
     gather: float
-    """The weights' all-gather."""
+    """The weights' all-gather, without what the forward pass hides."""
     boundary: float
     """The all-reduce in which all ranks agree."""
     snapshot: float
@@ -53,7 +54,7 @@ class StepTime:
     newton_schulz_share: float
     """Of the step, on the busiest rank."""
     hidden: float
-    """Of the gradients' way, under the backward pass."""
+    """Of the gradients' way under the backward pass, and of the weights' under the next forward pass."""
 
     @property
     def training(self) -> float:
@@ -172,15 +173,21 @@ def step_time(
     partitioned = train.gradients == "partitioned"
     if not partitioned:
         backward += (rounds - 1) * seconds(micro.accumulation, calibration)
-    times, on_wire, hidden = (rounds if partitioned else 1), wire("reduce", ranks), 0.0
-    if calibration.kind == "cuda" and train.overlap:
+    times, on_wire, gather = (
+        (rounds if partitioned else 1),
+        wire("reduce", ranks),
+        wire("all_gather", len(layout.groups)),
+    )
+    hidden = hidden_gather = 0.0
+    if overlapped(train, calibration.kind):
         hidden = min(on_wire, OVERLAP_SHARE * seconds(micro.backward, calibration))
+        hidden_gather = min(gather, OVERLAP_SHARE * seconds(micro.forward, calibration))
     reduction = times * (seconds(reduction_works(layout, itemsize), calibration) + on_wire - hidden)
     reduction += wire("all_reduce", len(layout.groups))
     passes, products = update_works(layout, optim, calibration.kind)
     orthogonalization = seconds(products, calibration)
     optimizer = seconds(passes, calibration) + orthogonalization + wire("all_to_all", 2)
-    gather = wire("all_gather", len(layout.groups))
+    gather -= hidden_gather
     boundary = wire_seconds(calibration, "all_reduce", ranks, boundary_bytes(layout))
     training = forward + backward + reduction + optimizer + gather + boundary
 
@@ -199,7 +206,7 @@ def step_time(
         validation=validation,
         snapshot_every=every,
         newton_schulz_share=orthogonalization / training,
-        hidden=times * hidden,
+        hidden=times * hidden + hidden_gather,
     )
 
 

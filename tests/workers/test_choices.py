@@ -20,6 +20,20 @@ CHOICES = [
 ]
 
 
+def overlapping(rank: int, world_size: int, task: Task) -> dict:
+    """Train as on a GPU: gradients leave during the backward pass, weights arrive during the next forward pass."""
+    import workers.engine
+    import workers.settings
+
+    as_there = lambda train, kind: train.overlap  # noqa: E731
+    before = workers.settings.overlapped
+    workers.engine.overlapped = workers.settings.overlapped = as_there
+    try:
+        return trained(rank, world_size, task)
+    finally:
+        workers.engine.overlapped = workers.settings.overlapped = before
+
+
 def choice_of(task: Task, choice: dict[str, str]) -> Task:
     return replace(task, train=replace(task.train, **choice))
 
@@ -52,5 +66,21 @@ def test_every_choice_trains_the_model_of_the_plain_path(tmp_path, world_size):
                 task,
                 f"{world_size} {choice}",
             )
+    finally:
+        ranks.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_what_travels_under_the_passes_arrives(tmp_path, world_size):
+    """Gradients are then reduced in the order of the backward pass, so three ranks' sums are rounded otherwise."""
+    task, ranks = task_of(tmp_path, steps=5, validate_every=2), Ranks(world_size)
+    try:
+        for gradients, recomputed in (("whole", "none"), ("partitioned", "all")):
+            chosen = choice_of(task, {**PLAIN, "gradients": gradients, "recompute": recomputed})
+            plain, found = ranks.run(trained, chosen), ranks.run(overlapping, chosen)
+            for one, other in zip(found, plain, strict=True):
+                assert_the_same(one, other, task, f"{world_size} {gradients}")
+                if world_size == 2:
+                    assert all(weight.equal(other["weights"][name]) for name, weight in one["weights"].items())
     finally:
         ranks.close()
