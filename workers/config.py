@@ -231,7 +231,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward and backward pass; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights are always fp32."""
     compile: bool = False
-    """Each layer is compiled by torch.compile when it first trains, which takes a minute and a C++ compiler on every
+    """Each layer is compiled by torch.compile before the first step, which takes a minute and a C++ compiler on every
     node; losses are the same but for rounding. Validation and samples are never compiled."""
     sample_prompt: str = "def "
     """The text from which the trained model writes a sample at the end; empty for none."""

@@ -172,7 +172,7 @@ def build_engine(
         torch.manual_seed(seed)
     model = build(model_config, initialize=seed is not None).to(device)
     if train.compile:
-        compile_layers(model)
+        compile_layers(model, watched=optim_config.qk_clip > 0)
     recompute(model, train.recomputed(len(model.blocks)))
     parts = model.matrix_parts(optim_config.split)
     optimizer = Zero1Optimizer(model.named_parameters(), optim_config, model.tables(), parts, model.head_rows())

@@ -13,6 +13,7 @@ from workers.config import MoonlightConfig
 from workers.controls import Controls
 from workers.engine import Engine, build_engine, default_device, join_process_group, leave_process_group
 from workers.loop import Trainer
+from workers.models.compiled import compile_ahead
 from workers.objective import batch_of, gradient_weight, summed_loss
 from workers.phases import Phase
 from workers.reports import CheckpointDamaged, Planned, Restored
@@ -34,7 +35,11 @@ def join(member: Place, task: Task, rendezvous: dist.Store | None = None) -> Eng
     device = default_device()
     join_process_group(member.rank, member.world_size, store, device)
     fresh = member.snapshot is None and task.manifest is None and task.origin is None
-    return build_engine(task.model, task.optim, task.train, task.seed if fresh else None, device)
+    engine = build_engine(task.model, task.optim, task.train, task.seed if fresh else None, device)
+    if task.train.compile:
+        train, watched = task.train, task.optim.qk_clip > 0
+        compile_ahead(engine.model, train.micro_batch, train.seq_len, task.data.document_mask, watched)
+    return engine
 
 
 def train(engine: Engine, task: Task, member: Place, controls: Controls) -> tuple[str, int]:
@@ -124,7 +129,7 @@ def rehearse(task: Task) -> None:
     )
     device = default_device()
     join_process_group(0, 1, HashStore(), device)
-    engine = build_engine(tiny, task.optim, replace(task.train, seq_len=16), 0, device)
+    engine = build_engine(tiny, task.optim, replace(task.train, seq_len=16, compile=False), 0, device)
     try:
         batch = batch_of(torch.zeros(1, 17, dtype=torch.int64, device=device))
         loss = summed_loss(engine.engine(batch.inputs), engine.model.head, batch.targets)
