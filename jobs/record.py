@@ -52,11 +52,14 @@ class Record:
     validations: dict[int, float] = field(default_factory=dict)
     devices: dict[int, tuple[str, ...]] = field(default_factory=dict)
     """On which a step was trained."""
+    chosen: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What was automatic in `train` when a step was trained, and what it was."""
 
 
 def read_record(lines: Iterable[Line]) -> Record:
     """Make a record out of a journal's lines, which are in order."""
     record, attempt, devices = Record(), 0, ()
+    chosen: dict[str, Any] = {}
     for line in lines:
         match line:
             case DriverStarted():
@@ -68,9 +71,10 @@ def read_record(lines: Iterable[Line]) -> Record:
             case Foreign(stored={"event": DriverStarted.stored_as}):
                 attempt = 0  # What follows was not trained with the config of the attempt before.
             case Membership():
-                devices = line.devices
+                devices, chosen = line.devices, line.chosen
             case Row(series="train", step=step):
                 record.steps[step], record.by[step], record.devices[step] = line.values, attempt, devices
+                record.chosen[step] = chosen
             case Row(series="validation", step=step):
                 record.validations[step] = line.values["val_loss"]
     return record

@@ -8,7 +8,7 @@ same float. Otherwise they are equal within a tolerance, or the first step that 
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError, TrainingError
+from workers.config import TrainConfig
 from workers.data.corpus import Corpus
 from workers.data.prepare import prepare
 from workers.reports import Report, StepDone, Validated
@@ -106,7 +107,13 @@ def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
         if result.status == "finished":
             _keep(run_record, found, comparison())
 
+    def as_recorded(config: RunConfig, *_: Sequence[str]) -> TrainConfig:
+        """Take what was chosen when these steps were trained; older records saved no memory."""
+        chosen = {key: value for key, value in record.chosen[begin].items() if key in config.train.open}
+        return replace(config.train, **chosen).plain()
+
     options = Options(
+        decide=as_recorded,
         stretch=Stretch(run_url=found.url, manifest=manifest, corpora=corpora, last_step=last),
         artifacts=keep,
     )

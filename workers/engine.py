@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -103,7 +104,8 @@ class Engine:
 
     def destroy(self) -> None:
         """Take the engine down. Then drop every reference to it and call `leave_process_group`."""
-        self.settle()
+        with suppress(RuntimeError):  # What a lost peer has not sent.
+            self.settle()
         self.engine.destroy()
 
 

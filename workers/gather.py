@@ -11,7 +11,6 @@ Not run on GPUs. On CPUs gloo's threads would take the time from the products, s
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -40,7 +39,7 @@ class Gather:
     def __init__(self, zero: Any, model: LanguageModel, windows: int = WINDOWS) -> None:
         self.flats: list[Tensor] = list(zero.bit16_groups_flat)
         zero.bit16_groups_flat = Ungathered(self.flats)
-        self.group = dist.new_group()
+        self.group: Any = dist.new_group()
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
         largest = max(range(len(self.flats)), key=lambda index: self.flats[index].numel())
         each = -(-self.ranks // min(windows, self.ranks))
@@ -88,7 +87,6 @@ class Gather:
             if begin < first + len(ranks) * partition and begin + nbytes > first:
                 yield number
 
-    @torch.compiler.disable
     def _wait(self, numbers: list[int]) -> None:
         for number in numbers:
             for work in self._works.pop(number, ()):
