@@ -77,6 +77,20 @@ def bench_model(
     _print_result(model(overrides or [], rounds, only, _say), as_json)
 
 
+@bench_app.command("accumulation")
+def bench_accumulation(
+    overrides: Overrides = None,
+    count: Annotated[
+        list[int] | None, typer.Option(min=8, help="Micro-batches that are added up; a multiple of 8. Several times.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How exact a step's sum of gradients is in bf16, in fp32 and in parts, against fp64."""
+    from jobs.bench.accumulation import accumulation
+
+    _print_result(accumulation(overrides or [], count or [32, 256], _say), as_json)
+
+
 @bench_app.command("plan")
 def bench_plan(
     overrides: Overrides = None,

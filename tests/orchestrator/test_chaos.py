@@ -136,15 +136,18 @@ def test_at_a_fixed_world_size_chaos_leaves_no_trace(tmp_path, seed, rounds, per
 
 @pytest.mark.numeric
 def test_where_the_world_size_changes_the_curve_stays(tmp_path, seed, rounds, per_run):
-    """A dense twin's losses stay within 1e-3 of the undisturbed run's all along."""
+    """A dense twin's losses stay within 1e-3 of the undisturbed run's all along; its gradients are in parts."""
     dense = {"model": replace(config_of(tmp_path).model, num_dense_layers=config_of(tmp_path).model.num_layers)}
     scaling = {"min_workers": 1, "max_workers": 4}
     steps = 4 + STEPS_BETWEEN * (per_run + 1) + 4
-    expected = undisturbed(tmp_path / "calm", scaling=scaling, train={"steps": steps}, **dense)
+    train = {"gradients": "partitioned", "recompute": "1"}
+    expected = undisturbed(tmp_path / "calm", scaling=scaling, train={"steps": steps, **train}, **dense)
     for round_ in range(rounds):
         folder = tmp_path / f"round-{round_}"
         nodes = {"a": 2, "b": 2, "c": 1}
-        chaos = chaotic_run(folder, nodes, scaling, seed + 1000 + round_, per_run, checkpoint={"every": 7}, **dense)
+        chaos = chaotic_run(
+            *(folder, nodes, scaling, seed + 1000 + round_, per_run), checkpoint={"every": 7}, train=train, **dense
+        )
         notes = chaos.lead.notes
         for row, calm in zip(notes.rows, expected.rows, strict=True):
             assert row.loss == pytest.approx(calm.loss, rel=1e-3), row.step

@@ -16,6 +16,13 @@ pytestmark = pytest.mark.numeric
 
 WORLDS = (1, 2, 3, 4)
 SAVED, STEPS = 4, 7
+CHANGES: dict[int, dict] = {
+    1: {},
+    2: {"gradients": "partitioned", "recompute": "all"},
+    3: {"gradients": "partitioned", "logits": "chunked", "micro_batch": 1},
+    4: {"logits": "chunked", "recompute": "1"},
+}
+"""Of `train`, with what each world size goes on: the state does not depend on it."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +68,8 @@ def resumed(rank: int, world_size: int, tasks: dict) -> dict:
 
     results = {}
     for before, task in tasks.items():
-        trainer, told = trainer_of(rank, world_size, task, restore=True)
+        changed = replace(task, train=replace(task.train, **CHANGES[world_size]))
+        trainer, told = trainer_of(rank, world_size, changed, restore=True)
         engine = trainer.engine
         tensors = [*shard_tensors(engine), *replicated_tensors(engine)]
         flat = np.concatenate([tensor.detach().numpy().ravel() for tensor in tensors])
