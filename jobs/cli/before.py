@@ -46,6 +46,9 @@ def plan(
         float | None,
         typer.Option(callback=greater_than_0, help="Mean hours between failures of one GPU with its share of a node."),
     ] = None,
+    largest: Annotated[
+        bool, typer.Option("--largest", help="Find the most layers with which the model still fits, all else as it is.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a run needs before it is started: memory, traffic, time, money; refuse what cannot fit."""
@@ -63,7 +66,8 @@ def plan(
         calibration=read_calibration(calibration) if calibration else None,
         network_gbit=network,
     )
-    show(loaded, counts, machines, Terms(price=price, tokens=tokens, mtbf_hours=mtbf), as_json)
+    terms = Terms(price=price, tokens=tokens, mtbf_hours=mtbf)
+    show(loaded, counts, machines, terms, as_json, largest)
 
 
 @app.command()

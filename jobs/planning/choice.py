@@ -3,6 +3,7 @@
 The plan decides for each number of workers: fewer of them need more memory each.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +20,9 @@ from workers.gpus import GPUS, type_of
 SPARE = 0.05
 """Of a device's memory, which a choice leaves free: the plan is an estimate."""
 LARGEST_MICRO_BATCH = 16
+MOST_LAYERS = 1024
+LOOKS = 4
+"""At numbers of layers that are computed again, at most: each runs the model without data."""
 
 
 @lru_cache(maxsize=64)
@@ -58,6 +62,25 @@ def decide(config: RunConfig, nodes: Sequence[str], devices: Sequence[str]) -> T
         return config.train.plain()
     here = memory_alone(memory_here()[0])
     return decided(config, Machines(gpus=ranks, gpus_per_node=per_node, calibration=here)).train
+
+
+def deepest(config: RunConfig, machines: Machines) -> RunConfig:
+    """Return a config with as many layers as fit, all else as it is; with one where none do."""
+    device = machines.device()
+    leanest = {"micro_batch": 1, "recompute": "all", "logits": "chunked", "gradients": "partitioned"}
+    lean = {key: leanest[key] for key in config.train.open if key in leanest}
+
+    def fits(layers: int) -> bool:
+        model = replace(config.model, num_layers=layers)
+        return _fits(replace(config, model=model, train=replace(config.train, **lean).plain()), machines, device)
+
+    least, most = 1, 2
+    while most < MOST_LAYERS and fits(most):
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return replace(config, model=replace(config.model, num_layers=least))
 
 
 def memory_alone(nbytes: int, name: str = "this machine", kind: str = "cpu") -> Calibration:
@@ -109,8 +132,10 @@ def _fits(config: RunConfig, machines: Machines, device: Calibration) -> bool:
 
 def _leanest(asked: RunConfig, machines: Machines, device: Calibration, train: TrainConfig) -> RunConfig:
     """Return the variant with as little computed again as fits, all of it where nothing does."""
-    plain = replace(asked, train=train)
-    if _fits(plain, machines, device):
+    plain, limit = replace(asked, train=train), (1 - SPARE) * device.memory_bytes
+    # All logits, and their gradient, in fp32: where these alone are too much, no model has to be run to know it.
+    logits = 8 * train.micro_batch * train.seq_len * asked.model.vocab_size
+    if not (asked.train.logits == "auto" and logits > limit) and _fits(plain, machines, device):
         return plain
     if asked.train.logits == "auto":
         plain = replace(plain, train=replace(plain.train, logits="chunked"))
@@ -125,17 +150,20 @@ def _leanest(asked: RunConfig, machines: Machines, device: Calibration, train: T
     def need(config: RunConfig) -> int:
         return needed_on(memory_on(config, machines, device), machines, device)
 
-    blocks, limit = num_blocks(asked.model), (1 - SPARE) * device.memory_bytes
+    blocks = num_blocks(asked.model)
     most, least = need(plain), need(with_layers(blocks))
     if least > limit:
         return with_layers(blocks)
-    # Layers are much alike, so memory goes nearly straight down; a first look there, then one by one.
-    count = min(blocks, max(1, round(blocks * (most - limit) / (most - least))))
-    while count < blocks and need(with_layers(count)) > limit:
-        count += 1
-    while count > 1 and need(with_layers(count - 1)) <= limit:
-        count -= 1
-    return with_layers(count)
+    # Memory goes down with the layers, nearly straight: a few looks where it should meet the limit.
+    few, many = (0, most), (blocks, least)
+    for _ in range(LOOKS):
+        if many[0] - few[0] == 1:
+            break
+        share = (few[1] - limit) / (few[1] - many[1])
+        count = min(many[0] - 1, max(few[0] + 1, few[0] + math.ceil(share * (many[0] - few[0]))))
+        found = count, need(with_layers(count))
+        few, many = (found, many) if found[1] > limit else (few, found)
+    return with_layers(many[0])
 
 
 def _exact(config: RunConfig, machines: Machines, device: Calibration) -> RunConfig:

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from jobs.planning.choice import deepest
 from jobs.planning.estimate import Machines, gigabytes
 from jobs.planning.plan import Plan, Terms, plan_run, with_types
+from jobs.planning.state import num_blocks
 from jobs.screen import Screen
 from jobs.table import print_table
 from jobs.tell import tell
@@ -15,7 +17,9 @@ from workers.calibrate import Calibration
 from workers.common.errors import ConfigError
 
 
-def show(config: RunConfig, counts: list[int], machines: Machines, terms: Terms, as_json: bool) -> None:
+def show(
+    config: RunConfig, counts: list[int], machines: Machines, terms: Terms, as_json: bool, largest: bool = False
+) -> None:
     """Print the plan for each number of GPUs, a column for each; without a device, for types that would do.
 
     Args:
@@ -24,14 +28,22 @@ def show(config: RunConfig, counts: list[int], machines: Machines, terms: Terms,
         machines: alike but for that.
         terms: what is known besides.
         as_json: as JSON on the last line of stdout.
+        largest: with as many layers as fit.
 
     Raises:
-        ConfigError: one of them does not fit.
+        ConfigError: one of them does not fit, or `largest` without a device.
     """
+    if largest and not machines.known:
+        raise ConfigError("--largest needs --gpu-type NAME or --calibration FILE: it asks what fits into a device")
     cases = [replace(machines, gpus=count) for count in counts]
     if not machines.known:
         cases = [case for one in cases for case in with_types(config, one)]
-    plans = [plan_run(config, case, terms) for case in cases]
+    plans = []
+    with Screen(stderr=True).status("planning") as status:
+        for case in cases:
+            status.update(f"planning {case.gpus} x {case.device().device}")
+            model = deepest(config, case) if largest else config
+            plans.append(plan_run(model, case, terms))
     if as_json:
         tell([one.as_dict() for one in plans] if len(plans) > 1 else plans[0].as_dict())
     else:
@@ -42,8 +54,16 @@ def show(config: RunConfig, counts: list[int], machines: Machines, terms: Terms,
         heads = [f"{one.machines.gpus:,} x {one.device.device}" for one in plans]
         for title, rows in tables(plans).items():
             print_table(console, ("", *heads), [(name, *cells) for name, cells in rows.items()], title)
+        console.print(accuracy(plans[0].device))
     for one in plans:
         one.require_fit()
+
+
+def accuracy(device: Calibration) -> str:
+    """Return how far such plans have been from what was measured (docs/commands/plan.md)."""
+    if device.kind == "cuda":
+        return "Not measured on GPUs yet: sizes of state and weights are exact, the rest is an estimate."
+    return "Measured on CPUs: memory within 10 % of the plan, seconds of a step within 25 %."
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -65,7 +85,11 @@ def tables(plans: list[Plan]) -> dict[str, dict[str, list[str]]]:
     memory["peak"] = [gigabytes(one.memory.peak) for one in plans]
     memory["in the phase"] = [one.memory.worst_phase for one in plans]
     memory["device"] = [gigabytes(one.device.memory_bytes) + ("" if one.fits else ": DOES NOT FIT") for one in plans]
-    memory["a node's keeper, host memory"] = [gigabytes(one.memory.keeper_bytes_per_node) for one in plans]
+    memory["to spare"] = [gigabytes(max(0, one.device.memory_bytes - one.needed)) for one in plans]
+    host = {
+        "keeper": [gigabytes(one.memory.keeper_bytes_per_node) for one in plans],
+        "models while a new run is built": [_bytes(one.host_build_bytes) for one in plans],
+    }
 
     collectives = dict.fromkeys(name for one in plans for name in one.sent)
     traffic = {name: [_bytes(one.sent.get(name, 0)) for one in plans] for name in collectives}
@@ -74,6 +98,7 @@ def tables(plans: list[Plan]) -> dict[str, dict[str, list[str]]]:
 
     parts = ("forward", "backward", "reduction", "optimizer", "gather", "boundary", "snapshot", "validation")
     time = {name: [_seconds(getattr(one.time, name)) for one in plans] for name in parts}
+    time["hidden under the passes"] = [_seconds(one.time.hidden) if one.time.hidden else "" for one in plans]
     time["step"] = [_seconds(one.time.total) for one in plans]
     time["Newton-Schulz, of it"] = [f"{one.time.newton_schulz_share:.1%}" for one in plans]
     time["speed"] = [f"{one.tokens_per_second:,.0f} tokens/s" for one in plans]
@@ -82,6 +107,7 @@ def tables(plans: list[Plan]) -> dict[str, dict[str, list[str]]]:
     best = [one.goodput for one in plans]
     run = {
         "parameters": [f"{one.parameters:,}" for one in plans],
+        "layers": [str(num_blocks(one.config.model)) for one in plans],
         "tokens": [f"{one.tokens:,}" for one in plans],
         "time": [f"{one.days:,.3g} days" for one in plans],
         "GPU time": [f"{one.gpu_hours:,.3g} hours" for one in plans],
@@ -91,8 +117,21 @@ def tables(plans: list[Plan]) -> dict[str, dict[str, list[str]]]:
         "with snapshots every": [f"{one.best_snapshot_every:,} steps" if one else "" for one in best],
         "and checkpoints every": [f"{one.best_checkpoint_every:,} steps" if one else "" for one in best],
     }
+    blocks = [num_blocks(one.config.model) for one in plans]
+    trains = [one.config.train for one in plans]
+    chosen = {
+        "sequences at once": [str(one.micro_batch) for one in trains],
+        "layers computed again": [
+            f"{one.recomputed(all_)} of {all_}" for one, all_ in zip(trains, blocks, strict=True)
+        ],
+        "logits": [one.logits for one in trains],
+        "gradients": [one.gradients for one in trains],
+        "added up in": [_sums(one) for one in plans],
+    }
     found = {
+        "how it is trained": chosen,
         "memory of a rank, at its peak": memory,
+        "host memory of a node": host,
         "sent by a rank in a step": traffic,
         "a step": time,
         "the run": run,
@@ -100,6 +139,12 @@ def tables(plans: list[Plan]) -> dict[str, dict[str, list[str]]]:
     }
     said = {title: {name: cells for name, cells in rows.items() if any(cells)} for title, rows in found.items()}
     return {title: rows for title, rows in said.items() if rows}
+
+
+def _sums(plan: Plan) -> str:
+    train = plan.config.train
+    in_fp32 = train.gradients == "partitioned" or train.accumulate == "fp32" or plan.device.precision == "fp32"
+    return "fp32" if in_fp32 else "bf16"
 
 
 def _matrices(plans: list[PlanFigures | None]) -> dict[str, list[str]]:

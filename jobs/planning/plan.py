@@ -12,7 +12,7 @@ from jobs.planning.estimate import Machines, gigabytes, memory_on, needed_on, se
 from jobs.planning.goodput import UPLOAD_BYTES_PER_S, Goodput, failures_of, goodput
 from jobs.planning.memory import PROCESS_BYTES, Memory
 from jobs.planning.state import layout_of, num_blocks
-from jobs.planning.timing import StepTime
+from jobs.planning.timing import StepTime, most_slots
 from jobs.planning.traffic import boundary_bytes
 from optim.assignment import PlanFigures
 from optim.config import precision_on
@@ -96,6 +96,7 @@ class Plan:
                 "phases": self.memory.phases,
                 "fixed_bytes": self.memory.fixed,
                 "keeper_bytes_per_node": self.memory.keeper_bytes_per_node,
+                "host_build_bytes_per_node": self.host_build_bytes,
             },
             "bytes_sent": {
                 **self.sent,
@@ -121,6 +122,14 @@ class Plan:
             f"{gigabytes(self.device.memory_bytes)}, {self.time.total:.3g} s a step, "
             f"{self.tokens_per_second:,.0f} tokens/s, {self.days:.3g} days{chosen}"
         )
+
+    @property
+    def host_build_bytes(self) -> int:
+        """Return a node's host memory for the models of a new run: each rank draws its own there, in fp32.
+
+        A run that goes on from a checkpoint or a snapshot draws none, but has the same memory while it is built.
+        """
+        return 4 * self.parameters * min(self.machines.gpus, self.machines.gpus_per_node)
 
     @property
     def chosen(self) -> str:
@@ -162,6 +171,8 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
     memory = memory_on(config, machines, device)
     itemsize, wire = (dtype_on(device.kind, of).itemsize for of in (train.precision, optim.wire_dtype))
     sent, time = sent_on(config, machines, device), time_on(config, machines, device)
+    if "reduce" in sent and train.gradients == "partitioned":
+        sent["reduce"] *= most_slots(train.slots, machines.gpus)
 
     speed = per_step / time.total
     expected = None

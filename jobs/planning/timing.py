@@ -163,7 +163,7 @@ def step_time(
 ) -> StepTime:
     """Return the seconds of a step on the slowest rank."""
     ranks, itemsize = layout.groups[0].layout.world_size, dtype_on(calibration.kind, train.precision).itemsize
-    rounds = _most_of(train.slots, ranks)
+    rounds = most_slots(train.slots, ranks)
 
     def wire(name: str, calls: int) -> float:
         return wire_seconds(calibration, name, ranks, sent.get(name, 0.0), calls if name in sent else 0)
@@ -193,7 +193,7 @@ def step_time(
 
     cost = layout.snapshot.values / calibration.host_bytes_per_s / calibration.share
     every = steps_between(checkpoint.snapshot_every, checkpoint.snapshot_share, cost, training)
-    chunks = _most_of(-(-train.validate_sequences // train.micro_batch), ranks)
+    chunks = most_slots(-(-train.validate_sequences // train.micro_batch), ranks)
     validation = chunks * seconds(micro.forward, calibration) * train.validations / train.steps
     return StepTime(
         forward=forward,
@@ -210,6 +210,6 @@ def step_time(
     )
 
 
-def _most_of(slots: int, ranks: int) -> int:
+def most_slots(slots: int, ranks: int) -> int:
     """Return what the rank with most of the slots has; one without any runs one of weight zero."""
     return max(1, max(len(slots_of_rank(slots, ranks, rank)) for rank in range(ranks)))
