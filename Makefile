@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-model bench-checkpoint bench-data bench-load lock clean
+.PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-model bench-gpu bench-checkpoint bench-data bench-load lock clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ bench-optimizer: $(INSTALLED) ## the optimizer's share of a step, against DeepSp
 
 bench-model: $(INSTALLED) ## tokens per second of a training step, against transformers' models (5 minutes)
 	$(BIN)/raymuon bench model --json $(ARGS)
+
+bench-gpu: $(INSTALLED) ## one GPU at Moonlight-16B's width: kernels, memory, MFU, the plan's error (10 minutes; tiny without a GPU)
+	$(BIN)/raymuon bench gpu --json $(ARGS)
 
 bench-checkpoint: $(INSTALLED) ## saves against DeepSpeed's and s3fs, with 300 MB of state per rank (10 minutes)
 	$(BIN)/raymuon bench checkpoint --json $(ARGS)

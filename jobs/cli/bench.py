@@ -91,6 +91,25 @@ def bench_accumulation(
     _print_result(accumulation(overrides or [], count or [32, 256], _say), as_json)
 
 
+@bench_app.command("gpu")
+def bench_gpu(
+    tiny: Annotated[bool, typer.Option("--tiny", help="Small, on the CPU; so without a GPU.")] = False,
+    only: Annotated[str, typer.Option(help="One part by name; without it all of them.")] = "",
+    table: Annotated[Path | None, typer.Option(callback=writable, help="Where a Markdown table goes.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What kernels and choices gain on one GPU at Moonlight-16B's width, and how far the plan is from it."""
+    from jobs.bench.gpu import gpu, markdown, show
+
+    result = gpu(tiny, only, _say)
+    if table is not None:
+        table.write_text(markdown(result))
+    if as_json:
+        tell(result)
+    else:
+        show(result)
+
+
 @bench_app.command("plan")
 def bench_plan(
     overrides: Overrides = None,
