@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from jobs.cli import app
-from jobs.load import load
+from jobs.load import CONFIGS, load
 from workers.data.corpus import check_corpus
 from workers.data.prepare import prepare
 
@@ -104,6 +104,11 @@ def test_every_page_belongs_to_a_command_and_is_in_the_contents():
     for page in COMMANDS.glob("*.md"):
         assert page.stem in pages(), f"{page.name}: there is no such command"
         assert f"commands/{page.name}" in contents
+
+
+def test_every_built_in_config_is_listed():
+    text = (COMMANDS / "config.md").read_text()
+    assert [name for name in (path.stem for path in CONFIGS.glob("*.yaml")) if f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))

@@ -10,7 +10,7 @@ from jobs.planning.state import layout_of
 from optim.checks import ConfigProblems
 from orchestrator.config import RunConfig
 from workers.common.errors import ConfigError
-from workers.config import LlamaConfig, MoonlightConfig
+from workers.config import LlamaConfig
 
 
 def test_overrides_win_and_defaults_fill():
@@ -213,6 +213,8 @@ def test_a_config_of_data_and_a_name_is_of_a_small_model():
         assert layout_of(model, config.optim, 1).parameters < 1.5e6
 
 
-def test_the_16b_config_states_all_of_its_model_itself():
-    stated = yaml.safe_load((CONFIGS / "moonlight-16b.yaml").read_text())["model"]
-    assert set(stated) == {field.name for field in fields(MoonlightConfig)}
+@pytest.mark.parametrize("name", sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {"demo", "demo-llama"}))
+def test_a_large_config_states_all_of_its_model_itself(name):
+    values, config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()), load(name, [])
+    assert set(values["model"]) == {field.name for field in fields(config.model)}
+    assert config.run.name == name and not config.train.micro_batch

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.doctor.slot_probe import SlotProbe
-from jobs.load import load
+from jobs.load import CONFIGS, load
 from jobs.planning.cost import seconds, seconds_of
 from jobs.planning.estimate import Machines
 from jobs.planning.plan import Terms, plan_run
@@ -320,6 +320,13 @@ def test_where_no_type_holds_the_run_the_largest_is_shown_and_refused():
     done = CliRunner().invoke(app, ["plan", "moonlight-16b", "--gpus", "1"])
     assert isinstance(done.exception, ConfigError) and "1 x B200 (data sheet)" in done.output
     assert "180.0 GB: DOES NOT FIT" in done.output
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_built_in_config_is_planned_and_fits(name):
+    config = load(name, ["train.micro_batch=1"])
+    plan = plan_run(config, Machines(gpus=config.scaling.max_workers, gpu_type="H100"))
+    assert plan.fits and plan.tokens_per_second > 0 and 0 < plan.mfu < 1
 
 
 def test_a_plan_starts_neither_ray_nor_deepspeed():
