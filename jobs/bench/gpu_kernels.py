@@ -103,7 +103,7 @@ def _against(name: str, bench: Bench, way: Callable[..., Tensor], qkv: list[Tens
         try:
             apart = difference([way(*qkv)], [_plain(*qkv)])
         except RuntimeError as error:
-            told = "; ".join(str(one.message).split(" (Triggered")[0] for one in reasons)
+            told = " ".join(str(one.message).split(" (Triggered")[0] for one in reasons)
             yield Row(name, problem=one_line(f"refused: {told or error}"))
             return
     if apart > 2e-2:
@@ -270,7 +270,7 @@ def _pinned(bench: Bench, source: Tensor, pageable: Tensor) -> Iterator[Row]:
         },
     )
     for name, seconds in taken.items():
-        if name == "products":
+        if name in ("products", "pageable"):
             continue
         before = taken["products"] + taken["pinned"] if "products" in name else taken["pageable"]
         note = f"before: a pinned copy and {PRODUCTS} products one after the other" if "products" in name else ""
