@@ -3,7 +3,6 @@
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from jobs.tell import tell
 from jobs.watch import TerminalWatcher
 from optim.schedule import cut_short
 from orchestrator.config import RunConfig, absolute
+from orchestrator.controller import Decide
 from orchestrator.driver import Options, run
 from orchestrator.group.cluster import JOB_VARIABLE, is_local
 from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError
 from workers.common.storage import storage_errors
-from workers.config import TrainConfig
 
 
 def train(
@@ -51,7 +50,7 @@ def train(
         artifacts=lambda result, record: plots.append(_keep_curve(run_config, result, record)),
         take_over=take_over,
         kill_after=kill_worker,
-        decide=_decide,
+        decide=_decider(),
     )
     with TerminalWatcher() as watcher:
         if left_out := cut_short(run_config.optim, run_config.train.steps):
@@ -74,10 +73,10 @@ def train(
         raise stop.interrupted(f"stopped at step {result.steps} {saved}")
 
 
-def _decide(config: RunConfig, nodes: Sequence[str], devices: Sequence[str]) -> TrainConfig:
-    from jobs.planning.choice import decide  # Imports torch.
+def _decider() -> Decide:
+    from jobs.planning.choice import Decider  # Imports torch.
 
-    return decide(config, nodes, devices) if config.train.open else config.train
+    return Decider()
 
 
 def _check_kill(step: int, config: RunConfig) -> None:

@@ -20,6 +20,8 @@ from workers.gpus import GPUS, type_of
 SPARE = 0.05
 """Of a device's memory, which a choice leaves free: the plan is an estimate."""
 LARGEST_MICRO_BATCH = 16
+ALIKE = 0.75
+"""Of a group's size, or the other way round, at which what was decided for it may hold for another one."""
 MOST_LAYERS = 1024
 LOOKS = 4
 """At numbers of layers that are computed again, at most: each runs the model without data."""
@@ -44,24 +46,48 @@ def decided(config: RunConfig, machines: Machines) -> RunConfig:
     return _exact(fastest, machines, device) if config.train.accumulate == "auto" else fastest
 
 
-def decide(config: RunConfig, nodes: Sequence[str], devices: Sequence[str]) -> TrainConfig:
-    """Decide for a generation of workers.
+class Decider:
+    """Decides for one generation of a run's workers after the other.
 
-    Args:
-        config: of the run.
-        nodes: of the workers, one for each rank.
-        devices: what the workers' devices call themselves, each once.
+    What was decided last holds while it fits and the group is about as large: to find what is fastest takes longer than
+    a recovery may.
     """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, TrainConfig] | None = None
+
+    def __call__(self, config: RunConfig, nodes: Sequence[str], devices: Sequence[str]) -> TrainConfig:
+        """Decide.
+
+        Args:
+            config: of the run.
+            nodes: of the workers, one for each rank.
+            devices: what the workers' devices call themselves, each once.
+        """
+        if not config.train.open:
+            return config.train
+        if (machines := _machines(nodes, devices)) is None:
+            return config.train.plain()
+        if self._last is not None:
+            ranks, train = self._last
+            alike = ALIKE * ranks <= len(nodes) <= ranks / ALIKE
+            if alike and _fits(replace(config, train=train), machines, machines.device()):
+                return train
+        train = decided(config, machines).train
+        self._last = len(nodes), train
+        return train
+
+
+def _machines(nodes: Sequence[str], devices: Sequence[str]) -> Machines | None:
+    """Return what a plan knows of the workers' machines; None for GPUs that are not in the table."""
     ranks, per_node = len(nodes), max(Counter(nodes).values())
     types = [type_of(device) for device in devices]
     if all(types):
         least = min(types, key=lambda name: GPUS[name].memory_gb)
-        return decided(config, Machines(gpus=ranks, gpus_per_node=per_node, gpu_type=least)).train
-    kinds = {"cpu" if device == "cpu" else "cuda" for device in devices}
-    if kinds != {"cpu"}:  # Nothing is known of them.
-        return config.train.plain()
-    here = memory_alone(memory_here()[0])
-    return decided(config, Machines(gpus=ranks, gpus_per_node=per_node, calibration=here)).train
+        return Machines(gpus=ranks, gpus_per_node=per_node, gpu_type=least)
+    if set(devices) != {"cpu"}:
+        return None
+    return Machines(gpus=ranks, gpus_per_node=per_node, calibration=memory_alone(memory_here()[0]))
 
 
 def deepest(config: RunConfig, machines: Machines) -> RunConfig:
