@@ -67,7 +67,9 @@ class MicroBatch:
     heap: int
     """Of `peak`, the bytes in blocks that a CPU's allocator keeps when they are freed."""
     heap_beside_gradients: int
-    """Likewise, of `peak_beside_gradients` and the gradients."""
+    """Likewise, of `peak_beside_gradients`."""
+    heap_gradients: int
+    """Bytes of all gradients in such blocks."""
 
 
 class OpRecorder(TorchDispatchMode):
@@ -234,8 +236,8 @@ def micro_batch_of(
         peak=recorder.peak(),
         peak_beside_gradients=recorder.peak(gradients),
         heap=recorder.peak(below=HEAP_BLOCK),
-        heap_beside_gradients=recorder.peak(gradients, HEAP_BLOCK)
-        + sum(gradient.nbytes for gradient in gradients if gradient.nbytes < HEAP_BLOCK),
+        heap_beside_gradients=recorder.peak(gradients, HEAP_BLOCK),
+        heap_gradients=sum(gradient.nbytes for gradient in gradients if gradient.nbytes < HEAP_BLOCK),
     )
 
 
