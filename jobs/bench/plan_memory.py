@@ -16,6 +16,7 @@ from jobs.load import load, plain_yaml
 from jobs.planning.choice import memory_alone
 from jobs.planning.estimate import Machines, memory_on
 from orchestrator.config import RunConfig
+from workers.common.errors import ConfigError
 
 WORLD_SIZE = 2
 WAYS = {"recompute": ("none", "all"), "gradients": ("whole", "partitioned"), "logits": ("whole", "chunked")}
@@ -31,21 +32,29 @@ LARGE = (
 """Of more than 1 GB in any way: 46 M parameters, 2,048 tokens in a micro-batch."""
 BEFORE_AND_AFTER = {
     "demo": ("demo", ["train.global_batch=32"]),
-    "demo, 32,768 tokens": ("demo", ["train.global_batch=32", "model.vocab_size=32768"]),
+    "demo-32k": ("demo", ["train.global_batch=32", "model.vocab_size=32768"]),
 }
 """Everything that saves memory against nothing of it; two micro-batches for each rank."""
 TOLERANCE = 0.1
 
 
-def memory_against_reality(overrides: list[str], say: Callable[[str], None]) -> dict[str, Any]:
+def memory_against_reality(overrides: list[str], only: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure and compare.
 
     Args:
         overrides: of all configs.
+        only: a name of a config; empty for all of them.
         say: takes a line about each measurement.
+
+    Raises:
+        ConfigError: there is no such config.
     """
+    if only and only not in (known := ("large", *BEFORE_AND_AFTER)):
+        raise ConfigError(f"--only {only}: must be one of {', '.join(known)}")
     found = []
     for name, built_in, changes, ways in variants():
+        if only not in ("", name):
+            continue
         keys = [f"train.{key}={value}" for key, value in ways.items()]
         config = load(built_in, [*changes, *keys, "train.accumulate=weights", *FIXED, *overrides])
         found.append({"config": name, **ways, **compare(config, WORLD_SIZE)})

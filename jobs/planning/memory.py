@@ -86,7 +86,7 @@ def memory_of(
         "optimizer state": layout.state_bytes - 4 * layout.partition,
     }
     several = train.slots > ranks
-    heap = micro.heap_beside_gradients + micro.heap_gradients if several else micro.heap
+    blocks = micro.blocks_beside_gradients if several else micro.blocks
     backward = {"gradients": parameters, "activations and logits": micro.peak - parameters}
     if several:  # All gradients are there while the next micro-batch runs.
         backward["activations and logits"] = micro.peak_beside_gradients
@@ -103,13 +103,9 @@ def memory_of(
     if train.gradients == "partitioned":
         # Each gradient is gone once it is in the bucket. In bf16 the parts are summed up in place, in fp32; in fp32
         # each micro-batch's are added to the last ones', all of those parameters of which the rank holds anything.
-        heap = micro.heap_beside_gradients
+        blocks = micro.blocks_of_bucket
         before = 4 * layout.partition if in_place else whole * several
         backward = {"partition's gradients": before, "activations and logits": micro.peak_beside_gradients}
-        if kind == "cpu" and bucket >= parameters:  # Its pages are found as it is filled: as gradients would be.
-            backward |= {"activations and logits": micro.peak - parameters, "reduction bucket": bucket}
-        elif kind == "cpu":
-            backward["reduction bucket"] = bucket
         packed = partition + 4 * fragment if in_place else partition * (ranks > 1)
         reduction = {"partition's gradients": before, "reduction bucket": bucket}
         reduction["packed, or kept beside them"] = max(packed, 0 if in_place else whole)
@@ -122,17 +118,23 @@ def memory_of(
         update["gradients in fp32"] += itemsize * largest
         update["orthogonalization"] = workspace_bytes(layout.plan, optim, kind) if layout.plan else 0
     else:
+        # What the heap has grown to is there in every phase, large blocks come and go beside it.
+        backward["activations and logits"] = blocks.small + blocks.large - parameters
+        if train.gradients == "partitioned":
+            backward["reduction bucket"] = parameters
         for phase in (reduction, norm, update):
             phase.pop("gradients", None)
-            for name in phase:  # Small blocks come from what is kept.
-                phase[name] = phase[name] if phase[name] >= HEAP_BLOCK else 0
-            phase["kept by the allocator"] = heap
+            room = blocks.heap - blocks.small
+            for name, nbytes in phase.items():  # Small blocks come from what is kept, and large ones that it had.
+                if nbytes <= room or nbytes < HEAP_BLOCK:
+                    phase[name], room = 0, room - nbytes * (nbytes >= HEAP_BLOCK)
+            phase["kept by the allocator"] = blocks.heap
     # The model is made in fp32. A GPU's is cast before it is laid out flat; master weights and state come after.
     made = 4 * layout.parameters + (flat if kind == "cpu" else 0)
     build = {"the model in fp32, beside all that": max(0, made - sum(state.values()))}
     phases = {"backward": backward, "reduction": reduction, "norm": norm, "update": update}
     for parts in phases.values():
-        changing = sum(parts.values()) if kind == "cuda" else heap
+        changing = sum(parts.values()) if kind == "cuda" else blocks.heap
         parts["fragmented"] = int(FRAGMENTED[kind] * changing)
     phases["build"] = build  # In large blocks, before anything is freed.
     copies = ranks_per_node if ranks > ranks_per_node else 0
