@@ -85,7 +85,7 @@ def memory_of(
         "master weights": 4 * layout.partition,
         "optimizer state": layout.state_bytes - 4 * layout.partition,
     }
-    several = train.slots > ranks
+    several, own = train.slots > ranks, parameters
     blocks = micro.blocks_beside_gradients if several else micro.blocks
     backward = {"gradients": parameters, "activations and logits": micro.peak - parameters}
     if several:  # All gradients are there while the next micro-batch runs.
@@ -119,9 +119,9 @@ def memory_of(
         update["orthogonalization"] = workspace_bytes(layout.plan, optim, kind) if layout.plan else 0
     else:
         # What the heap has grown to is there in every phase, large blocks come and go beside it.
-        backward["activations and logits"] = blocks.small + blocks.large - parameters
-        if train.gradients == "partitioned":
-            backward["reduction bucket"] = parameters
+        backward["activations and logits"] = blocks.small + blocks.large - own
+        if train.gradients == "partitioned":  # A bucket that holds fewer than all takes less.
+            backward["reduction bucket"] = own
         for phase in (reduction, norm, update):
             phase.pop("gradients", None)
             room = blocks.heap - blocks.small

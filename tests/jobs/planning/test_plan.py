@@ -236,7 +236,7 @@ def test_what_cannot_fit_is_refused_with_what_would():
     assert "would fit: 8 x H100 (80 GB)" in text
     plain = [f"train.{key}={value}" for key, value in PLAIN.items()]
     _, text = refused("moonlight-16b", *plain, "train.micro_batch=1", "--gpus", "8", "--gpu-type", "l4")
-    assert "does not fit: 13" in text and "gradients 31.9 GB" in text and "would fit: 8 x B200 (180 GB)" in text
+    assert "does not fit: 13" in text and "gradients 31.9 GB" in text and "would fit: 8 x H200 (141 GB)" in text
 
 
 def test_the_smallest_change_comes_first():
