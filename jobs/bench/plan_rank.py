@@ -2,7 +2,8 @@
 
 Started as `torchrun -m jobs.bench.plan_rank CONFIG.yaml RUN_URL TURNS`. The process is fresh, so its peak is that
 of the engine and the first turn's steps. Rank 0 tells the seconds of each turn's steps, the calibration that followed
-each turn (all ranks measure at the same time, as they train), the growth of the peak and the bytes of state.
+each turn (all ranks measure at the same time, as they train), the growth of the peak and the bytes of state. With 0
+turns nothing is timed: a few steps for the peak alone.
 """
 
 import sys
@@ -45,10 +46,12 @@ def main(config_path: str, run_url: str, turns: int) -> None:
     before = _memory("VmRSS")
     engine, counters = join(member, task, store), Counters()
     seconds, shares, calibrations, growth = [], [], [], 0
-    for turn in range(turns):
-        watch = Watch()
+    for turn in range(max(1, turns)):
+        watch = Watch(LEAST_SECONDS if turns else 0.0)
         Trainer(task, member, engine, counters, Controls(report=watch.report, pause=watch.pause)).run()
         growth = growth or _memory("VmHWM") - before
+        if not turns:
+            break
         seconds.append(watch.seconds[WARMUP_STEPS:])
         share = processor_share(watch.marks[WARMUP_STEPS - 1], watch.marks[-1])
         shares.append([float(text) for text in _gather(store, f"share/{turn}", rank, world_size, str(share))])
@@ -73,7 +76,8 @@ def main(config_path: str, run_url: str, turns: int) -> None:
 class Watch:
     """One turn: the seconds of its steps, on rank 0, and what every rank had of its processor by each step's end."""
 
-    def __init__(self) -> None:
+    def __init__(self, least_seconds: float) -> None:
+        self.least_seconds = least_seconds
         self.began = time.perf_counter()
         self.seconds: list[float] = []
         self.marks: list[tuple[float, float]] = []
@@ -87,7 +91,7 @@ class Watch:
         """Leave when there are enough steps; one rank's word is everybody's."""
         self.marks.append(processor_seconds())
         enough = len(self.marks) >= WARMUP_STEPS + LEAST_STEPS
-        return Pause(leave=enough and time.perf_counter() - self.began > LEAST_SECONDS)
+        return Pause(leave=enough and time.perf_counter() - self.began > self.least_seconds)
 
 
 def _gather(store: Store, key: str, rank: int, world_size: int, text: str) -> list[str]:

@@ -115,9 +115,15 @@ def bench_plan(
     overrides: Overrides = None,
     turns: Annotated[int, typer.Option(min=1, help="Of calibration and steps, for each config and world size.")] = 3,
     only: Annotated[str, typer.Option(help="One config by name; without it all of them.")] = "",
+    memory: Annotated[bool, typer.Option("--memory", help="Peaks alone, with each way to save memory.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The plan's memory and step time against what a run takes on this machine."""
+    if memory:
+        from jobs.bench.plan_memory import memory_against_reality
+
+        _print_result(memory_against_reality(overrides or [], only, _say), as_json)
+        return
     from jobs.bench.plan import against_reality
 
     _print_result(against_reality(overrides or [], turns, only, _say), as_json)

@@ -85,47 +85,56 @@ def memory_of(
         "master weights": 4 * layout.partition,
         "optimizer state": layout.state_bytes - 4 * layout.partition,
     }
+    several, own = train.slots > ranks, parameters
+    blocks = micro.blocks_beside_gradients if several else micro.blocks
     backward = {"gradients": parameters, "activations and logits": micro.peak - parameters}
-    heap, several = micro.heap, train.slots > ranks
     if several:  # All gradients are there while the next micro-batch runs.
         backward["activations and logits"] = micro.peak_beside_gradients
-        heap = micro.heap_beside_gradients
     if several and itemsize == 2 and train.accumulate == "fp32":
         backward["gradients"] = parameters = 4 * layout.parameters
-    whole = itemsize * max(layout.whole_in_partition(rank) for rank in {0, ranks // 2, ranks - 1})
+    some = {0, ranks // 2, ranks - 1}
+    whole = itemsize * max(layout.whole_in_partition(rank) for rank in some)
+    fragment = max(piece.length for rank in some for group in layout.groups for piece in group.layout.fragments(rank))
     largest = max(group.layout.partition for group in layout.groups)
     # The gradients leave for the bucket; packed for their owners they are gone before an owner keeps its own.
     reduction = {"gradients": parameters, "reduction bucket": bucket}
     reduction["partition's gradients"] = max(whole, partition if ranks > 1 else 0)
-    update = {"partition's gradients": whole, "gradients in fp32": 4 * largest}
+    held, in_place = whole, train.gradients == "partitioned" and itemsize == 2
     if train.gradients == "partitioned":
-        # Each is gone once it is in the bucket. In bf16 the parts are summed up in place, in fp32; in fp32 each
-        # micro-batch's are added to the last ones', all of those parameters of which the rank holds anything.
-        in_place = itemsize == 2
-        held = 4 * layout.partition if in_place else whole * (2 if several else 1)
-        backward = {"partition's gradients": held, "activations and logits": micro.peak_beside_gradients}
-        reduction = {"partition's gradients": held, "reduction bucket": bucket}
-        update = {
-            "partition's gradients": held if in_place else whole,
-            "gradients in fp32": 0 if in_place else 4 * largest,
-        }
+        # Each gradient is gone once it is in the bucket. In bf16 the parts are summed up in place, in fp32; in fp32
+        # each micro-batch's are added to the last ones', all of those parameters of which the rank holds anything.
+        blocks = micro.blocks_of_bucket
+        before = 4 * layout.partition if in_place else whole * several
+        backward = {"partition's gradients": before, "activations and logits": micro.peak_beside_gradients}
+        packed = partition + 4 * fragment if in_place else partition * (ranks > 1)
+        reduction = {"partition's gradients": before, "reduction bucket": bucket}
+        reduction["packed, or kept beside them"] = max(packed, 0 if in_place else whole)
+        held = before if in_place else whole
+    norm = {"partition's gradients": held, "a gradient in fp64": 8 * fragment}
+    update = {"partition's gradients": held, "gradients in fp32": 0 if in_place else 4 * largest}
     if kind == "cuda":
         # A CPU finds its pages when it is written, after the backward pass. Two are filled in turns, where one is sent.
         backward["reduction bucket"] = bucket * (2 if train.overlap and ranks > 1 else 1)
         update["gradients in fp32"] += itemsize * largest
         update["orthogonalization"] = workspace_bytes(layout.plan, optim, kind) if layout.plan else 0
     else:
-        for phase in (reduction, update):
+        # What the heap has grown to is there in every phase, large blocks come and go beside it.
+        backward["activations and logits"] = blocks.small + blocks.large - own
+        if train.gradients == "partitioned":  # A bucket that holds fewer than all takes less.
+            backward["reduction bucket"] = own
+        for phase in (reduction, norm, update):
             phase.pop("gradients", None)
-            for name in phase:  # Small blocks come from what is kept.
-                phase[name] = phase[name] if phase[name] >= HEAP_BLOCK else 0
-            phase["kept by the allocator"] = heap
+            room = blocks.heap - blocks.small
+            for name, nbytes in phase.items():  # Small blocks come from what is kept, and large ones that it had.
+                if nbytes <= room or nbytes < HEAP_BLOCK:
+                    phase[name], room = 0, room - nbytes * (nbytes >= HEAP_BLOCK)
+            phase["kept by the allocator"] = blocks.heap
     # The model is made in fp32. A GPU's is cast before it is laid out flat; master weights and state come after.
     made = 4 * layout.parameters + (flat if kind == "cpu" else 0)
     build = {"the model in fp32, beside all that": max(0, made - sum(state.values()))}
-    phases = {"backward": backward, "reduction": reduction, "update": update}
+    phases = {"backward": backward, "reduction": reduction, "norm": norm, "update": update}
     for parts in phases.values():
-        changing = sum(parts.values()) if kind == "cuda" else heap
+        changing = sum(parts.values()) if kind == "cuda" else blocks.heap
         parts["fragmented"] = int(FRAGMENTED[kind] * changing)
     phases["build"] = build  # In large blocks, before anything is freed.
     copies = ranks_per_node if ranks > ranks_per_node else 0

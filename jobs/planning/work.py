@@ -13,9 +13,9 @@ import functools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,10 +64,34 @@ class MicroBatch:
     """Bytes of activations, logits and gradients at the worst moment, where there are no gradients before."""
     peak_beside_gradients: int
     """Bytes at the worst moment where all gradients are there: what is added to one of them is all that is new."""
-    heap: int
-    """Of `peak`, the bytes in blocks that a CPU's allocator keeps when they are freed."""
-    heap_beside_gradients: int
-    """Likewise, of `peak_beside_gradients` and the gradients."""
+    blocks: "Blocks"
+    """Of a CPU, where there are no gradients before."""
+    blocks_beside_gradients: "Blocks"
+    """Of a CPU, with all gradients there."""
+    blocks_of_bucket: "Blocks"
+    """Of a CPU whose gradients go into a bucket as they come: a large block, of which a page is found when it is
+    written."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Bytes of a CPU's blocks at the worst moment of each kind."""
+
+    small: int
+    """Of the blocks that the heap keeps when they are freed."""
+    fitting: int
+    """Of these and of those that the heap has room for when it is empty."""
+    large: int
+    """Of the blocks that go back to the system."""
+
+    @property
+    def heap(self) -> int:
+        """Return what the heap grows to, without holes.
+
+        It is there, empty, when a step begins, but for the first. Large blocks that come first take what room it has,
+        and it grows by as much for the small ones that come after.
+        """
+        return self.small + min(self.small, self.fitting - self.small)
 
 
 class OpRecorder(TorchDispatchMode):
@@ -103,17 +127,25 @@ class OpRecorder(TorchDispatchMode):
         found, self.works = self.works, Counter()
         return found
 
-    def peak(self, passing: Iterable[Tensor] = (), below: float = math.inf) -> int:
+    def peak(
+        self,
+        passing: Iterable[Tensor] = (),
+        below: float = math.inf,
+        least: float = 0,
+        always: Iterable[Tensor] = (),
+    ) -> int:
         """Return the bytes at the worst moment so far.
 
         Args:
             passing: tensors that count from their birth to that of the next of them, and not to their end.
             below: smaller blocks alone.
+            least: blocks of at least so many bytes alone.
+            always: tensors that count whatever their size is.
         """
-        short = {self._numbers[tensor.untyped_storage()] for tensor in passing}
+        short, counted = ({self._numbers[one.untyped_storage()] for one in tensors} for tensors in (passing, always))
         live = peak = last = 0
         for number, nbytes in self._events:
-            if abs(nbytes) >= below:
+            if not least <= abs(nbytes) < below and number not in counted:
                 continue
             if number in short:
                 live, last = live - last, nbytes
@@ -172,9 +204,10 @@ class _Costed(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         for work in ctx.works:
             ctx.recorder.note(work)
-        rest = ctx.made[len(ctx.gradients) :]
+        gradients, ctx.gradients = ctx.gradients, ()  # Held by nobody else: autograd takes them and makes no copy.
+        rest = ctx.made[len(gradients) :]
         made = [one and torch.empty(one[0], dtype=one[1], device="meta") for one in rest]
-        return None, None, *ctx.gradients, *made
+        return None, None, *gradients, *made
 
 
 def _learns(argument: Any) -> bool:
@@ -233,9 +266,21 @@ def micro_batch_of(
         accumulation=Counter(elementwise(3 * gradient.nbytes) for gradient in gradients),
         peak=recorder.peak(),
         peak_beside_gradients=recorder.peak(gradients),
-        heap=recorder.peak(below=HEAP_BLOCK),
-        heap_beside_gradients=recorder.peak(gradients, HEAP_BLOCK)
-        + sum(gradient.nbytes for gradient in gradients if gradient.nbytes < HEAP_BLOCK),
+        blocks=_blocks(recorder),
+        blocks_beside_gradients=_blocks(recorder, gradients, there=True),
+        blocks_of_bucket=replace(_blocks(recorder, gradients), large=recorder.peak(least=HEAP_BLOCK, always=gradients)),
+    )
+
+
+def _blocks(recorder: OpRecorder, passing: Sequence[Tensor] = (), there: bool = False) -> Blocks:
+    """Sort what was taken; `there`: those that pass are all there as well."""
+    sizes = [one.nbytes for one in passing] if there else []
+    small = recorder.peak(passing, HEAP_BLOCK) + sum(size for size in sizes if size < HEAP_BLOCK)
+    room = max(HEAP_BLOCK, small)
+    return Blocks(
+        small,
+        fitting=recorder.peak(passing, room) + sum(size for size in sizes if size < room),
+        large=recorder.peak(passing, least=HEAP_BLOCK) + sum(size for size in sizes if size >= HEAP_BLOCK),
     )
 
 

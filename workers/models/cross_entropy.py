@@ -44,6 +44,7 @@ class _Chunked(torch.autograd.Function):
             if of_hidden is not None and of_head is not None:
                 torch.mm(gradient, head, out=of_hidden[here])
                 of_head.addmm_(gradient.mT, hidden[here])
+            del logits, gradient  # Else they were there beside the next ones.
         ctx.gradients = of_hidden, of_head
         return total
 
