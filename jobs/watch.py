@@ -2,6 +2,7 @@
 
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -22,6 +23,7 @@ class TerminalWatcher:
         self.warned = ""
         self.next_line = 0.0
         self.rate = 0.0
+        self._chosen: dict[str, Any] = {}
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -87,12 +89,17 @@ class TerminalWatcher:
         match event:
             case Fault():
                 self.console.print(f"step {event.step}: {event.cause}", style="yellow")
-            case Membership() if event.reason != "start":
-                source = event.source.replace("keepers", "the keepers' memory").replace("start", "the start")
-                self.console.print(
-                    f"step {event.restored_step}: {event.previous_world_size} -> {event.world_size} worker(s), "
-                    f"going on from {source}"
-                )
+            case Membership():
+                if event.reason != "start":
+                    source = event.source.replace("keepers", "the keepers' memory").replace("start", "the start")
+                    self.console.print(
+                        f"step {event.restored_step}: {event.previous_world_size} -> {event.world_size} worker(s), "
+                        f"going on from {source}"
+                    )
+                if event.chosen != self._chosen:
+                    self._chosen = event.chosen
+                    keys = " ".join(f"train.{key}={value}" for key, value in event.chosen.items())
+                    self.console.print(f"as fast as fits {event.world_size} worker(s): {keys}", style="dim")
             case Recovery() if event.reason != "start":
                 redone = f"{event.steps_redone} step(s) redone" if event.steps_redone else "no step redone"
                 self.console.print(

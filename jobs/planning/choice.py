@@ -40,10 +40,10 @@ def decided(config: RunConfig, machines: Machines) -> RunConfig:
     fitting = [one for one in found if _fits(one, machines, device)]
     if not fitting:
         return min(found, key=lambda one: needed_on(memory_on(one, machines, device), machines, device))
-    if len(fitting) == 1 or not device.curves:
-        return _exact(fitting[0], machines, device) if config.train.accumulate == "auto" else fitting[0]
-    fastest = min(fitting, key=lambda one: time_on(one, machines, device).training)
-    return _exact(fastest, machines, device) if config.train.accumulate == "auto" else fastest
+    best = fitting[0]
+    if len(fitting) > 1 and device.curves:
+        best = min(fitting, key=lambda one: time_on(one, machines, device).training)
+    return _exact(best, machines, device) if config.train.accumulate == "auto" else best
 
 
 class Decider:
@@ -82,7 +82,7 @@ def _machines(nodes: Sequence[str], devices: Sequence[str]) -> Machines | None:
     """Return what a plan knows of the workers' machines; None for GPUs that are not in the table."""
     ranks, per_node = len(nodes), max(Counter(nodes).values())
     types = [type_of(device) for device in devices]
-    if all(types):
+    if types and all(types):
         least = min(types, key=lambda name: GPUS[name].memory_gb)
         return Machines(gpus=ranks, gpus_per_node=per_node, gpu_type=least)
     if set(devices) != {"cpu"}:
@@ -145,11 +145,7 @@ def _variants(train: TrainConfig, ranks: int) -> Iterator[TrainConfig]:
         for gradients in ("whole", "partitioned") if train.gradients == "auto" else (train.gradients,):
             if gradients == "partitioned" and ranks == 1 and train.gradients == "auto":
                 continue  # Its part is all of it.
-            yield replace(replace(train, micro_batch=size, gradients=gradients).plain(), accumulate=_cheapest(train))
-
-
-def _cheapest(train: TrainConfig) -> str:
-    return "weights" if train.accumulate == "auto" else train.accumulate
+            yield replace(train, micro_batch=size, gradients=gradients).plain()
 
 
 def _fits(config: RunConfig, machines: Machines, device: Calibration) -> bool:

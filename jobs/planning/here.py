@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import torch
 
-from jobs.planning.choice import decided, memory_alone, told
+from jobs.planning.choice import decided, memory_alone
 from jobs.planning.estimate import Machines, gigabytes, memory_on, needed_on
 from jobs.planning.memory import PROCESS_BYTES
 from jobs.planning.plan import require_fit
-from jobs.planning.state import layout_of, num_blocks
+from jobs.planning.state import layout_of
 from orchestrator.config import RunConfig
 from orchestrator.group.usage import memory_here
 
@@ -31,7 +31,7 @@ def workers_here(config: RunConfig) -> int:
 
 
 def look_here(config: RunConfig, workers: int, warn: Callable[[str], object]) -> str:
-    """Return a line about what the run needs and what is there, and one about what is chosen for it.
+    """Return a line about what the run needs and what is there.
 
     Args:
         config: of the run.
@@ -58,18 +58,16 @@ def look_here(config: RunConfig, workers: int, warn: Callable[[str], object]) ->
     elif kept > TIGHT * free:
         warn(f"memory is tight: about {gigabytes(kept)} are needed for snapshots, {gigabytes(free)} are free")
     parameters = layout_of(config.model, config.optim, workers).parameters
-    line = told(chosen.train, config.train, num_blocks(config.model))
-    chosen_line = f"\n{line}" if line else ""
     many = f"{workers} worker{'s' if workers > 1 else ''}"
     if cuda:
         return (
             f"{parameters:,} parameters; each of {many} needs about {gigabytes(needed)} of its GPU's {gigabytes(room)} "
-            f"({name}), and snapshots {gigabytes(kept)} of {gigabytes(free)} free memory{chosen_line}"
+            f"({name}), and snapshots {gigabytes(kept)} of {gigabytes(free)} free memory"
         )
     each = memory.peak + PROCESS_BYTES
     return (
         f"{parameters:,} parameters; {many} of about {gigabytes(each)} each and snapshots of {gigabytes(kept)} need "
-        f"{gigabytes(needed)} of {gigabytes(room)} free memory{chosen_line}"
+        f"{gigabytes(needed)} of {gigabytes(room)} free memory"
     )
 
 

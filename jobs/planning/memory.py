@@ -90,7 +90,7 @@ def memory_of(
     backward = {"gradients": parameters, "activations and logits": micro.peak - parameters}
     if several:  # All gradients are there while the next micro-batch runs.
         backward["activations and logits"] = micro.peak_beside_gradients
-    if several and itemsize == 2 and train.accumulate == "fp32":
+    if itemsize == 2 and train.accumulate == "fp32":
         backward["gradients"] = parameters = 4 * layout.parameters
     some = {0, ranks // 2, ranks - 1}
     whole = itemsize * max(layout.whole_in_partition(rank) for rank in some)

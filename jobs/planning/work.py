@@ -27,8 +27,8 @@ from workers.config import ModelConfig
 from workers.models import build_empty
 from workers.models.attention import watch
 from workers.models.feed_forward import work_of_grouped, work_of_stacked
-from workers.models.kernels import Cost, Kernel, stand_in
-from workers.models.recompute import recompute
+from workers.models.kernels import Cost, Kernel, attention, stand_in
+from workers.models.recompute import keeping, recompute, recomputing
 from workers.objective import batch_of, summed_loss
 from workers.work import Work, Works, elementwise, nbytes_of, product
 
@@ -246,11 +246,20 @@ def micro_batch_of(
         recompute(model, recomputed)
         tokens = torch.zeros(micro_batch, seq_len + 1, dtype=torch.int64)
     recorder = OpRecorder(kind)
+    kept: list[tuple[Tensor, tuple[Tensor, ...]]] = []
 
     def told(kernel: Kernel, *arguments: Any) -> Tensor:
         """Take a kernel at its word, where the device has one."""
         cost = kernel.cost(kind, *arguments)
-        return kernel.run(*arguments) if cost is None else _Costed.apply(recorder, cost, *arguments)
+        if cost is None:
+            return kernel.run(*arguments)
+        if kernel is attention and keeping():
+            kept.append((cost.result, cost.kept[4:]))
+        elif kernel is attention and recomputing() and kept:  # The last layer is the first to be computed again.
+            result, rest = kept.pop()
+            out = result.detach()
+            cost = replace(cost, result=out, kept=(*arguments[:3], out, *rest), forward=())
+        return _Costed.apply(recorder, cost, *arguments)
 
     with recorder, stand_in(told):
         batch = batch_of(tokens, documents=tokens.int() if documents else None)

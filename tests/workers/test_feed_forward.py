@@ -1,9 +1,12 @@
 """The feed-forward layers' own backward passes, against autograd over plain ops."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.closeness import assert_close
 from workers.models.feed_forward import Routes, grouped_product, lean_swiglu_product, plain_swiglu, swiglu_product
@@ -124,6 +127,25 @@ def test_a_layer_that_is_computed_again_counts_its_tokens_once(tiny_moonlight):
     assert torch.equal(model.expert_load(), load)
     mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
     assert mixtures and load.sum() == len(mixtures) * tokens.numel() * mixtures[0].gate.top_k
+
+
+def test_attention_is_not_computed_again():
+    from tests.workers.test_llama import TINY
+    from workers.models import build
+
+    model, tokens = build(TINY).train(), torch.randint(0, 256, (2, 16))
+    recompute(model, TINY.num_layers)
+    calls: Counter[str] = Counter()
+
+    class Counts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counts():
+        model(tokens).square().sum().backward()
+    assert calls["_scaled_dot_product_flash_attention_for_cpu"] == TINY.num_layers
+    assert calls["silu"] == 2 * TINY.num_layers, "all else is"
 
 
 @pytest.fixture

@@ -1,36 +1,59 @@
-"""Layers of which the backward pass computes again what the forward pass did not keep: a layer then keeps its input.
+"""Layers of which the backward pass computes again what the forward pass did not keep, but for attention's results.
 
+A layer keeps its input, and of fused attention the output and a number for each query: small beside what they cost.
 What a layer counts or watches it does the first time alone: see `recomputing`.
 """
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Literal
 
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from workers.models.language_model import LanguageModel
+
+aten = torch.ops.aten
+KEPT = [
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+]
+"""Ops whose results are kept: attention's."""
 
 _here = threading.local()  # The backward pass of a GPU runs on a thread of its own.
 
 
 def recomputing() -> bool:
     """Tell whether this is a forward pass that was there before."""
-    return getattr(_here, "again", False)
+    return _pass() == "again"
+
+
+def keeping() -> bool:
+    """Tell whether this is a forward pass that will be there again."""
+    return _pass() == "first"
+
+
+def _pass() -> str:
+    return getattr(_here, "number", "")
 
 
 @contextmanager
-def _again() -> Iterator[None]:
-    _here.again = True
+def _marked(number: Literal["first", "again"], within: AbstractContextManager) -> Iterator[None]:
+    before, _here.number = _pass(), number
     try:
-        yield
+        with within:
+            yield
     finally:
-        _here.again = False
+        _here.number = before
 
 
 def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _again()
+    first, again = create_selective_checkpoint_contexts(KEPT)
+    return _marked("first", first), _marked("again", again)
 
 
 def recompute(model: LanguageModel, layers: int) -> None:
