@@ -1,8 +1,10 @@
 """`raymuon train`: a run from config to summary."""
 
+import importlib
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError
 from workers.common.storage import storage_errors
+from workers.config import TrainConfig
 
 
 def train(
@@ -51,6 +54,7 @@ def train(
         take_over=take_over,
         kill_after=kill_worker,
         decide=_decider(),
+        meanwhile=_plan,
     )
     with TerminalWatcher() as watcher:
         if left_out := cut_short(run_config.optim, run_config.train.steps):
@@ -74,9 +78,19 @@ def train(
 
 
 def _decider() -> Decide:
-    from jobs.planning.choice import Decider  # Imports torch.
+    """Return what decides by the plan, whose modules import torch: not before they are needed."""
+    deciders: list[Decide] = []
 
-    return Decider()
+    def decide(config: RunConfig, nodes: Sequence[str], devices: Sequence[str]) -> TrainConfig:
+        if not deciders:
+            deciders.append(_plan().Decider())
+        return deciders[0](config, nodes, devices)
+
+    return decide
+
+
+def _plan() -> Any:
+    return importlib.import_module("jobs.planning.choice")
 
 
 def _check_kill(step: int, config: RunConfig) -> None:

@@ -57,6 +57,8 @@ class Options:
     """For demonstrations: SIGKILL one worker after this step."""
     decide: Decide = plainly
     """Decides what is automatic in `train`, for each number of workers."""
+    meanwhile: Callable[[], object] = lambda: None
+    """Called while the workers start, which takes seconds."""
 
 
 def run(
@@ -116,6 +118,7 @@ def _run(joined: Joined, preflight: Preflight, watcher: Watcher, options: Option
         pool.rehearsal = replace(rehearsal, train=rehearsal.train.plain())
         _await_slots(pool, watcher, preflight.check)
         watcher.phase(f"starting {min(pool.num_slots, config.scaling.max_workers)} worker(s)")
+        options.meanwhile()
         pool.wait(lambda: not pool.num_starting, preflight.check, config.scaling.wait_s)
         preflight.finish()
         return _lead(preflight, pool, watcher, options)
