@@ -15,6 +15,7 @@ from orchestrator.config import RunConfig
 from orchestrator.group.usage import memory_here
 from workers.calibrate import Calibration
 from workers.config import TrainConfig
+from workers.data.config import DataConfig
 from workers.gpus import GPUS, type_of
 
 SPARE = 0.05
@@ -27,7 +28,6 @@ LOOKS = 4
 """At numbers of layers that are computed again, at most: each runs the model without data."""
 
 
-@lru_cache(maxsize=64)
 def decided(config: RunConfig, machines: Machines) -> RunConfig:
     """Return a config in which nothing is automatic.
 
@@ -35,6 +35,13 @@ def decided(config: RunConfig, machines: Machines) -> RunConfig:
     """
     if not config.train.open:
         return config
+    # Of the data a plan asks one thing, and mixtures are no keys of a cache.
+    asked = replace(config, data=DataConfig(document_mask=config.data.document_mask))
+    return replace(config, train=_best(asked, machines).train)
+
+
+@lru_cache(maxsize=64)
+def _best(config: RunConfig, machines: Machines) -> RunConfig:
     device = machines.device()
     found = [_leanest(config, machines, device, one) for one in _variants(config.train, machines.gpus)]
     fitting = [one for one in found if _fits(one, machines, device)]

@@ -52,6 +52,14 @@ def test_where_nothing_fits_it_is_what_needs_least():
     assert (least.micro_batch, least.logits, least.gradients, least.recomputed(4)) == (1, "chunked", "partitioned", 4)
 
 
+def test_a_mixture_of_data_is_no_hindrance(tmp_path):
+    path = tmp_path / "mixed.yaml"
+    sources = "[{name: a, urls: [a.txt], weight: 1}, {name: b, urls: [b.txt], weight: 2}]"
+    path.write_text(f"data:\n  sources: {sources}\n  mixture: [{{step: 5, weights: {{a: 1.0}}}}]\n")
+    config = load(str(path), [])
+    assert config.data.mixture and not decided(config, machines_of(10**10)).train.open
+
+
 def test_what_is_set_stays():
     config = config_of(recompute="2", logits="whole", gradients="partitioned", accumulate="weights")
     assert decided(config, machines_of(10**6)) is config
