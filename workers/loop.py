@@ -16,6 +16,7 @@ import operator
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from workers.models.attention import take_logits
 from workers.objective import Batch, gradient_weight, summed_loss
 from workers.phases import Phase
 from workers.reports import Sampled, SaveFailed, SaveSkipped, StepDone, Validated
+from workers.settings import overlapped
 from workers.snapshots.schedule import SnapshotSchedule
 from workers.snapshots.writer import SnapshotWriter
 from workers.state import (
@@ -83,6 +85,9 @@ class Trainer:
         self.snapshot_seconds = 0.0
         tick = lambda: controls.mark(Phase.MEASURE, counters.step + 1)  # noqa: E731
         self.telemetry = Telemetry(task, engine, tick, controls.report)
+        # What torch has compiled refuses to run where somebody looks at every op: its reductions go uncounted.
+        within = task.train.gradients == "partitioned" or overlapped(task.train, engine.device.type)
+        self.sends_within_passes = within and not task.train.compile
         self.validation: dict[str, Any] | None = None
         """The last one, which the driver may not have."""
         self.rows: deque[dict[str, Any]] = deque(maxlen=ROWS_KEPT)
@@ -131,7 +136,7 @@ class Trainer:
         clock, part = time.perf_counter(), self.telemetry.clock.part
         lr = learning_rate(self.task.optim, step, train.steps)
         self.telemetry.begin(step)
-        with self.telemetry.counting():  # Partitioned gradients are reduced on the way.
+        with self.telemetry.counting() if self.sends_within_passes else nullcontext():
             loss_sum = self._forward_backward(step)
         held_up = time.perf_counter()
         self.controls.mark(Phase.WAIT, step)

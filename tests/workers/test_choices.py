@@ -8,7 +8,10 @@ import pytest
 from optim.polynomials import coefficients
 from tests.closeness import EPS, ROUNDINGS, assert_close_weights, gain
 from tests.ranks import Ranks, run_ranks
+from tests.trainer import trainer_of
 from tests.workers.test_loop import task_of, trained
+from workers.config import TelemetryConfig
+from workers.reports import StepDone
 from workers.task import Task
 
 pytestmark = pytest.mark.numeric
@@ -32,6 +35,14 @@ def overlapping(rank: int, world_size: int, task: Task) -> dict:
         return trained(rank, world_size, task)
     finally:
         workers.engine.overlapped = workers.settings.overlapped = before
+
+
+def sent(rank: int, world_size: int, task: Task) -> float:
+    """Train a step, and return the bytes that a rank sends for gradients."""
+    trainer, told = trainer_of(rank, world_size, replace(task, telemetry=TelemetryConfig(every=1)))
+    trainer.run()
+    trainer.engine.destroy()
+    return told.of(StepDone)[0]["measured"]["bytes_sent/reduce"] if rank == 0 else 0.0
 
 
 def choice_of(task: Task, choice: dict[str, str]) -> Task:
@@ -84,3 +95,10 @@ def test_what_travels_under_the_passes_arrives(tmp_path, world_size):
                     assert all(weight.equal(other["weights"][name]) for name, weight in one["weights"].items())
     finally:
         ranks.close()
+
+
+def test_partitioned_gradients_are_sent_for_each_micro_batch(tmp_path):
+    """Three slots on two ranks: two rounds, as one rank runs a micro-batch in which nothing counts."""
+    task = task_of(tmp_path, steps=1)
+    whole, parts = (run_ranks(2, sent, choice_of(task, {"gradients": way}))[0] for way in ("whole", "partitioned"))
+    assert parts == 2 * whole > 0
