@@ -43,7 +43,7 @@ def decided(config: RunConfig, machines: Machines) -> RunConfig:
 @lru_cache(maxsize=64)
 def _best(config: RunConfig, machines: Machines) -> RunConfig:
     device = machines.device()
-    found = [_leanest(config, machines, device, one) for one in _variants(config.train, machines.gpus)]
+    found = [_least_again(config, machines, device, one) for one in _variants(config.train, machines.gpus)]
     fitting = [one for one in found if _fits(one, machines, device)]
     if not fitting:
         return min(found, key=lambda one: needed_on(memory_on(one, machines, device), machines, device))
@@ -97,15 +97,19 @@ def _machines(nodes: Sequence[str], devices: Sequence[str]) -> Machines | None:
     return Machines(gpus=ranks, gpus_per_node=per_node, calibration=memory_alone(memory_here()[0]))
 
 
+def leanest(config: RunConfig) -> RunConfig:
+    """Return a config in which what is automatic is what needs least: where that does not fit, nothing does."""
+    least = {"micro_batch": 1, "recompute": "all", "logits": "chunked", "gradients": "partitioned"}
+    lean = {key: least[key] for key in config.train.open if key in least}
+    return replace(config, train=replace(config.train, **lean).plain())
+
+
 def deepest(config: RunConfig, machines: Machines) -> RunConfig:
     """Return a config with as many layers as fit, all else as it is; with one where none do."""
-    device = machines.device()
-    leanest = {"micro_batch": 1, "recompute": "all", "logits": "chunked", "gradients": "partitioned"}
-    lean = {key: leanest[key] for key in config.train.open if key in leanest}
+    device, lean = machines.device(), leanest(config)
 
     def fits(layers: int) -> bool:
-        model = replace(config.model, num_layers=layers)
-        return _fits(replace(config, model=model, train=replace(config.train, **lean).plain()), machines, device)
+        return _fits(replace(lean, model=replace(config.model, num_layers=layers)), machines, device)
 
     least, most = 1, 2
     while most < MOST_LAYERS and fits(most):
@@ -159,7 +163,7 @@ def _fits(config: RunConfig, machines: Machines, device: Calibration) -> bool:
     return needed_on(memory_on(config, machines, device), machines, device) <= (1 - SPARE) * device.memory_bytes
 
 
-def _leanest(asked: RunConfig, machines: Machines, device: Calibration, train: TrainConfig) -> RunConfig:
+def _least_again(asked: RunConfig, machines: Machines, device: Calibration, train: TrainConfig) -> RunConfig:
     """Return the variant with as little computed again as fits, all of it where nothing does."""
     plain, limit = replace(asked, train=train), (1 - SPARE) * device.memory_bytes
     # All logits, and their gradient, in fp32: where these alone are too much, no model has to be run to know it.

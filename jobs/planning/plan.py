@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jobs.planning.choice import decided, told
+from jobs.planning.choice import decided, leanest, told
 from jobs.planning.estimate import Machines, gigabytes, memory_on, needed_on, sent_on, time_on
 from jobs.planning.goodput import UPLOAD_BYTES_PER_S, Goodput, failures_of, goodput
 from jobs.planning.memory import PROCESS_BYTES, Memory
@@ -257,7 +257,7 @@ def what_would_fit(config: RunConfig, machines: Machines) -> Iterator[str]:
 
     def needs(changed: RunConfig, gpus: int) -> int:
         on = replace(machines, gpus=gpus)
-        return needed_on(memory_on(decided(changed, on), on, device), on, device)
+        return needed_on(memory_on(leanest(changed), on, device), on, device)
 
     for size in range(train.micro_batch - 1, 0, -1):
         if train.global_batch % size == 0:
@@ -299,7 +299,7 @@ def with_types(config: RunConfig, machines: Machines) -> list[Machines]:
 
     def holds(gpu_type: str) -> bool:
         on = replace(machines, gpu_type=gpu_type)
-        memory = memory_on(decided(config, on), on, on.device())
+        memory = memory_on(leanest(config), on, on.device())
         return needed_on(memory, on, on.device()) <= GPUS[gpu_type].memory_gb * 10**9
 
     types = [name for name in GPUS if holds(name)] or [max(GPUS, key=lambda name: GPUS[name].memory_gb)]
