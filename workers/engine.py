@@ -186,8 +186,9 @@ def build_engine(
     )
     optimizer.bind(engine.optimizer)
     if train.gradients != "partitioned" and train.accumulate == "fp32":
-        for parameter in model.parameters():  # Autograd's own: what is added to it, it casts first.
-            parameter.grad_dtype = torch.float32
+        for parameter in model.parameters():
+            if parameter.dtype != torch.float32:  # Autograd's own: what is added to it, it casts first.
+                parameter.grad_dtype = torch.float32
     rank, world_size = dist.get_rank(), dist.get_world_size()
     overlaps = world_size > 1 and overlapped(train, device.type)
     gather = Gather(engine.optimizer, model) if overlaps else None
