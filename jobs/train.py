@@ -18,8 +18,8 @@ from jobs.tell import tell
 from jobs.watch import TerminalWatcher
 from optim.schedule import cut_short
 from orchestrator.config import RunConfig, absolute
-from orchestrator.controller import Decide
 from orchestrator.driver import Options, run
+from orchestrator.generation import Decide
 from orchestrator.group.cluster import JOB_VARIABLE, is_local
 from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.config import RunConfig, task_of
-from orchestrator.controller import Controller, Decide, plainly
+from orchestrator.controller import Controller
+from orchestrator.generation import Decide, plainly
 from orchestrator.group.pool import Pool
 from orchestrator.log.commits import Commits
 from orchestrator.log.lease import Lease

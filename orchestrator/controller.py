@@ -8,11 +8,11 @@ what becomes of all that they tell in `intake`.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 from orchestrator.config import RunConfig
-from orchestrator.generation import Change, Generation
+from orchestrator.generation import Change, Decide, Generation, plainly
 from orchestrator.group.pool import Pool, PoolKeeper, PoolWorker
 from orchestrator.group.worker_group import WorkerGroup
 from orchestrator.intake import Intake
@@ -34,21 +34,11 @@ from orchestrator.record.progress import Progress, Recorder
 from orchestrator.stop import StopSignal
 from orchestrator.watchdog import Suspect, Watchdog
 from workers.common.errors import ClusterError, RaymuonError, StorageError
-from workers.config import TrainConfig
 from workers.task import KeeperLinks, Place, Task
 
 COMMIT_S = 600.0
 """How long to wait for each next part of the last checkpoint, as long as its keepers live."""
 SLOW_LOOK_S = 5.0
-
-
-Decide = Callable[[RunConfig, Sequence[str], Sequence[str]], TrainConfig]
-"""Returns how workers on nodes, one for each rank, with devices of some names, train a config: nothing is automatic."""
-
-
-def plainly(config: RunConfig, nodes: Sequence[str], devices: Sequence[str]) -> TrainConfig:
-    """Decide for as little as possible to be computed twice, whatever memory it takes."""
-    return config.train.plain()
 
 
 class Controller:

@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.attempt import Attempt
 from orchestrator.config import RunConfig, flatten, task_of
-from orchestrator.controller import Decide, plainly
+from orchestrator.generation import Decide, plainly
 from orchestrator.group.cluster import connected, job_place
 from orchestrator.group.handles import Joined
 from orchestrator.group.keeper import new_token

@@ -1,9 +1,20 @@
 """A generation of the group: why it is formed, what it goes on from, and how far it has come."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from orchestrator.config import RunConfig
 from orchestrator.record.events import Reason, Source
+from workers.config import TrainConfig
+
+Decide = Callable[[RunConfig, Sequence[str], Sequence[str]], TrainConfig]
+"""Returns how workers on nodes, one for each rank, with devices of some names, train a config: nothing is automatic."""
+
+
+def plainly(config: RunConfig, nodes: Sequence[str], devices: Sequence[str]) -> TrainConfig:
+    """Decide for as little as possible to be computed twice, whatever memory it takes."""
+    return config.train.plain()
 
 
 @dataclass

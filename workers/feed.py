@@ -13,7 +13,7 @@ from workers.config import TrainConfig
 from workers.data.config import DataConfig
 from workers.data.corpus import Corpus, Shard, num_samples
 from workers.data.ends import DocumentEnds
-from workers.data.order import Drawn, Order, slots_of_rank
+from workers.data.order import Drawn, Order, most_slots, slots_of_rank
 from workers.data.tokens import TokenSplit
 from workers.objective import Batch, batch_of
 from workers.task import Place, Task
@@ -172,8 +172,7 @@ def fillers(train: TrainConfig, world_size: int, rank: int) -> int:
     ones after each micro-batch of the rank that has most.
     """
     mine = len(slots_of_rank(train.slots, world_size, rank))
-    most = max(len(slots_of_rank(train.slots, world_size, peer)) for peer in range(world_size))
-    return most - mine if train.gradients == "partitioned" else int(not mine)
+    return most_slots(train.slots, world_size) - mine if train.gradients == "partitioned" else int(not mine)
 
 
 def counted(slots: Iterable[Slot]) -> int:

@@ -43,14 +43,14 @@ def decided(config: RunConfig, machines: Machines) -> RunConfig:
 @lru_cache(maxsize=64)
 def _best(config: RunConfig, machines: Machines) -> RunConfig:
     device = machines.device()
-    found = [_least_again(config, machines, device, one) for one in _variants(config.train, machines.gpus)]
-    fitting = [one for one in found if _fits(one, machines, device)]
+    found = [_least_again(config, machines, one) for one in _variants(config.train, machines.gpus)]
+    fitting = [one for one in found if _fits(one, machines)]
     if not fitting:
-        return min(found, key=lambda one: needed_on(memory_on(one, machines, device), machines, device))
+        return min(found, key=lambda one: _need(one, machines))
     best = fitting[0]
     if len(fitting) > 1 and device.curves:
         best = min(fitting, key=lambda one: time_on(one, machines, device).training)
-    return _exact(best, machines, device) if config.train.accumulate == "auto" else best
+    return _exact(best, machines) if config.train.accumulate == "auto" else best
 
 
 class Decider:
@@ -78,7 +78,7 @@ class Decider:
         if self._last is not None:
             ranks, train = self._last
             alike = ALIKE * ranks <= len(nodes) <= ranks / ALIKE
-            if alike and _fits(replace(config, train=train), machines, machines.device()):
+            if alike and _fits(replace(config, train=train), machines):
                 return train
         train = decided(config, machines).train
         self._last = len(nodes), train
@@ -97,19 +97,21 @@ def _machines(nodes: Sequence[str], devices: Sequence[str]) -> Machines | None:
     return Machines(gpus=ranks, gpus_per_node=per_node, calibration=memory_alone(memory_here()[0]))
 
 
-def leanest(config: RunConfig) -> RunConfig:
+def leanest(config: RunConfig, machines: Machines) -> RunConfig:
     """Return a config in which what is automatic is what needs least: where that does not fit, nothing does."""
-    least = {"micro_batch": 1, "recompute": "all", "logits": "chunked", "gradients": "partitioned"}
-    lean = {key: least[key] for key in config.train.open if key in least}
-    return replace(config, train=replace(config.train, **lean).plain())
+    least = {"micro_batch": 1, "recompute": "all", "logits": "chunked"}
+    lean = replace(config.train, **{key: least[key] for key in config.train.open if key in least})
+    return min(
+        (replace(config, train=one) for one in _variants(lean, machines.gpus)), key=lambda one: _need(one, machines)
+    )
 
 
 def deepest(config: RunConfig, machines: Machines) -> RunConfig:
     """Return a config with as many layers as fit, all else as it is; with one where none do."""
-    device, lean = machines.device(), leanest(config)
+    lean = leanest(config, machines)
 
     def fits(layers: int) -> bool:
-        return _fits(replace(lean, model=replace(config.model, num_layers=layers)), machines, device)
+        return _fits(replace(lean, model=replace(config.model, num_layers=layers)), machines)
 
     least, most = 1, 2
     while most < MOST_LAYERS and fits(most):
@@ -159,20 +161,29 @@ def _variants(train: TrainConfig, ranks: int) -> Iterator[TrainConfig]:
             yield replace(train, micro_batch=size, gradients=gradients).plain()
 
 
-def _fits(config: RunConfig, machines: Machines, device: Calibration) -> bool:
-    return needed_on(memory_on(config, machines, device), machines, device) <= (1 - SPARE) * device.memory_bytes
+def _need(config: RunConfig, machines: Machines) -> int:
+    device = machines.device()
+    return needed_on(memory_on(config, machines, device), machines, device)
 
 
-def _least_again(asked: RunConfig, machines: Machines, device: Calibration, train: TrainConfig) -> RunConfig:
+def _limit(machines: Machines) -> float:
+    return (1 - SPARE) * machines.device().memory_bytes
+
+
+def _fits(config: RunConfig, machines: Machines) -> bool:
+    return _need(config, machines) <= _limit(machines)
+
+
+def _least_again(asked: RunConfig, machines: Machines, train: TrainConfig) -> RunConfig:
     """Return the variant with as little computed again as fits, all of it where nothing does."""
-    plain, limit = replace(asked, train=train), (1 - SPARE) * device.memory_bytes
+    plain, limit = replace(asked, train=train), _limit(machines)
     # All logits, and their gradient, in fp32: where these alone are too much, no model has to be run to know it.
     logits = 8 * train.micro_batch * train.seq_len * asked.model.vocab_size
-    if not (asked.train.logits == "auto" and logits > limit) and _fits(plain, machines, device):
+    if not (asked.train.logits == "auto" and logits > limit) and _fits(plain, machines):
         return plain
     if asked.train.logits == "auto":
         plain = replace(plain, train=replace(plain.train, logits="chunked"))
-        if _fits(plain, machines, device):
+        if _fits(plain, machines):
             return plain
     if asked.train.recompute != "auto":
         return plain
@@ -180,11 +191,8 @@ def _least_again(asked: RunConfig, machines: Machines, device: Calibration, trai
     def with_layers(count: int) -> RunConfig:
         return replace(plain, train=replace(plain.train, recompute=str(count)))
 
-    def need(config: RunConfig) -> int:
-        return needed_on(memory_on(config, machines, device), machines, device)
-
     blocks = num_blocks(asked.model)
-    most, least = need(plain), need(with_layers(blocks))
+    most, least = _need(plain, machines), _need(with_layers(blocks), machines)
     if least > limit:
         return with_layers(blocks)
     # Memory goes down with the layers, nearly straight: a few looks where it should meet the limit.
@@ -194,14 +202,14 @@ def _least_again(asked: RunConfig, machines: Machines, device: Calibration, trai
             break
         share = (few[1] - limit) / (few[1] - many[1])
         count = min(many[0] - 1, max(few[0] + 1, few[0] + math.ceil(share * (many[0] - few[0]))))
-        found = count, need(with_layers(count))
+        found = count, _need(with_layers(count), machines)
         few, many = (found, many) if found[1] > limit else (few, found)
     return with_layers(many[0])
 
 
-def _exact(config: RunConfig, machines: Machines, device: Calibration) -> RunConfig:
+def _exact(config: RunConfig, machines: Machines) -> RunConfig:
     """Return it with gradients added up in fp32, where that is open, some are added up, and there is room."""
     train = config.train
     several = train.gradients == "whole" and train.slots > machines.gpus
     exact = replace(config, train=replace(train, accumulate="fp32"))
-    return exact if several and _fits(exact, machines, device) else config
+    return exact if several and _fits(exact, machines) else config

@@ -12,7 +12,7 @@ from jobs.planning.estimate import Machines, gigabytes, memory_on, needed_on, se
 from jobs.planning.goodput import UPLOAD_BYTES_PER_S, Goodput, failures_of, goodput
 from jobs.planning.memory import PROCESS_BYTES, Memory
 from jobs.planning.state import layout_of, num_blocks
-from jobs.planning.timing import StepTime, most_slots
+from jobs.planning.timing import StepTime
 from jobs.planning.traffic import boundary_bytes
 from optim.assignment import PlanFigures
 from optim.config import precision_on
@@ -20,6 +20,7 @@ from optim.exchange import dtype_on
 from orchestrator.config import RunConfig
 from workers.calibrate import Calibration
 from workers.common.errors import ConfigError
+from workers.data.order import most_slots
 from workers.gpus import GPUS
 
 MOST_GPUS = 8192
@@ -257,7 +258,7 @@ def what_would_fit(config: RunConfig, machines: Machines) -> Iterator[str]:
 
     def needs(changed: RunConfig, gpus: int) -> int:
         on = replace(machines, gpus=gpus)
-        return needed_on(memory_on(leanest(changed), on, device), on, device)
+        return needed_on(memory_on(leanest(changed, on), on, device), on, device)
 
     for size in range(train.micro_batch - 1, 0, -1):
         if train.global_batch % size == 0:
@@ -299,7 +300,7 @@ def with_types(config: RunConfig, machines: Machines) -> list[Machines]:
 
     def holds(gpu_type: str) -> bool:
         on = replace(machines, gpu_type=gpu_type)
-        memory = memory_on(leanest(config), on, on.device())
+        memory = memory_on(leanest(config, on), on, on.device())
         return needed_on(memory, on, on.device()) <= GPUS[gpu_type].memory_gb * 10**9
 
     types = [name for name in GPUS if holds(name)] or [max(GPUS, key=lambda name: GPUS[name].memory_gb)]

@@ -24,7 +24,7 @@ from optim.zero1 import kinds_of
 from workers.calibrate import Calibration, Collective
 from workers.common.errors import ConfigError
 from workers.config import CheckpointConfig, TrainConfig
-from workers.data.order import slots_of_rank
+from workers.data.order import most_slots
 from workers.settings import overlapped
 from workers.snapshots.schedule import steps_between
 from workers.work import Work, Works, elementwise
@@ -208,8 +208,3 @@ def step_time(
         newton_schulz_share=orthogonalization / training,
         hidden=times * hidden + hidden_gather,
     )
-
-
-def most_slots(slots: int, ranks: int) -> int:
-    """Return what the rank with most of the slots has; one without any runs one of weight zero."""
-    return max(1, max(len(slots_of_rank(slots, ranks, rank)) for rank in range(ranks)))

@@ -34,6 +34,11 @@ def slots_of_rank(slots: int, world_size: int, rank: int) -> range:
     return range(rank * slots // world_size, (rank + 1) * slots // world_size)
 
 
+def most_slots(slots: int, world_size: int) -> int:
+    """Return what the rank with most of the slots runs; one without any runs one in which nothing counts."""
+    return max(1, max(len(slots_of_rank(slots, world_size, rank)) for rank in range(world_size)))
+
+
 class Permutation:
     """A permutation of `range(size)`, computed point by point: a Feistel network, walked until it lands inside.
 
