@@ -32,9 +32,7 @@ def prepare_on(works: Collection[Work], address: str | None, stop: StopSignal, t
         Interrupted: a person has ended it.
     """
 
-    def in_tasks(
-        do: Callable[[Work, Group], Any], work: Work, groups: Iterable[Group]
-    ) -> Iterator[tuple[Group, Any]]:
+    def in_tasks(do: Callable[[Work, Group], Any], work: Work, groups: Iterable[Group]) -> Iterator[tuple[Group, Any]]:
         return by_tasks(do, work, groups, stop, "preparation")
 
     with connected(address, stop):

@@ -85,3 +85,8 @@ def _patiently(do: Callable[[Shared, Item], Result], shared: Shared, item: Item)
                 raise
             time.sleep(RETRY_S * 2**attempt)
     raise AssertionError("it has returned or raised")
+
+
+def free_gpus() -> int:
+    """Return how many GPUs of the cluster nobody has reserved now."""
+    return int(ray.available_resources().get("GPU", 0))

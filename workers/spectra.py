@@ -3,7 +3,7 @@
 A piece of work is a slice of one parameter, so whoever does it has no more of a checkpoint in memory than that.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -68,10 +68,13 @@ class Spectrum:
     """Its place within a parameter that is split; None where it is not."""
     rows: int
     columns: int
-    values: np.ndarray | None
-    """fp64, the largest first; None where the matrix has elements that are not finite."""
     entropy: float | None
-    """0 to 1 (`optim.spectra.entropy`)."""
+    """0 to 1 (`optim.spectra.entropy`); None where the matrix is not finite, and so below."""
+    largest: float | None
+    median: float | None
+    smallest: float | None
+    values: np.ndarray | None
+    """All singular values, fp64, the largest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,25 +116,36 @@ def _matrices(parameter: torch.Tensor) -> tuple[int, int, int]:
     return parameter.numel() // (rows * columns), rows, columns
 
 
-def spectra_of(saved: Saved, piece: Piece) -> list[Spectrum]:
+def spectra_of(saved: Sequence[Saved], work: tuple[int, Piece]) -> list[Spectrum]:
     """Read a piece of a checkpoint and return the spectra of its matrices; on a GPU where the process has one.
+
+    Args:
+        saved: the checkpoints.
+        work: the number of one of them, and what of it.
 
     Raises:
         StorageError: it is damaged or missing, or storage does not answer.
     """
+    number, piece = work
     stack, device = piece.stack, "cuda" if torch.cuda.is_available() else "cpu"
     size = stack.rows * stack.columns
     flat = np.empty((piece.last - piece.first) * size, dtype=np.float32)
-    _reader(saved).fill(WEIGHT, [Fragment(stack.name, piece.first * size, flat.size, 0)], flat)
+    _reader(saved[number]).fill(WEIGHT, [Fragment(stack.name, piece.first * size, flat.size, 0)], flat)
     found = []
     for index, matrix in enumerate(torch.from_numpy(flat).view(-1, stack.rows, stack.columns), piece.first):
         expert = index if stack.count > 1 else None
         for part, rows in enumerate(matrix.to(device).split(stack.parts or (stack.rows,))):
-            values = singular_values(rows)
-            about = (stack.name, stack.kind, stack.layer, expert, part if stack.parts else None, *rows.shape)
-            known = (None, None) if values is None else (values.cpu().numpy(), entropy(values.square()))
-            found.append(Spectrum(*about, *known))
+            found.append(_spectrum(stack, expert, part if stack.parts else None, rows))
     return found
+
+
+def _spectrum(stack: Stack, expert: int | None, part: int | None, matrix: torch.Tensor) -> Spectrum:
+    about = (stack.name, stack.kind, stack.layer, expert, part, *matrix.shape)
+    if (values := singular_values(matrix)) is None:
+        return Spectrum(*about, None, None, None, None, None)
+    found = values.cpu().numpy()
+    ends = (float(found[0]), float(np.median(found)), float(found[-1]))
+    return Spectrum(*about, entropy(values.square()), *ends, found)
 
 
 @lru_cache(maxsize=2)

@@ -121,6 +121,11 @@ class Tracking:
         with self.reach():
             self.client.log_text(run_id, text, name)
 
+    def attach(self, run_id: str, folder: Path, name: str) -> None:
+        """Put the files of a local folder beside a run, into a folder there."""
+        with self.reach():
+            self.client.log_artifacts(run_id, str(folder), name)
+
     def register(self, model: str, source: str, run_id: str, tags: Mapping[str, Any]) -> str:
         """Make the folder at `source` the next version of a registered model, and return its number.
 
