@@ -137,9 +137,8 @@ def _print(console: Screen, found: Sequence[Sequence[Measured]]) -> None:
             difference, higher, pairs = compared(first, other, group)
             row += [_figure(difference, "+"), f"{higher} of {pairs}"]
         rows.append(row)
-    print_table(
-        console, head, rows, title="SVD entropy, mean over the matrices of a group (0: rank one, 1: orthogonal)"
-    )
+    title = "SVD entropy, mean over the matrices of a group; 0 is of rank one, 1 all singular values alike"
+    print_table(console, head, rows, title=title)
     for one in last:
         if left_out := sum(mean.left_out for mean in one.means.values()):
             console.print(f"{_named(one)}: {left_out} matrices are not finite and left out")

@@ -12,12 +12,17 @@ from safetensors.numpy import load_file
 
 from jobs.export import export
 from jobs.study.spectra import Measured, Subject, common_stacks, groups_of, label_all, split_of
-from jobs.study.spectrum import PICTURES, compared
+from jobs.study.spectrum import PICTURES, Request, compared
+from jobs.study.spectrum import spectrum as study
 from jobs.study.spectrum_files import MATRICES_CSV, VALUES_CSV, write_tables
 from jobs.trained import open_trained, series
+from orchestrator.log.run_log import RunLog
+from orchestrator.stop import StopSignal
+from orchestrator.tasks import _patiently
 from tests.jobs.test_export import MODELS, trained
 from workers import spectra
 from workers.common.errors import ConfigError, DamagedError
+from workers.common.storage import Store
 from workers.models.language_model import MATRICES
 from workers.spectra import Saved, spectra_of, stacks_of
 
@@ -197,3 +202,37 @@ def test_a_damaged_shard_is_told(tmp_path):
     shard.write_bytes(data)
     with pytest.raises(DamagedError, match="damaged"):
         measured(opened(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"log": True}, "--log: .*run@20 is of no run in MLflow"),
+        ({"what": ("run/@11",)}, "no committed checkpoint of step 11; there are checkpoints of step 10, 20"),
+        ({"what": ("run/@10",), "series": True}, "name it without @10"),
+        ({"what": ("run/", "run/")}, "is named twice"),
+        ({"what": ("empty/",)}, "no committed checkpoint; see: raymuon checkpoints ls"),
+        ({"out": "run"}, "something is there already; name a new folder"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch, changes, told):
+    monkeypatch.chdir(tmp_path)
+    trained(tmp_path / "run", "llama", steps=(10, 20))
+    RunLog(Store(str(tmp_path / "empty"))).take_over({})
+    before = sorted(tmp_path.rglob("*"))
+    request = replace(Request(("run/",), False, (), "none", "", False, None, NOWHERE, ""), **changes)
+    with pytest.raises(ConfigError, match=told):
+        study(request, StopSignal(lambda run_id: ""), as_json=False)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_task_does_not_try_again_what_is_damaged():
+    tries = []
+
+    def fail(shared: str, item: int) -> None:
+        tries.append((shared, item))
+        raise DamagedError("damaged")
+
+    with pytest.raises(DamagedError):
+        _patiently(fail, "shared", 3)
+    assert tries == [("shared", 3)]
