@@ -20,9 +20,11 @@ from orchestrator.log.run_log import FencedError, RunLog
 from orchestrator.preflight import Inputs, check_identity, identity
 from orchestrator.record.journal import Journal
 from orchestrator.record.progress import Progress, Recorder
+from orchestrator.record.provenance import code_of
 from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
+from workers.checkpoint.lineage import Lineage, descend, go_on
 from workers.data.json_tokenizer import copy_tokenizer
 from workers.task import Origin, Task
 
@@ -115,7 +117,14 @@ class Attempt:
         Raises:
             RaymuonError: with the exit code of what went wrong.
         """
-        commits = Commits(self.log, self.task.attempt, self.identity, self.task.manifest, self.recorder.before_commit)
+        commits = Commits(
+            self.log,
+            self.task.attempt,
+            self.identity,
+            self.task.manifest,
+            self.recorder.before_commit,
+            lineage_of(self.task),
+        )
         with Janitor(self.log, self.config.checkpoint, commits.bad, self.recorder.notice) as janitor:
             commits.after = janitor.wake
             self.controller = Controller(
@@ -156,3 +165,13 @@ class Attempt:
         )
         self.recorder.complete(result)
         return result
+
+
+def lineage_of(task: Task) -> Lineage:
+    """Return what the checkpoints of an attempt come from."""
+    code, manifest, origin = code_of(), task.manifest, task.origin
+    if manifest is not None and not task.manifest_url:
+        return go_on(code, manifest)
+    if manifest is not None:  # The replayed run's.
+        return descend(code, manifest, task.manifest_url)
+    return descend(code, origin.manifest, origin.run_url) if origin else descend(code)
