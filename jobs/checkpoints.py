@@ -3,7 +3,7 @@
 `s3_endpoint` is of an S3 store that is not AWS.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,7 @@ def show(url: str, s3_endpoint: str = "") -> dict[str, Any]:
         "world_size": manifest.world_size,
         "identity": manifest.identity,
         "counters": manifest.counters,
-        "lineage": manifest.lineage and asdict(manifest.lineage),
+        "lineage": manifest.lineage and manifest.lineage.encode(),
         "shards": [{"path": shard.path, "size": shard.size} for shard in manifest.shards],
         "tensors": [
             {"kind": kind, "name": name, "shape": manifest.shapes[name]}

@@ -17,9 +17,9 @@ def told(lineage: Lineage | None, places: bool) -> dict[str, str]:
         return {"comes from": "not recorded: an older raymuon has written it"}
     rows = {"code": code(lineage.code)}
     for number, ancestor in enumerate(lineage.ancestors):
-        rows["began with" if not number else f"which began with ({number + 1})"] = _ancestor(ancestor, places)
+        rows[_nth(number)] = _ancestor(ancestor, places)
     if not lineage.complete:
-        rows["before that"] = "not recorded: an older raymuon has written it"
+        rows[_nth(len(lineage.ancestors))] = "not recorded: an older raymuon has written it"
     return rows
 
 
@@ -39,6 +39,10 @@ def name_of(ancestor: Ancestor) -> str:
     if ancestor.imported:
         return f"the import of {ancestor.imported}"
     return f"{ancestor.run_id} at step {ancestor.step}"
+
+
+def _nth(number: int) -> str:
+    return ("began with", "and that with")[number] if number < 2 else f"and that with ({number + 1})"
 
 
 def _ancestor(ancestor: Ancestor, places: bool) -> str:

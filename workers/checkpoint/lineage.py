@@ -5,7 +5,7 @@ ancestors that are gone by now.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from workers.common.typed import read_fields
@@ -48,9 +48,13 @@ class Lineage:
     complete: bool = True
     """False where the chain ends because an older version has not put down what was before."""
 
+    def encode(self) -> dict[str, Any]:
+        """Return it in JSON's types."""
+        return {**asdict(self), "ancestors": [asdict(one) for one in self.ancestors]}
+
     @staticmethod
     def read(fields: Mapping[str, Any]) -> "Lineage":
-        """Read what `asdict` has made.
+        """Read what `encode` has made.
 
         Raises:
             ValueError: it is something else.

@@ -120,9 +120,9 @@ class Manifest:
         """Return the file's content."""
         # The shards go their own way: `asdict` takes a second for those of a thousand ranks.
         fields = {**asdict(replace(self, shards=())), "shards": [shard.encode() for shard in self.shards]}
-        del fields["sha256"]
-        if (lineage := fields.pop("lineage")) is not None:
-            fields["identity"][LINEAGE] = lineage
+        del fields["sha256"], fields["lineage"]
+        if self.lineage is not None:
+            fields["identity"][LINEAGE] = self.lineage.encode()
         return json.dumps({"format": FORMAT, **fields}).encode()
 
     @staticmethod
