@@ -61,7 +61,7 @@ def test_a_text_that_ends_leaves_the_others_as_they_are(model):
 
 
 def in_parts(model, tokens: torch.Tensor, parts: list[list[int]]) -> list[torch.Tensor]:
-    """Return the logits of each row, read in parts of so many tokens of each row, with a cache that has no room to spare."""
+    """Return the logits of each row, read in parts of so many tokens of each."""
     padding = max(abs(a - b) for a, b in itertools.accumulate(parts, lambda x, y: [x[0] + y[0], x[1] + y[1]]))
     cache, rows = KeyValueCache(len(tokens), tokens.size(1) + padding, tokens.device), [[] for _ in tokens]
     at = [0] * len(tokens)
