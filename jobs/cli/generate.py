@@ -1,0 +1,65 @@
+"""What a trained model writes."""
+
+import sys
+from dataclasses import asdict
+from functools import cache
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import AsJson, RunEndpoint, TrackingUri
+from jobs.tell import tell
+from orchestrator.config import DEFAULT_TRACKING_URI
+from workers.common.errors import ConfigError
+from workers.common.text import visible
+
+app = typer.Typer()
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@app.command()
+def generate(
+    what: Annotated[
+        str,
+        typer.Argument(help="A run's id, name or folder, its newest checkpoint or @STEP; or a Hugging Face folder."),
+    ],
+    prompt: Annotated[list[str], typer.Option(help="Text to go on from; - for stdin. Several times: all at once.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Written after each prompt, at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this share together.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn; a prompt and a seed give one text.")] = 0,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Read everything again for each token.")] = False,
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
+    as_json: AsJson = False,
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    s3_endpoint: RunEndpoint = "",
+) -> None:
+    """Write on from a prompt with a trained model, until it ends the document."""
+    from jobs.generate import Settings, write
+    from jobs.trained import open_trained
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, not {dtype!r}")
+    settings = Settings(tokens, temperature, top_p, seed, not no_cache, dtype)
+    prompts = [_text(one) for one in prompt]
+    trained = open_trained(what, tracking_uri, s3_endpoint)
+    for one in write(trained, prompts, settings, (lambda text: None) if as_json else _say):
+        if as_json:
+            tell({"run_id": trained.run_id, "step": trained.step, **asdict(one)})
+
+
+def _say(text: str) -> None:
+    typer.echo(visible(text), nl=False)
+
+
+def _text(prompt: str) -> str:
+    data = _stdin() if prompt == "-" else prompt.encode(errors="surrogateescape")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt {visible(prompt)}: it is no UTF-8 ({error})") from error
+
+
+@cache
+def _stdin() -> bytes:
+    return sys.stdin.buffer.read()
