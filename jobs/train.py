@@ -16,7 +16,6 @@ from jobs.prepare import prepared
 from jobs.screen import Screen, command, mlflow_page
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
-from optim.schedule import cut_short
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, run
 from orchestrator.generation import Decide
@@ -25,7 +24,7 @@ from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError
 from workers.common.storage import storage_errors
-from workers.config import TrainConfig
+from workers.recipe import TrainConfig
 
 
 def train(
@@ -57,7 +56,7 @@ def train(
         meanwhile=_plan,
     )
     with TerminalWatcher() as watcher:
-        if left_out := cut_short(run_config.optim, run_config.train.steps):
+        for left_out in run_config.recipe.cut_short():
             watcher.warn(left_out)
         if look and is_local(address):
             with stop.abruptly():  # It imports torch.

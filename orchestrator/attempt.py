@@ -125,7 +125,8 @@ class Attempt:
             self.recorder.before_commit,
             lineage_of(self.task),
         )
-        with Janitor(self.log, self.config.checkpoint, commits.bad, self.recorder.notice) as janitor:
+        ends = self.config.train.ends if self.config.train.stages else ()
+        with Janitor(self.log, self.config.checkpoint, commits.bad, self.recorder.notice, ends) as janitor:
             commits.after = janitor.wake
             self.controller = Controller(
                 self.config,

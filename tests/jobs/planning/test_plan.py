@@ -26,7 +26,7 @@ from orchestrator.config import RunConfig
 from tests.ranks import run_ranks
 from workers.calibrate import Calibration, Collective, Curve
 from workers.common.errors import ConfigError
-from workers.config import TrainConfig
+from workers.recipe import TrainConfig
 from workers.work import KINDS, Work, product
 
 CPU = Calibration(
@@ -303,8 +303,8 @@ def test_both_forms_of_the_command(tmp_path):
 
 @pytest.mark.parametrize("width", ["20", "80"])
 def test_without_a_type_those_that_hold_the_run_are_planned_and_the_tables_are_whole(width):
-    arguments = ["plan", "moonlight-16b", "--gpus", "8", "--gpus", "64", "train.steps=1", "train.seq_len=4096"]
-    arguments += ["train.micro_batch=1", "train.recompute=all", "train.logits=chunked"]
+    arguments = ["plan", "moonlight-16b", "--gpus", "8", "--gpus", "64", "train.stages=[]", "train.tokens=0"]
+    arguments += ["train.seq_len=4096", "train.micro_batch=1", "train.recompute=all", "train.logits=chunked"]
     output = CliRunner(env={"COLUMNS": width}).invoke(app, arguments).output
     assert "the smallest and the fastest GPUs that hold the run" in output and "…" not in output
     heads = re.findall(r"^ .*data sheet.*$", output, re.MULTILINE)
