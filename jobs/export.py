@@ -1,6 +1,7 @@
 """`raymuon export`: a checkpoint's weights as a folder that Hugging Face's libraries read."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from workers.data.tokenizer import Tokenizer
 SHARD_BYTES = 4 << 30
 """Of an exported file, at most, but for a tensor that is larger."""
 NEWEST = "newest"
-"""The alias of the last of a series."""
+"""The alias of the last of a series; MLflow keeps `latest` for itself."""
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -39,6 +40,8 @@ class Exported:
     """Known of the run at that step."""
     results: dict[str, float]
     """Of evaluations at that step, by `task/metric`."""
+    stage: str
+    """Of the run, at that step; empty where the run is one."""
     began_with: str
     """The checkpoint with whose weights the run has begun; empty for none."""
 
@@ -97,9 +100,8 @@ def export(
         target.put(name, text.encode())
     files = target.files("")
     size = sum(file.size for file in files.values())
-    ancestors = manifest.lineage.ancestors if manifest.lineage else ()
-    began_with = name_of(ancestors[0]) if ancestors else ""
-    known = (manifest.run_id, commit.metrics, results, began_with)
+    stage, ancestors = (manifest.lineage.stage, manifest.lineage.ancestors) if manifest.lineage else ("", ())
+    known = (manifest.run_id, commit.metrics, results, stage, name_of(ancestors[0]) if ancestors else "")
     return Exported(target.url, manifest.step, sorted(files), size, *known)
 
 
@@ -149,7 +151,7 @@ def recorded(
 def register(exported: Sequence[Exported], model: str, tracking_uri: str) -> list[str]:
     """Make exported checkpoints versions of `model` in MLflow's registry, in the order of steps.
 
-    A version has its step for an alias; the last of several is the `newest`, too (MLflow keeps `latest` for itself).
+    A version has its step and its run's stage for aliases; the last of several is the `newest`, too.
 
     Returns:
         The numbers, in the order of `exported`.
@@ -164,13 +166,20 @@ def register(exported: Sequence[Exported], model: str, tracking_uri: str) -> lis
     tracking, versions = Tracking(TrackingConfig(uri=tracking_uri)), {}
     in_order = sorted(exported, key=lambda one: one.step)
     for one in in_order:
-        # The stage's name will be an alias, too, once manifests tell it.
-        aliases = [f"step-{one.step}", *([NEWEST] if len(in_order) > 1 and one is in_order[-1] else [])]
+        last_of_several = len(in_order) > 1 and one is in_order[-1]
+        aliases = [f"step-{one.step}", *_alias_of(one.stage), *([NEWEST] if last_of_several else [])]
+        about = {"stage": one.stage, "began_with": one.began_with}
         tags = {"raymuon.step": one.step, "raymuon.run_id": one.run_id, **one.metrics, **one.results}
-        if one.began_with:
-            tags["raymuon.began_with"] = one.began_with
+        tags |= {f"raymuon.{key}": text for key, text in about.items() if text}
         versions[one.url] = register_(tracking, model, one.url, one.run_id, tags, aliases)
     return [versions[one.url] for one in exported]
+
+
+def _alias_of(stage: str) -> list[str]:
+    """Return the alias for a stage of this name, of letters that MLflow takes, and none that it keeps for itself."""
+    alias = re.sub(r"[^\w-]", "-", stage)
+    taken = alias.lower() in ("latest", NEWEST) or re.fullmatch(r"[vV]\d+|step-\d+", alias)
+    return [f"stage-{alias}" if taken else alias] if alias else []
 
 
 def _about(manifest: Manifest, tokenizer: Tokenizer | None) -> dict[str, Any]:

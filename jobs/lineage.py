@@ -15,7 +15,8 @@ def told(lineage: Lineage | None, places: bool) -> dict[str, str]:
     """
     if lineage is None:
         return {"comes from": "not recorded: an older raymuon has written it"}
-    rows = {"code": code(lineage.code)}
+    rows = {"stage": lineage.stage} if lineage.stage else {}
+    rows["code"] = code(lineage.code)
     for number, ancestor in enumerate(lineage.ancestors):
         rows[_nth(number)] = _ancestor(ancestor, places)
     if not lineage.complete:
@@ -48,6 +49,7 @@ def _nth(number: int) -> str:
 def _ancestor(ancestor: Ancestor, places: bool) -> str:
     parts = [
         name_of(ancestor),
+        f"stage {ancestor.stage}" if ancestor.stage else "",
         ancestor.optimizer,
         f"{ancestor.tokens:,} tokens" if ancestor.tokens else "",
         f"SHA-256 of the manifest {ancestor.sha256}" if ancestor.sha256 else "",

@@ -43,7 +43,7 @@ def model_card(
         "parameters": f"{parameters:,}",
         "weights": dtype,
         "training run": manifest.run_id,
-        "step": manifest.step,  # The stage of the training goes here, once manifests tell it.
+        "step": manifest.step,
         "tokens": f"{manifest.counters['tokens']:,}",
         **_training(manifest.identity),
         **{f"{name} (nats per token)": f"{value:.4f}" for name, value in sorted(commit.metrics.items())},

@@ -7,6 +7,7 @@ runs can be led at the same time.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from orchestrator.config import RunConfig, task_of
@@ -123,7 +124,7 @@ class Attempt:
             self.identity,
             self.task.manifest,
             self.recorder.before_commit,
-            lineage_of(self.task),
+            partial(lineage_of, self.task),
         )
         ends = self.config.train.ends if self.config.train.stages else ()
         with Janitor(self.log, self.config.checkpoint, commits.bad, self.recorder.notice, ends) as janitor:
@@ -168,11 +169,13 @@ class Attempt:
         return result
 
 
-def lineage_of(task: Task) -> Lineage:
-    """Return what the checkpoints of an attempt come from."""
+def lineage_of(task: Task, step: int) -> Lineage:
+    """Return what the checkpoint of a step comes from, of an attempt that goes on as the task says."""
     code, manifest, origin = code_of(), task.manifest, task.origin
     if manifest is not None and not task.manifest_url:
-        return go_on(code, manifest)
-    if manifest is not None:  # The replayed run's.
-        return descend(code, manifest, task.manifest_url)
-    return descend(code, origin.manifest, origin.run_url) if origin else descend(code)
+        found = go_on(code, manifest)
+    elif manifest is not None:  # The replayed run's.
+        found = descend(code, manifest, task.manifest_url)
+    else:
+        found = descend(code, origin.manifest, origin.run_url) if origin else descend(code)
+    return replace(found, stage=task.recipe.at(step).name)

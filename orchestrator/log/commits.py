@@ -20,7 +20,7 @@ class Commits:
         identity: what a resumed run must share.
         restored: where the attempt goes on from.
         before: called before each commit; returns what is known of the run at that step.
-        lineage: what the attempt's checkpoints come from.
+        lineage: tells what the checkpoint of a step comes from.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Commits:
         identity: dict[str, Any],
         restored: Manifest | None,
         before: Callable[[int], dict[str, float]],
-        lineage: Lineage | None = None,
+        lineage: Callable[[int], Lineage | None] = lambda step: None,
     ) -> None:
         self.log, self.attempt, self.identity, self.before, self.lineage = log, attempt, identity, before, lineage
         self.after: Callable[[], object] = lambda: None
@@ -63,7 +63,7 @@ class Commits:
             counters=report.counters,
             shapes=shards[0].shapes,
             shards=tuple(shards[rank].shard for rank in sorted(shards)),
-            lineage=self.lineage,
+            lineage=self.lineage(report.step),
         )
         self.log.commit(manifest, self.before(report.step))
         self.newest = report.generation, report.step

@@ -189,7 +189,10 @@ def test_a_series_becomes_versions_in_the_order_of_steps(tmp_path):
     assert second.tags == {**told, "arc/acc": "0.25"} and second.source == f"{tmp_path}/hf/step-00000020"
     AutoModelForCausalLM.from_pretrained(client.get_model_version_download_uri("tiny", "2"))
     assert register(exported[:1], "tiny", uri) == ["4"], "one alone is the newest of nothing"
-    aliases |= {"step-10": "4"}
+    staged = [replace(one, stage=stage) for one, stage in zip(exported, ("a.b", "latest", "a.b"), strict=True)]
+    assert register(staged, "tiny", uri) == ["5", "7", "6"]
+    aliases = {"step-10": "5", "step-20": "6", "step-30": "7", "newest": "7", "a-b": "6", "stage-latest": "7"}
+    assert client.get_model_version_by_alias("tiny", "a-b").tags["raymuon.stage"] == "a.b"
     assert {alias: str(version) for alias, version in client.get_registered_model("tiny").aliases.items()} == aliases
 
 

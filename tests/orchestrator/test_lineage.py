@@ -25,17 +25,18 @@ from workers.checkpoint.lineage import Lineage, descend
 from workers.checkpoint.manifest import FORMAT, Manifest
 from workers.common.source import training_code
 from workers.common.storage import Store
+from workers.recipe import StageConfig
 
 KEYS = {"run_id", "attempt", "generation", "step", "world_size", "identity", "counters", "shapes", "shards", "format"}
 """Of a manifest: the version before takes no others."""
 
 
-def run(folder, steps: int, init: str = "", optim: str = "muon") -> Manifest:
+def run(folder, steps: int, init: str = "", optim: str = "muon", stages: tuple[StageConfig, ...] = ()) -> Manifest:
     """Train in a folder, and return the manifest of the newest checkpoint."""
     one = {"min_workers": 1, "max_workers": 1}
     config = config_of(
         folder,
-        train={"steps": steps, "init": init},
+        train={"steps": 0 if stages else steps, "init": init, "stages": stages},
         scaling=one,
         checkpoint={"every": 2, "keep_last": 0},
         optim=OptimConfig(name=optim, lr=1e-3, eps=ADAMW_EPS),
@@ -55,8 +56,8 @@ def sha256_of(folder, step: int) -> str:
 def test_a_chain_of_runs_is_told_by_its_last_manifest(tmp_path):
     """A run, another with its weights, a third with those: resumed, exported, and with the first ones gone."""
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    begun = run(first, 4)
-    assert begun.lineage == Lineage(code=code_of()) and code_of()["training"] == training_code()
+    begun = run(first, 4, stages=(StageConfig(name="broad", steps=2), StageConfig(name="long", steps=2)))
+    assert begun.lineage == Lineage(code=code_of(), stage="long") and code_of()["training"] == training_code()
     tuned = run(second, 2, f"{first}/run@2", "adamw")
     run(third, 2, f"{second}/run")
     hashes = sha256_of(second, 2), sha256_of(first, 2)
@@ -71,13 +72,14 @@ def test_a_chain_of_runs_is_told_by_its_last_manifest(tmp_path):
         assert lineage.complete and lineage.code == near.code == far.code == code_of()
         assert (near.url, far.url) == (f"{second}/run", f"{first}/run")
         assert (near.step, far.step, near.optimizer, far.optimizer) == (2, 2, "adamw", "muon")
-        assert (near.sha256, far.sha256) == hashes
+        assert (near.sha256, far.sha256) == hashes and (near.stage, far.stage) == ("", "broad")
         assert near.tokens == tuned.counters["tokens"] and near.data == far.data == begun.identity["data"]
 
     told = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["checkpoints", "show", f"{third}/run"]).output
     assert f"began with: run at step 2, adamw, {near.tokens:,} tokens, SHA-256 of the manifest {hashes[0]}" in told
     assert (
-        f"and that with: run at step 2, muon, {far.tokens:,} tokens, SHA-256 of the manifest {hashes[1]}" in told
+        f"and that with: run at step 2, stage broad, muon, {far.tokens:,} tokens, SHA-256 of the manifest {hashes[1]}"
+        in told
     )
     assert f"in {first}/run" in told and f"hash of the training code {training_code()}" in told
     told = CliRunner().invoke(app, ["checkpoints", "show", f"{third}/run", "--json"]).output
@@ -126,8 +128,8 @@ def test_what_older_versions_have_not_put_down_is_told(tmp_path):
     lineage = descend({}, old, "there")
     assert not lineage.complete and lineage.ancestors[0].sha256 == old.sha256 != ""
     task = task_of(config_of(tmp_path), (), "here", 2, old)
-    assert lineage_of(task) == Lineage(code=code_of(), complete=False), "its own run's older checkpoint"
-    replayed = lineage_of(replace(task, manifest_url="there"))
+    assert lineage_of(task, 3) == Lineage(code=code_of(), complete=False), "its own run's older checkpoint"
+    replayed = lineage_of(replace(task, manifest_url="there"), 3)
     assert [one.run_id for one in replayed.ancestors] == ["run-7"] and not replayed.complete
 
 

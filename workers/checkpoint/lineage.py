@@ -25,6 +25,8 @@ class Ancestor:
     tokens: int
     sha256: str
     """Of its manifest, which has the hashes of all else; empty where it was not known."""
+    stage: str = ""
+    """As of `Lineage`."""
     optimizer: str = ""
     data: Any = ""
     """SHA-256 of the data; by the sources' names where they have some."""
@@ -43,6 +45,8 @@ class Lineage:
     code: dict[str, str]
     """Of the attempt that has written it: `training`, one hash over the files that decide what is trained; `commit`,
     empty where there was no checkout; `raymuon`, the version."""
+    stage: str = ""
+    """Of the run, in which its step was trained; empty where the run is one stage."""
     ancestors: tuple[Ancestor, ...] = ()
     """What the run began with, what that run began with, and so on; empty for random weights, and for an import."""
     complete: bool = True
@@ -61,12 +65,13 @@ class Lineage:
         """
         own = read_fields(_Flat, fields)
         ancestors = tuple(read_fields(Ancestor, one) for one in own.ancestors)
-        return Lineage(code=own.code, ancestors=ancestors, complete=own.complete)
+        return Lineage(code=own.code, stage=own.stage, ancestors=ancestors, complete=own.complete)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Flat:
     code: dict[str, str]
+    stage: str = ""
     ancestors: list[dict[str, Any]] = field(default_factory=list)
     complete: bool = True
 
@@ -89,6 +94,7 @@ def descend(code: dict[str, str], parent: "Manifest | None" = None, url: str = "
         step=parent.step,
         tokens=parent.counters["tokens"],
         sha256=parent.sha256,
+        stage=before.stage if before else "",
         optimizer=identity.get("optim.name", ""),
         data=identity.get("data", ""),
         tokenizer=identity.get("data.tokenizer", ""),
