@@ -15,7 +15,9 @@ from ray.exceptions import RayError, RayTaskError
 from orchestrator.stop import StopSignal
 from workers.common.errors import ClusterError, DamagedError, RaymuonError, StorageError
 
-Shared, Item, Result = TypeVar("Shared"), TypeVar("Item"), TypeVar("Result")
+Shared = TypeVar("Shared")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 WAIT_S = 0.5
 TRIES, RETRY_S = 6, 2.0
 """Of an item whose storage fails, by its own task; the pause doubles each time."""

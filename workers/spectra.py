@@ -140,12 +140,13 @@ def spectra_of(saved: Sequence[Saved], work: tuple[int, Piece]) -> list[Spectrum
 
 
 def _spectrum(stack: Stack, expert: int | None, part: int | None, matrix: torch.Tensor) -> Spectrum:
-    about = (stack.name, stack.kind, stack.layer, expert, part, *matrix.shape)
+    rows, columns = matrix.shape
+    about = (stack.name, stack.kind, stack.layer, expert, part, rows, columns)
     if (values := singular_values(matrix)) is None:
         return Spectrum(*about, None, None, None, None, None)
     found = values.cpu().numpy()
-    ends = (float(found[0]), float(np.median(found)), float(found[-1]))
-    return Spectrum(*about, entropy(values.square()), *ends, found)
+    median = float(np.median(found))
+    return Spectrum(*about, entropy(values.square()), float(found[0]), median, float(found[-1]), found)
 
 
 @lru_cache(maxsize=2)
