@@ -161,11 +161,12 @@ def _print(summary: dict[str, Any], console: Screen) -> None:
 
 def _print_what_next(console: Screen, arguments: list[str], config: RunConfig, result: RunResult) -> None:
     """Print commands that can be pasted: further with this run, its model, and a run on other text."""
-    kept = [argument for argument in arguments if not argument.startswith("train.steps=")]
+    kept = [argument for argument in arguments if not argument.startswith(("train.steps=", "train.tokens="))]
     further = [*kept, "--resume", result.run_id, f"train.steps={2 * config.train.steps}"]
     model = ["export", result.checkpoint, "--to", f"runs/exports/{result.run_id}-{result.steps}"]
     own = [argument for argument in arguments if not argument.startswith(("run.name=", "data.source="))]
     console.print("\nwhat next:")
-    console.print(f"  train it further     {command('raymuon', 'train', *further)}")
+    if not (config.train.stages or config.train.tokens):  # Their lengths are in a file.
+        console.print(f"  train it further     {command('raymuon', 'train', *further)}")
     console.print(f"  export the model     {command('raymuon', *model)}")
     console.print(f"  this folder's text   {command('raymuon', 'train', *own, 'run.name=mine', 'data.source=.')}")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import lcm
 from typing import Literal
@@ -49,7 +49,7 @@ class MixtureConfig:
 
     step: int
     """The first step that they hold for."""
-    weights: dict[str, float]
+    weights: dict[str, float] = field(hash=False)
     """By source; one that is left out, or has 0, gives nothing."""
 
     def __post_init__(self) -> None:
@@ -70,7 +70,8 @@ class DataConfig:
 
     source: str = "python-stdlib"
     """Text: a file, a folder or a glob, of any fsspec URL, several with commas between them, or `python-stdlib`, the
-    standard library's own source code. Hidden files below a folder and what runs have written are left out."""
+    standard library's own source code, or `python-stdlib/json`, a folder of it. Hidden files below a folder and what
+    runs have written are left out."""
     sources: tuple[SourceConfig, ...] = ()
     """Named sources with weights, in the place of `source`."""
     mixture: tuple[MixtureConfig, ...] = ()
