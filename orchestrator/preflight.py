@@ -20,7 +20,9 @@ from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
 from workers.data.config import DataConfig
-from workers.data.corpus import Corpus, check_corpora, load
+from workers.data.corpus import Corpus, load
+from workers.data.enough import check_corpora
+from workers.data.packing import PACKING
 from workers.data.prepare import prepare
 from workers.task import Origin
 
@@ -58,7 +60,8 @@ def check_inputs(config: RunConfig, corpora: tuple[Corpus, ...] | None = None) -
     fences = Store(url, endpoint).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
     corpora = corpora or prepare(config.data, database_files(config.tracking.uri), endpoint)
-    check_corpora(corpora, config.train.seq_len, config.train.global_batch, config.model.vocab_size)
+    train, most_long = config.train, config.data.max_long_conversations
+    check_corpora(corpora, train.seq_len, train.global_batch, config.model.vocab_size, most_long)
     return Inputs(corpora, "" if fences else warning)
 
 
@@ -255,8 +258,11 @@ def data_identity(config: DataConfig, corpora: tuple[Corpus, ...]) -> dict[str, 
         found["data.tokenizer"] = tokenizer
     if config.window:
         found["data.window"] = config.window
-    if config.document_mask:
+    if config.masks_documents:
         found["data.document_mask"] = True
+    if templates := {corpus.chat_template for corpus in corpora if corpus.chat_template}:
+        (found["data.chat_template"],) = templates
+        found["data.packing"] = PACKING
     return found
 
 

@@ -38,7 +38,7 @@ def join(member: Place, task: Task, rendezvous: dist.Store | None = None) -> Eng
     engine = build_engine(task.model, task.optim, task.train, task.seed if fresh else None, device)
     if task.train.compile:
         train, watched = task.train, task.optim.qk_clip > 0
-        compile_ahead(engine.model, train.micro_batch, train.seq_len, task.data.document_mask, watched)
+        compile_ahead(engine.model, train.micro_batch, train.seq_len, task.data.masks_documents, watched)
     return engine
 
 

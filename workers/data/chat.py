@@ -4,11 +4,12 @@ A template is Jinja with the helpers that transformers gives one, and stands for
 names are put down at its beginning (`bound`), so that its text alone says what comes out, here, in a run's folder and
 in an export. It is somebody else's program, so it runs in Jinja's sandbox.
 
-What the assistant has said is what stands within `{% generation %}`. A template without that is asked twice for each
-turn, for the conversation before it with the prompt to answer and for that up to its end: what lies between is the turn.
-Where these are not how the whole begins, nobody can tell the turns, and the conversation is refused.
+What the assistant has said is what stands within `{% generation %}`. A template without that is asked twice for
+each turn: for the conversation before it with the prompt to answer, and for that up to its end. What lies between is
+the turn. Where these are not how the whole begins, nobody can tell the turns, and the conversation is refused.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,20 @@ class ChatTemplate:
     def __init__(self, source: str, now: datetime | None = None) -> None:
         self.source, self.now = source, now
         _ = self._template
+
+    @property
+    def sha256(self) -> str:
+        """Of its text."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What decides on what it writes."""
+        return self.sha256, self.now.isoformat() if self.now else ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as text."""
+        return ChatTemplate, (self.source, self.now)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Return a conversation as text.
@@ -250,9 +265,28 @@ def _message(number: int, message: Any) -> dict[str, Any]:
     if not isinstance(content := message.get("content"), str):
         said = f"a content that is {_kind(content)}, not a text" if "content" in message else "no content"
         raise ChatError(f"{where} has {said}")
+    if "\0" in content:
+        raise ChatError(f"{where} has a zero byte in its content")
     if not content.strip() and role == "assistant":
         raise ChatError(f"{where} is the assistant's, and empty")
     return message
+
+
+def written(messages: Sequence[Message]) -> bytes:
+    """Return a conversation as a document's bytes, which `read` gives back.
+
+    Raises:
+        ChatError: there is half a character in it.
+    """
+    try:
+        return json.dumps(messages, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ChatError(f"half a character (\\u{ord(error.object[error.start]):04x}) is in it") from None
+
+
+def read(document: bytes) -> list[dict[str, Any]]:
+    """Return the conversation in a document."""
+    return json.loads(document)
 
 
 def _kind(value: Any) -> str:
