@@ -132,7 +132,7 @@ def find_origin(config: RunConfig) -> Origin | None:
     """Return the checkpoint that `train.init` names.
 
     Raises:
-        ConfigError: there is none, or it is of another model.
+        ConfigError: there is none, it is of another model, or its optimizer's state is not this run's.
         StorageError: it cannot be read.
     """
     if not config.train.init:
@@ -146,7 +146,24 @@ def find_origin(config: RunConfig) -> Origin | None:
     given = {key: value for key, value in asdict(config.model).items() if key not in free}
     if differences := _differences({"model": manifest.identity["model"]}, {"model": given}):
         raise ConfigError(f"train.init={config.train.init} is another model:\n" + "\n".join(differences))
+    if config.train.init_state == "all":
+        _check_state(config, manifest)
     return Origin(run_url=log.store.url, manifest=manifest)
+
+
+def _check_state(config: RunConfig, manifest: Manifest) -> None:
+    """Refuse to take an optimizer's state along that is not there, or another's.
+
+    Raises:
+        ConfigError: it is not this run's.
+    """
+    theirs, ours = manifest.identity.get("optim.name"), config.optim.name
+    if theirs != ours:
+        what = f"has that of {theirs}, and optim.name={ours}" if theirs else "has none, for it was imported"
+        raise ConfigError(
+            f"train.init_state=all takes the optimizer's state along, and {config.train.init} {what}; set "
+            "train.init_state=weights to begin the state anew"
+        )
 
 
 def other_tokens(identity: dict[str, Any], tokenizer: str) -> str:

@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-LONGEST = 600
-"""Characters of an answer."""
+LONGEST = {"answer": 160, "arguments": 60}
+"""Characters: a conversation has no more than 512 bytes."""
 SYSTEM = "You answer about Python's functions."
 
 
@@ -21,18 +21,23 @@ def conversations(source: bytes) -> Iterator[list[dict[str, Any]]]:
             parsed = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return
-    for node in ast.walk(parsed):
-        if isinstance(node, ast.FunctionDef) and (answer := _answer(node)):
-            arguments = [argument.arg for argument in node.args.args if argument.arg not in ("self", "cls")]
-            turns = [(f"What does {node.name}({', '.join(arguments)}) do?", answer)]
-            if arguments:
-                turns.append(("What does it take?", ", ".join(arguments)))
-            yield [{"role": "system", "content": SYSTEM}, *(message for turn in turns for message in _messages(*turn))]
+    for function in _functions(parsed.body):
+        answer = " ".join((ast.get_docstring(function) or "").partition("\n\n")[0].split())
+        arguments = ", ".join(one.arg for one in function.args.args if one.arg not in ("self", "cls"))
+        if not answer or len(answer) > LONGEST["answer"] or len(arguments) > LONGEST["arguments"]:
+            continue
+        turns = [(f"What does {function.name}({arguments}) do?", answer)]
+        turns += [("What does it take?", arguments)] if arguments else []
+        yield [{"role": "system", "content": SYSTEM}, *(message for turn in turns for message in _messages(*turn))]
 
 
-def _answer(node: ast.FunctionDef) -> str:
-    paragraph = (ast.get_docstring(node) or "").partition("\n\n")[0]
-    return " ".join(paragraph.split()) if len(paragraph) <= LONGEST else ""
+def _functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+    """Yield the functions of a module and of its classes."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from _functions(node.body)
 
 
 def _messages(question: str, answer: str) -> list[dict[str, Any]]:
