@@ -66,7 +66,12 @@ def said(role: str, content: str) -> dict[str, str]:
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     [said("user", "Hi"), said("assistant", "Hello!")],
     [said("system", "Be brief."), said("user", "What is 2 + 2?"), said("assistant", "4")],
-    [said("user", "naïve 日本"), said("assistant", "ünïcode 日本語 😀"), said("user", "x"), said("assistant", "  y\n\n z")],
+    [
+        said("user", "naïve 日本"),
+        said("assistant", "ünïcode 日本語 😀"),
+        said("user", "x"),
+        said("assistant", "  y\n\n z"),
+    ],
     [said("user", "a"), said("assistant", "b" * 300), said("tool", '{"c": 1}'), said("assistant", "\n")],
     [said("user", "Hello! Hello!"), said("assistant", "Hello! Hello!"), said("user", "{{ 1 }} {% x %}\n\n")],
 ]
@@ -78,7 +83,10 @@ def many(number: int) -> list[list[dict[str, Any]]]:
     for one in range(number):
         turns = [said("system", f"Answer {one}.")] if one % 3 == 0 else []
         for turn in range(1 + one % 3):
-            turns += [said("user", f"What is {one} + {turn}?"), said("assistant", f"{one + turn} " * (1 + one * 7 % 11))]
+            turns += [
+                said("user", f"What is {one} + {turn}?"),
+                said("assistant", f"{one + turn} " * (1 + one * 7 % 11)),
+            ]
         found.append(turns)
     return found
 

@@ -183,5 +183,7 @@ def test_a_token_across_the_border_of_a_turn_counts(folders):
     template = ChatTemplate("a{% generation %}b{{ messages[1].content }}{% endgeneration %}")
     found = encode(template, made, [said("user", "x"), said("assistant", "is")])
     assert found.counts.any() and np.flatnonzero(found.counts).tolist() == [
-        place for place, (_, end) in enumerate(made.marked_up().encode("abis", add_special_tokens=False).offsets) if end > 1
+        place
+        for place, (_, end) in enumerate(made.marked_up().encode("abis", add_special_tokens=False).offsets)
+        if end > 1
     ]
