@@ -98,7 +98,7 @@ def write(path: Path, conversations: list[Any]) -> Path:
 
 
 def tokenizer(folder: Path, template: str = "", end: str = "</s>") -> Path:
-    """Make a byte-level BPE with the special tokens of all templates, as transformers keeps one, and return its folder."""
+    """Make a byte-level BPE with the special tokens of all templates, and return its folder."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())

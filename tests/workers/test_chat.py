@@ -53,7 +53,8 @@ def test_text_ids_and_masks_are_transformers(folders, name):
 def test_turns_that_are_not_marked_are_found_by_what_comes_before(folders, name):
     """The same as where they are marked, for a template that writes the same; white space after an end is nobody's."""
     made, template = opened(folders[name])
-    assert "generation %" not in (plain := unmarked(template.source))
+    plain = unmarked(template.source)
+    assert "generation %" not in plain
     other = ChatTemplate(plain)
     for messages in CONVERSATIONS:
         assert other.rendered(messages, made.special) == template.rendered(messages, made.special)
@@ -99,7 +100,7 @@ def test_a_template_has_its_special_tokens_in_it(end):
 @pytest.mark.parametrize(
     ("template", "messages", "told"),
     [
-        (LLAMA_3, [said("user", "a"), said("user", "b"), said("assistant", "c")], "refuses it: two of the user in a row"),
+        (LLAMA_3, [said("user", "a"), said("user", "b"), said("assistant", "c")], "refuses it: two of the user"),
         ("{{ messages[7].role }}", CONVERSATIONS[0], "fails: list object has no element 7"),
         ("{{ ''.__class__.mro() }}", CONVERSATIONS[0], "fails: access to attribute '__class__'"),
         ("{{ strftime_now('%Y') }}", CONVERSATIONS[0], "set data.chat_date"),

@@ -89,8 +89,8 @@ def test_every_document_lies_whole_in_one_sequence(shards, capacity):
         packing.documents(packing.num_samples)
 
 
-def test_a_million_conversations_are_packed_tightly():
-    """In one pass: nothing here goes through all sequences for each of them."""
+def test_conversations_of_usual_lengths_are_packed_tightly():
+    """In one pass: nothing goes through all sequences for each of them."""
     lengths = np.minimum(np.random.default_rng(0).lognormal(6, 1, 100_000).astype(np.int64) + 2, 4097)
     found = best_fit(lengths, 4097)
     assert found.max() + 1 <= 1.01 * lengths.sum() / 4097
@@ -168,7 +168,9 @@ def test_whoever_makes_the_groups_in_whichever_order_makes_the_same(tmp_path, ch
             make_group(work, group)
         (corpus,) = prepare(config)
         found.append({name: corpus.store.read(name) for name in corpus.store.names("") if "." in name})
-    assert found[0] == found[1] and len(found[0]) == 5 * 2 * 4 + 1
+    assert found[0] == found[1]
+    assert {name.rpartition(".")[2] for name in found[0]} == {"json", "bin", "sums", "ends", "counts"}
+    assert sum(name.startswith("train") for name in found[0]) == 5 * 4
     assert read_index(corpus.store)["format"] == CHAT_FORMAT
 
 
@@ -194,8 +196,8 @@ def test_conversations_are_the_same_however_they_are_kept(tmp_path, kind):
         other = tmp_path / f"other.jsonl.{kind}"
         pack = gzip.compress if kind == "gz" else zstandard.ZstdCompressor().compress
         other.write_bytes(pack(plain.read_bytes()))
-    (ours,), (theirs) = prepare(config_of(tmp_path, plain)), prepare(config_of(tmp_path, other, **settings))
-    assert theirs[0].content_hash == ours.content_hash and theirs[0].url != ours.url
+    (ours,), (theirs,) = prepare(config_of(tmp_path, plain)), prepare(config_of(tmp_path, other, **settings))
+    assert theirs.content_hash == ours.content_hash and theirs.url != ours.url
 
 
 def test_another_template_is_other_tokens_and_text_is_as_it_was(tmp_path, chatml):
@@ -205,15 +207,10 @@ def test_another_template_is_other_tokens_and_text_is_as_it_was(tmp_path, chatml
     configs.append(config_of(tmp_path, plain, tokenizer=str(chatml), chat_template=str(tmp_path / "own.jinja")))
     hashes = {prepare(config)[0].content_hash for config in configs}
     assert len(hashes) == 3
-    (text,) = prepare(DataConfig(source=str(plain), prepared_url=f"{tmp_path}/data", held_out_fraction=0.2,
-                                 sources=(SourceConfig(name="t", urls=(str(write_text(tmp_path)),)),)))  # fmt: skip
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(200)))
+    (text,) = prepare(config_of(tmp_path, tmp_path / "text.jsonl", format="jsonl"))
     index = read_index(text.store)
     assert index["format"] == FORMAT and "counted" not in index and all("counts" not in one for one in index["train"])
-
-
-def write_text(folder):
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(200)))
-    return folder / "text.jsonl"
 
 
 def test_a_damaged_mask_is_refused(tmp_path):
@@ -255,7 +252,7 @@ class A:
     assert (first[2]["content"], first[4]["content"]) == ("Return the area of a rectangle.", "width, height")
     assert [one["content"] for one in second[1:]] == ["What does close() do?", "Close it."]
     assert list(conversations(b"def f(:")) == [] and list(conversations(b"\0")) == []
-    (tmp_path / "a.py").write_bytes(source * 1)
+    (tmp_path / "a.py").write_bytes(source)
     (corpus,) = prepare(config_of(tmp_path, tmp_path / "a.py", held_out_fraction=0.01))
     assert corpus.documents == 2
 
@@ -275,7 +272,7 @@ GOOD = CONVERSATIONS[0]
         ([said("user", "a\ud800"), said("assistant", "b")], "half a character (\\ud800) is in it"),
         (
             [said("user", "a"), said("user", "b"), said("assistant", "c")],
-            "the chat template refuses it: two of the user",
+            "template refuses it: two of the user",
         ),
         ([said("user", "<|eot_id|>"), said("assistant", "c")], "messages[0] has '<|eot_id|>' in it"),
     ],
