@@ -160,7 +160,7 @@ def state_of(rank: int, world_size: int, task: Task) -> dict:
 
 
 def test_the_optimizer_s_state_is_taken_along_or_begun_anew_as_the_config_says(tmp_path):
-    """At another world size; steps begin at 1 either way, and AdamW's moments keep the count of those that made them."""
+    """At another world size. Steps begin at 1 either way; AdamW's moments keep the count of those that made them."""
     one = {"min_workers": 1, "max_workers": 1}
     config = config_of(tmp_path, scaling=one, train={"steps": 3, "seq_len": 256}, checkpoint={"every": 3})
     with Lead(config, ProcessCluster({"a": 1}), tmp_path) as first:

@@ -1,7 +1,5 @@
 """A run on conversations is a run like any other: each is trained on once an epoch, whoever dies."""
 
-import os
-import signal
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +7,10 @@ import pytest
 
 from tests.chats import many, write
 from tests.closeness import EPS, ROUNDINGS
+from tests.faults import FaultyMember
 from tests.leading import Lead, config_of
 from tests.ledger import assert_every_sample_once, ledger
+from tests.orchestrator.test_recovery import inject_at_start
 from tests.processes import ProcessCluster
 from tests.ranks import run_ranks
 from tests.trainer import trainer_of
@@ -18,6 +18,7 @@ from workers.data.config import DataConfig
 from workers.data.corpus import SPLITS
 from workers.data.ends import DocumentEnds
 from workers.data.packing import packing_of
+from workers.phases import Phase
 from workers.reports import StepDone
 from workers.task import Task
 
@@ -25,7 +26,7 @@ STEPS, ROWS = 6, 60
 
 
 def chat_run(folder) -> Lead:
-    """Train with two workers, and kill one after step 3; the other goes on, until a third comes."""
+    """Train with two workers, of which one dies in step 4; the other goes on, until a third comes."""
     data = DataConfig(
         source=str(write(folder / "chat.jsonl", many(ROWS))),
         format="chat",
@@ -35,16 +36,11 @@ def chat_run(folder) -> Lead:
     )
     train = {"steps": STEPS, "global_batch": 6, "micro_batch": 2, "seq_len": 420}
     config = replace(config_of(folder, scaling={"min_workers": 1, "max_workers": 2}, train=train), data=data)
-    lead = Lead(config, ProcessCluster({"a": 2}), folder)
-    lead.notes.on_step = lambda step: kill(lead) if step == 3 else None
+    lead = Lead(config, ProcessCluster({"a": 2}, FaultyMember), folder)
+    inject_at_start(lead, 0, Phase.COMPUTE, 4, "kill", 1)
     with lead:
         lead.wait()
     return lead
-
-
-def kill(lead: Lead) -> None:
-    worker = lead.pool.workers[lead.controller.generation.members[0]]
-    os.kill(worker.handle.process.pid, signal.SIGKILL)
 
 
 def losses_of(rank: int, world_size: int, task: Task) -> list[tuple[float, int]]:
