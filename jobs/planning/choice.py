@@ -36,7 +36,7 @@ def decided(config: RunConfig, machines: Machines) -> RunConfig:
     if not config.train.open:
         return config
     # Of the data a plan asks one thing, and mixtures are no keys of a cache.
-    asked = replace(config, data=DataConfig(document_mask=config.data.document_mask))
+    asked = replace(config, data=DataConfig(document_mask=config.data.masks_documents))
     return replace(config, train=_best(asked, machines).train)
 
 
