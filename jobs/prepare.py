@@ -25,7 +25,7 @@ def prepare(config: str, overrides: list[str], address: str | None, stop: StopSi
     run_config, console = absolute(load(config, overrides)), Screen(stderr=as_json)
     corpora = prepared(run_config, address, stop, console)
     train, most_long = run_config.train, run_config.data.max_long_conversations
-    check_corpora(corpora, train.seq_len, train.global_batch, run_config.model.vocab_size, most_long)
+    check_corpora(corpora, train.seq_len, max(train.batches), run_config.model.vocab_size, most_long)
     found = [summary(corpus) for corpus in corpora]
     for one in found:
         console.print(

@@ -24,12 +24,13 @@ from tests.ranks import run_ranks
 from tests.trainer import trainer_of
 from workers.checkpoint.manifest import WEIGHT
 from workers.common.errors import ConfigError
-from workers.config import CheckpointConfig, TrainConfig
+from workers.config import CheckpointConfig
 from workers.data.config import DataConfig
 from workers.data.ends import DocumentEnds
 from workers.data.packing import packing_of
 from workers.data.prepare import prepare
 from workers.feed import indices_of_step, order_of
+from workers.recipe import TrainConfig
 from workers.reports import StepDone, Validated
 from workers.task import Task
 
@@ -46,7 +47,7 @@ def tuned(rank: int, world_size: int, task: Task) -> dict:
     }
 
 
-def task_of(folder, name: str, template: str, end: str) -> tuple[Task, list]:
+def task_of(folder, name: str, template: str, end: str, schedule: str) -> tuple[Task, list]:
     """A model of Hugging Face's that is tuned on conversations, and these."""
     model = replace(MODELS[name], vocab_size=384)
     if name == "moonlight":
@@ -61,7 +62,8 @@ def task_of(folder, name: str, template: str, end: str) -> tuple[Task, list]:
         prepared_url=f"{folder}/data",
         held_out_fraction=0.2,
     )
-    optim = OptimConfig(name="adamw", lr=LR, warmup_steps=WARMUP, final_lr_fraction=0.1, eps=ADAMW_EPS)
+    settings = {"lr": LR, "warmup_steps": WARMUP, "final_lr_fraction": 0.1, "eps": ADAMW_EPS}
+    optim = OptimConfig(name="adamw", schedule=schedule, **settings)
     train = TrainConfig(steps=STEPS, global_batch=6, micro_batch=2, seq_len=160, validate_sequences=4, validate_every=0,
                         sample_prompt="", init=f"{folder}/hf")  # fmt: skip
     config = RunConfig(model=model, optim=optim, data=data, train=train,
@@ -117,15 +119,16 @@ def plain_loop(task: Task, rows: list) -> tuple[list[float], list[int], list[flo
         count = min(task.train.validate_sequences, number)
         return mean(rows_of(task, "validation", [i * number // count for i in range(count)], rows))[0].item()
 
-    order = order_of(task.data, task.train, task.seed, task.corpora)
+    order = order_of(task.data, task.recipe, task.train.seq_len, task.seed, task.corpora)
     losses, tokens, validation = [], [], [validate()]
     for step in range(1, STEPS + 1):
-        loss, count = mean(rows_of(task, "train", order.at(indices_of_step(task.train, step)).sample.tolist(), rows))
+        loss, count = mean(rows_of(task, "train", order.at(indices_of_step(task.recipe, step)).sample.tolist(), rows))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        cosine = 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
-        optimizer.param_groups[0]["lr"] = LR * (step / WARMUP if step <= WARMUP else 0.1 + 0.9 * cosine)
+        left = 1 - (step - WARMUP) / (STEPS - WARMUP)
+        left = 0.5 - 0.5 * math.cos(math.pi * left) if task.optim.schedule == "cosine" else left
+        optimizer.param_groups[0]["lr"] = LR * (step / WARMUP if step <= WARMUP else 0.1 + 0.9 * left)
         optimizer.step()
         losses.append(loss.item())
         tokens.append(count)
@@ -134,11 +137,11 @@ def plain_loop(task: Task, rows: list) -> tuple[list[float], list[int], list[flo
 
 @pytest.mark.numeric
 @pytest.mark.parametrize(
-    ("name", "template", "end", "world_size"),
-    [("llama", CHATML, "<|im_end|>", 1), ("moonlight", LLAMA_3, "<|eot_id|>", 2)],
+    ("name", "template", "end", "schedule", "world_size"),
+    [("llama", CHATML, "<|im_end|>", "linear", 1), ("moonlight", LLAMA_3, "<|eot_id|>", "cosine", 2)],
 )
-def test_fine_tuning_is_transformers_and_a_plain_loop(tmp_path, name, template, end, world_size):
-    task, rows = task_of(tmp_path, name, template, end)
+def test_fine_tuning_is_transformers_and_a_plain_loop(tmp_path, name, template, end, schedule, world_size):
+    task, rows = task_of(tmp_path, name, template, end, schedule)
     found = run_ranks(world_size, tuned, task)[0]
     losses, tokens, validation = plain_loop(task, rows)
     assert found["tokens"] == tokens and len(losses) == STEPS

@@ -155,7 +155,7 @@ def test_all_problems_are_gathered_with_hints():
     assert (raised.value.exit_code == 2 and "8 problem(s)" in text.splitlines()[0]) or "problem(s)" in text
     for expected in (
         "optim.lrr: unknown key; did you mean optim.lr?",
-        "steps: unknown key; did you mean train.steps?",
+        "steps: unknown key; did you mean train.steps or train.stages[].steps?",
         "train.steps: must be a whole number, not 'many'",
         "train.seq_len: must be a whole number, not '1.5'",
         "data: is a section with keys of its own, not 3",

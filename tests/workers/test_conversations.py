@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -40,9 +41,13 @@ def config_of(folder, source, **settings) -> DataConfig:
     return DataConfig(source=str(source), prepared_url=f"{folder}/data", **settings)
 
 
+@lru_cache
+def opened(config: DataConfig):
+    return open_template(config, made := open_tokenizer(config)), made
+
+
 def encoded(config: DataConfig, messages):
-    made = open_tokenizer(config)
-    return encode(open_template(config, made), made, messages_of(messages))
+    return encode(*opened(config), messages_of(messages))
 
 
 # -- packing -----------------------------------------------------------------------------------------------------------
