@@ -1,12 +1,17 @@
 """`raymuon generate`: what a trained model writes after a prompt."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from jobs.trained import Dtype, Trained
 from workers.common.errors import ConfigError
 from workers.data.text_stream import TextStream
 from workers.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from workers.generate import Sampling
+    from workers.models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,17 @@ class Settings:
     cache: bool = True
     """Of keys and values, or latents."""
     dtype: Dtype = "auto"
+
+    @property
+    def sampling(self) -> "Sampling":
+        """How tokens are chosen.
+
+        Raises:
+            ConfigError: temperature or top-p is out of range.
+        """
+        from workers.generate import Sampling  # Imports torch.
+
+        return Sampling(self.temperature, self.top_p)
 
 
 @dataclass
@@ -53,19 +69,45 @@ def write(
         StorageError: the checkpoint is damaged.
         TrainingError: the model's logits are not finite.
     """
-    from workers.generate import Sampling, begun, stream  # Imports torch.
+    from workers.generate import begun  # Imports torch.
 
-    sampling, tokenizer = Sampling(settings.temperature, settings.top_p), tokenizer_of(trained)
+    _ = settings.sampling  # Refused before the weights are read.
+    tokenizer = tokenizer_of(trained)
     ids = [begun(tokenizer, prompt) for prompt in prompts]
-    for number, one in enumerate(ids, 1):
-        fits(trained, f"prompt {number}", len(one))
-    written, texts = [Written(prompt) for prompt in prompts], [TextStream(tokenizer) for _ in prompts]
+    longest = max(range(len(ids)), key=lambda number: len(ids[number]))
+    context = context_of(trained, f"prompt {longest + 1}", len(ids[longest]))
     turns = Turns(prompts, say)
-    coming = stream(
-        trained.model(settings.dtype),
-        *(ids, settings.tokens, trained.ends, sampling, settings.seed, settings.cache, trained.seq_len),
-    )
-    for number, token in coming:
+    model = trained.model(settings.dtype)
+    return written_by(model, tokenizer, ids, prompts, settings, trained.ends, context, turns.add)
+
+
+def written_by(
+    model: "LanguageModel",
+    tokenizer: Tokenizer,
+    ids: Sequence[Sequence[int]],
+    prompts: Sequence[str],
+    settings: Settings,
+    stop: Collection[int],
+    context: int,
+    tell: Callable[[int, str, bool], object],
+) -> list[Written]:
+    """Return what a model writes after each prompt.
+
+    Args:
+        model: of which.
+        tokenizer: its own.
+        ids: the prompts as tokens.
+        prompts: as text.
+        settings: how.
+        stop: tokens that end a text.
+        context: tokens that the model looks back on.
+        tell: takes the number of a prompt, what has been added to its text, often nothing, and whether that is all.
+    """
+    from workers.generate import stream
+
+    written, texts = [Written(prompt) for prompt in prompts], [TextStream(tokenizer) for _ in prompts]
+    given = settings.tokens, stop, settings.sampling, settings.seed, settings.cache, context
+    for number, token in stream(model, ids, *given):
         one = written[number]
         if token is None:
             one.ended = len(one.tokens) < settings.tokens
@@ -74,7 +116,7 @@ def write(
             one.tokens.append(token)
             piece = texts[number].add(token)
         one.text += piece
-        turns.add(number, piece, done=token is None)
+        tell(number, piece, token is None)
     return written
 
 
@@ -92,16 +134,17 @@ def tokenizer_of(trained: Trained) -> Tokenizer:
     return trained.tokenizer
 
 
-def fits(trained: Trained, what: str, tokens: int) -> None:
-    """Refuse a text that is longer than what the model was trained to look at.
+def context_of(trained: Trained, what: str, tokens: int) -> int:
+    """Return how many tokens the model was trained to look at.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: a text has more.
     """
     if tokens > trained.seq_len:
         raise ConfigError(
             f"{what} has {tokens} tokens, and {trained.where} was trained to look back on {trained.seq_len}; shorten it"
         )
+    return trained.seq_len
 
 
 class Turns:

@@ -92,8 +92,8 @@ class Attempt:
             manifest, manifest_url = stretch.manifest, stretch.run_url
         for text in log.damaged:
             warn(f"{text}; it does not count")
-        if inputs.corpora[0].tokenizer:
-            copy_tokenizer(inputs.corpora[0].store, log.store)
+        for corpus in inputs.corpora:
+            copy_tokenizer(corpus.store, log.store, corpus.tokenizer_files)
         number = log.take_over(same, inputs.warning)
         task = task_of(config, inputs.corpora, log.store.url, number, manifest, origin)
         last_step = stretch.last_step if stretch else config.train.steps

@@ -242,7 +242,7 @@ def warm_up(task: Task, engine: Engine) -> None:
         engine: any on the device, in the precision and with the optimizer's settings of the training.
     """
     watches = task.telemetry.every or engine.optimizer.config.qk_clip
-    masked = task.data.document_mask
+    masked = task.data.masks_documents
     if engine.device.type != "cuda":
         return
     dtype = next(engine.model.parameters()).dtype

@@ -96,7 +96,9 @@ def test_it_writes_what_the_generator_writes_and_shows_what_would_steer_the_term
         ),
         (["{folder}", "--prompt", "a", "--top-p", "0"], 2, "top-p must be above 0 and at most 1, not 0"),
         (["{folder}", "--prompt", "a", "--dtype", "int8"], 2, "--dtype must be auto, float32 or bfloat16, not 'int8'"),
-        (["{folder}", "--prompt", "\udcff"], 2, "it is no UTF-8"),
+        (["{folder}"], 2, "give either --prompt TEXT, several times if need be, or --chat"),
+        (["{folder}", "--chat"], 2, "{folder}@20: it was not tuned with conversations (data.format=chat)"),
+        (["{folder}", "--prompt", "\udcff"], 2, "--prompt is no UTF-8"),
         (["{folder}/none", "--prompt", "a"], 2, "no run's folder (there is no log/ in it), and no Hugging Face model"),
     ],
 )

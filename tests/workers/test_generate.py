@@ -207,7 +207,7 @@ def test_training_sees_nothing_of_it(model):
 def test_a_sample_ends_with_its_size_or_the_document(model):
     ticks = []
     text = write_sample(model, BYTES, "def ", 20, 8, seed=1, progress=lambda: ticks.append(0))
-    assert text.startswith("def ") and 0 < len(text) - 4 <= 20 and len(ticks) > len(text) - 4
+    assert text.startswith("def ") and 0 < len(text) - 4 <= 20 and len(ticks) >= len(text) - 4
     assert text == write_sample(model, BYTES, "def ", 20, 8, seed=1)
     assert write_sample(model, BYTES, "def ", 0, 8, seed=1) == "def "
     assert write_sample(model, BYTES, "", 20, 8, seed=1) == "", "there is nothing to go on from"
