@@ -16,7 +16,7 @@ from workers.checkpoint.shards import CheckpointReader
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store, shared_url
 from workers.config import ModelConfig, model_config_of
-from workers.data.json_tokenizer import read_tokenizer
+from workers.data.json_tokenizer import JINJA, read_template, read_tokenizer
 from workers.data.tokenizer import BYTES, Tokenizer
 
 SHARD_BYTES = 4 << 30
@@ -75,6 +75,8 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_e
         "generation_config.json": json.dumps(generation, indent=2),
         **(tokenizer.files if tokenizer else {}),
     }
+    if template := manifest.identity.get("data.chat_template"):
+        texts[JINJA] = read_template(log.store, template).source
     if len(plan) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": where}
         texts["model.safetensors.index.json"] = json.dumps(index, indent=2)
