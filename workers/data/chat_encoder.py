@@ -31,12 +31,7 @@ def encode(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mess
     Raises:
         ChatError: the template refuses it or does not tell the assistant's turns, or there is nothing to learn in it.
     """
-    for number, message in enumerate(messages):
-        if special := next((token for token in tokenizer.special if token in message["content"]), None):
-            raise ChatError(
-                f"messages[{number}] has {special!r} in it, which is a special token of the tokenizer: the model could "
-                "not tell it from the template's own"
-            )
+    _refuse_special(tokenizer, messages)
     written = template.rendered(messages, tokenizer.special)
     found = tokenizer.marked_up().encode(written.text, add_special_tokens=False)
     counts = np.zeros(len(found.ids), bool)
@@ -47,3 +42,22 @@ def encode(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mess
         raise ChatError("the chat template writes nothing that the assistant says, so there is nothing to learn from")
     said = sum(len(written.text[start:end].encode()) for start, end in written.spans)
     return Encoded(np.array(found.ids, np.uint32), counts, said)
+
+
+def encode_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Return the tokens of a conversation up to where the assistant is to answer.
+
+    Raises:
+        ChatError: the template refuses it.
+    """
+    _refuse_special(tokenizer, messages)
+    return tokenizer.marked_up().encode(template.render(messages, True), add_special_tokens=False).ids
+
+
+def _refuse_special(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+    for number, message in enumerate(messages):
+        if special := next((token for token in tokenizer.special if token in message["content"]), None):
+            raise ChatError(
+                f"messages[{number}] has {special!r} in it, which is a special token of the tokenizer: the model could "
+                "not tell it from the template's own"
+            )

@@ -1,0 +1,56 @@
+"""Studies: what is found out about runs that are there, or by many of them."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import AsJson, RayAddress, S3Endpoint, TrackingUri
+from jobs.tell import tell
+from orchestrator.config import DEFAULT_TRACKING_URI
+from orchestrator.stop import StopSignal
+
+app = typer.Typer()
+study_app = typer.Typer(no_args_is_help=True, help="Find out about runs that are there, or by many of them.")
+app.add_typer(study_app, name="study")
+
+
+@study_app.command("spectrum")
+def study_spectrum(
+    what: Annotated[list[str], typer.Argument(help="Runs or checkpoints: id, name, folder, each with @STEP.")],
+    series: Annotated[bool, typer.Option("--series", help="All checkpoints of each run.")] = False,
+    group: Annotated[list[str] | None, typer.Option(help="Only these matrices; may be given several times.")] = None,
+    split: Annotated[str, typer.Option(help="Matrices within a parameter: none, fused or heads.")] = "none",
+    out: Annotated[str, typer.Option(help="A new folder; else one under runs/spectra.")] = "",
+    log: Annotated[bool, typer.Option("--log", help="Also put it into each run in MLflow.")] = False,
+    address: RayAddress = None,
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    as_json: AsJson = False,
+    s3_endpoint: S3Endpoint = "",
+) -> None:
+    """Singular values and SVD entropy of weight matrices, by group and layer: of a run, or of several to compare."""
+    stop = StopSignal(lambda run_id: "")
+    stop.listen(outlive_terminal=False)
+    from jobs.study.spectrum import Request, spectrum
+
+    request = Request(tuple(what), series, tuple(group or ()), split, out, log, address, tracking_uri, s3_endpoint)
+    spectrum(request, stop, as_json)
+
+
+@study_app.command("moonlight")
+def study_moonlight(
+    out: Annotated[Path, typer.Option(help="A new folder for everything.")] = Path("runs/moonlight"),
+    seeds: Annotated[int, typer.Option(min=1, help="Of each fine-tuning.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="A twentieth of the steps: to see that it works.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The Moonlight paper's way at the demo's size: tokenizer, stages, fine-tuning, evaluation, spectra, export."""
+    from jobs.study.moonlight import moonlight, report
+
+    found = moonlight(out.absolute(), seeds, partial(typer.echo, err=True), quick)
+    (out / "report.md").write_text(report(found))
+    typer.echo(report(found))
+    typer.echo(f"{out}/report.md, {out}/spectra/, {found['seconds'] / 60:.1f} minutes")
+    if as_json:
+        tell(found)
