@@ -9,14 +9,13 @@ from typing import Any, Literal
 import numpy as np
 
 from jobs.hugging_face import config_of, empty_tensors_of, refuse_unloadable, tensors_of, trained_with
-from optim.checks import ConfigProblems
+from jobs.trained import finite_tensor, model_of, tokenizer_of, trained_here
 from orchestrator.log.run_log import Entry, find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader
-from workers.common.errors import ConfigError, StorageError
+from workers.common.errors import ConfigError
 from workers.common.storage import Store, shared_url
-from workers.config import ModelConfig, model_config_of
-from workers.data.json_tokenizer import read_tokenizer
+from workers.config import ModelConfig
 from workers.data.tokenizer import BYTES, Tokenizer
 
 SHARD_BYTES = 4 << 30
@@ -51,7 +50,7 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_e
     log, commit = find_commit(url, s3_endpoint)
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
     reader = CheckpointReader(log.store, manifest)
-    model, tokenizer = model_of(manifest), _tokenizer_of(log.store, manifest)
+    model, tokenizer = model_of(manifest), tokenizer_of(log.store, manifest)
     about = _about(manifest, tokenizer)
     generation = about.pop("generation_config")
     refuse_unloadable(model)
@@ -114,33 +113,10 @@ def register(exported: Exported, model: str, tracking_uri: str) -> str:
     return tracking.register(model, exported.url, exported.run_id, tags)
 
 
-def model_of(manifest: Manifest) -> ModelConfig:
-    """Return the architecture and sizes of the model in a checkpoint.
-
-    Raises:
-        ConfigError: they are no longer allowed.
-    """
-    fields = manifest.identity["model"]
-    try:
-        return model_config_of(fields)
-    except ConfigProblems as error:
-        raise ConfigError(f"the model of {manifest.run_id} at step {manifest.step}: {error}") from error
-
-
-def _trained_here(manifest: Manifest) -> bool:
-    return "data" in manifest.identity
-
-
-def _tokenizer_of(store: Store, manifest: Manifest) -> Tokenizer | None:
-    """Return what has made the tokens; None for an import that came without."""
-    known = manifest.identity.get("data.tokenizer", "" if _trained_here(manifest) else None)
-    return read_tokenizer(store, known) if known else None if known is None else BYTES
-
-
 def _about(manifest: Manifest, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return what `config.json` says beside the sizes, and `generation_config`."""
     identity = manifest.identity
-    if tokenizer and _trained_here(manifest):
+    if tokenizer and trained_here(manifest):
         return trained_with(tokenizer, identity["train.seq_len"])
     if "hugging_face" not in identity:
         raise ConfigError(
@@ -165,12 +141,7 @@ def _plan(manifest: Manifest, item_bytes: int, shard_bytes: int) -> list[list[st
 
 def _exported(reader: CheckpointReader, names: list[str], buffers: set[str]) -> Iterator[tuple[str, np.ndarray]]:
     for name in names:
-        tensor = reader.tensor(BUFFER if name in buffers else WEIGHT, name)
-        if not np.isfinite(tensor).all():
-            raise StorageError(
-                f"step {reader.manifest.step}: {name} has elements that are NaN or infinite; take an earlier checkpoint"
-            )
-        yield from tensors_of(name, tensor)
+        yield from tensors_of(name, finite_tensor(reader, BUFFER if name in buffers else WEIGHT, name))
 
 
 def _encode(tensors: dict[str, np.ndarray], dtype: Dtype, exact: set[str]) -> bytes:
@@ -214,7 +185,7 @@ def _card(
         **{f"{name} (nats per token)": f"{value:.4f}" for name, value in sorted(commit.metrics.items())},
         "saved": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(commit.time)),
     }
-    here = _trained_here(manifest)
+    here = trained_here(manifest)
     if tokenizer is BYTES:
         tokens = "The tokens are bytes; a zero byte ends a document."
     elif here and tokenizer:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.export import export, export_series, model_of, register
+from jobs.export import export, export_series, register
 from jobs.hugging_face import refuse_unloadable
 from jobs.stack.seaweed import BUCKET, s3_environment, seaweedfs
+from jobs.trained import model_of
 from orchestrator.log.run_log import RunLog
 from tests.closeness import assert_close
 from tests.workers import test_llama, test_moonlight
@@ -25,7 +26,9 @@ MODELS = {"moonlight": test_moonlight.TINY, "llama": test_llama.TINY}
 TEXT = "def naïve(x):\n    return '日本' * x  # ☃\n"
 
 
-def trained(folder, model: str | ModelConfig, steps=(10,), change=lambda model: None) -> torch.nn.Module:
+def trained(
+    folder, model: str | ModelConfig, steps=(10,), change=lambda model: None, run_id: str = "run-7"
+) -> torch.nn.Module:
     """Commit checkpoints of a model whose every tensor is random, router biases too; `change` has the last word."""
     config = MODELS[model] if isinstance(model, str) else model
     torch.manual_seed(0)
@@ -59,7 +62,7 @@ def trained(folder, model: str | ModelConfig, steps=(10,), change=lambda model: 
         flat |= {TensorSlice(BUFFER, key, 0, array.size): array.ravel() for key, array in buffers.items()}
         shard = write_shard(log.store, place_of(step, 1, 1), 0, flat)
         log.commit(
-            Manifest("run-7", 1, 1, step, 1, identity, {"step": step, "tokens": 12345}, shapes, (shard,)),
+            Manifest(run_id, 1, 1, step, 1, identity, {"step": step, "tokens": 12345}, shapes, (shard,)),
             {"val_loss": 1.2345},
         )
     return model
