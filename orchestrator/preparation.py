@@ -11,11 +11,10 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
-from orchestrator.group.cluster import connected
+from orchestrator.group.cluster import connected, result_of
 from orchestrator.stop import StopSignal
-from workers.common.errors import ClusterError, RaymuonError, StorageError
+from workers.common.errors import StorageError
 from workers.data.corpus import Corpus
 from workers.data.prepare import Group, Work, prepare_work
 
@@ -24,6 +23,7 @@ Told = Callable[[Work, Group, dict[str, Any]], object]
 WAIT_S = 0.5
 TRIES, RETRY_S = 6, 2.0
 """Of a group whose storage fails, by its own task; the pause doubles each time."""
+LOST = f"a task of the preparation was lost {TRIES} times"
 AHEAD = 2
 """Tasks that are handed out per processor of the cluster: ten thousand at once would hold up all others."""
 
@@ -61,18 +61,7 @@ def _by_tasks(
         done, _ = ray.wait(list(running), timeout=WAIT_S)
         stop.check()
         for reference in done:
-            yield running.pop(reference), _result(reference)
-
-
-def _result(reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, RaymuonError):
-            raise error.cause from error
-        raise
-    except RayError as error:
-        raise ClusterError(f"a task of the preparation was lost {TRIES} times: {error}") from error
+            yield running.pop(reference), result_of(reference, LOST)
 
 
 def _patiently(do: Callable[[Work, Group], Any], work: Work, group: Group) -> Any:

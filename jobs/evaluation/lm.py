@@ -16,7 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from jobs.evaluation.texts import Texts
 from workers.common.errors import ConfigError
 from workers.data.tokenizer import Tokenizer
-from workers.generate import generate
+from workers.greedy import generate
 from workers.models import LanguageModel
 from workers.scoring import Pair, score
 
@@ -155,8 +155,8 @@ class CheckpointLM(TemplateLM):
         if (most := settings["max_gen_toks"]) >= self.max_length:
             raise _refused(
                 request,
-                f"it asks for up to {most} new tokens, and the model looks at {self.max_length} in all; set max_gen_toks "
-                f"below that in its generation_kwargs, in a task file of your own (--task-folder)",
+                f"it asks for up to {most} new tokens, and the model looks at {self.max_length} in all; set "
+                "max_gen_toks below that in the generation_kwargs of a task file of your own (--task-folder)",
             )
         ids = self.tok_encode(context)[most - self.max_length :] or [self.prefix_token_id]
         return _Prompt(ids, tuple(settings["until"]), most)
