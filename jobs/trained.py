@@ -28,7 +28,8 @@ from workers.data.tokenizer import BYTES, Tokenizer
 if TYPE_CHECKING:
     from workers.models import LanguageModel
 
-Precision = Literal["auto", "fp32", "bf16"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+"""Of a model's weights; `auto` as in training: bfloat16 on a GPU, float32 on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ class Trained:
             return None
         return tracked if tracked.run_id == self.run_id else None  # Else another run has this one's id for a name.
 
-    def model(self, precision: Precision = "auto", device: str = "") -> "LanguageModel":
+    def model(self, dtype: Dtype = "auto", device: str = "") -> "LanguageModel":
         """Return the model, its weights and buffers filled in, ready to be asked and not to be trained.
 
         Args:
-            precision: of the weights; `auto` as in training: bf16 on a GPU, fp32 on a CPU.
+            dtype: of the weights; the routers' biases stay float32.
             device: torch's name of one; empty for a GPU where there is one, else the CPU.
 
         Raises:
@@ -104,8 +105,9 @@ class Trained:
         from workers.models import build
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        bf16 = precision_on(torch.device(device).type, precision) == "bf16"
-        model = build(self.model_config, initialize=False).to(torch.bfloat16 if bf16 else torch.float32)
+        if dtype == "auto":
+            dtype = "bfloat16" if precision_on(torch.device(device).type) == "bf16" else "float32"
+        model = build(self.model_config, initialize=False).to(getattr(torch, dtype))
         buffers = set(self.reader.names(BUFFER))
         for name, target in model.state_dict().items():
             kind = BUFFER if name in buffers else WEIGHT

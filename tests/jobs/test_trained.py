@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 
 
 def logits(opened) -> torch.Tensor:
-    model = opened.model("fp32")
+    model = opened.model("float32")
     assert not model.training
     with torch.no_grad():
         return logits_of(model, TOKENS)
@@ -62,7 +62,7 @@ def test_a_folder_is_the_model_that_was_exported(run, tmp_path):
 
 def test_weights_are_rounded_to_bf16_and_the_routers_biases_are_not(run):
     folder, uri, model = run
-    half = open_trained(str(folder), uri).model("bf16").state_dict()
+    half = open_trained(str(folder), uri).model("bfloat16").state_dict()
     for name, tensor in model.state_dict().items():
         exact = tensor if name.endswith("correction_bias") else tensor.bfloat16()
         assert half[name].dtype == exact.dtype and torch.equal(half[name], exact), name
