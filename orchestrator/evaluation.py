@@ -5,7 +5,7 @@ dies is tried again, and what is told twice is the same.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -59,7 +59,7 @@ def evaluate_on(
         shares = [one for number in range(gpus or cpus) if (one := places[number :: gpus or cpus])]
         # A local Ray is this command's alone; elsewhere others may be at work.
         each = max(1, cpus // len(shares)) if joined.local and not gpus else 1
-        board = ray.remote(num_cpus=0)(_Board).remote()
+        board = cast(Any, ray.remote(num_cpus=0)(_Board)).remote()
         # A process of its own: what lm-eval's libraries read of the environment they read once.
         own = ray.remote(num_cpus=each, num_gpus=1 if gpus else 0, max_retries=TRIES - 1, max_calls=1)
         task = own(_telling)

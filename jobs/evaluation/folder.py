@@ -5,6 +5,7 @@ lm-eval leaves out a file that it cannot read, without a word; here it is an err
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ class TaskFolder:
     files: dict[str, bytes]
     """By their paths below the folder."""
     names: frozenset[str]
-    """Of the tasks and groups in it."""
+    """Of the tasks, groups and tags in it."""
+    elsewhere: frozenset[str]
+    """Names of what its groups are made of, and that it has not."""
 
     def lay_down(self, at: Path) -> None:
         """Write the files below `at`."""
@@ -54,30 +57,44 @@ def read_folder(url: str, s3_endpoint: str = "") -> TaskFolder:
             "that holds the tasks and their data alone"
         )
     files = dict(zip(found, store.read_all(list(found)), strict=True))
-    names = frozenset(name for file in tasks for name in names_in(files[file], f"{url.rstrip('/')}/{file}"))
-    return TaskFolder(files, names)
+    parsed = [_parsed(files[file], f"{url.rstrip('/')}/{file}") for file in tasks]
+    names = frozenset(name for one in parsed for name in _names(one))
+    return TaskFolder(files, names, frozenset(name for one in parsed for name in _members(one)) - names)
 
 
-def shipped_names() -> frozenset[str]:
-    """Return the names of the tasks and groups that come with raymuon."""
-    return frozenset(name for file in SHIPPED.glob("*.yaml") for name in names_in(file.read_bytes(), str(file)))
+@cache
+def offline_names() -> frozenset[str]:
+    """Return the names of the tasks and groups that come with raymuon and need no network."""
+    files = [_parsed(file.read_bytes(), str(file)) for file in SHIPPED.glob("stdlib*.yaml")]
+    return frozenset(name for one in files for name in _names(one))
 
 
-def names_in(text: bytes, where: str) -> Iterator[str]:
-    """Yield the names that a task file gives: of a task or a group, and its tags.
+def _parsed(text: bytes, where: str) -> dict[str, Any]:
+    """Return a task file.
 
     Raises:
-        ConfigError: it is no task file.
+        ConfigError: it is none.
     """
     try:
-        parsed = yaml.load(text, _Loader)
+        parsed = yaml.load(text, _Loader)  # It makes nothing but texts, numbers, lists and maps.
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: broken YAML: {' '.join(str(error).split())}") from error
     if not isinstance(parsed, dict) or not any(isinstance(parsed.get(key), str) for key in ("task", "group")):
         raise ConfigError(f"{where}: no task file: it needs a `task` or a `group` with a name")
+    return parsed
+
+
+def _names(parsed: dict[str, Any]) -> Iterator[str]:
     yield from (parsed[key] for key in ("task", "group") if isinstance(parsed.get(key), str))
     tags = parsed.get("tag") or []
     yield from [tags] if isinstance(tags, str) else tags
+
+
+def _members(parsed: dict[str, Any]) -> Iterator[str]:
+    for member in parsed["task"] if isinstance(parsed.get("task"), list) else []:
+        name = member.get("group", member.get("task")) if isinstance(member, dict) else member
+        if isinstance(name, str):
+            yield name
 
 
 class _Loader(yaml.SafeLoader):

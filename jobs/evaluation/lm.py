@@ -16,14 +16,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from jobs.evaluation.texts import Texts
 from workers.common.errors import ConfigError
 from workers.data.tokenizer import Tokenizer
-from workers.greedy import generate
+from workers.generate import generate
 from workers.models import LanguageModel
 from workers.scoring import Pair, score
 
 MAX_NEW_TOKENS = 256
 """Of a generation whose task says nothing (lm-eval's `max_gen_toks`)."""
 LOOKED_AT = 32
-"""New tokens after which a generation is looked at for the strings that end it."""
+"""New tokens after which a generation is looked at for the strings that end it; then after twice as many."""
 UNDERSTOOD = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 """Settings of a generation; the last two mean nothing to a greedy one."""
 SHOWN = 60
@@ -123,7 +123,7 @@ class CheckpointLM(TemplateLM):
         return score(self._model, pairs, self.max_length, self._batch_tokens, told)
 
     def _pair(self, request: Instance) -> Pair:
-        context, continuation = request.args
+        context, continuation = request.arguments
         if context:
             before, after = self._encode_pair(context, continuation)
         else:
@@ -146,7 +146,7 @@ class CheckpointLM(TemplateLM):
         ]
 
     def _prompt(self, request: Instance) -> _Prompt:
-        context, asked = request.args
+        context, asked = request.arguments
         if unknown := asked.keys() - UNDERSTOOD - {"max_new_tokens", "max_tokens", "max_completion_tokens"}:
             raise _refused(request, f"generation_kwargs has {', '.join(sorted(unknown))}, which is not understood here")
         settings: Any = normalize_gen_kwargs(asked, MAX_NEW_TOKENS)
@@ -163,13 +163,13 @@ class CheckpointLM(TemplateLM):
 
     def _written(self, prompts: Sequence[_Prompt]) -> list[str]:
         """Return what the model writes after each prompt."""
-        ends = {self._texts.end_id} - {None}
+        end = self._texts.end_id
         written: list[list[int]] = [[] for _ in prompts]
         going = list(range(len(prompts)))
         while going:
-            size = min(LOOKED_AT, *(prompts[i].most - len(written[i]) for i in going))
+            size = min(*(prompts[i].most - len(written[i]) for i in going), max(LOOKED_AT, len(written[going[0]])))
             texts = [[*prompts[i].ids, *written[i]] for i in going]
-            more = generate(self._model, texts, max_new_tokens=size, stop=ends)
+            more = generate(self._model, texts, max_new_tokens=size, stop=() if end is None else (end,))
             for i, new in zip(going, more, strict=True):
                 written[i] += new
             going = [

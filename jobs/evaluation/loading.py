@@ -24,17 +24,17 @@ SEEDS = {"python": 0, "others": 1234}
 ALLOW_CODE = "HF_ALLOW_CODE_EVAL"
 
 
-def prepare_environment(local: bool, unsafe_code: bool) -> None:
+def prepare_environment(offline: bool, unsafe_code: bool) -> None:
     """Set what the libraries under lm-eval read.
 
     Args:
-        local: all tasks are; otherwise the network is used, where there is one, and what is kept of it before.
+        offline: no task needs the network; otherwise it is used where there is one, else what was kept of it before.
         unsafe_code: what the model writes may be run.
     """
     os.environ |= {"DISABLE_MULTIPROC": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     os.environ[ALLOW_CODE] = "1" if unsafe_code else "0"
-    if local or not _hub_is_there():
+    if offline or not _hub_is_there():
         os.environ |= dict.fromkeys(OFFLINE, "1")
 
 

@@ -17,14 +17,14 @@ from workers.data.files import STDLIB, files_of
 
 SHORTEST = 400
 """Bytes of an end of a file out of which documents are made."""
-LONGEST = 2_000
+LONGEST = 1_000
 """Bytes of a document."""
-CONTEXT = 200
+CONTEXT = 160
 """Letters before what is asked for."""
 DOCUMENTS = 200
 """Of a task, at most."""
-LINE = re.compile(r"\s*\S.{10,50}\S")
-"""A line that is not like all others, and not long."""
+LINE = re.compile(r"(?=.{12,40}$)\s*\S.{8,}\S")
+"""A line that is not like all others, and fits into a small model's context."""
 CLOSED = re.compile(r"(.*[^\s()\[\]{}:,])([)\]}]+:?)")
 """A line that ends with closing brackets, and what is before them."""
 
@@ -58,7 +58,7 @@ def _ends() -> list[tuple[str, list[str]]]:
     """Return the name of each file of which enough is held out, and the whole lines of that."""
     found = []
     for system, name in files_of(STDLIB):
-        text = system.cat_file(name)
+        text = bytes(system.cat_file(name))  # type: ignore[arg-type]
         held_out = text[len(text) - round(len(text) * DataConfig().held_out_fraction) :]
         if len(held_out) >= SHORTEST:
             found.append((name.rpartition("/")[2], held_out.decode(errors="ignore").split("\n")[1:]))

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jobs.evaluation.folder import TaskFolder, shipped_names
+from jobs.evaluation.folder import TaskFolder, offline_names
 from jobs.evaluation.loading import SEEDS, load_tasks, prepare_environment
 from jobs.trained import Trained, open_trained
 from workers.common.errors import ClusterError, ConfigError, RaymuonError
@@ -42,10 +42,16 @@ class Evaluation:
     """Of an S3 store that is not AWS."""
 
     @property
+    def offline(self) -> bool:
+        """No task needs the network."""
+        return offline_names().issuperset(self.tasks)
+
+    @property
     def local(self) -> bool:
-        """All tasks are in the folder, or come with raymuon and need no network."""
-        own = shipped_names() | (self.folder.names if self.folder else frozenset())
-        return all(name in own and not name.startswith("moonlight") for name in self.tasks)
+        """All task files are at hand: lm-eval's thousands need not be looked at, which takes a while."""
+        if self.folder is None:
+            return self.offline
+        return (offline_names() | self.folder.names).issuperset({*self.tasks, *self.folder.elsewhere})
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def evaluate_all(evaluation: Evaluation, places: Sequence[str], tell: Callable[[
         StorageError: data or a checkpoint cannot be read.
         ClusterError: the memory does not suffice.
     """
-    prepare_environment(evaluation.local, evaluation.unsafe_code)
+    prepare_environment(evaluation.offline, evaluation.unsafe_code)
     with _laid_down(evaluation.folder) as folder:
         tell(Progress("", "loading tasks", 0, len(places)))
         tasks = _imported(evaluation, folder)
