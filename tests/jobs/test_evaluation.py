@@ -5,22 +5,20 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-
-from jobs.evaluation.loading import load_tasks, prepare_environment
-
-prepare_environment(offline=True, unsafe_code=False)  # Before lm-eval is imported.
-
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
 from jobs.evaluation.lm import CheckpointLM
+from jobs.evaluation.loading import load_tasks
 from jobs.evaluation.work import figures_of, run_lm
 from jobs.export import export
 from jobs.screen import Screen
 from jobs.tokenizer import END, train_tokenizer
 from jobs.trained import open_trained
+from tests.jobs.task_files import write_tasks
 from tests.jobs.test_export import MODELS, trained
 from workers.common.errors import ConfigError
 from workers.common.storage import Store
@@ -139,16 +137,39 @@ def test_generated_texts_are_those_of_lm_evals_own_model(both):
 
 
 def test_the_offline_tasks_come_to_the_same(both):
-    """By lm-eval's own way from a name to its figures on their side: seeds, shots and documents are its own."""
-    ours, theirs = both
-    found = run_lm(ours, load_tasks(["stdlib"], None, True, False, None), 5, False)
-    tasks = load_tasks(["stdlib"], None, True, False, None)
-    expected = evaluate(theirs, tasks, limit=5, bootstrap_iters=1000, log_samples=True)
+    found, expected = (
+        evaluate(model, load_tasks(["stdlib"], None, True, False, None), limit=5, bootstrap_iters=0) for model in both
+    )
+    for name, samples in expected["samples"].items():
+        mine, theirs = ([one["resps"] for one in found["samples"][name]], [one["resps"] for one in samples])
+        assert len(mine) == len(theirs) == 5
+        for ours, other in zip(np.ravel(mine).tolist(), np.ravel(theirs).tolist(), strict=True):
+            assert ours == (other if isinstance(other, str) else pytest.approx(other, abs=1e-4))
     figures = [one for name in sorted(found["results"]) for one in figures_of(name, found)]
     assert [one.metric for one in figures] == ["exact_match", "acc", "acc_norm", "bits_per_byte"]
     for one in figures:
         assert one.value == pytest.approx(expected["results"][one.task][f"{one.metric},none"], abs=1e-5), one
-        assert one.documents == 5 and one.shots == 0
+        assert (one.documents, one.shots, one.stderr) == (5, 0, None)
+
+
+def test_examples_are_drawn_as_lm_eval_itself_draws_them(both, tmp_path, monkeypatch):
+    """Twice over the same tasks, as for two checkpoints: the second time must not draw others."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    ours, theirs = both
+    folder = write_tasks(tmp_path / "tasks")
+    monkeypatch.chdir(folder)
+    tasks = load_tasks(["mine_word"], folder, True, False, 2)
+    first, again = (run_lm(ours, tasks, None, False) for _ in range(2))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    expected = simple_evaluate(theirs, tasks=["mine_word"], num_fewshot=2, task_manager=manager, bootstrap_iters=1000)
+    (found,) = figures_of("mine_word", first)
+    assert figures_of("mine_word", again) == [found] and found.shots == 2
+    assert found.value == pytest.approx(expected["results"]["mine_word"]["perplexity,none"], rel=1e-5)
+    assert found.stderr == pytest.approx(expected["results"]["mine_word"]["perplexity_stderr,none"], rel=1e-4)
+    none = run_lm(ours, load_tasks(["mine_word"], folder, True, False, None), None, False)
+    assert figures_of("mine_word", none)[0].value != pytest.approx(found.value, rel=1e-3)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100_000])
