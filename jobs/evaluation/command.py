@@ -155,20 +155,21 @@ class _Seen:
                     "one stays",
                     style="yellow",
                 )
+        names = {one.task: _named(one, self.shots) for one in result.figures}
         for task, details in result.details.items():
-            self.record.keep(_named(task, self.shots), trained.step, details)
+            self.record.keep(names[task], trained.step, details)
         self.record.write_table()
 
 
-def _named(task: str, shots: int | None) -> str:
-    """Return the name of a task on record; with other shots than its own it is another one."""
-    return task if shots is None else f"{task}_{shots}shot"
+def _named(figure: Figure, shots: int | None) -> str:
+    """Return the name of a task on record; with the number of shots that a person has asked for it is another one."""
+    return figure.task if shots is None or figure.shots not in (shots, None) else f"{figure.task}_{shots}shot"
 
 
 def _values(figures: Sequence[Figure], shots: int | None) -> dict[str, float]:
     values = {}
     for one in figures:
-        name = f"{_named(one.task, shots)}/{one.metric}"
+        name = f"{_named(one, shots)}/{one.metric}"
         values[name] = one.value
         if one.stderr is not None:
             values[f"{name}_stderr"] = one.stderr

@@ -3,9 +3,7 @@
 lm-eval leaves out a file that it cannot read, without a word; here it is an error before anything is begun.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,6 @@ class TaskFolder:
 
     files: dict[str, bytes]
     """By their paths below the folder."""
-    names: frozenset[str]
-    """Of the tasks, groups and tags in it."""
-    elsewhere: frozenset[str]
-    """Names of what its groups are made of, and that it has not."""
 
     def lay_down(self, at: Path) -> None:
         """Write the files below `at`."""
@@ -57,20 +51,13 @@ def read_folder(url: str, s3_endpoint: str = "") -> TaskFolder:
             "that holds the tasks and their data alone"
         )
     files = dict(zip(found, store.read_all(list(found)), strict=True))
-    parsed = [_parsed(files[file], f"{url.rstrip('/')}/{file}") for file in tasks]
-    names = frozenset(name for one in parsed for name in _names(one))
-    return TaskFolder(files, names, frozenset(name for one in parsed for name in _members(one)) - names)
+    for file in tasks:
+        _check(files[file], f"{url.rstrip('/')}/{file}")
+    return TaskFolder(files)
 
 
-@cache
-def offline_names() -> frozenset[str]:
-    """Return the names of the tasks and groups that come with raymuon and need no network."""
-    files = [_parsed(file.read_bytes(), str(file)) for file in SHIPPED.glob("stdlib*.yaml")]
-    return frozenset(name for one in files for name in _names(one))
-
-
-def _parsed(text: bytes, where: str) -> dict[str, Any]:
-    """Return a task file.
+def _check(text: bytes, where: str) -> None:
+    """Refuse what is no task file.
 
     Raises:
         ConfigError: it is none.
@@ -81,20 +68,6 @@ def _parsed(text: bytes, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: broken YAML: {' '.join(str(error).split())}") from error
     if not isinstance(parsed, dict) or not any(isinstance(parsed.get(key), str) for key in ("task", "group")):
         raise ConfigError(f"{where}: no task file: it needs a `task` or a `group` with a name")
-    return parsed
-
-
-def _names(parsed: dict[str, Any]) -> Iterator[str]:
-    yield from (parsed[key] for key in ("task", "group") if isinstance(parsed.get(key), str))
-    tags = parsed.get("tag") or []
-    yield from [tags] if isinstance(tags, str) else tags
-
-
-def _members(parsed: dict[str, Any]) -> Iterator[str]:
-    for member in parsed["task"] if isinstance(parsed.get("task"), list) else []:
-        name = member.get("group", member.get("task")) if isinstance(member, dict) else member
-        if isinstance(name, str):
-            yield name
 
 
 class _Loader(yaml.SafeLoader):

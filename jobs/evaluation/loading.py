@@ -5,7 +5,7 @@ lm-eval and the libraries under it read the environment when they are imported: 
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from requests.utils import get_environ_proxies
 
 from jobs.evaluation.folder import SHIPPED
+from jobs.evaluation.index import below, lm_evals_names, task_manager
 from orchestrator.reach import reach
 from workers.common.errors import ConfigError, RaymuonError, StorageError
 
@@ -38,13 +39,12 @@ def prepare_environment(offline: bool, unsafe_code: bool) -> None:
         os.environ |= dict.fromkeys(OFFLINE, "1")
 
 
-def load_tasks(names: Sequence[str], folder: Path | None, local: bool, unsafe_code: bool, shots: int | None) -> Any:
+def load_tasks(names: Sequence[str], folder: Path | None, unsafe_code: bool, shots: int | None) -> Any:
     """Return the tasks and groups of these names, as lm-eval's `evaluate` takes them.
 
     Args:
         names: of tasks, groups and tags.
         folder: with task files of one's own, which go before those of the same name.
-        local: all names are of those or of raymuon's own: lm-eval's thousands are not looked at.
         unsafe_code: what the model writes may be run.
         shots: examples before each question, for tasks whose own files do not say none; None: as the files say.
 
@@ -52,13 +52,10 @@ def load_tasks(names: Sequence[str], folder: Path | None, local: bool, unsafe_co
         ConfigError: a name that is none, code that may not be run, a task that cannot be loaded.
         StorageError: data that cannot be reached.
     """
-    from lm_eval.tasks import TaskManager
-
-    paths: list[str | Path] = [SHIPPED, *([folder] if folder else [])]
-    manager = TaskManager(include_path=paths, include_defaults=not local)
+    manager = task_manager(names, [SHIPPED, *([folder] if folder else [])])
     for name in names:
         if name not in manager.task_index:
-            raise unknown(name, manager.all_tasks)
+            raise _unknown(name, [*manager.all_tasks, *lm_evals_names()])
     if not unsafe_code:
         _refuse_code(names, manager.task_index)
     loaded = manager.load([one for name in names for one in _loaded(manager, name)])
@@ -68,8 +65,7 @@ def load_tasks(names: Sequence[str], folder: Path | None, local: bool, unsafe_co
     return loaded
 
 
-def unknown(name: str, known: Sequence[str]) -> ConfigError:
-    """Return the refusal of a name that no task has."""
+def _unknown(name: str, known: Sequence[str]) -> ConfigError:
     near = difflib.get_close_matches(name, known, 3)
     mean = f"did you mean {' or '.join(near)}? " if near else ""
     return ConfigError(f"--tasks {name}: no task, group or tag of that name; {mean}`lm-eval ls tasks` lists lm-eval's")
@@ -101,25 +97,14 @@ def _told(error: BaseException) -> str:
 
 
 def _refuse_code(names: Sequence[str], index: Mapping[str, Any]) -> None:
-    if found := [task for name in names for task in _running_code(name, index)]:
+    """Refuse tasks that run what a model writes; before they are loaded, for their own modules run code then."""
+    everything = dict.fromkeys(one for name in names for one in below(name, index))
+    if found := [one for one in everything if one in index and (index[one].cfg or {}).get("unsafe_code")]:
         raise ConfigError(
-            f"--tasks {','.join(names)}: {', '.join(dict.fromkeys(found))} would run code that the model has written, "
-            "on this machine and with your rights; --confirm-run-unsafe-code lets it, in a container for instance, or "
-            "name tasks that run none (moonlight_text)"
+            f"--tasks {','.join(names)}: {', '.join(found)} would run code that the model has written, on this machine "
+            "and with your rights; --confirm-run-unsafe-code lets it, in a container for instance, or name tasks that "
+            "run none (moonlight_text)"
         )
-
-
-def _running_code(name: str, index: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the tasks below a name that run what a model writes."""
-    entry = index.get(name)
-    config = (entry and entry.cfg) or {}
-    if entry and config.get("unsafe_code"):
-        yield name
-    members = config.get("task") if config.get("group") else sorted(entry.tags) if entry and not config else []
-    for member in members if isinstance(members, list) else []:
-        child = member if isinstance(member, str) else member.get("group") or member.get("task")
-        if isinstance(child, str):
-            yield from _running_code(child, index)
 
 
 def _hub_is_there() -> bool:

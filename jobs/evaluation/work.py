@@ -11,13 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jobs.evaluation.folder import TaskFolder, offline_names
+from jobs.evaluation.folder import TaskFolder
 from jobs.evaluation.loading import SEEDS, load_tasks, prepare_environment
 from jobs.trained import Trained, open_trained
 from workers.common.errors import ClusterError, ConfigError, RaymuonError
 
 TELL_S = 2.0
 """Between two notes of how far it is."""
+OFFLINE = ("stdlib", "stdlib_continuation", "stdlib_text", "stdlib_brackets")
+"""Tasks that come with raymuon and need no network."""
 BOOTSTRAP = 1000
 """Draws for the standard error of a figure that has no formula for one."""
 
@@ -44,14 +46,7 @@ class Evaluation:
     @property
     def offline(self) -> bool:
         """No task needs the network."""
-        return offline_names().issuperset(self.tasks)
-
-    @property
-    def local(self) -> bool:
-        """All task files are at hand: lm-eval's thousands need not be looked at, which takes a while."""
-        if self.folder is None:
-            return self.offline
-        return (offline_names() | self.folder.names).issuperset({*self.tasks, *self.folder.elsewhere})
+        return self.folder is None and all(name in OFFLINE for name in self.tasks)
 
 
 @dataclass(frozen=True)
@@ -148,7 +143,7 @@ def _imported(evaluation: Evaluation, folder: Path | None) -> Any:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise not_installed(f"on the node {platform.node()}: {error}") from error
-    return load_tasks(evaluation.tasks, folder, evaluation.local, evaluation.unsafe_code, evaluation.shots)
+    return load_tasks(evaluation.tasks, folder, evaluation.unsafe_code, evaluation.shots)
 
 
 def not_installed(why: str) -> ConfigError:

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from jobs.export import export
 from tests.e2e.conftest import RAYMUON
 from tests.jobs.task_files import write_tasks
 
@@ -65,39 +66,15 @@ def test_a_series_becomes_a_curve_in_the_runs_record(run, tmp_path):
     assert (after.status, after.end_time) == (before.status, before.end_time) and place.history(run_id, "loss") == loss
 
 
-def test_a_part_of_the_documents_and_a_folder_of_no_run_are_printed_alone(run, tmp_path):
+def test_a_folder_of_no_run_comes_to_the_same_and_is_printed_alone(run, tmp_path):
     place, run_id, client = run
-    told = evaluate(place, f"{run_id}@40", "--tasks", "stdlib_text", "--limit", "2", "--batch-tokens", "64")
-    assert "not put on record" in told.stderr + told.stdout and "bits_per_byte" in told.stdout
-    exported = str(tmp_path / "hf")
-    source = str(place.folder / "runs" / "checkpoints" / run_id)
-    subprocess.run(
-        [RAYMUON, "export", source, "--to", exported, "--dtype", "float32"], check=True, env=place.environment()
-    )
-    told = evaluate(place, exported, "--tasks", "mine_word", "--task-folder", "tasks", "--json")
+    export(str(place.folder / "runs" / "checkpoints" / f"{run_id}@20"), str(tmp_path / "hf"), "float32")
+    before = client.get_run(run_id).data.metrics
+    told = evaluate(place, str(tmp_path / "hf"), "--tasks", "mine_word", "--task-folder", "tasks", "--json")
     found = json.loads(told.stdout)
     assert "belongs to no run in MLflow" in told.stderr and not found["recorded"]
-    of_run = json.loads(evaluate(place, run_id, *("--tasks", "mine_word", "--task-folder", "tasks", "--json")).stdout)
-    (one,), (other,) = (result["checkpoints"][0]["figures"] for result in (found, of_run))
-    assert one["value"] == pytest.approx(other["value"], rel=1e-5)
-    assert not [name for name in client.get_run(run_id).data.metrics if "stdlib_text" in name]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "told"),
-    [
-        (["--tasks", "mine_worde", "--task-folder", "tasks", "--limit", "1"], 2, "did you mean mine_word"),
-        (["--tasks", "far", "--task-folder", "far"], 5, "task far: its data cannot be reached"),
-        (["--tasks", "mine", "--task-folder", "nowhere"], 2, "no such folder"),
-    ],
-)
-def test_bad_input_is_one_message(run, arguments, code, told):
-    place, run_id, client = run
-    if not (place.folder / "far").exists():
-        write_tasks(
-            place.folder / "far", far_yaml="task: far\ndataset_path: nobody/nothing\noutput_type: loglikelihood\n"
-        )
-    before = client.get_run(run_id).data.metrics
-    done = evaluate(place, run_id, *arguments, code=code)
-    assert told in done.stderr and done.stderr.count("raymuon: ") == 1 and not done.stdout.startswith("{")
+    ((figure,),) = (one["figures"] for one in found["checkpoints"])
+    details = client.download_artifacts(run_id, "evaluation/mine/step-00000020.json", str(tmp_path))
+    of_run = json.loads(Path(details).read_text())["results"]["mine_word"]
+    assert figure["value"] == pytest.approx(of_run["perplexity,none"], rel=1e-5)
     assert client.get_run(run_id).data.metrics == before

@@ -138,7 +138,7 @@ def test_generated_texts_are_those_of_lm_evals_own_model(both):
 
 def test_the_offline_tasks_come_to_the_same(both):
     found, expected = (
-        evaluate(model, load_tasks(["stdlib"], None, True, False, None), limit=5, bootstrap_iters=0) for model in both
+        evaluate(model, load_tasks(["stdlib"], None, False, None), limit=5, bootstrap_iters=0) for model in both
     )
     for name, samples in expected["samples"].items():
         mine, theirs = ([one["resps"] for one in found["samples"][name]], [one["resps"] for one in samples])
@@ -160,7 +160,7 @@ def test_examples_are_drawn_as_lm_eval_itself_draws_them(both, tmp_path, monkeyp
     ours, theirs = both
     folder = write_tasks(tmp_path / "tasks")
     monkeypatch.chdir(folder)
-    tasks = load_tasks(["mine_word"], folder, True, False, 2)
+    tasks = load_tasks(["mine_word"], folder, False, 2)
     first, again = (run_lm(ours, tasks, None, False) for _ in range(2))
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     expected = simple_evaluate(theirs, tasks=["mine_word"], num_fewshot=2, task_manager=manager, bootstrap_iters=1000)
@@ -168,7 +168,7 @@ def test_examples_are_drawn_as_lm_eval_itself_draws_them(both, tmp_path, monkeyp
     assert figures_of("mine_word", again) == [found] and found.shots == 2
     assert found.value == pytest.approx(expected["results"]["mine_word"]["perplexity,none"], rel=1e-5)
     assert found.stderr == pytest.approx(expected["results"]["mine_word"]["perplexity_stderr,none"], rel=1e-4)
-    none = run_lm(ours, load_tasks(["mine_word"], folder, True, False, None), None, False)
+    none = run_lm(ours, load_tasks(["mine_word"], folder, False, None), None, False)
     assert figures_of("mine_word", none)[0].value != pytest.approx(found.value, rel=1e-3)
 
 

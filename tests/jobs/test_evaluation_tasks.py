@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.evaluation.command import Asked, check_tasks, evaluate
-from jobs.evaluation.folder import SHIPPED, TaskFolder, offline_names, read_folder
+from jobs.evaluation.folder import SHIPPED, TaskFolder, read_folder
+from jobs.evaluation.index import below, lm_evals_names, task_manager
 from jobs.evaluation.loading import load_tasks, prepare_environment
-from jobs.evaluation.work import Evaluation, check_tokenizer, on_record
+from jobs.evaluation.work import OFFLINE, Evaluation, check_tokenizer, on_record
 from jobs.trained import open_trained
 from orchestrator.stop import StopSignal
 from tests.jobs.task_files import write_tasks
@@ -24,12 +25,11 @@ UNSAFE = "task: mine_code\nunsafe_code: true\ndataset_path: openai/openai_humane
 
 
 def load(names, folder=None, unsafe_code=False):
-    return load_tasks(names, folder, True, unsafe_code, None)
+    return load_tasks(names, folder, unsafe_code, None)
 
 
 def test_a_folder_is_read_whole_and_laid_down_anywhere(tmp_path, monkeypatch):
     found = read_folder(str(write_tasks(tmp_path / "tasks")))
-    assert found.names == {"mine", "mine_word", "mine_choice", "mine_tag"} and not found.elsewhere
     found.lay_down(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path / "elsewhere")
     loaded = load(["mine"], tmp_path / "elsewhere")
@@ -38,20 +38,27 @@ def test_a_folder_is_read_whole_and_laid_down_anywhere(tmp_path, monkeypatch):
     assert list(load(["mine_tag"], tmp_path / "elsewhere")["tasks"]) == ["mine_choice"]
 
 
-def test_the_shipped_tasks_need_no_network_and_no_list_of_others(tmp_path):
-    folder = read_folder(str(write_tasks(tmp_path / "tasks")))
-    assert offline_names() == {"stdlib", "stdlib_continuation", "stdlib_text", "stdlib_brackets"}
-    asked = {
-        ("stdlib",): (True, True),
-        ("mine", "stdlib_text"): (False, True),
-        ("moonlight",): (False, False),
-        ("mine", "gsm8k"): (False, False),
+def test_nothing_asks_the_network_for_the_shipped_tasks_alone():
+    assert {file.stem for file in SHIPPED.glob("stdlib*.yaml")} == set(OFFLINE)
+    for tasks, offline in ((("stdlib",), True), (OFFLINE, True), (("stdlib", "gsm8k"), False), (("moonlight",), False)):
+        assert Evaluation(tasks=tasks).offline == offline
+    assert not Evaluation(tasks=("stdlib",), folder=TaskFolder({})).offline, "the folder may have its own of that name"
+
+
+def test_lm_evals_own_tasks_are_found_without_reading_all_of_them(tmp_path):
+    """A group of groups, a tag whose tasks are in several folders, a group of a person's over lm-eval's."""
+    (tmp_path / "mine.yaml").write_text("group: mine\ntask: [bbh, {group: in, task: [triviaqa]}, {task: nobodys}]\n")
+    manager = task_manager(["moonlight", "mine", "math_word_problems", "gsm8kk"], [SHIPPED, tmp_path])
+    found = {name: set(below(name, manager.task_index)) for name in ("moonlight", "mine", "math_word_problems")}
+    assert len(found["moonlight"]) > 200 and {"mmlu_anatomy", "mmlu_stem", "humaneval"} < found["moonlight"]
+    assert {"bbh_cot_fewshot_navigate", "triviaqa", "nobodys"} < found["mine"]
+    assert {"gsm8k", "minerva_math_algebra", "mgsm_direct_de"} & found["math_word_problems"] == {
+        "gsm8k",
+        "minerva_math_algebra",
     }
-    for tasks, expected in asked.items():
-        one = Evaluation(tasks=tasks, folder=folder)
-        assert (one.offline, one.local) == expected, tasks
-    over = replace(folder, elsewhere=frozenset({"mmlu"}))
-    assert not Evaluation(tasks=("mine",), folder=over).local and not Evaluation(tasks=("mine",)).local
+    missing = set().union(*found.values()) - manager.task_index.keys()
+    assert missing == {"nobodys"} and "gsm8kk" not in manager.task_index
+    assert len(manager.all_tasks) < 1500 < len(lm_evals_names())
 
 
 def test_the_documents_are_of_what_a_default_run_holds_out():
@@ -71,13 +78,9 @@ def test_the_documents_are_of_what_a_default_run_holds_out():
 
 
 def test_the_papers_benchmarks_are_lm_evals_own_with_their_shots():
-    import lm_eval
-    from lm_eval.tasks._index import Kind, TaskIndex
+    from lm_eval.tasks._index import Kind
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    places = ["mmlu/default", "mmlu_pro", "bbh", "triviaqa", "humaneval", "mbpp", "gsm8k", "minerva_math", "ceval"]
-    places += ["cmmlu", "benchmarks"]
-    index = TaskIndex.build([Path(lm_eval.__file__).parent / "tasks" / place for place in places])
     members = [one for name in ("text", "code") for one in load_yaml(SHIPPED / f"moonlight_{name}.yaml")["task"]]
     shots = {one.get("group", one.get("task")): one["num_fewshot"] for one in members}
     assert shots == {
@@ -88,6 +91,7 @@ def test_the_papers_benchmarks_are_lm_evals_own_with_their_shots():
         "humaneval": 0,
         "mbpp": 3,
     }
+    index = task_manager(list(shots), [SHIPPED]).task_index
     for one in members:
         kind = Kind.GROUP if "group" in one else Kind.TASK
         assert index[one.get("group", one.get("task"))].kind == kind, one
@@ -119,6 +123,7 @@ def test_a_missing_or_empty_folder_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("name", "files", "kind", "told"),
     [
+        ("gsm8kk", {}, ConfigError, "did you mean gsm8k"),
         ("stdlib_txt", {}, ConfigError, "no task, group or tag of that name; did you mean stdlib_text"),
         ("mine_worde", {}, ConfigError, "did you mean mine_word"),
         ("far", {"far_yaml": "task: far\ndataset_path: nobody/nothing\noutput_type: loglikelihood\n"}, StorageError,
@@ -157,11 +162,9 @@ def test_code_is_refused_before_anything_of_its_task_is_loaded(tmp_path):
 
 
 def test_the_papers_code_is_refused_by_its_group():
-    import lm_eval
-
-    folder = Path(lm_eval.__file__).parent / "tasks" / "humaneval"
-    with pytest.raises(ConfigError, match="humaneval would run code .*moonlight_text"):
-        load(["moonlight_code"], folder)
+    for name in ("moonlight_code", "moonlight"):
+        with pytest.raises(ConfigError, match="humaneval, mbpp would run code .*moonlight_text"):
+            load([name])
 
 
 def asked(what: Path, **others) -> Asked:
@@ -213,5 +216,5 @@ def test_on_record_is_what_was_asked_for():
 def test_a_folder_travels():
     import pickle
 
-    folder = TaskFolder({"a.yaml": b"task: a"}, frozenset({"a"}), frozenset())
+    folder = TaskFolder({"a.yaml": b"task: a"})
     assert pickle.loads(pickle.dumps(folder)) == folder
