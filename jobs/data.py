@@ -64,9 +64,9 @@ def samples_at(found: TrackedRun, step: int) -> list[Sample]:
     from workers.feed import Part, indices_of_step, order_of  # Imports torch.
 
     config, corpora = _trained_on(found, step)
-    train, order = config.train, order_of(config.data, config.train, config.seed, corpora)
+    train, order = config.train, order_of(config.data, config.recipe, config.train.seq_len, config.seed, corpora)
     part = Part([(corpus, corpus.train) for corpus in corpora], train.seq_len, config.data.cache_gb)
-    indices = indices_of_step(train, step)
+    indices = indices_of_step(config.recipe, step)
     drawn, samples, tokenizer = order.at(indices), [], corpora[0].open_tokenizer()
     for number, index in enumerate(indices.tolist()):
         source, sample = int(drawn.source[number]), int(drawn.sample[number])
@@ -97,7 +97,7 @@ def _trained_on(found: TrackedRun, step: int) -> tuple[RunConfig, tuple[Corpus, 
         raise ConfigError(f"step {step}: run {found.run_id} has steps 1 to {config.train.steps}")
     corpora = corpora_of(attempt.corpora, config.storage.s3_endpoint or found.s3_endpoint)
     known = RunLog(found.store).identity or {}
-    refuse_other(found.url, known, data_identity(config.data, corpora), step)
+    refuse_other(found.url, known, data_identity(config, corpora), step)
     return config, corpora
 
 

@@ -23,7 +23,7 @@ def prepare(config: str, overrides: list[str], address: str | None, stop: StopSi
     """
     run_config, console = absolute(load(config, overrides)), Screen(stderr=as_json)
     corpora = prepared(run_config, address, stop, console)
-    check_corpora(corpora, run_config.train.seq_len, run_config.train.global_batch, run_config.model.vocab_size)
+    check_corpora(corpora, run_config.train.seq_len, max(run_config.train.batches), run_config.model.vocab_size)
     found = [summary(corpus) for corpus in corpora]
     for one in found:
         console.print(

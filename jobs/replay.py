@@ -34,9 +34,9 @@ from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError, TrainingError
-from workers.config import TrainConfig
 from workers.data.corpus import Corpus
 from workers.data.prepare import prepare
+from workers.recipe import TrainConfig
 from workers.reports import Report, StepDone, Validated
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from jobs.prepare import prepared
 from jobs.screen import Screen, command, mlflow_page
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
-from optim.schedule import cut_short
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, run
 from orchestrator.generation import Decide
@@ -25,7 +24,7 @@ from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError
 from workers.common.storage import storage_errors
-from workers.config import TrainConfig
+from workers.recipe import TrainConfig
 
 
 def train(
@@ -57,7 +56,7 @@ def train(
         meanwhile=_plan,
     )
     with TerminalWatcher() as watcher:
-        if left_out := cut_short(run_config.optim, run_config.train.steps):
+        for left_out in run_config.recipe.cut_short():
             watcher.warn(left_out)
         if look and is_local(address):
             with stop.abruptly():  # It imports torch.
@@ -162,11 +161,12 @@ def _print(summary: dict[str, Any], console: Screen) -> None:
 
 def _print_what_next(console: Screen, arguments: list[str], config: RunConfig, result: RunResult) -> None:
     """Print commands that can be pasted: further with this run, its model, and a run on other text."""
-    kept = [argument for argument in arguments if not argument.startswith("train.steps=")]
+    kept = [argument for argument in arguments if not argument.startswith(("train.steps=", "train.tokens="))]
     further = [*kept, "--resume", result.run_id, f"train.steps={2 * config.train.steps}"]
     model = ["export", result.checkpoint, "--to", f"runs/exports/{result.run_id}-{result.steps}"]
     own = [argument for argument in arguments if not argument.startswith(("run.name=", "data.source="))]
     console.print("\nwhat next:")
-    console.print(f"  train it further     {command('raymuon', 'train', *further)}")
+    if not (config.train.stages or config.train.tokens):  # Their lengths are in a file.
+        console.print(f"  train it further     {command('raymuon', 'train', *further)}")
     console.print(f"  export the model     {command('raymuon', *model)}")
     console.print(f"  this folder's text   {command('raymuon', 'train', *own, 'run.name=mine', 'data.source=.')}")

@@ -6,6 +6,7 @@ from typing import Literal
 
 from optim.checks import require, within
 from optim.polynomials import CoefficientSet, Form, Products, coefficients, form_of, products, restarts
+from optim.schedule import Curve, Shape
 
 MOST_DECAY = 0.1
 """Share of every weight that decay may take in one step at the peak of the learning rate."""
@@ -62,8 +63,9 @@ class OptimConfig:
     """AdamW: added to the root of the second moment."""
     grad_clip: float = 1.0
     """Largest global gradient norm, applied before momentum and orthogonalization; 0 turns clipping off."""
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    """After the warm-up: a cosine to the final rate, or warm-up-stable-decay with a linear decay."""
+    schedule: Shape = "cosine"
+    """After the warm-up: a `cosine` or a straight line (`linear`) to the final rate, the peak all along (`constant`),
+    or warm-up-stable-decay (`wsd`): the peak, and a linear decay at the end."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     decay_fraction: float = 0.2
@@ -91,6 +93,22 @@ class OptimConfig:
                 for key, value, least in (("qk_clip", self.qk_clip, 1), ("grad_clip", self.grad_clip, 1e-3))
             ),
             *within(self, "[0, 1]", "decay_fraction", "final_lr_fraction"),
+        )
+
+    def curve(self, length: int, units: int = 1) -> Curve:
+        """Return the learning rate of a run.
+
+        Args:
+            length: of the run, in units of data.
+            units: in a step.
+        """
+        return Curve(
+            shape=self.schedule,
+            peak=self.lr,
+            final=1.0 if self.schedule == "constant" else self.final_lr_fraction,
+            length=length,
+            warmup=units * self.warmup_steps,
+            decay_fraction=self.decay_fraction,
         )
 
     @property

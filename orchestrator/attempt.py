@@ -116,7 +116,8 @@ class Attempt:
             RaymuonError: with the exit code of what went wrong.
         """
         commits = Commits(self.log, self.task.attempt, self.identity, self.task.manifest, self.recorder.before_commit)
-        with Janitor(self.log, self.config.checkpoint, commits.bad, self.recorder.notice) as janitor:
+        ends = self.config.train.ends if self.config.train.stages else ()
+        with Janitor(self.log, self.config.checkpoint, commits.bad, self.recorder.notice, ends) as janitor:
             commits.after = janitor.wake
             self.controller = Controller(
                 self.config,

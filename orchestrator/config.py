@@ -1,27 +1,21 @@
 """RunConfig: everything that a run is told, composed out of each room's settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
-from optim.checks import filled, no_password, require, within
+from optim.checks import Check, filled, no_password, require, within
 from optim.config import OptimConfig
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError
 from workers.common.storage import absolute_url, local_path, shared_url
-from workers.config import (
-    CheckpointConfig,
-    ModelConfig,
-    MoonlightConfig,
-    StorageConfig,
-    TelemetryConfig,
-    TrainConfig,
-)
-from workers.data.config import DataConfig
+from workers.config import CheckpointConfig, ModelConfig, MoonlightConfig, StorageConfig, TelemetryConfig
+from workers.data.config import DataConfig, shares_of
 from workers.data.corpus import Corpus
 from workers.data.tokenizer import BYTE
+from workers.recipe import Recipe, TrainConfig, recipe_of
 from workers.task import Origin, Task
 
 
@@ -172,7 +166,30 @@ class RunConfig:
     """Of the initial weights, the data order and everything random."""
 
     def __post_init__(self) -> None:
-        require(self, (0 <= self.seed < 2**63, f"seed must be 0 or more, and less than 2**63, not {self.seed}"))
+        require(
+            self,
+            (0 <= self.seed < 2**63, f"seed must be 0 or more, and less than 2**63, not {self.seed}"),
+            *self._weight_checks(),
+        )
+        recipe_of(self.train, self.optim)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What each step trains with."""
+        return recipe_of(self.train, self.optim)
+
+    def _weight_checks(self) -> Iterator[Check]:
+        names = [source.name for source in self.data.sources]
+        known = f"the sources are {', '.join(names)}" if names else "there are no data.sources"
+        for number, stage in enumerate(self.train.stages):
+            where, unknown = f"train.stages[{number}].weights", sorted(stage.weights.keys() - set(names))
+            yield not unknown, f"{where}: no source is called {', '.join(unknown)}; {known}"
+            once = not (stage.weights and self.data.mixture)
+            yield once, f"{where} and data.mixture both say which weights hold; leave out one of them"
+            try:
+                shares_of([stage.weights.get(name, 0.0) for name in names if not unknown and stage.weights] or [1.0])
+            except ValueError as error:
+                yield False, f"{where}: {error}"
 
 
 def absolute(config: RunConfig) -> RunConfig:

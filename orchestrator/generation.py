@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.config import RunConfig
 from orchestrator.record.events import Reason, Source
-from workers.config import TrainConfig
+from workers.recipe import TrainConfig
 
 Decide = Callable[[RunConfig, Sequence[str], Sequence[str]], TrainConfig]
 """Returns how workers on nodes, one for each rank, with devices of some names, train a config: nothing is automatic."""

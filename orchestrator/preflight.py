@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.config import RunConfig, database, database_files, flatten
@@ -19,7 +20,6 @@ from orchestrator.stop import StopSignal
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
-from workers.data.config import DataConfig
 from workers.data.corpus import Corpus, check_corpora, load
 from workers.data.prepare import prepare
 from workers.task import Origin
@@ -58,7 +58,7 @@ def check_inputs(config: RunConfig, corpora: tuple[Corpus, ...] | None = None) -
     fences = Store(url, endpoint).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
     corpora = corpora or prepare(config.data, database_files(config.tracking.uri), endpoint)
-    check_corpora(corpora, config.train.seq_len, config.train.global_batch, config.model.vocab_size)
+    check_corpora(corpora, config.train.seq_len, max(config.train.batches), config.model.vocab_size)
     return Inputs(corpora, "" if fences else warning)
 
 
@@ -236,21 +236,26 @@ def identity(config: RunConfig, corpora: tuple[Corpus, ...]) -> dict[str, Any]:
     return {
         "model": asdict(config.model),
         "optim.name": config.optim.name,
-        **data_identity(config.data, corpora),
+        **data_identity(config, corpora),
         "train.seq_len": config.train.seq_len,
-        "train.global_batch": config.train.global_batch,
         "seed": config.seed,
     }
 
 
-def data_identity(config: DataConfig, corpora: tuple[Corpus, ...]) -> dict[str, Any]:
+def data_identity(run: RunConfig, corpora: tuple[Corpus, ...]) -> dict[str, Any]:
     """Return the part of it that decides which tokens a step has; of one source without a name the hash alone."""
+    config, recipe = run.data, run.recipe
+    batches = [[stage.first, stage.global_batch] for stage in recipe.stages]
+    grown = [after for before, after in pairwise(batches) if after[1] != before[1]]
     if not config.sources:
         (corpus,) = corpora
         found: dict[str, Any] = {"data": corpus.content_hash}
     else:
-        stages = [[step, *shares] for step, shares in config.stages()]
-        found = {"data": {corpus.name: corpus.content_hash for corpus in corpora}, "data.mixture": stages}
+        mixtures = [[step, *shares] for step, shares in recipe.mixtures(config)]
+        found = {"data": {corpus.name: corpus.content_hash for corpus in corpora}, "data.mixture": mixtures}
+    found["train.global_batch"] = batches[0][1]
+    if grown:
+        found["train.growth"] = grown
     if tokenizer := corpora[0].tokenizer:
         found["data.tokenizer"] = tokenizer
     if config.window:
@@ -301,7 +306,7 @@ def check_identity(log: RunLog, wanted: dict[str, Any]) -> None:
 def refuse_other(url: str, saved: dict[str, Any], wanted: dict[str, Any], step: int) -> None:
     """Refuse to go on from what had another identity up to a step; name every difference.
 
-    Weights that hold from a later step on may be other ones: they move nothing before it.
+    Weights and batches that hold from a later step on may be other ones: they move nothing before it.
 
     Raises:
         ConfigError: it has.
@@ -315,9 +320,11 @@ def refuse_other(url: str, saved: dict[str, Any], wanted: dict[str, Any], step: 
 
 
 def _until(identity: dict[str, Any], step: int) -> dict[str, Any]:
-    if not (mixture := identity.get("data.mixture")):
-        return identity
-    return {**identity, "data.mixture": [stage for stage in mixture if stage[0] <= max(1, step)]}
+    found = dict(identity)
+    for key in ("data.mixture", "train.growth"):
+        if since := [change for change in found.pop(key, ()) if change[0] <= max(1, step)]:
+            found[key] = since
+    return found
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -29,9 +29,10 @@ from tests.workers.test_moonlight import TINY
 from workers.checkpoint.manifest import Manifest
 from workers.checkpoint.shards import CheckpointReader
 from workers.common.storage import Store
-from workers.config import CheckpointConfig, TrainConfig
+from workers.config import CheckpointConfig
 from workers.data.config import DataConfig
 from workers.data.prepare import prepare
+from workers.recipe import TrainConfig
 from workers.reports import Report, StepDone, Validated
 
 

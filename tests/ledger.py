@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from workers.config import TrainConfig
+from optim.config import OptimConfig
 from workers.data.config import DataConfig
 from workers.data.corpus import Corpus
 from workers.feed import indices_of_slot, order_of
+from workers.recipe import TrainConfig, recipe_of
 
 
 def ledger(folder: Path) -> list[dict[str, Any]]:
@@ -31,11 +32,14 @@ def assert_every_sample_once(
         if key not in counted or counted[key][0] < turn:
             sources = line.get("sources", [""] * len(line["samples"]))
             counted[key] = turn, list(zip(sources, line["samples"], strict=True))
-    order, names = order_of(data or DataConfig(), train, seed, corpora), [corpus.name for corpus in corpora]
+    recipe = recipe_of(train, OptimConfig())
+    order = order_of(data or DataConfig(), recipe, train.seq_len, seed, corpora)
+    names, micro = [corpus.name for corpus in corpora], train.micro_batch
 
     def drawn(step: int, slot: int) -> list[Any]:
-        found = order.at(indices_of_slot(train, step, slot))
+        found = order.at(indices_of_slot(recipe, step, micro, slot))
         return [(names[source], int(sample)) for source, sample in zip(found.source, found.sample, strict=True)]
 
-    expected = {(step, slot): drawn(step, slot) for step in range(1, train.steps + 1) for slot in range(train.slots)}
+    slots = {step: range(recipe.at(step).global_batch // micro) for step in range(1, train.steps + 1)}
+    expected = {(step, slot): drawn(step, slot) for step in slots for slot in slots[step]}
     assert {key: samples for key, (_, samples) in counted.items()} == expected

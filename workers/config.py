@@ -1,4 +1,4 @@
-"""Settings of what runs in a worker: model, data, training and checkpoints."""
+"""Settings of what runs in a worker: model, telemetry, checkpoints and storage; of the training, see `recipe`."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, replace
@@ -210,109 +210,6 @@ def model_config_of(fields: Mapping[str, Any]) -> ModelConfig:
         if fields["name"] == (known := kind()).name:
             return replace(known, **fields)
     raise ConfigProblems([f"name must be one of {', '.join(kind().name for kind in MODELS)}, not {fields['name']!r}"])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """How much is trained, in which batches, and how often it is validated."""
-
-    steps: int = 1000
-    """Optimizer steps of the whole run."""
-    global_batch: int = 32
-    """Sequences per optimizer step, at any world size."""
-    micro_batch: int = 8
-    """Sequences per forward pass; divides global_batch. 0: so many that a step is fastest, of those that fit."""
-    seq_len: int = 256
-    """Tokens per sequence."""
-    validate_every: int = 100
-    """Steps between validations; 0 validates at the start and at the end only."""
-    validate_sequences: int = 64
-    """Held-out sequences per validation, always the same ones."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the forward and backward pass; `auto` is bf16 on a GPU and fp32 on a CPU. Master weights are always fp32."""
-    compile: bool = False
-    """Each layer is compiled by torch.compile before the first step, which takes a minute and a C++ compiler on every
-    node; losses are the same but for rounding. Validation and samples are never compiled."""
-    sample_prompt: str = "def "
-    """The text from which the trained model writes a sample at the end; empty for none."""
-    sample_bytes: int = 200
-    """Length of the sample in letters, and in tokens at most."""
-    init: str = ""
-    """Checkpoint (FOLDER or FOLDER@STEP) with whose weights a new run begins; empty for random ones."""
-    max_skipped_in_a_row: int = 10
-    """Steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
-    recompute: str = "auto"
-    """Layers of which the backward pass computes again what the forward pass did not keep: `none`, `all`, or so many of
-    the first; a third of the operations more, a fraction of the memory. `auto`, here and below: as fast as fits."""
-    logits: Literal["auto", "whole", "chunked"] = "auto"
-    """`chunked`: the loss is computed from some tokens after the others, so that all logits are never there at once."""
-    gradients: Literal["auto", "whole", "partitioned"] = "auto"
-    """`whole`: each worker sums up all gradients, and they are reduced once a step. `partitioned`: they are reduced
-    after every micro-batch, and each worker keeps its part, in fp32 (ZeRO-2)."""
-    accumulate: Literal["auto", "fp32", "weights"] = "auto"
-    """In what whole gradients of several micro-batches are added up: in fp32, or in the precision of the weights."""
-    overlap: bool = True
-    """On GPUs, reduce gradients during the backward pass, and gather weights during the next forward pass."""
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            *no_password(self, "init"),
-            (
-                self.recompute in ("auto", "none", "all") or self.recompute.isdecimal(),
-                f"recompute must be auto, none, all or a number of layers, not {self.recompute!r}",
-            ),
-            *within(self, "[1, inf)", "steps", "global_batch", "seq_len", "validate_sequences"),
-            *within(self, "[0, inf)", "micro_batch", lowest="automatic"),
-            (
-                self.micro_batch < 1 or self.global_batch % self.micro_batch == 0,
-                f"global_batch must be a multiple of micro_batch ({self.micro_batch}), not {self.global_batch}",
-            ),
-            *within(self, "[0, inf)", "validate_every", lowest="ends only"),
-            *within(self, "[0, inf)", "sample_bytes"),
-            *within(self, "[0, inf)", "max_skipped_in_a_row", lowest="none"),
-        )
-
-    @property
-    def slots(self) -> int:
-        """Micro-batch slots of a global batch."""
-        return self.global_batch // max(1, self.micro_batch)
-
-    @property
-    def open(self) -> tuple[str, ...]:
-        """Return the keys that are automatic: the fastest that fits has to be found, for a number of workers."""
-        keys = [key for key in ("recompute", "logits", "gradients", "accumulate") if getattr(self, key) == "auto"]
-        return tuple(keys) if self.micro_batch else ("micro_batch", *keys)
-
-    def plain(self) -> "TrainConfig":
-        """Return it with what is automatic as it is without any saving of memory."""
-        values = {
-            "micro_batch": 1,
-            "recompute": "none",
-            "logits": "whole",
-            "gradients": "whole",
-            "accumulate": "weights",
-        }
-        return replace(self, **{key: values[key] for key in self.open})
-
-    def recomputed(self, layers: int) -> int:
-        """Return how many of so many layers are computed again; `auto` that nobody has decided is none."""
-        known = {"auto": 0, "none": 0, "all": layers}
-        return known[self.recompute] if self.recompute in known else min(layers, int(self.recompute))
-
-    @property
-    def positions_per_step(self) -> int:
-        """Positions that a step computes; how many of them have a target that counts each step counts itself."""
-        return self.global_batch * self.seq_len
-
-    def validates(self, step: int) -> bool:
-        """Tell whether a validation belongs to a step."""
-        return step in (0, self.steps) or bool(self.validate_every and step % self.validate_every == 0)
-
-    @property
-    def validations(self) -> int:
-        """How many steps of the run have one, the start and the end included."""
-        return 2 + ((self.steps - 1) // self.validate_every if self.validate_every else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from optim.config import OptimConfig
 from optim.zero1 import Zero1Optimizer
-from workers.config import ModelConfig, TrainConfig
+from workers.config import ModelConfig
 from workers.gather import Gather
 from workers.models import LanguageModel, build
 from workers.models.compiled import compile_layers
 from workers.models.recompute import recompute
+from workers.recipe import TrainConfig
 from workers.settings import deepspeed_config, overlapped
 
 # DeepSpeed's autotuner imports MLflow where it is installed: a second per worker, for nothing.

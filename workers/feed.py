@@ -9,34 +9,34 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from workers.config import TrainConfig
 from workers.data.config import DataConfig
 from workers.data.corpus import Corpus, Shard, num_samples
 from workers.data.ends import DocumentEnds
 from workers.data.order import Drawn, Order, most_slots, slots_of_rank
 from workers.data.tokens import TokenSplit
 from workers.objective import Batch, batch_of
+from workers.recipe import Recipe
 from workers.task import Place, Task
 
 
-def order_of(data: DataConfig, train: TrainConfig, seed: int, corpora: tuple[Corpus, ...]) -> Order:
+def order_of(data: DataConfig, recipe: Recipe, seq_len: int, seed: int, corpora: tuple[Corpus, ...]) -> Order:
     """Return the order in which a run reads its samples, whatever its world size."""
     return Order(
         seed,
-        [(corpus.name, num_samples(corpus.train, train.seq_len)) for corpus in corpora],
-        [((step - 1) * train.global_batch, shares) for step, shares in data.stages()],
+        [(corpus.name, num_samples(corpus.train, seq_len)) for corpus in corpora],
+        [(recipe.samples_before(step), shares) for step, shares in recipe.mixtures(data)],
         data.window,
     )
 
 
-def indices_of_slot(train: TrainConfig, step: int, slot: int) -> np.ndarray:
-    """Return the global sample indices of one micro-batch slot of `step` (1 is the first)."""
-    return indices_of_step(train, step)[slot * train.micro_batch :][: train.micro_batch]
+def indices_of_slot(recipe: Recipe, step: int, micro_batch: int, slot: int) -> np.ndarray:
+    """Return the global sample indices of one micro-batch slot of a step."""
+    return indices_of_step(recipe, step)[slot * micro_batch :][:micro_batch]
 
 
-def indices_of_step(train: TrainConfig, step: int) -> np.ndarray:
-    """Return the global sample indices of a step, slot after slot."""
-    return np.arange((step - 1) * train.global_batch, step * train.global_batch)
+def indices_of_step(recipe: Recipe, step: int) -> np.ndarray:
+    """Return the global sample indices of a step, 1 being the first, slot after slot."""
+    return np.arange(recipe.samples_before(step), recipe.samples_before(step + 1))
 
 
 @dataclass(frozen=True)
@@ -80,25 +80,35 @@ class Feed:
     def __init__(self, task: Task, member: Place) -> None:
         self.task, self.member = task, member
         self.sources = [corpus.name for corpus in task.corpora]
-        self.order = order_of(task.data, task.train, task.seed, task.corpora)
+        self.recipe, self.micro_batch = task.recipe, task.train.micro_batch
+        self.order = order_of(task.data, task.recipe, task.train.seq_len, task.seed, task.corpora)
         size = (task.train.seq_len, task.data.cache_gb)
         self.train = Part([(corpus, corpus.train) for corpus in task.corpora], *size)
         self.held_out = Part([(corpus, corpus.validation) for corpus in task.corpora], *size)
-        shares = task.data.stages()[0][1]
+        shares = task.recipe.mixtures(task.data)[0][1]
         self.validation_weights = [share / sum(shares) for share in shares]
         """Of each source, in the mean validation loss: the same before and after other weights hold."""
         self.bytes_per_token = [corpus.bytes_per_token for corpus in task.corpora]
         """Of each source's held-out split."""
-        self.slots = slots_of_rank(task.train.slots, member.world_size, member.rank)
-        self.fillers = fillers(task.train, member.world_size, member.rank)
         self.ledger = _Ledger(task, member)
         self._waited = 0.0
-        self.drawn = lru_cache(4 * max(1, len(self.slots)))(self._drawn)  # Read-ahead asks first, the step again.
+        kept = 4 * most_slots(task.train.slots, member.world_size)  # Read-ahead asks first, the step again.
+        self.drawn = lru_cache(kept)(self._drawn)
+
+    def _slots(self, step: int) -> tuple[range, int]:
+        """Return this rank's slots of a step, and how many micro-batches it runs in which nothing counts."""
+        slots, world_size = self.recipe.at(step).global_batch // self.micro_batch, self.member.world_size
+        mine = slots_of_rank(slots, world_size, self.member.rank)
+        # A reduction needs a gradient from everybody: the one of whole gradients at the end of a step, those of
+        # partitioned ones after each micro-batch of the rank that has most.
+        partitioned = self.task.train.gradients == "partitioned"
+        return mine, most_slots(slots, world_size) - len(mine) if partitioned else int(not mine)
 
     def step(self, step: int) -> list[Slot]:
-        """Return this rank's slots of a step, after those in which nothing counts: see `fillers`."""
+        """Return this rank's slots of a step, after those in which nothing counts."""
         read = []
-        for number, counts in [*[(0, False)] * self.fillers, *((slot, True) for slot in self.slots)]:
+        mine, fillers = self._slots(step)
+        for number, counts in [*[(0, False)] * fillers, *((slot, True) for slot in mine)]:
             drawn = self.drawn(step, number)
             batch = self.batch(self.train, drawn)
             read.append(Slot(number, counts, drawn, batch if counts else batch.without_targets()))
@@ -106,11 +116,11 @@ class Feed:
 
     def _drawn(self, step: int, slot: int) -> Drawn:
         """Return the samples of a slot."""
-        return self.order.at(indices_of_slot(self.task.train, step, slot))
+        return self.order.at(indices_of_slot(self.recipe, step, self.micro_batch, slot))
 
     def read_ahead(self, step: int) -> None:
         """Begin to read this rank's slots of a later step."""
-        for number in self.slots or [0]:
+        for number in self._slots(step)[0] or [0]:
             drawn = self.drawn(step, number)
             for source, tokens in enumerate(self.train.tokens):
                 tokens.prefetch(drawn.sample[drawn.source == source])
@@ -148,7 +158,7 @@ class Feed:
         """Return how many tokens of each named source, and how often all of it, a run has read after a step."""
         if self.sources == [""]:
             return {}
-        drawn, found = self.order.drawn(step * self.task.train.global_batch), {}
+        drawn, found = self.order.drawn(self.recipe.samples_before(step + 1)), {}
         for name, tokens, samples in zip(self.sources, self.train.tokens, drawn.tolist(), strict=True):
             found[f"data/{name}/tokens"] = float(samples * tokens.seq_len)
             found[f"data/{name}/epochs"] = samples / tokens.num_samples
@@ -163,16 +173,6 @@ class Feed:
         """End what reads ahead."""
         self.train.close()
         self.held_out.close()
-
-
-def fillers(train: TrainConfig, world_size: int, rank: int) -> int:
-    """Return how many micro-batches a rank runs in which nothing counts.
-
-    A reduction needs a gradient from everybody: the one of whole gradients at the end of a step, those of partitioned
-    ones after each micro-batch of the rank that has most.
-    """
-    mine = len(slots_of_rank(train.slots, world_size, rank))
-    return most_slots(train.slots, world_size) - mine if train.gradients == "partitioned" else int(not mine)
 
 
 def counted(slots: Iterable[Slot]) -> int:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.schedule import learning_rate
 from workers.boundary import Boundary, Told, agree
 from workers.common.errors import TrainingError
 from workers.controls import Controls, Pause
@@ -131,10 +130,10 @@ class Trainer:
 
     def _step(self) -> Pause:
         """Train one step and return what is asked of everybody after it."""
-        train, counters, engine = self.task.train, self.counters, self.engine
+        counters, engine = self.counters, self.engine
         step, started = counters.step + 1, time.time()
         clock, part = time.perf_counter(), self.telemetry.clock.part
-        lr = learning_rate(self.task.optim, step, train.steps)
+        lr = self.task.recipe.learning_rate(step)
         self.telemetry.begin(step)
         with self.telemetry.counting() if self.sends_within_passes else nullcontext():
             loss_sum = self._forward_backward(step)
@@ -272,7 +271,7 @@ class Trainer:
             raise TrainingError(f"step {step}: the loss is {boundary.loss} with a finite gradient; lower optim.lr")
         else:
             counters.skipped_in_a_row = 0
-            self.engine.model.balance_experts(boundary.expert_load)
+            self.engine.model.balance_experts(boundary.expert_load, self.task.recipe.at(step).router_bias_rate)
         counters.step = step
         counters.tokens += boundary.tokens
         self.tokens = boundary.next_tokens
@@ -319,7 +318,7 @@ class Trainer:
 
     def _save_is_due(self, step: int) -> bool:
         every = self.task.checkpoint.every
-        return step == self.task.last_step or bool(every and step % every == 0)
+        return step in (self.task.last_step, *self.task.train.ends) or bool(every and step % every == 0)
 
     def _duties(self, save: bool = False) -> None:
         """Do what belongs to this step and is not on record yet.

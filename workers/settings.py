@@ -3,7 +3,7 @@
 from typing import Any
 
 from optim.config import OptimConfig, precision_on
-from workers.config import TrainConfig
+from workers.recipe import TrainConfig
 
 LARGEST_BUCKET = 500_000_000
 """Elements."""

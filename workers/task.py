@@ -1,14 +1,16 @@
 """What a worker is asked to do in one generation: everything it needs, in one message, without torch."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from optim.config import OptimConfig
 from workers.checkpoint.manifest import Manifest
 from workers.common.storage import Store
 from workers.common.wire import Address
-from workers.config import CheckpointConfig, ModelConfig, TelemetryConfig, TrainConfig
+from workers.config import CheckpointConfig, ModelConfig, TelemetryConfig
 from workers.data.config import DataConfig
 from workers.data.corpus import Corpus
+from workers.recipe import Recipe, TrainConfig, recipe_of
 from workers.snapshots.kept import Snapshot
 
 
@@ -51,6 +53,11 @@ class Task:
     def store(self, url: str) -> Store:
         """Return one of the folders that are named here."""
         return Store(url, self.s3_endpoint)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What each step trains with."""
+        return recipe_of(self.train, self.optim)
 
     @property
     def last_step(self) -> int:

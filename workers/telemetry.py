@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from workers.config import ModelConfig, TrainConfig
+from workers.config import ModelConfig
 from workers.engine import Engine
 from workers.gpus import peak_tflops
 from workers.models import build
 from workers.models.attention import take_logits, watch
 from workers.models.language_model import KINDS, MATRICES
 from workers.objective import batch_of, summed_loss
+from workers.recipe import TrainConfig
 from workers.reports import Profiled
 from workers.task import Task
 from workers.traffic import COLLECTIVES, Traffic
@@ -87,7 +88,8 @@ class Telemetry:
         warm_up(task, engine)
         self.due = False
         self.profiler: torch.profiler.profile | None = None
-        self.flops_per_step = task.train.positions_per_step * engine.model.flops_per_token(task.train.seq_len)
+        self.recipe, self._stage = task.recipe, task.recipe.at(1)
+        self.flops_per_sequence = task.train.seq_len * engine.model.flops_per_token(task.train.seq_len)
         self._logits = take_logits(engine.model)
         self._before: list[Tensor] = []
         self._traffic, self._counts = Traffic(), False
@@ -100,6 +102,8 @@ class Telemetry:
         """Get ready for a step."""
         config = self.config
         self.due = bool(config.every and step % config.every == 0)
+        if self._stage is not (stage := self.recipe.at(step)):  # With another batch, other traffic.
+            self._stage, self._traffic = stage, Traffic()
         self._counts = self.due and not self._traffic.calls
         if self.due:
             self.clock.start()
@@ -162,7 +166,7 @@ class Telemetry:
         (large, queries, peak), sent, squares, spectra = self._sums(scalars, sent, squares, spectra)
 
         found = {f"seconds/{part}": spent for part, spent in seconds.items()}
-        found["mfu"] = self.flops_per_step / sum(seconds.values()) / (peak * 1e12)
+        found["mfu"] = self._stage.global_batch * self.flops_per_sequence / sum(seconds.values()) / (peak * 1e12)
         found["attention/max_logit"] = max(self.engine.optimizer.max_logits)
         found["attention/share_above_100"] = large / queries
         if not self._traffic.uncounted:

@@ -84,4 +84,4 @@ def _torchrun(path: Path, config: RunConfig, folder: str) -> float:
 
 def _speed(times: list[float], config: RunConfig) -> float:
     steps = len(times) - WARMUP_STEPS
-    return steps * config.train.positions_per_step / (times[-1] - times[WARMUP_STEPS - 1])
+    return steps * config.train.global_batch * config.train.seq_len / (times[-1] - times[WARMUP_STEPS - 1])

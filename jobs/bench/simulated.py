@@ -14,7 +14,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from optim.schedule import learning_rate
 from orchestrator.config import ScalingConfig
 from orchestrator.group.usage import Usage
 from workers.checkpoint.manifest import SHARDS, WEIGHT, ShardFile, TensorSlice, place_of
@@ -143,10 +142,10 @@ class SimulatedCluster:
             time=time.time(),
             step=step,
             loss=5.5 / (1 + step / 100) + 1.0,
-            lr=learning_rate(task.optim, step, task.train.steps),
+            lr=task.recipe.learning_rate(step),
             grad_norm=1.0 + 1.0 / step,
-            tokens=step * task.train.positions_per_step,
-            step_tokens=task.train.positions_per_step,
+            tokens=task.recipe.samples_before(step + 1) * task.train.seq_len,
+            step_tokens=task.recipe.at(step).global_batch * task.train.seq_len,
             seconds=1.0 / self.rate,
             expert_imbalance=1.5,
             skipped=0,
@@ -266,7 +265,7 @@ class _Keeper:
             step=step,
             world_size=place.world_size,
             shard=ShardFile(path, len(SHARD), 0, (sha256(SHARD).hexdigest(),), entries),
-            counters={"step": step, "tokens": step * task.train.positions_per_step, "skipped": 0},
+            counters={"step": step, "tokens": task.recipe.samples_before(step + 1) * task.train.seq_len, "skipped": 0},
             shapes={NAME: [place.world_size]},
         )
         with self._lock:

@@ -1,6 +1,6 @@
 """What was trained, evaluated."""
 
-from functools import partial
+import sys
 from typing import Annotated
 
 import typer
@@ -40,7 +40,7 @@ def evaluate(
     s3_endpoint: RunEndpoint = "",
 ) -> None:
     """Evaluate checkpoints with lm-eval's tasks, and put the figures into the run's record."""
-    stop = StopSignal(partial(_way_on, what, tasks, series))
+    stop = StopSignal(_way_on)
     stop.listen()
     from jobs.evaluation.command import Asked, check_tasks, evaluate
 
@@ -60,7 +60,5 @@ def evaluate(
     evaluate(asked, stop, as_json)
 
 
-def _way_on(what: str, tasks: list[str], series: bool, run_id: str) -> str:
-    all_of_them = ["--series"] if series else []
-    again = command("raymuon", "evaluate", what, "--tasks", ",".join(tasks), *all_of_them)
-    return f"what is on record stays; begin again with: {again}"
+def _way_on(run_id: str) -> str:
+    return f"what is on record stays; begin again with: {command('raymuon', *sys.argv[1:])}"

@@ -14,9 +14,8 @@ from jobs.planning.state import num_blocks
 from orchestrator.config import RunConfig
 from orchestrator.group.usage import memory_here
 from workers.calibrate import Calibration
-from workers.config import TrainConfig
-from workers.data.config import DataConfig
 from workers.gpus import GPUS, type_of
+from workers.recipe import TrainConfig
 
 SPARE = 0.05
 """Of a device's memory, which a choice leaves free: the plan is an estimate."""
@@ -35,9 +34,7 @@ def decided(config: RunConfig, machines: Machines) -> RunConfig:
     """
     if not config.train.open:
         return config
-    # Of the data a plan asks one thing, and mixtures are no keys of a cache.
-    asked = replace(config, data=DataConfig(document_mask=config.data.document_mask))
-    return replace(config, train=_best(asked, machines).train)
+    return _best(config, machines)
 
 
 @lru_cache(maxsize=64)
@@ -152,8 +149,8 @@ def _variants(train: TrainConfig, ranks: int) -> Iterator[TrainConfig]:
     """Yield all micro-batches and places of gradients that are allowed; the rest as fast as can be."""
     sizes = [train.micro_batch]
     if not train.micro_batch:
-        most = max(1, min(LARGEST_MICRO_BATCH, -(-train.global_batch // ranks)))
-        sizes = [size for size in (1, 2, 4, 8, 16) if size <= most and train.global_batch % size == 0]
+        most = max(1, min(LARGEST_MICRO_BATCH, -(-min(train.batches) // ranks)))
+        sizes = [size for size in (1, 2, 4, 8, 16) if size <= most and math.gcd(*train.batches) % size == 0]
     for size in sizes:
         for gradients in ("whole", "partitioned") if train.gradients == "auto" else (train.gradients,):
             if gradients == "partitioned" and ranks == 1 and train.gradients == "auto":

@@ -135,6 +135,7 @@ def tables(plans: list[Plan]) -> dict[str, dict[str, list[str]]]:
         "sent by a rank in a step": traffic,
         "a step": time,
         "the run": run,
+        "stages": _stages(plans),
         "matrices": _matrices([one.matrices for one in plans]),
     }
     said = {title: {name: cells for name, cells in rows.items() if any(cells)} for title, rows in found.items()}
@@ -145,6 +146,19 @@ def _sums(plan: Plan) -> str:
     train = plan.config.train
     in_fp32 = train.gradients == "partitioned" or train.accumulate == "fp32" or plan.device.precision == "fp32"
     return "fp32" if in_fp32 else "bf16"
+
+
+def _stages(plans: list[Plan]) -> dict[str, list[str]]:
+    rows = {}
+    for number, stage in enumerate(plans[0].stages):
+        name = f"{stage.name}: {stage.steps:,} steps of {stage.global_batch:,}, {stage.tokens / 1e9:,.4g} G tokens"
+        rows[name] = [_share(one, number) for one in plans]
+    return rows
+
+
+def _share(plan: Plan, number: int) -> str:
+    days, money = plan.of_stage(plan.stages[number])
+    return f"{days:,.3g} days" + ("" if money is None else f", {money:,.2f}")
 
 
 def _matrices(plans: list[PlanFigures | None]) -> dict[str, list[str]]:

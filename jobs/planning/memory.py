@@ -15,7 +15,7 @@ from optim.config import OptimConfig
 from optim.exchange import cut, dtype_on
 from optim.newton_schulz import workspace_shapes
 from orchestrator.group import keeper
-from workers.config import TrainConfig
+from workers.recipe import TrainConfig
 from workers.settings import deepspeed_config
 
 FIXED_BYTES = {"cpu": 50 * 10**6, "cuda": 2 * 1024**3}

@@ -3,6 +3,7 @@
 Nothing is started and no Ray is imported: `raymuon plan`, `train`, `submit` and `replay` call it alike.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from workers.calibrate import Calibration
 from workers.common.errors import ConfigError
 from workers.data.order import most_slots
 from workers.gpus import GPUS
+from workers.recipe import TrainConfig
 
 MOST_GPUS = 8192
 """Beyond which nothing is looked for that would fit."""
@@ -37,6 +39,33 @@ class Terms:
     """To train on; None for those of the config."""
     mtbf_hours: float | None = None
     """Mean hours between failures of one GPU with its share of a node; None: goodput is not told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """What a stage of a run needs."""
+
+    name: str
+    steps: int
+    tokens: int
+    global_batch: int
+    time: StepTime
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds of all of it, without faults."""
+        return self.steps * self.time.total
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {
+            "name": self.name,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "global_batch": self.global_batch,
+            "step_seconds": self.time.total,
+            "tokens_per_second": self.tokens / self.seconds,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +87,12 @@ class Plan:
     """That a node's keeper gets for each snapshot; as many go to its buddy on another node."""
     matrices: PlanFigures | None
     time: StepTime
+    """Of the stage with most tokens, where there are several."""
     tokens_per_second: float
     mfu: float
     """The model's operations over the device's rate of large products."""
+    stages: tuple["StagePlan", ...]
+    """Empty where the run is one."""
     tokens: int
     days: float
     """With the expected goodput, where a failure rate is given."""
@@ -108,12 +140,21 @@ class Plan:
             "seconds": self.time.as_dict(),
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
+            "stages": [
+                {**stage.as_dict(), **dict(zip(("days", "money"), self.of_stage(stage), strict=True))}
+                for stage in self.stages
+            ],
             "tokens": self.tokens,
             "days": self.days,
             "gpu_hours": self.gpu_hours,
             "money": self.money,
             "goodput": self.goodput and asdict(self.goodput),
         }
+
+    def of_stage(self, stage: "StagePlan") -> tuple[float, float | None]:
+        """Return the days of a stage and its money, both its share of the run's."""
+        share = stage.seconds / sum(one.seconds for one in self.stages)
+        return share * self.days, None if self.money is None else share * self.money
 
     def summary(self) -> str:
         """Return one line for a terminal or a log, and a second one about what was chosen."""
@@ -157,9 +198,8 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
     Raises:
         ConfigError: the device is unknown.
     """
-    per_step = config.train.positions_per_step
-    tokens = terms.tokens or config.train.steps * per_step
-    config = replace(config, train=replace(config.train, steps=-(-tokens // per_step)))
+    if terms.tokens:
+        config = replace(config, train=_as_long(config.train, terms.tokens))
     device, asked = machines.device(), config
     config = decided(config, machines)
     train, optim = config.train, config.optim
@@ -171,11 +211,13 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
     layout = layout_of(config.model, optim, machines.gpus)
     memory = memory_on(config, machines, device)
     itemsize, wire = (dtype_on(device.kind, of).itemsize for of in (train.precision, optim.wire_dtype))
-    sent, time = sent_on(config, machines, device), time_on(config, machines, device)
+    sent = sent_on(config, machines, device)
     if "reduce" in sent and train.gradients == "partitioned":
         sent["reduce"] *= most_slots(train.slots, machines.gpus)
 
-    speed = per_step / time.total
+    stages = [_stage(config, number, machines, device) for number in range(len(train.lengths))]
+    tokens, seconds = sum(stage.tokens for stage in stages), sum(stage.seconds for stage in stages)
+    time, speed = max(stages, key=lambda stage: stage.tokens).time, tokens / seconds
     expected = None
     ranks_per_node = min(machines.gpus, machines.gpus_per_node)
     if terms.mtbf_hours is not None:
@@ -193,7 +235,7 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
         )
     # Goodput counts snapshots as lost time; the speed has them already.
     useful = expected.share * time.total / (time.training + time.validation) if expected else 1.0
-    days = tokens / speed / useful / 86400 if useful else float("inf")
+    days = (terms.tokens or tokens) / speed / useful / 86400 if useful else float("inf")
     hours = days * 24 * machines.gpus
     peak = device.curves["matmul"].rates[-1]
     if machines.gpu_type:
@@ -212,11 +254,30 @@ def plan_run(config: RunConfig, machines: Machines, terms: Terms = Terms()) -> P
         time=time,
         tokens_per_second=speed,
         mfu=layout.flops_per_token(train.seq_len) * speed / machines.gpus / peak,
-        tokens=tokens,
+        stages=tuple(stages) if train.stages else (),
+        tokens=terms.tokens or tokens,
         days=days,
         gpu_hours=hours,
         money=None if terms.price is None else terms.price * hours,
         goodput=expected,
+    )
+
+
+def _as_long(train: TrainConfig, tokens: int) -> TrainConfig:
+    """Return it with the steps of so many tokens."""
+    if train.stages:
+        raise ConfigError(f"--tokens {tokens}: this config has train.stages, which are as long as they say themselves")
+    return replace(train, steps=-(-tokens // (train.global_batch * train.seq_len)), tokens=0.0)
+
+
+def _stage(config: RunConfig, number: int, machines: Machines, device: Calibration) -> StagePlan:
+    train = config.train.of_stage(number)
+    return StagePlan(
+        name=config.recipe.stages[number].name,
+        steps=train.steps,
+        tokens=train.steps * train.global_batch * train.seq_len,
+        global_batch=train.global_batch,
+        time=time_on(replace(config, train=train), machines, device),
     )
 
 
@@ -261,7 +322,7 @@ def what_would_fit(config: RunConfig, machines: Machines) -> Iterator[str]:
         return needed_on(memory_on(leanest(changed, on), on, device), on, device)
 
     for size in range(train.micro_batch - 1, 0, -1):
-        if train.global_batch % size == 0:
+        if math.gcd(*train.batches) % size == 0:
             smaller = replace(config, train=replace(train, micro_batch=size))
             if needs(smaller, machines.gpus) <= device.memory_bytes:
                 yield f"train.micro_batch={size} instead of {train.micro_batch}, with as many ranks"

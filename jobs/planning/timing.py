@@ -23,8 +23,9 @@ from optim.newton_schulz import Workspace
 from optim.zero1 import kinds_of
 from workers.calibrate import Calibration, Collective
 from workers.common.errors import ConfigError
-from workers.config import CheckpointConfig, TrainConfig
+from workers.config import CheckpointConfig
 from workers.data.order import most_slots
+from workers.recipe import TrainConfig
 from workers.settings import overlapped
 from workers.snapshots.schedule import steps_between
 from workers.work import Work, Works, elementwise

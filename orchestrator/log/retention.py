@@ -7,7 +7,7 @@ not lead to are collected later; never anything newer than the newest commit, wh
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 
 from orchestrator.log.run_log import Entry, FencedError, RunLog
@@ -18,17 +18,21 @@ from workers.common.uploads import abort_old_uploads
 from workers.config import CheckpointConfig
 
 
-def expendable(commits: list[Entry], pinned: set[str], config: CheckpointConfig) -> list[Entry]:
+def expendable(
+    commits: list[Entry], pinned: set[str], config: CheckpointConfig, ends: Collection[int] = ()
+) -> list[Entry]:
     """Return the commits that nothing asks to keep, oldest first.
 
     Args:
         commits: that count, oldest first.
         pinned: manifests that are pinned.
         config: how many are kept.
+        ends: the last steps of stages, which are kept.
     """
     if not config.keep_last:
         return []
     kept = {entry.manifest for entry in commits[-config.keep_last :]} | pinned
+    kept |= {entry.manifest for entry in commits if entry.step in ends}
     if config.keep_every:
         kept |= {entry.manifest for entry in commits if entry.step % config.keep_every == 0}
     if config.keep_best:
@@ -75,7 +79,7 @@ def delete(log: RunLog, commit: Entry, reason: str) -> bool:
     return True
 
 
-def tidy(log: RunLog, config: CheckpointConfig, bad: set[str], now: float) -> None:
+def tidy(log: RunLog, config: CheckpointConfig, bad: set[str], now: float, ends: Collection[int] = ()) -> None:
     """Delete what is expendable, and collect what is left over.
 
     Args:
@@ -83,6 +87,7 @@ def tidy(log: RunLog, config: CheckpointConfig, bad: set[str], now: float) -> No
         config: what is kept.
         bad: manifests that are known to be damaged: they do not count, and are left alone.
         now: seconds since the epoch.
+        ends: the last steps of stages, which are kept.
 
     Raises:
         FencedError: another driver leads the run: whatever that one has written looks like a leftover from here.
@@ -90,7 +95,7 @@ def tidy(log: RunLog, config: CheckpointConfig, bad: set[str], now: float) -> No
     """
     log.check_lead()
     commits = [entry for entry in log.commits if entry.manifest not in bad]
-    for entry in expendable(commits, log.pins, config):
+    for entry in expendable(commits, log.pins, config, ends):
         delete(log, entry, "retention")
     collect_leftovers(log, now - config.grace_s)
 
@@ -103,10 +108,18 @@ class Janitor:
         config: what is kept.
         bad: manifests that are known to be damaged; they may become more. They do not count, and are left alone.
         notice: takes a line about what could not be removed.
+        ends: the last steps of stages, which are kept.
     """
 
-    def __init__(self, log: RunLog, config: CheckpointConfig, bad: set[str], notice: Callable[[str], object]) -> None:
-        self.log, self.config, self.bad, self.notice = log, config, bad, notice
+    def __init__(
+        self,
+        log: RunLog,
+        config: CheckpointConfig,
+        bad: set[str],
+        notice: Callable[[str], object],
+        ends: Collection[int] = (),
+    ) -> None:
+        self.log, self.config, self.bad, self.notice, self.ends = log, config, bad, notice, ends
         self._wake, self._ended = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="janitor")
 
@@ -131,7 +144,7 @@ class Janitor:
             self._wake.clear()
             ended = self._ended  # Looked at before the work: what was asked for until then is done.
             try:
-                tidy(self.log, self.config, self.bad, time.time())
+                tidy(self.log, self.config, self.bad, time.time(), self.ends)
             except FencedError:
                 return  # The run is another driver's.
             except StorageError as error:

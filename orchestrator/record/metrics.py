@@ -30,8 +30,8 @@ GROUPS = {
     "performance": dict.fromkeys(("tokens_per_second", "step_seconds", "mfu")),
     "run": dict.fromkeys(
         (
-            *("world_size", "tokens", "snapshot_every", "snapshot_seconds", "goodput", "faults"),
-            *("recovery_seconds", "recovery_steps_redone", "recovery_storage_bytes"),
+            *("world_size", "tokens", "stage", "global_batch", "snapshot_every", "snapshot_seconds"),
+            *("goodput", "faults", "recovery_seconds", "recovery_steps_redone", "recovery_storage_bytes"),
         )
     ),
     "telemetry/expert_load": {"expert_imbalance": "imbalance"},

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from optim.schedule import learning_rate
 from orchestrator.config import RunConfig
 from orchestrator.record.events import DriverStarted, Elapsed, Event, Fault, Membership, Recovery, Tally
 from orchestrator.record.journal import Alive, Journal, Row, read_journal
@@ -113,6 +112,7 @@ class RunRecorder:
             "snapshot_seconds": report.snapshot_seconds,
             **report.data,
             **report.measured,
+            **self._stage(report.step),
         }
         self._step = report.step
         self._note_loss(report.step, "loss", report.loss)
@@ -121,6 +121,16 @@ class RunRecorder:
         if self.record.failure not in (None, self._warned):
             self.watcher.warn(f"MLflow takes no metrics ({self.record.failure}); they wait, training goes on")
         self._warned = self.record.failure
+
+    def _stage(self, step: int) -> dict[str, float]:
+        """Return where a step is in a run of stages, and name a stage that begins."""
+        recipe = self.config.recipe
+        stage = recipe.at(step)
+        if not stage.name:
+            return {}
+        if stage is not recipe.at(self._step) or not self._step:
+            self.record.tag_later("raymuon.stage", stage.name)
+        return {"stage": recipe.stages.index(stage) + 1, "global_batch": stage.global_batch}
 
     def report(self, report: Report) -> None:
         """Record a validation, a plan, a sample or a trace."""
@@ -332,14 +342,14 @@ def rate_jump(config: RunConfig, step: int, recorded: float) -> str:
         step: that it goes on from.
         recorded: learning rate of that step.
     """
-    rate = learning_rate(config.optim, step, config.train.steps)
+    rate = config.recipe.learning_rate(step)
     if abs(rate - recorded) <= RATE_TOLERANCE * recorded:
         return ""
     peak = config.optim.lr
     return (
         f"the learning rate jumps {'up' if rate > recorded else 'down'}: step {step} was trained with {recorded:.3g} "
         f"({recorded / peak:.2f} of optim.lr), and with this config its rate is {rate:.3g} ({rate / peak:.2f}); "
-        f"train.steps={config.train.steps} or the schedule of optim are not what they were"
+        f"train.steps={config.train.steps}, its stages or the schedule of optim are not what they were"
     )
 
 

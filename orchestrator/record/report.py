@@ -55,7 +55,7 @@ class Links:
 def describe(config: RunConfig, run_id: str, links: Links, events: list[Event]) -> str:
     """Return the description of a run: what it is, where everything is, and what has happened to it."""
     train = config.train
-    batch = f"{train.global_batch} sequences of {train.seq_len} tokens"
+    batch = f"{' to '.join(map(str, sorted({*train.batches})))} sequences of {train.seq_len} tokens"
     lines = [
         f"A {config.model.name} trained with {config.optim.name}: {train.steps:,} steps of {batch}.",
         "",

@@ -15,8 +15,8 @@ from tests.ledger import assert_every_sample_once
 from tests.servers import ray_cluster
 from tests.warm import warm_pythons
 from workers.common.storage import Store
-from workers.config import TrainConfig
 from workers.data.corpus import load
+from workers.recipe import TrainConfig
 
 RAYMUON = str(Path(sys.executable).with_name("raymuon"))
 TINY = """

@@ -15,12 +15,13 @@ from tests.optim.test_zero1_oracle import CONFIG, SHAPES, assert_trained, refere
 from tests.ranks import run_ranks
 from tests.trainer import trainer_of
 from tests.workers.test_moonlight import TINY, tiny
-from workers.config import CheckpointConfig, TelemetryConfig, TrainConfig
+from workers.config import CheckpointConfig, TelemetryConfig
 from workers.data.config import DataConfig
 from workers.data.prepare import prepare
 from workers.models import attention as attention_module
 from workers.models import logits_of
 from workers.models.attention import CausalAttention, take_logits, watch
+from workers.recipe import TrainConfig
 from workers.reports import StepDone
 from workers.task import Task
 

@@ -55,7 +55,7 @@ def engine_of(
     import deepspeed
 
     from optim.zero1 import Zero1Optimizer
-    from workers.config import TrainConfig
+    from workers.recipe import TrainConfig
     from workers.settings import deepspeed_config
 
     named = dict(toy.named_parameters())

@@ -13,10 +13,11 @@ from tests.closeness import ADAMW_EPS, EPS, ROUNDINGS, assert_close_weights, gai
 from tests.ranks import run_ranks
 from tests.workers.test_moonlight import TINY
 from workers.common.errors import TrainingError
-from workers.config import CheckpointConfig, StorageConfig, TrainConfig
+from workers.config import CheckpointConfig, StorageConfig
 from workers.data.config import DataConfig
 from workers.data.prepare import prepare
 from workers.phases import Phase
+from workers.recipe import TrainConfig
 from workers.reports import ShardWritten, StepDone, Validated
 from workers.task import KeeperLinks, Place, Task
 

@@ -138,10 +138,10 @@ def test_a_masked_step_is_that_of_one_process_in_fp64_whoever_computes_it(tmp_pa
     train, corpus = task.train, task.corpora[0]
     split = TokenSplit(corpus, corpus.train, train.seq_len)
 
-    order = order_of(task.data, train, task.seed, task.corpora)
+    order = order_of(task.data, task.recipe, train.seq_len, task.seed, task.corpora)
 
     def samples(step: int, slot: int) -> list[int]:
-        return order.at(indices_of_slot(train, step, slot)).sample.tolist()
+        return order.at(indices_of_slot(task.recipe, step, train.micro_batch, slot)).sample.tolist()
 
     second = {sample for slot in range(3) for sample in samples(2, slot)}
     empty = {*samples(1, 1), *second}
@@ -165,7 +165,7 @@ def test_a_masked_step_is_that_of_one_process_in_fp64_whoever_computes_it(tmp_pa
     val_loss, _ = mean(held_out, spread)
 
     ranks = run_ranks(world_size, masked, task, empty, 2)
-    assert 0 < counted < train.positions_per_step / 2
+    assert 0 < counted < train.global_batch * train.seq_len / 2
     ((found, step_tokens),) = ranks[0]["steps"]
     assert step_tokens == counted and {rank["tokens"] for rank in ranks} == {counted}
     assert found == pytest.approx(loss.item(), rel=ROUNDINGS * EPS)

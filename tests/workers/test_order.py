@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.config import TrainConfig
+from optim.config import OptimConfig
 from workers.data.order import BLOCKS, ROUNDS, Mixture, Order, Permutation, random_seed, shuffled, slots_of_rank
 from workers.feed import indices_of_slot
+from workers.recipe import Recipe, TrainConfig
 
 
 def plain(key: bytes, index: int, size: int) -> int:
@@ -144,6 +145,7 @@ def test_slots_are_shared_out_whole_and_evenly(slots, world_size):
 def test_slots_of_a_step_are_the_global_batch_whatever_the_micro_batch():
     batches = []
     for micro in (2, 8, 24):
-        train = TrainConfig(global_batch=24, micro_batch=micro)
-        batches.append(np.concatenate([indices_of_slot(train, 5, slot) for slot in range(24 // micro)]).tolist())
+        recipe = Recipe(TrainConfig(global_batch=24, micro_batch=micro), OptimConfig())
+        slots = [indices_of_slot(recipe, 5, micro, slot) for slot in range(24 // micro)]
+        batches.append(np.concatenate(slots).tolist())
     assert batches[0] == batches[1] == batches[2] == list(range(96, 120))

@@ -1,8 +1,8 @@
 """What is trained on: sources of text, their mixture, and where the tokens go."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import lcm
 from typing import Literal
@@ -49,7 +49,7 @@ class MixtureConfig:
 
     step: int
     """The first step that they hold for."""
-    weights: dict[str, float]
+    weights: dict[str, float] = field(hash=False)
     """By source; one that is left out, or has 0, gives nothing."""
 
     def __post_init__(self) -> None:
@@ -70,7 +70,8 @@ class DataConfig:
 
     source: str = "python-stdlib"
     """Text: a file, a folder or a glob, of any fsspec URL, several with commas between them, or `python-stdlib`, the
-    standard library's own source code. Hidden files below a folder and what runs have written are left out."""
+    standard library's own source code, or `python-stdlib/json`, a folder of it. Hidden files below a folder and what
+    runs have written are left out."""
     sources: tuple[SourceConfig, ...] = ()
     """Named sources with weights, in the place of `source`."""
     mixture: tuple[MixtureConfig, ...] = ()
@@ -146,16 +147,24 @@ class DataConfig:
         if self.sources:
             yield "sources", [source.weight for source in self.sources]
         for number, stage in enumerate(self.mixture):
-            weights = [stage.weights.get(source.name, 0.0) for source in self.sources]
+            weights = self._in_order(stage.weights)
             if any(weight > 0 for weight in weights):
                 yield f"mixture[{number}]", weights
 
-    def stages(self) -> list[tuple[int, tuple[int, ...]]]:
-        """Return the step from which on each mixture holds, and the integer share of each source in it."""
+    def mixtures(self, stages: Sequence[tuple[int, Mapping[str, float]]] = ()) -> list[tuple[int, tuple[int, ...]]]:
+        """Return the step from which on each mixture holds, and the integer share of each source in it.
+
+        Args:
+            stages: first steps of a run's stages that have weights of their own, and these.
+        """
         if not self.sources:
             return [(1, (1,))]
-        weights = [shares_of(weights) for _, weights in self._weights()]
-        return list(zip([1, *(stage.step for stage in self.mixture)], weights, strict=True))
+        found = dict(zip([1, *(one.step for one in self.mixture)], self._weights(), strict=True))
+        found |= {step: (f"stage of step {step}", self._in_order(weights)) for step, weights in stages}
+        return [(step, shares_of(weights)) for step, (_, weights) in sorted(found.items())]
+
+    def _in_order(self, weights: Mapping[str, float]) -> list[float]:
+        return [weights.get(source.name, 0.0) for source in self.sources]
 
 
 def shares_of(weights: list[float]) -> tuple[int, ...]:

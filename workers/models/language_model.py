@@ -116,5 +116,8 @@ class LanguageModel(nn.Module, ABC):
     def clear_expert_load(self) -> None:
         """Start counting anew."""
 
-    def balance_experts(self, load: Tensor) -> None:
-        """Act on the load of the global batch, `[MoE layers, experts]`, summed over all ranks; once after each step."""
+    def balance_experts(self, load: Tensor, rate: float | None = None) -> None:
+        """Act on the load of the global batch, `[MoE layers, experts]`, summed over all ranks; once after each step.
+
+        At a stage's own rate, where it has one.
+        """

@@ -98,7 +98,7 @@ class Moonlight(LanguageModel):
             experts.load.zero_()
 
     @torch.no_grad()
-    def balance_experts(self, load: Tensor) -> None:
+    def balance_experts(self, load: Tensor, rate: float | None = None) -> None:
         """Move every router's bias against the load of the global batch.
 
         `b <- b + u * (sign(e) - mean(sign(e)))`, `e = mean load - load` (Moonlight, appendix C), where u is
@@ -106,11 +106,13 @@ class Moonlight(LanguageModel):
 
         Args:
             load: tokens per expert, `[MoE layers, experts]`, summed over all ranks.
+            rate: of a stage, in the place of `router_bias_rate`.
         """
+        rate = self.config.router_bias_rate if rate is None else rate
         for experts, tokens in zip(self._experts(), load.double(), strict=True):
             direction = torch.sign(tokens.mean() - tokens)
             bias = experts.gate.e_score_correction_bias
-            bias += (self.config.router_bias_rate * (direction - direction.mean())).to(bias)
+            bias += (rate * (direction - direction.mean())).to(bias)
 
     def _experts(self) -> list["MixtureOfExperts"]:
         return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MixtureOfExperts)]
