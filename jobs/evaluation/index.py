@@ -1,7 +1,9 @@
 """Where tasks are: raymuon's, a person's, and of lm-eval's thousands the few that are asked for.
 
 lm-eval parses fourteen thousand files to know its tasks, which takes half a minute. Here the files are searched as text
-for the names that are needed, and the folders in which they are given are parsed.
+for the names that are needed, and the folders in which they are given are parsed. Invariant: what is found is what
+lm-eval itself would find. Who belongs to a tag is known from all files alone, and a name may be written in a way that
+the search does not see: where that may matter, all files are parsed.
 """
 
 import re
@@ -10,8 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-GIVEN = re.compile(r"""^(?:task|group): *['"]?([^'"\s#]+)""", re.MULTILINE)
+GIVEN = re.compile(r"""^['"]?(?:task|group)['"]?: *['"]?([^'"\s#]+)""", re.MULTILINE)
 """A name that a file gives."""
+UNREAD = (".py", ".pyc", ".md", ".txt", ".jsonl", ".json", ".ipynb", ".png", ".sh")
+"""Of lm-eval's files, those that name no task."""
 
 
 def task_manager(names: Sequence[str], paths: Sequence[Path]) -> Any:
@@ -23,14 +27,18 @@ def task_manager(names: Sequence[str], paths: Sequence[Path]) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
-    places: list[Path] = []
+    places: set[Path] = set()
+    own = TaskManager(include_path=list(paths), include_defaults=False).task_index
     while True:
-        manager = TaskManager(include_path=[*places, *paths], include_defaults=False)
-        _complete_tags(manager.task_index)
-        missing = {one for name in names for one in below(name, manager.task_index)} - manager.task_index.keys()
-        if not (found := _places_of(missing) - set(places)):
-            return manager
-        places += sorted(found)
+        # Of folders with the same name in them the last counts here, and in lm-eval's own search the first.
+        manager = TaskManager(include_path=[*sorted(places, reverse=True), *paths], include_defaults=False)
+        wanted = {one for name in names for one in below(name, manager.task_index)}
+        missing = wanted - manager.task_index.keys()
+        if found := _places_of(missing) - places:
+            places |= found
+            continue
+        tags = {one for one in wanted - missing - own.keys() if manager.task_index[one].cfg is None}
+        return TaskManager(include_path=list(paths)) if tags or _mentioned(missing) else manager
 
 
 def below(name: str, index: Mapping[str, Any]) -> dict[str, None]:
@@ -49,14 +57,6 @@ def lm_evals_names() -> list[str]:
     return sorted({name for text in _texts().values() for name in GIVEN.findall(text)})
 
 
-def _complete_tags(index: Mapping[str, Any]) -> None:
-    """Give each tag all of its tasks: of several folders lm-eval takes those in the last one alone."""
-    for name, entry in index.items():
-        for tag in entry.tags if entry.cfg is not None else ():
-            if tag in index and index[tag].cfg is None:
-                index[tag].tags.add(name)
-
-
 def _members_of(entry: Any) -> Iterator[str]:
     yield from sorted(entry.tags) if entry.cfg is None else _members(entry.cfg)
 
@@ -71,18 +71,22 @@ def _members(config: Mapping[str, Any]) -> Iterator[str]:
             yield member.get("group") or member["task"]
 
 
-def _places_of(names: Collection[str]) -> set[Path]:
-    """Return the folders of lm-eval's in which a file gives one of these names, or has it in a list."""
-    if not names:
-        return set()
-    anyone = "|".join(map(re.escape, names))
-    given = re.compile(rf"""^(?:task: *|group: *|tag: *| *- +)['"]?(?:{anyone})['"]? *$""", re.MULTILINE)
-    return {file.parent for file, text in _texts().items() if given.search(text)}
+def _places_of(names: set[str]) -> set[Path]:
+    """Return the folders of lm-eval's in which a file gives one of these names."""
+    return {file.parent for file, text in _texts().items() if names and not names.isdisjoint(GIVEN.findall(text))}
+
+
+def _mentioned(names: Collection[str]) -> bool:
+    """Tell whether one of these names stands anywhere in lm-eval's files: it may be a tag."""
+    anyone = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, names))})(?![\w-])")
+    return bool(names) and any(anyone.search(text) for text in _texts(False).values())
 
 
 @cache
-def _texts() -> dict[Path, str]:
+def _texts(tasks: bool = True) -> dict[Path, str]:
+    """Return lm-eval's task files; or what other task files include."""
     import lm_eval
 
-    root = Path(lm_eval.__file__).parent / "tasks"
-    return {file: file.read_text() for file in root.rglob("*.yaml")}
+    files = (Path(lm_eval.__file__).parent / "tasks").rglob("*")
+    wanted = (file for file in files if (file.suffix == ".yaml" if tasks else file.suffix not in UNREAD))
+    return {file: file.read_text(errors="replace") for file in wanted if file.is_file()}
