@@ -5,6 +5,7 @@ dies is tried again, and what is told twice is the same.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
@@ -18,6 +19,15 @@ TRIES = 3
 
 Do = Callable[[Sequence[str], Callable[[Any], None]], None]
 """Does what there is to do with some places, and tells of it."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The first note: what was asked of the cluster, which may have to wait for it."""
+
+    tasks: int
+    gpu: bool
+    """Each has one; else a processor."""
 
 
 class _Board:
@@ -63,6 +73,7 @@ def evaluate_on(
         # A process of its own: what lm-eval's libraries read of the environment they read once.
         own = ray.remote(num_cpus=each, num_gpus=1 if gpus else 0, max_retries=TRIES - 1, max_calls=1)
         task = own(_telling)
+        told(Begun(len(shares), gpus > 0))
         running = [task.remote(do, share, board) for share in shares]
         while running:
             done, running = ray.wait(running, timeout=WAIT_S)

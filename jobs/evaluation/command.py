@@ -11,7 +11,6 @@ from jobs.evaluation.folder import read_folder
 from jobs.evaluation.work import (
     Evaluation,
     Figure,
-    Note,
     Progress,
     Result,
     check_tokenizer,
@@ -126,10 +125,16 @@ class _Seen:
         """What is evaluated, by the name that tasks know it by."""
         return {one.where: one for one in self.opened}
 
-    def told(self, note: Note) -> None:
+    def told(self, note: Any) -> None:
         """Take a note."""
         if isinstance(note, Progress):
             self._show(note)
+        elif not isinstance(note, Result):
+            each = "GPU" if note.gpu else "processor"
+            self.console.print(
+                f"{len(self.opened)} checkpoint(s), {note.tasks} at a time, each as soon as a {each} is free",
+                style="dim",
+            )
         elif note.where not in self.results:
             self.results[note.where] = note
             if self.record is not None:
