@@ -58,7 +58,11 @@ def load_tasks(names: Sequence[str], folder: Path | None, unsafe_code: bool, sho
             raise _unknown(name, [*manager.all_tasks, *lm_evals_names()])
     if not unsafe_code:
         _refuse_code(names, manager.task_index)
-    loaded = manager.load([one for name in names for one in _loaded(manager, name)])
+    everything = [one for name in names for one in _loaded(manager, name)]
+    try:
+        loaded = manager.load(everything)
+    except ValueError as error:
+        raise ConfigError(f"--tasks {','.join(names)}: {error}; name a task once, alone or by its group") from error
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         task.set_config("num_fewshot", shots if shots is not None and own != 0 else own or 0)

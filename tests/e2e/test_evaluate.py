@@ -40,7 +40,7 @@ def history(client, run_id: str, name: str) -> dict[int, float]:
 def test_a_series_becomes_a_curve_in_the_runs_record(run, tmp_path):
     place, run_id, client = run
     before, loss = client.get_run(run_id).info, place.history(run_id, "loss")
-    asked = (run_id, "--tasks", "mine,stdlib_brackets", "--task-folder", "tasks", "--json")
+    asked = (run_id, "--tasks", "mine,stdlib_continuation", "--task-folder", "tasks", "--json")
     told = evaluate(place, *asked, "--series")
     found = json.loads(told.stdout.splitlines()[-1])
     steps = [20, 40, 60, 80, 100, 120]
@@ -48,11 +48,11 @@ def test_a_series_becomes_a_curve_in_the_runs_record(run, tmp_path):
     figures = {
         (one["step"], f["task"], f["metric"]): f["value"] for one in found["checkpoints"] for f in one["figures"]
     }
-    for task, metric in (("mine", "acc"), ("stdlib_brackets", "exact_match")):
+    for task, metric in (("mine", "acc"), ("stdlib_continuation", "acc_norm")):
         assert history(client, run_id, f"eval/{task}/{metric}") == {step: figures[step, task, metric] for step in steps}
     assert {name for name in client.get_run(run_id).data.metrics if name.startswith("eval/")} == {
         *("eval/mine/acc", "eval/mine/acc_stderr"),
-        *("eval/stdlib_brackets/exact_match", "eval/stdlib_brackets/exact_match_stderr"),
+        *(f"eval/stdlib_continuation/acc{norm}{stderr}" for norm in ("", "_norm") for stderr in ("", "_stderr")),
     }
     table = json.loads(Path(client.download_artifacts(run_id, "evaluation/table.json", str(tmp_path))).read_text())
     assert [row[0] for row in table["data"] if row[1:3] == ["mine", "acc"]] == steps

@@ -143,6 +143,11 @@ def test_a_task_that_cannot_be_loaded_is_one_message(tmp_path, monkeypatch, name
     assert told in str(raised.value) and "\n" not in str(raised.value) and raised.value.exit_code in (2, 5)
 
 
+def test_a_task_that_is_named_twice_is_told():
+    with pytest.raises(ConfigError, match="Duplicate task 'stdlib_text'.*name a task once"):
+        load(["stdlib", "stdlib_text"])
+
+
 def test_code_is_refused_before_anything_of_its_task_is_loaded(tmp_path):
     """HumanEval's own module runs code when it is loaded."""
     prepare_environment(offline=True, unsafe_code=False)
