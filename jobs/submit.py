@@ -139,7 +139,7 @@ def check_places(config: RunConfig) -> None:
         "data.prepared_url": config.data.prepared_url,
         "data.ledger": config.data.ledger,
         "data.tokenizer": config.data.tokenizer if config.data.tokenizer != BYTE else "",
-        "train.init": config.train.init,
+        "train.init": config.train.init if "/" in config.train.init else "",  # Else a run.
         "tracking.uri": config.tracking.uri.removeprefix("sqlite:///"),
     }
     texts = parts_of(config.data.source, ask_servers=False)

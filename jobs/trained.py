@@ -75,6 +75,16 @@ class Trained:
             return identity["train.seq_len"]
         return identity.get("hugging_face", {}).get("max_position_embeddings", 2048)
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens with which a text ends; of an import also those that it ended its own with."""
+        about = self.manifest.identity.get("hugging_face", {})
+        ids: list[Any] = [self.tokenizer and self.tokenizer.end]
+        for one in (about, about.get("generation_config", {})):
+            known = one.get("eos_token_id")
+            ids += known if isinstance(known, list) else [known]
+        return frozenset(one for one in ids if one is not None)
+
     @cached_property
     def tracked(self) -> TrackedRun | None:
         """The run in MLflow; None where MLflow has none of its id.

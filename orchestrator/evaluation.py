@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import ray
 
-from orchestrator.group.cluster import connected, result_of
+from orchestrator.group.cluster import connected
 from orchestrator.stop import StopSignal
+from orchestrator.tasks import result_of
 
 WAIT_S = 0.5
 TRIES = 3
@@ -81,7 +82,7 @@ def evaluate_on(
             for note in ray.get(board.take.remote()):
                 told(note)
             for reference in done:
-                result_of(reference, f"a task of the evaluation was lost {TRIES} times")
+                result_of(reference, "evaluation", TRIES)
 
 
 def _telling(do: Do, share: Sequence[str], board: Any) -> None:

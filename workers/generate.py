@@ -194,14 +194,13 @@ def write_sample(
     if not tokens:
         return prompt
     stop = () if tokenizer.end is None else (tokenizer.end,)
-    progress()
     with closing(stream(model, [tokens], size, stop, Sampling(SAMPLE_TEMPERATURE), seed, context=context)) as coming:
-        for _, token in coming:
+        while len(tokenizer.decode(written)) < size:
             progress()
-            if token is not None:
-                written.append(token)
-            if len(tokenizer.decode(written)) >= size:
+            _, token = next(coming)
+            if token is None:
                 break
+            written.append(token)
     return tokenizer.decode(tokens + written)
 
 

@@ -41,7 +41,7 @@ from orchestrator.group.local_ray import ready_for_local_ray
 from orchestrator.reach import reach
 from orchestrator.stop import StopSignal
 from workers.actor import Worker
-from workers.common.errors import ClusterError, Interrupted, RaymuonError
+from workers.common.errors import ClusterError, Interrupted
 from workers.common.source import ROOT
 from workers.config import StorageConfig
 
@@ -157,27 +157,6 @@ def job_place() -> tuple[str, str]:
     told = json.loads(os.environ.get(JOB_VARIABLE) or "{}")
     dashboard = get_dashboard_url() if ray.is_initialized() else None
     return told.get("metadata", {}).get("job_submission_id", ""), f"http://{dashboard}" if dashboard else ""
-
-
-def result_of(reference: Any, lost: str) -> Any:
-    """Return what a task has returned.
-
-    Args:
-        reference: to its result.
-        lost: what to say where it was lost again and again.
-
-    Raises:
-        RaymuonError: the one that the task has raised.
-        ClusterError: it was lost.
-    """
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, RaymuonError):
-            raise error.cause from error
-        raise
-    except RayError as error:
-        raise ClusterError(f"{lost}: {error}") from error
 
 
 class RayHandle:

@@ -14,8 +14,8 @@ from typing import Any
 from mlflow.entities import Metric
 
 from orchestrator.record.mlflow_client import open_client, tracking_errors
+from orchestrator.record.results import PREFIX, evaluations
 
-GROUP = "eval"
 FOLDER = "evaluation"
 """Of the artifacts."""
 TABLE = f"{FOLDER}/table.json"
@@ -77,27 +77,23 @@ class EvaluationRecord:
 
     def write_table(self) -> None:
         """Make the table of all that is on record, a row for each step and figure, which MLflow's UI shows."""
-        with tracking_errors(self.uri):
-            run = self._client.get_run(self.run_id)
-            names = sorted(name for name in run.data.metrics if name.startswith(f"{GROUP}/"))
-        histories = {name: self.history(name.removeprefix(f"{GROUP}/")) for name in names}
         rows = [
-            [step, *name.split("/", 2)[1:], value, histories.get(f"{name}{STDERR}", {}).get(step)]
-            for name in names
+            [step, *name.split("/", 1), value, found.get(f"{name}{STDERR}")]
+            for step, found in sorted(evaluations(self.uri, self.run_id).items())
+            for name, value in found.items()
             if not name.endswith(STDERR)
-            for step, value in sorted(histories[name].items())
         ]
         table = {"columns": ["step", "task", "metric", "value", "standard error"], "data": rows}
         with tracking_errors(self.uri):
             self._client.log_text(self.run_id, json.dumps(table), TABLE)
-            shown = json.loads(run.data.tags.get(SHOWN_TABLES, "[]"))
+            shown = json.loads(self._client.get_run(self.run_id).data.tags.get(SHOWN_TABLES, "[]"))
             if (mine := {"path": TABLE, "type": "table"}) not in shown:
                 self._client.set_tag(self.run_id, SHOWN_TABLES, json.dumps([*shown, mine]))
 
 
 def metric_name(name: str) -> str:
     """Return what MLflow calls a `task/metric`."""
-    return f"{GROUP}/{'/'.join(map(_plain, name.split('/', 1)))}"
+    return f"{PREFIX}{'/'.join(map(_plain, name.split('/', 1)))}"
 
 
 def _plain(name: str) -> str:

@@ -77,7 +77,7 @@ def test_the_table_has_all_that_is_on_record(run, request):
         mlflow.artifacts.load_text(f"{client.get_run(run_id).info.artifact_uri}/evaluation/table.json")
     ) == {
         "columns": ["step", "task", "metric", "value", "standard error"],
-        "data": [[10, "a", "acc", 0.3, 0.01], [20, "a", "acc", 0.4, None], [10, "b", "exact_match.strict", 0.5, None]],
+        "data": [[10, "a", "acc", 0.3, 0.01], [10, "b", "exact_match.strict", 0.5, None], [20, "a", "acc", 0.4, None]],
     }
     shown = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
     assert shown == [{"path": "evaluation/table.json", "type": "table"}]

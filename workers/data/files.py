@@ -24,9 +24,9 @@ MAGIC = re.compile(r"[*?\[]")
 
 _RUN = "[0-9a-f]{32}"
 OUTPUT = re.compile(
-    r"/[0-9a-f]{16}/(index\.json$|(train|validation)-\d+\.(bin|sums|ends)$|(groups|keys)/\d+\.)"  # prepared
+    r"/[0-9a-f]{16}/(index\.json$|(train|validation)-\d+\.(bin|sums|ends|counts)$|(groups|keys)/\d+\.)"  # prepared
     rf"|/{_RUN}(\.png$|/(lease\.json$|log/|manifests/|shards/|journal/|artifacts/))"  # a run's, MLflow's
-    r"|/tokenizer/tokenizer(_config)?\.json$"
+    r"|/tokenizer/(tokenizer(_config)?\.json|chat_template\.jinja)$"
     r"|/log/\d{8}\.json$|/manifests/[\d-]+\.json$|/journal/\d{4}-\d{6}\.jsonl$"  # of an import, which has a name
     r"|/\d{4}-\d{4}-\d{5}\.jsonl$"  # a ledger
     r"|/mlflow\.db(-journal|-wal|-shm)?$|\.safetensors$"

@@ -40,7 +40,7 @@ class KeyValueCache:
         """Say before each forward pass how many tokens of each sequence it reads, one at least; the rest is padding.
 
         Raises:
-            ValueError: there is no room for them.
+            ValueError: there is no room for them, padding among them.
         """
         self.lengths = [length + count for length, count in zip(self.lengths, self.coming, strict=True)]
         self.coming, time = list(counts), max(counts)
