@@ -120,7 +120,7 @@ def pin(url: str, reason: str, undo: bool, s3_endpoint: str = "") -> str:
 
 
 def show(url: str, s3_endpoint: str = "") -> dict[str, Any]:
-    """Return what a checkpoint holds: its identity, counters and tensors."""
+    """Return what a checkpoint holds, and what it comes from: its identity, counters, lineage and tensors."""
     reader = open_checkpoint(url, s3_endpoint)
     manifest = reader.manifest
     return {
@@ -130,6 +130,7 @@ def show(url: str, s3_endpoint: str = "") -> dict[str, Any]:
         "world_size": manifest.world_size,
         "identity": manifest.identity,
         "counters": manifest.counters,
+        "lineage": manifest.lineage and manifest.lineage.encode(),
         "shards": [{"path": shard.path, "size": shard.size} for shard in manifest.shards],
         "tensors": [
             {"kind": kind, "name": name, "shape": manifest.shapes[name]}

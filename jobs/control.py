@@ -45,6 +45,8 @@ def status(found: TrackedRun, address: str, allow_open: bool, as_json: bool) -> 
     if found.step is not None:
         told["step"] = found.step
         told["steps"] = int(found.tags.get("raymuon.steps") or found.params["train.steps"])
+    if stage := found.tags.get("raymuon.stage"):
+        told["stage"] = stage
     metrics = {key: newest(found.metrics, key) for key in SHOWN}
     told |= {key: int(value) if key in COUNTS else value for key, value in metrics.items() if value is not None}
     if recoveries := found.tags.get("raymuon.recoveries"):

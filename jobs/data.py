@@ -71,19 +71,23 @@ def samples_at(found: TrackedRun, step: int) -> list[Sample]:
     for number, index in enumerate(indices.tolist()):
         source, sample = int(drawn.source[number]), int(drawn.sample[number])
         tokens = part.tokens[source].sample(sample)
-        pieces = list(_pieces(tokens, sample * train.seq_len, part.ends[source], tokenizer))
+        pieces = list(_pieces(tokens, part.tokens[source].ranges(sample), part.ends[source], tokenizer))
         slot, epoch = number // train.micro_batch, int(drawn.epoch[number])
         samples.append(Sample(index, slot, corpora[source].name, epoch, sample, pieces))
     part.close()
     return samples
 
 
-def _pieces(tokens: np.ndarray, start: int, ends: DocumentEnds, tokenizer: Tokenizer) -> Iterator[Piece]:
-    """Yield what of each document is in a sample that begins at token `start` of its split."""
-    for stretch in ends.stretches(start, start + len(tokens)):
-        first, last = max(stretch.start, start), min(stretch.stop, start + len(tokens))
-        text = tokenizer.decode(tokens[first - start : last - start].tolist())
-        yield Piece(stretch.file, stretch.row, first - stretch.start, last - first, text)
+def _pieces(
+    tokens: np.ndarray, ranges: list[tuple[int, int]], ends: DocumentEnds, tokenizer: Tokenizer
+) -> Iterator[Piece]:
+    """Yield what of each document is in a sample that has these ranges of its split's tokens, one after the other."""
+    for start, stop in ranges:
+        for stretch in ends.stretches(start, stop):
+            first, last = max(stretch.start, start), min(stretch.stop, stop)
+            text = tokenizer.decode(tokens[first - start : last - start].tolist())
+            yield Piece(stretch.file, stretch.row, first - stretch.start, last - first, text)
+        tokens = tokens[stop - start :]
 
 
 def _trained_on(found: TrackedRun, step: int) -> tuple[RunConfig, tuple[Corpus, ...]]:

@@ -1,26 +1,29 @@
 """`raymuon export`: a checkpoint's weights as a folder that Hugging Face's libraries read."""
 
 import json
-import time
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from jobs.hugging_face import config_of, empty_tensors_of, refuse_unloadable, tensors_of, trained_with
-from optim.checks import ConfigProblems
-from orchestrator.log.run_log import Entry, find_commit
+from jobs.lineage import name_of
+from jobs.model_card import model_card
+from jobs.trained import finite_tensor, model_of, tokenizer_of, trained_here
+from orchestrator.config import database
+from orchestrator.log.run_log import find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store, shared_url
-from workers.config import ModelConfig, model_config_of
-from workers.data.json_tokenizer import read_tokenizer
-from workers.data.tokenizer import BYTES, Tokenizer
+from workers.data.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30
 """Of an exported file, at most, but for a tensor that is larger."""
+NEWEST = "newest"
+"""The alias of the last of a series; MLflow keeps `latest` for itself."""
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -35,14 +38,28 @@ class Exported:
     run_id: str
     metrics: dict[str, float]
     """Known of the run at that step."""
+    results: dict[str, float]
+    """Of evaluations at that step, by `task/metric`."""
+    stage: str
+    """Of the run, at that step; empty where the run is one."""
+    began_with: str
+    """The checkpoint with whose weights the run has begun; empty for none."""
 
 
-def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_endpoint: str = "") -> Exported:
+def export(
+    url: str,
+    to: str,
+    dtype: Dtype,
+    shard_bytes: int = SHARD_BYTES,
+    s3_endpoint: str = "",
+    evaluated: Mapping[int, dict[str, float]] | None = None,
+) -> Exported:
     """Write the checkpoint at `URL[@STEP]` into the folder `to`, a local one or an fsspec URL.
 
     On S3 both are at this endpoint, where it is not AWS.
 
-    `config.json` comes last: without it nobody takes the folder for a model.
+    `config.json` comes last: without it nobody takes the folder for a model. `evaluated` is what evaluations have found
+    at each step, for the card.
 
     Raises:
         ConfigError: there is no such checkpoint, or something is in the folder already.
@@ -51,7 +68,7 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_e
     log, commit = find_commit(url, s3_endpoint)
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
     reader = CheckpointReader(log.store, manifest)
-    model, tokenizer = model_of(manifest), _tokenizer_of(log.store, manifest)
+    model, tokenizer = model_of(manifest), tokenizer_of(log.store, manifest)
     about = _about(manifest, tokenizer)
     generation = about.pop("generation_config")
     refuse_unloadable(model)
@@ -59,7 +76,7 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_e
     if target.names(""):
         raise ConfigError(f"--to {to}: something is there already; name a new folder")
 
-    buffers = set(reader.names(BUFFER))
+    buffers, results = set(reader.names(BUFFER)), dict((evaluated or {}).get(manifest.step, {}))
     plan = _plan(manifest, 4 if dtype == "float32" else 2, shard_bytes)
     where: dict[str, str] = {}
     for number, names in enumerate(plan, 1):
@@ -71,7 +88,7 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_e
         where |= dict.fromkeys(tensors, file)
     size = sum(file.size for file in target.files("").values())
     texts = {
-        "README.md": _card(manifest, commit, model, tokenizer, dtype, buffers),
+        "README.md": model_card(manifest, commit, model, tokenizer, dtype, buffers, results),
         "generation_config.json": json.dumps(generation, indent=2),
         **(tokenizer.files if tokenizer else {}),
     }
@@ -83,10 +100,18 @@ def export(url: str, to: str, dtype: Dtype, shard_bytes: int = SHARD_BYTES, s3_e
         target.put(name, text.encode())
     files = target.files("")
     size = sum(file.size for file in files.values())
-    return Exported(target.url, manifest.step, sorted(files), size, manifest.run_id, commit.metrics)
+    stage, ancestors = (manifest.lineage.stage, manifest.lineage.ancestors) if manifest.lineage else ("", ())
+    known = (manifest.run_id, commit.metrics, results, stage, name_of(ancestors[0]) if ancestors else "")
+    return Exported(target.url, manifest.step, sorted(files), size, *known)
 
 
-def export_series(url: str, to: str, dtype: Dtype, s3_endpoint: str = "") -> list[Exported]:
+def export_series(
+    url: str,
+    to: str,
+    dtype: Dtype,
+    s3_endpoint: str = "",
+    evaluated: Mapping[int, dict[str, float]] | None = None,
+) -> list[Exported]:
     """Write every checkpoint of the run at `url` into a folder `step-...` of its own under `to`."""
     log, _ = find_commit(url, s3_endpoint)
     return [
@@ -95,52 +120,72 @@ def export_series(url: str, to: str, dtype: Dtype, s3_endpoint: str = "") -> lis
             f"{to.rstrip('/')}/step-{commit.step:08d}",
             dtype,
             s3_endpoint=s3_endpoint,
+            evaluated=evaluated,
         )
         for commit in log.commits
     ]
 
 
-def register(exported: Exported, model: str, tracking_uri: str) -> str:
-    """Make an exported model the next version of `model` in MLflow's registry, and return its number.
+def recorded(
+    url: str, tracking_uri: str, warn: Callable[[str], object], s3_endpoint: str = ""
+) -> dict[int, dict[str, float]]:
+    """Return what evaluations have found of the run at `url` at each step, as far as MLflow has it.
+
+    An MLflow that does not answer is told to `warn`: the weights do not need it.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    log, _ = find_commit(url, s3_endpoint)
+    if (file := database(tracking_uri)) is not None and not file.exists():
+        return {}
+    from orchestrator.record.results import evaluations  # MLflow takes seconds to import.
+
+    try:
+        return evaluations(tracking_uri, log.run_id)
+    except StorageError as error:
+        warn(f"the card has no results of evaluations: {error}")
+        return {}
+
+
+def register(exported: Sequence[Exported], model: str, tracking_uri: str) -> list[str]:
+    """Make exported checkpoints versions of `model` in MLflow's registry, in the order of steps.
+
+    A version has its step and its run's stage for aliases; the last of several is the `newest`, too.
+
+    Returns:
+        The numbers, in the order of `exported`.
 
     Raises:
         StorageError: the server is away, or refuses.
     """
     from orchestrator.config import TrackingConfig
+    from orchestrator.record.registry import register as register_
     from orchestrator.record.tracking import Tracking
 
-    tracking = Tracking(TrackingConfig(uri=tracking_uri))
-    tags = {"raymuon.step": exported.step, "raymuon.run_id": exported.run_id, **exported.metrics}
-    return tracking.register(model, exported.url, exported.run_id, tags)
+    tracking, versions = Tracking(TrackingConfig(uri=tracking_uri)), {}
+    in_order = sorted(exported, key=lambda one: one.step)
+    for one in in_order:
+        last_of_several = len(in_order) > 1 and one is in_order[-1]
+        aliases = [f"step-{one.step}", *_alias_of(one.stage), *([NEWEST] if last_of_several else [])]
+        about = {"stage": one.stage, "began_with": one.began_with}
+        tags = {"raymuon.step": one.step, "raymuon.run_id": one.run_id, **one.metrics, **one.results}
+        tags |= {f"raymuon.{key}": text for key, text in about.items() if text}
+        versions[one.url] = register_(tracking, model, one.url, one.run_id, tags, aliases)
+    return [versions[one.url] for one in exported]
 
 
-def model_of(manifest: Manifest) -> ModelConfig:
-    """Return the architecture and sizes of the model in a checkpoint.
-
-    Raises:
-        ConfigError: they are no longer allowed.
-    """
-    fields = manifest.identity["model"]
-    try:
-        return model_config_of(fields)
-    except ConfigProblems as error:
-        raise ConfigError(f"the model of {manifest.run_id} at step {manifest.step}: {error}") from error
-
-
-def _trained_here(manifest: Manifest) -> bool:
-    return "data" in manifest.identity
-
-
-def _tokenizer_of(store: Store, manifest: Manifest) -> Tokenizer | None:
-    """Return what has made the tokens; None for an import that came without."""
-    known = manifest.identity.get("data.tokenizer", "" if _trained_here(manifest) else None)
-    return read_tokenizer(store, known) if known else None if known is None else BYTES
+def _alias_of(stage: str) -> list[str]:
+    """Return the alias for a stage of this name, of letters that MLflow takes, and none that it keeps for itself."""
+    alias = re.sub(r"[^\w-]", "-", stage)
+    taken = alias.lower() in ("latest", NEWEST) or re.fullmatch(r"[vV]\d+|step-\d+", alias)
+    return [f"stage-{alias}" if taken else alias] if alias else []
 
 
 def _about(manifest: Manifest, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return what `config.json` says beside the sizes, and `generation_config`."""
     identity = manifest.identity
-    if tokenizer and _trained_here(manifest):
+    if tokenizer and trained_here(manifest):
         return trained_with(tokenizer, identity["train.seq_len"])
     if "hugging_face" not in identity:
         raise ConfigError(
@@ -165,12 +210,7 @@ def _plan(manifest: Manifest, item_bytes: int, shard_bytes: int) -> list[list[st
 
 def _exported(reader: CheckpointReader, names: list[str], buffers: set[str]) -> Iterator[tuple[str, np.ndarray]]:
     for name in names:
-        tensor = reader.tensor(BUFFER if name in buffers else WEIGHT, name)
-        if not np.isfinite(tensor).all():
-            raise StorageError(
-                f"step {reader.manifest.step}: {name} has elements that are NaN or infinite; take an earlier checkpoint"
-            )
-        yield from tensors_of(name, tensor)
+        yield from tensors_of(name, finite_tensor(reader, BUFFER if name in buffers else WEIGHT, name))
 
 
 def _encode(tensors: dict[str, np.ndarray], dtype: Dtype, exact: set[str]) -> bytes:
@@ -184,62 +224,3 @@ def _encode(tensors: dict[str, np.ndarray], dtype: Dtype, exact: set[str]) -> by
         for name, tensor in tensors.items()
     }
     return save(converted, metadata={"format": "pt"})
-
-
-def _training(identity: dict[str, Any]) -> dict[str, Any]:
-    """Return the card's rows about the training; of an imported model, where it came from."""
-    if "data" not in identity:
-        return {"imported from": identity["imported"]}
-    return {
-        "optimizer": identity["optim.name"],
-        "sequence length": identity["train.seq_len"],
-        "global batch": f"{identity['train.global_batch']} sequences",
-        "SHA-256 of the data": identity["data"],
-    }
-
-
-def _card(
-    manifest: Manifest, commit: Entry, model: ModelConfig, tokenizer: Tokenizer | None, dtype: str, buffers: set[str]
-) -> str:
-    """Return the model card: where the weights come from, and the run's figures."""
-    parameters = sum(int(np.prod(shape)) for name, shape in manifest.shapes.items() if name not in buffers)
-    rows: dict[str, Any] = {
-        "architecture": model.name,
-        "parameters": f"{parameters:,}",
-        "weights": dtype,
-        "training run": manifest.run_id,
-        "step": manifest.step,
-        "tokens": f"{manifest.counters['tokens']:,}",
-        **_training(manifest.identity),
-        **{f"{name} (nats per token)": f"{value:.4f}" for name, value in sorted(commit.metrics.items())},
-        "saved": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(commit.time)),
-    }
-    here = _trained_here(manifest)
-    if tokenizer is BYTES:
-        tokens = "The tokens are bytes; a zero byte ends a document."
-    elif here and tokenizer:
-        tokens = f"Its {tokenizer.vocab_size:,} tokens are those of the tokenizer beside it."
-    else:
-        tokens = "The tokenizer is the original's."
-    pretrained = "Pretrained with raymuon." if here else "Imported into raymuon and exported again, not trained."
-    loaded = '\ntokenizer = AutoTokenizer.from_pretrained(".")' if tokenizer else ""
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# {manifest.run_id} at step {manifest.step}
-
-{pretrained} {tokens}
-
-| | |
-| --- | --- |
-{table}
-
-```python
-from transformers import {"AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM"}
-
-model = AutoModelForCausalLM.from_pretrained("."){loaded}
-```
-"""

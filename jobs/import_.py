@@ -12,6 +12,8 @@ from jobs.config_json import Described, describe, read_json
 from jobs.folder_weights import FolderWeights, open_weights
 from jobs.hugging_face import names_of
 from orchestrator.log.run_log import RunLog
+from orchestrator.record.provenance import code_of
+from workers.checkpoint.lineage import descend
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
 from workers.common.errors import ConfigError
@@ -60,7 +62,8 @@ def import_model(folder: str, to: str, say: Callable[[str], object] = lambda tex
         attempt = log.take_over(identity)
         shard = write_shard(store, place_of(0, attempt, 1), 0, tensors)
     counters = {"step": 0, "tokens": 0, "applied_steps": 0}
-    log.commit(Manifest(log.run_id, attempt, 1, 0, 1, identity, counters, shapes, (shard,)))
+    lineage = descend(code_of())
+    log.commit(Manifest(log.run_id, attempt, 1, 0, 1, identity, counters, shapes, (shard,), lineage))
     return store.url
 
 

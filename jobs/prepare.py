@@ -8,7 +8,8 @@ from jobs.screen import Screen
 from jobs.tell import tell
 from orchestrator.config import RunConfig, absolute, database_files
 from orchestrator.stop import StopSignal
-from workers.data.corpus import Corpus, check_corpora, check_vocabulary, read_index
+from workers.data.corpus import Corpus, check_vocabulary, read_index
+from workers.data.enough import check_corpora, told
 from workers.data.prepare import GROUP_BYTES, Group, Work, prepare_work, works_of
 
 TELL_S = 2.0
@@ -23,7 +24,8 @@ def prepare(config: str, overrides: list[str], address: str | None, stop: StopSi
     """
     run_config, console = absolute(load(config, overrides)), Screen(stderr=as_json)
     corpora = prepared(run_config, address, stop, console)
-    check_corpora(corpora, run_config.train.seq_len, max(run_config.train.batches), run_config.model.vocab_size)
+    train, most_long = run_config.train, run_config.data.max_long_conversations
+    check_corpora(corpora, train.seq_len, max(train.batches), run_config.model.vocab_size, most_long)
     found = [summary(corpus) for corpus in corpora]
     for one in found:
         console.print(
@@ -55,7 +57,11 @@ def prepared(config: RunConfig, address: str | None, stop: StopSignal, console: 
 
         made = prepare_on(missing, address, stop, _Progress(missing, console).told)
     rest = iter(made)
-    return tuple(corpus or next(rest) for corpus in found)
+    whole = tuple(corpus or next(rest) for corpus in found)
+    for corpus in whole:
+        if corpus.chat_template:
+            console.print(told(corpus, config.train.seq_len), style="dim")
+    return whole
 
 
 def summary(corpus: Corpus) -> dict[str, Any]:

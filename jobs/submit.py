@@ -27,7 +27,7 @@ from orchestrator.reach import reach_tracking
 from orchestrator.record.provenance import COMMIT_VARIABLE, provenance
 from orchestrator.resumption import check_steps
 from workers.common.errors import BY_EXIT_CODE, ClusterError, ConfigError, Interrupted
-from workers.data.files import STDLIB, parts_of
+from workers.data.files import is_standard_library, parts_of
 from workers.data.tokenizer import BYTE
 
 if TYPE_CHECKING:
@@ -139,11 +139,11 @@ def check_places(config: RunConfig) -> None:
         "data.prepared_url": config.data.prepared_url,
         "data.ledger": config.data.ledger,
         "data.tokenizer": config.data.tokenizer if config.data.tokenizer != BYTE else "",
-        "train.init": config.train.init,
+        "train.init": config.train.init if "/" in config.train.init else "",  # Else a run.
         "tracking.uri": config.tracking.uri.removeprefix("sqlite:///"),
     }
     texts = parts_of(config.data.source, ask_servers=False)
-    places["data.source"] = next((text for text in texts if text != STDLIB and _relative(text)), "")
+    places["data.source"] = next((text for text in texts if not is_standard_library(text) and _relative(text)), "")
     if relative := {key: url for key, url in places.items() if _relative(url)}:
         told = "\n".join(f"  {key}={url}" for key, url in relative.items())
         raise ConfigError(

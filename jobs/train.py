@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from jobs.load import load, plain_yaml
+from jobs.origin import with_checkpoint
 from jobs.prepare import prepared
 from jobs.screen import Screen, command, mlflow_page
 from jobs.tell import tell
@@ -43,12 +44,11 @@ def train(
     Raises:
         RaymuonError: with its exit code; Interrupted after a clean stop, too, with the way on.
     """
-    run_config = absolute(load(config, overrides))
+    run_config = load(config, overrides)
     if kill_worker is not None:
         _check_kill(kill_worker, run_config)
     plots: list[Path | None] = []
     options = Options(
-        files={"config.yaml": plain_yaml(run_config).encode()},
         artifacts=lambda result, record: plots.append(_keep_curve(run_config, result, record)),
         take_over=take_over,
         kill_after=kill_worker,
@@ -56,6 +56,8 @@ def train(
         meanwhile=_plan,
     )
     with TerminalWatcher() as watcher:
+        run_config = absolute(_begun(run_config, resume, stop, watcher))
+        options = replace(options, files={"config.yaml": plain_yaml(run_config).encode()})
         for left_out in run_config.recipe.cut_short():
             watcher.warn(left_out)
         if look and is_local(address):
@@ -74,6 +76,17 @@ def train(
     if result.status == "interrupted":
         saved = "with a checkpoint" if result.checkpoint else "before the first checkpoint"
         raise stop.interrupted(f"stopped at step {result.steps} {saved}")
+
+
+def _begun(config: RunConfig, resume: str, stop: StopSignal, watcher: TerminalWatcher) -> RunConfig:
+    """Return the config with a checkpoint as `train.init`; a run that goes on may need none any more."""
+    try:
+        with stop.abruptly():
+            return with_checkpoint(config, lambda text: watcher.console.print(text, style="dim"))
+    except ConfigError:
+        if resume == "never":
+            raise
+        return config
 
 
 def _decider() -> Decide:
@@ -161,11 +174,12 @@ def _print(summary: dict[str, Any], console: Screen) -> None:
 
 def _print_what_next(console: Screen, arguments: list[str], config: RunConfig, result: RunResult) -> None:
     """Print commands that can be pasted: further with this run, its model, and a run on other text."""
-    kept = [argument for argument in arguments if not argument.startswith("train.steps=")]
+    kept = [argument for argument in arguments if not argument.startswith(("train.steps=", "train.tokens="))]
     further = [*kept, "--resume", result.run_id, f"train.steps={2 * config.train.steps}"]
     model = ["export", result.checkpoint, "--to", f"runs/exports/{result.run_id}-{result.steps}"]
     own = [argument for argument in arguments if not argument.startswith(("run.name=", "data.source="))]
     console.print("\nwhat next:")
-    console.print(f"  train it further     {command('raymuon', 'train', *further)}")
+    if not (config.train.stages or config.train.tokens):  # Their lengths are in a file.
+        console.print(f"  train it further     {command('raymuon', 'train', *further)}")
     console.print(f"  export the model     {command('raymuon', *model)}")
     console.print(f"  this folder's text   {command('raymuon', 'train', *own, 'run.name=mine', 'data.source=.')}")

@@ -7,6 +7,7 @@ runs can be led at the same time.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from orchestrator.config import RunConfig, task_of
@@ -20,9 +21,11 @@ from orchestrator.log.run_log import FencedError, RunLog
 from orchestrator.preflight import Inputs, check_identity, identity
 from orchestrator.record.journal import Journal
 from orchestrator.record.progress import Progress, Recorder
+from orchestrator.record.provenance import code_of
 from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
+from workers.checkpoint.lineage import Lineage, descend, go_on
 from workers.data.json_tokenizer import copy_tokenizer
 from workers.task import Origin, Task
 
@@ -89,8 +92,8 @@ class Attempt:
             manifest, manifest_url = stretch.manifest, stretch.run_url
         for text in log.damaged:
             warn(f"{text}; it does not count")
-        if inputs.corpora[0].tokenizer:
-            copy_tokenizer(inputs.corpora[0].store, log.store)
+        for corpus in inputs.corpora:
+            copy_tokenizer(corpus.store, log.store, corpus.tokenizer_files)
         number = log.take_over(same, inputs.warning)
         task = task_of(config, inputs.corpora, log.store.url, number, manifest, origin)
         last_step = stretch.last_step if stretch else config.train.steps
@@ -115,7 +118,14 @@ class Attempt:
         Raises:
             RaymuonError: with the exit code of what went wrong.
         """
-        commits = Commits(self.log, self.task.attempt, self.identity, self.task.manifest, self.recorder.before_commit)
+        commits = Commits(
+            self.log,
+            self.task.attempt,
+            self.identity,
+            self.task.manifest,
+            self.recorder.before_commit,
+            partial(lineage_of, self.task),
+        )
         ends = self.config.train.ends if self.config.train.stages else ()
         with Janitor(self.log, self.config.checkpoint, commits.bad, self.recorder.notice, ends) as janitor:
             commits.after = janitor.wake
@@ -157,3 +167,15 @@ class Attempt:
         )
         self.recorder.complete(result)
         return result
+
+
+def lineage_of(task: Task, step: int) -> Lineage:
+    """Return what the checkpoint of a step comes from, of an attempt that goes on as the task says."""
+    code, manifest, origin = code_of(), task.manifest, task.origin
+    if manifest is not None and not task.manifest_url:
+        found = go_on(code, manifest)
+    elif manifest is not None:  # The replayed run's.
+        found = descend(code, manifest, task.manifest_url)
+    else:
+        found = descend(code, origin.manifest, origin.run_url) if origin else descend(code)
+    return replace(found, stage=task.recipe.at(step).name)

@@ -20,7 +20,9 @@ from orchestrator.stop import StopSignal
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
-from workers.data.corpus import Corpus, check_corpora, load
+from workers.data.corpus import Corpus, load
+from workers.data.enough import check_corpora
+from workers.data.packing import PACKING
 from workers.data.prepare import prepare
 from workers.task import Origin
 
@@ -58,7 +60,8 @@ def check_inputs(config: RunConfig, corpora: tuple[Corpus, ...] | None = None) -
     fences = Store(url, endpoint).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
     corpora = corpora or prepare(config.data, database_files(config.tracking.uri), endpoint)
-    check_corpora(corpora, config.train.seq_len, max(config.train.batches), config.model.vocab_size)
+    train, most_long = config.train, config.data.max_long_conversations
+    check_corpora(corpora, train.seq_len, max(train.batches), config.model.vocab_size, most_long)
     return Inputs(corpora, "" if fences else warning)
 
 
@@ -129,7 +132,7 @@ def find_origin(config: RunConfig) -> Origin | None:
     """Return the checkpoint that `train.init` names.
 
     Raises:
-        ConfigError: there is none, or it is of another model.
+        ConfigError: there is none, it is of another model, or its optimizer's state is not this run's.
         StorageError: it cannot be read.
     """
     if not config.train.init:
@@ -143,7 +146,24 @@ def find_origin(config: RunConfig) -> Origin | None:
     given = {key: value for key, value in asdict(config.model).items() if key not in free}
     if differences := _differences({"model": manifest.identity["model"]}, {"model": given}):
         raise ConfigError(f"train.init={config.train.init} is another model:\n" + "\n".join(differences))
+    if config.train.init_state == "all":
+        _check_state(config, manifest)
     return Origin(run_url=log.store.url, manifest=manifest)
+
+
+def _check_state(config: RunConfig, manifest: Manifest) -> None:
+    """Refuse to take an optimizer's state along that is not there, or another's.
+
+    Raises:
+        ConfigError: it is not this run's.
+    """
+    theirs, ours = manifest.identity.get("optim.name"), config.optim.name
+    if theirs != ours:
+        what = f"has that of {theirs}, and optim.name={ours}" if theirs else "has none, for it was imported"
+        raise ConfigError(
+            f"train.init_state=all takes the optimizer's state along, and {config.train.init} {what}; set "
+            "train.init_state=weights to begin the state anew"
+        )
 
 
 def other_tokens(identity: dict[str, Any], tokenizer: str) -> str:
@@ -260,8 +280,11 @@ def data_identity(run: RunConfig, corpora: tuple[Corpus, ...]) -> dict[str, Any]
         found["data.tokenizer"] = tokenizer
     if config.window:
         found["data.window"] = config.window
-    if config.document_mask:
+    if config.masks_documents:
         found["data.document_mask"] = True
+    if templates := {corpus.chat_template for corpus in corpora if corpus.chat_template}:
+        (found["data.chat_template"],) = templates
+        found["data.packing"] = PACKING
     return found
 
 

@@ -18,7 +18,8 @@ def check_steps(run_id: str, reached: int, steps: int, finished: bool) -> str:
     Raises:
         ConfigError: nothing is left to train.
     """
-    way_on = f"to train it further give it more steps: train.steps=N with N > {reached}; or begin a new run"
+    way_on = f"to train it further give it more steps: train.steps=N with N > {reached}, or a further stage; "
+    way_on += "or begin a new run"
     if reached > steps:
         raise ConfigError(f"run {run_id} has come to step {reached}, and train.steps={steps} is before that; {way_on}")
     if reached == steps and finished:

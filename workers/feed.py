@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from workers.data.config import DataConfig
-from workers.data.corpus import Corpus, Shard, num_samples
+from workers.data.conversations import PackedSplit, split_of
+from workers.data.corpus import Corpus, Shard
 from workers.data.ends import DocumentEnds
 from workers.data.order import Drawn, Order, most_slots, slots_of_rank
-from workers.data.tokens import TokenSplit
+from workers.data.packing import samples_in
 from workers.objective import Batch, batch_of
 from workers.recipe import Recipe
 from workers.task import Place, Task
@@ -23,7 +24,7 @@ def order_of(data: DataConfig, recipe: Recipe, seq_len: int, seed: int, corpora:
     """Return the order in which a run reads its samples, whatever its world size."""
     return Order(
         seed,
-        [(corpus.name, num_samples(corpus.train, seq_len)) for corpus in corpora],
+        [(corpus.name, samples_in(corpus, corpus.train, seq_len)) for corpus in corpora],
         [(recipe.samples_before(step), shares) for step, shares in recipe.mixtures(data)],
         data.window,
     )
@@ -56,12 +57,20 @@ class Part:
 
     def __init__(self, shards: list[tuple[Corpus, tuple[Shard, ...]]], seq_len: int, cache_gb: float) -> None:
         self.seq_len = seq_len
-        self.tokens = [TokenSplit(*one, seq_len, cache_gb) for one in shards]
+        self.tokens = [split_of(*one, seq_len, cache_gb) for one in shards]
         self.ends = [DocumentEnds(*one) for one in shards]
 
     def documents(self, source: int, samples: np.ndarray) -> np.ndarray:
         """Return the number of the document of each token within its sample, `[samples, seq_len + 1]`."""
+        if isinstance(packed := self.tokens[source], PackedSplit):
+            return np.stack([packed.documents(sample) for sample in samples.tolist()])
         return np.stack([self.ends[source].of_sample(sample, self.seq_len) for sample in samples.tolist()])
+
+    def counts(self, source: int, samples: np.ndarray) -> np.ndarray | bool:
+        """Return which tokens of samples are learned, `[samples, seq_len + 1]`; of text, all."""
+        if isinstance(packed := self.tokens[source], PackedSplit):
+            return np.stack([packed.counts(sample) for sample in samples.tolist()])
+        return True
 
     def close(self) -> None:
         """End what reads ahead."""
@@ -139,14 +148,19 @@ class Feed:
     def batch(self, part: Part, drawn: Drawn) -> Batch:
         """Return what is learned from samples, in their order."""
         tokens = np.empty((len(drawn.sample), self.task.train.seq_len + 1), np.int64)
-        documents = np.empty_like(tokens) if self.task.data.document_mask else None
+        documents = np.empty_like(tokens) if self.task.data.masks_documents else None
+        counts = np.empty(tokens.shape, bool) if self.task.data.chats else None
         for source in np.unique(drawn.source).tolist():
             rows = drawn.source == source
             tokens[rows] = part.tokens[source].batch(drawn.sample[rows])
             if documents is not None:
                 documents[rows] = part.documents(source, drawn.sample[rows])
+            if counts is not None:
+                counts[rows] = part.counts(source, drawn.sample[rows])
         return batch_of(
-            torch.from_numpy(tokens), documents=None if documents is None else torch.from_numpy(documents).int()
+            torch.from_numpy(tokens),
+            None if counts is None else torch.from_numpy(counts),
+            None if documents is None else torch.from_numpy(documents).int(),
         )
 
     def waited(self) -> float:
@@ -160,7 +174,7 @@ class Feed:
             return {}
         drawn, found = self.order.drawn(self.recipe.samples_before(step + 1)), {}
         for name, tokens, samples in zip(self.sources, self.train.tokens, drawn.tolist(), strict=True):
-            found[f"data/{name}/tokens"] = float(samples * tokens.seq_len)
+            found[f"data/{name}/tokens"] = samples * tokens.tokens_per_sample
             found[f"data/{name}/epochs"] = samples / tokens.num_samples
         return found
 

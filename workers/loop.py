@@ -28,7 +28,7 @@ from workers.controls import Controls, Pause
 from workers.data.order import random_seed
 from workers.engine import Engine
 from workers.feed import Feed, counted
-from workers.generate import generate
+from workers.generate import write_sample
 from workers.models.attention import take_logits
 from workers.objective import Batch, gradient_weight, summed_loss
 from workers.phases import Phase
@@ -120,7 +120,7 @@ class Trainer:
         train = self.task.train
         if self.engine.rank == 0 and train.sample_prompt and train.sample_bytes and last_step == train.steps:
             progress = lambda: self.controls.mark(Phase.SAMPLE, last_step)  # noqa: E731
-            text = generate(
+            text = write_sample(
                 self.engine.model,
                 self.task.corpora[0].open_tokenizer(),
                 *(train.sample_prompt, train.sample_bytes, train.seq_len, self.task.seed, progress),

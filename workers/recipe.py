@@ -119,7 +119,10 @@ class TrainConfig:
     sample_bytes: int = 200
     """Length of the sample in letters, and in tokens at most."""
     init: str = ""
-    """Checkpoint (FOLDER or FOLDER@STEP) with whose weights a new run begins; empty for random ones."""
+    """With whose weights a new run begins: a checkpoint (FOLDER or FOLDER@STEP), a run (id or name in MLflow, or with
+    @STEP), or a local folder of Hugging Face's, which is imported; empty for random ones."""
+    init_state: Literal["weights", "all"] = "weights"
+    """What is taken of it: the weights, with the optimizer's state begun anew, or its state, too; steps begin at 1."""
     max_skipped_in_a_row: int = 10
     """Steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
     recompute: str = "auto"

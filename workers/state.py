@@ -31,7 +31,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WeightsOnly:
-    """A checkpoint without its optimizer state: a new run begins with its weights and router biases."""
+    """A checkpoint without its optimizer state: what a new run begins with where `train.init_state` says so."""
 
     checkpoint: Reader
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from optim.spectra import svd_entropy
 from workers.config import ModelConfig
 from workers.engine import Engine
 from workers.gpus import peak_tflops
@@ -241,7 +242,7 @@ def warm_up(task: Task, engine: Engine) -> None:
         engine: any on the device, in the precision and with the optimizer's settings of the training.
     """
     watches = task.telemetry.every or engine.optimizer.config.qk_clip
-    masked = task.data.document_mask
+    masked = task.data.masks_documents
     if engine.device.type != "cuda":
         return
     dtype = next(engine.model.parameters()).dtype
@@ -263,29 +264,6 @@ def _compile_attention(
     if masked and not watched:  # A validation's attention is a kernel of its own.
         with torch.no_grad():
             model.eval()(*batch.given)
-
-
-def svd_entropy(matrix: Tensor) -> float | None:
-    """Return the entropy of the squared singular values as shares of their sum, over the log of their number: 0 to 1.
-
-    `-sum(p log p) / log n`, `p_i = s_i^2 / sum(s^2)` (Moonlight, section 3.4). The shares come from the eigenvalues of
-    the smaller Gram matrix, which are had faster than singular values; what they lose to rounding adds nothing. A
-    matrix that has none is no reason to end a run: None for one that is not finite, or whose eigenvalues are not found.
-    """
-    wide = matrix.float() if matrix.size(0) <= matrix.size(1) else matrix.float().mT
-    largest = wide.abs().max()
-    if not largest.isfinite():
-        return None
-    if not largest:
-        return 0.0
-    wide = wide / largest  # Of any scale: squares leave the range of fp32 long before the elements do.
-    try:
-        shares = torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0).double()
-    except torch.linalg.LinAlgError:
-        return None
-    if len(shares) == 1:
-        return 0.0
-    return (torch.special.entr(shares / shares.sum()).sum() / math.log(len(shares))).item()
 
 
 def expert_load(load: Tensor) -> dict[str, float]:

@@ -38,7 +38,7 @@ def join(member: Place, task: Task, rendezvous: dist.Store | None = None) -> Eng
     engine = build_engine(task.model, task.optim, task.train, task.seed if fresh else None, device)
     if task.train.compile:
         train, watched = task.train, task.optim.qk_clip > 0
-        compile_ahead(engine.model, train.micro_batch, train.seq_len, task.data.document_mask, watched)
+        compile_ahead(engine.model, train.micro_batch, train.seq_len, task.data.masks_documents, watched)
     return engine
 
 
@@ -102,9 +102,12 @@ def take_state(
         load_state(engine, checkpoint, counters)
         return counters, checkpoint.bytes_read
     if task.origin is not None:
-        weights = CheckpointReader(task.store(task.origin.run_url), task.origin.manifest, progress)
-        load_state(engine, WeightsOnly(weights), Counters())
-        return Counters(), weights.bytes_read
+        origin = CheckpointReader(task.store(task.origin.run_url), task.origin.manifest, progress)
+        counters, reader = Counters(), WeightsOnly(origin)
+        if task.train.init_state == "all":  # AdamW's moments are corrected by the steps that made them.
+            counters, reader = Counters(applied_steps=origin.manifest.counters["applied_steps"]), origin
+        load_state(engine, reader, counters)
+        return counters, origin.bytes_read
     return Counters(), 0
 
 

@@ -77,6 +77,18 @@ def bench_model(
     _print_result(model(overrides or [], rounds, only, _say), as_json)
 
 
+@bench_app.command("generate")
+def bench_generate(
+    overrides: Overrides = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Timed at each length, with a cache.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Milliseconds of a generated token behind 100, 1,000 and 4,000 others, with a cache and without."""
+    from jobs.bench.generate import generate
+
+    _print_result(generate(overrides or [], tokens, _say), as_json)
+
+
 @bench_app.command("accumulation")
 def bench_accumulation(
     overrides: Overrides = None,

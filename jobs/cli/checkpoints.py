@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -50,6 +51,8 @@ def checkpoints_show(
 ) -> None:
     """Show what a checkpoint holds."""
     from jobs.checkpoints import show
+    from jobs.lineage import told as lineage_told
+    from workers.checkpoint.lineage import Lineage
 
     found = show(url, s3_endpoint)
     if as_json:
@@ -58,6 +61,9 @@ def checkpoints_show(
     console = Screen()
     for key in ("run_id", "step", "attempt", "world_size", "counters", "identity"):
         console.print(f"{key}: {found[key]}")
+    lineage = found["lineage"] and Lineage.read(found["lineage"])
+    for key, text in lineage_told(lineage, places=True).items():
+        console.print(f"{key}: {text}")
     rows = [(tensor["kind"], tensor["name"], str(tensor["shape"])) for tensor in found["tensors"]]
     print_table(console, ("kind", "tensor", "shape"), rows)
 
@@ -142,20 +148,23 @@ def export(
     s3_endpoint: S3Endpoint = "",
 ) -> None:
     """Write a checkpoint as a Hugging Face model: safetensors, config, tokenizer, model card."""
-    from jobs.export import export, export_series
+    from jobs.export import export, export_series, recorded
     from jobs.export import register as register_
     from workers.common.errors import ConfigError
 
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"--dtype must be bfloat16 or float32, not {dtype!r}")
-    exported = (
-        export_series(url, to, dtype, s3_endpoint) if series else [export(url, to, dtype, s3_endpoint=s3_endpoint)]
-    )
-    for one in exported:
+    evaluated = recorded(url, tracking_uri, partial(typer.echo, err=True), s3_endpoint)
+    if series:
+        exported = export_series(url, to, dtype, s3_endpoint, evaluated)
+    else:
+        exported = [export(url, to, dtype, s3_endpoint=s3_endpoint, evaluated=evaluated)]
+    versions = register_(exported, register, tracking_uri) if register else None
+    for number, one in enumerate(exported):
         line = f"step {one.step}: {len(one.files)} file(s), {one.bytes / 1e6:.1f} MB in {one.url}"
         told = asdict(one)
-        if register:
-            told["version"] = register_(one, register, tracking_uri)
+        if versions:
+            told["version"] = versions[number]
             line += f", version {told['version']} of {register}"
         if as_json:
             tell(told)

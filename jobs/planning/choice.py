@@ -14,7 +14,6 @@ from jobs.planning.state import num_blocks
 from orchestrator.config import RunConfig
 from orchestrator.group.usage import memory_here
 from workers.calibrate import Calibration
-from workers.data.config import DataConfig
 from workers.gpus import GPUS, type_of
 from workers.recipe import TrainConfig
 
@@ -35,9 +34,7 @@ def decided(config: RunConfig, machines: Machines) -> RunConfig:
     """
     if not config.train.open:
         return config
-    # Of the data a plan asks one thing, and mixtures are no keys of a cache.
-    asked = replace(config, data=DataConfig(document_mask=config.data.document_mask))
-    return replace(config, train=_best(asked, machines).train)
+    return _best(config, machines)
 
 
 @lru_cache(maxsize=64)

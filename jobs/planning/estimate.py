@@ -80,7 +80,7 @@ def sent_on(config: RunConfig, machines: Machines, device: Calibration) -> dict[
 def _micro_batch(config: RunConfig, kind: str, watched: bool) -> MicroBatch:
     train, dtype = config.train, dtype_on(kind, config.train.precision)
     return micro_batch_of(
-        *(config.model, train.micro_batch, train.seq_len, dtype, kind, watched, config.data.document_mask),
+        *(config.model, train.micro_batch, train.seq_len, dtype, kind, watched, config.data.masks_documents),
         train.recomputed(num_blocks(config.model)),
         train.logits == "chunked",
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.log.run_log import RunLog
+from workers.checkpoint.lineage import Lineage
 from workers.checkpoint.manifest import Manifest
 from workers.reports import ShardWritten
 
@@ -19,6 +20,7 @@ class Commits:
         identity: what a resumed run must share.
         restored: where the attempt goes on from.
         before: called before each commit; returns what is known of the run at that step.
+        lineage: tells what the checkpoint of a step comes from.
     """
 
     def __init__(
@@ -28,8 +30,9 @@ class Commits:
         identity: dict[str, Any],
         restored: Manifest | None,
         before: Callable[[int], dict[str, float]],
+        lineage: Callable[[int], Lineage | None] = lambda step: None,
     ) -> None:
-        self.log, self.attempt, self.identity, self.before = log, attempt, identity, before
+        self.log, self.attempt, self.identity, self.before, self.lineage = log, attempt, identity, before, lineage
         self.after: Callable[[], object] = lambda: None
         """Called after each commit."""
         self.waiting: dict[tuple[int, int], dict[int, ShardWritten]] = {}
@@ -60,6 +63,7 @@ class Commits:
             counters=report.counters,
             shapes=shards[0].shapes,
             shards=tuple(shards[rank].shard for rank in sorted(shards)),
+            lineage=self.lineage(report.step),
         )
         self.log.commit(manifest, self.before(report.step))
         self.newest = report.generation, report.step

@@ -22,6 +22,8 @@ FORMAT = "raymuon-log-1"
 FOLDER = "log"
 NAMED_S = 0.5
 """How long an entry may have its name and not its content yet."""
+STEPS_TOLD = 12
+"""Of the checkpoints that there are, in the message about one that is not."""
 Kind = Literal["take_over", "commit", "pin", "unpin", "delete"]
 
 
@@ -164,6 +166,21 @@ class RunLog:
     def find(self, step: int | None = None) -> Entry | None:
         """Return the newest commit (of `step`, where one is given); None where there is none."""
         return next((entry for entry in reversed(self.commits) if step in (None, entry.step)), None)
+
+    def commit_of(self, step: int | None = None) -> Entry:
+        """Return the newest commit (of `step`, where one is given).
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if (commit := self.find(step)) is not None:
+            return commit
+        url = self.store.url
+        if not (commits := self.commits):
+            raise ConfigError(f"{url}: no committed checkpoint; see: raymuon checkpoints ls {url}")
+        steps = [str(commit.step) for commit in commits]
+        known = ", ".join(steps if len(steps) <= STEPS_TOLD else [*steps[:2], "...", *steps[3 - STEPS_TOLD :]])
+        raise ConfigError(f"{url}: no committed checkpoint of step {step}; there are checkpoints of step {known}")
 
     def manifest(self, step: int | None = None) -> Manifest | None:
         """Return the newest commit's manifest (of `step`, where one is given); None where there is none.
@@ -316,8 +333,4 @@ def find_commit(url: str, s3_endpoint: str = "") -> tuple[RunLog, Entry]:
     """
     base, step = split_step(url)
     log = RunLog(Store(absolute_url(base), s3_endpoint))
-    commit = log.find(step)
-    if commit is None:
-        which = "no committed checkpoint" if step is None else f"no committed checkpoint of step {step}"
-        raise ConfigError(f"{url}: {which}; see: raymuon checkpoints ls {base}")
-    return log, commit
+    return log, log.commit_of(step)

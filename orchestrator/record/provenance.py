@@ -8,10 +8,11 @@ import os
 import platform
 import subprocess
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from workers.common.source import ROOMS, ROOT, TRAINING_ROOMS, digest, files_of
+from workers.common.source import ROOMS, ROOT, TRAINING_ROOMS, digest, files_of, training_code
 
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "mlflow", "raymuon")
 COMMIT_VARIABLE = "RAYMUON_COMMIT"
@@ -43,7 +44,22 @@ def provenance() -> Provenance:
             versions[package] = version(package)
         except PackageNotFoundError:  # Run from its folder, without an installation.
             continue
-    return Provenance(commit=os.environ.get(COMMIT_VARIABLE) or git_commit(), versions=versions, files=source_files())
+    return Provenance(commit=commit(), versions=versions, files=source_files())
+
+
+@cache
+def code_of() -> dict[str, str]:
+    """Return in short which code this process runs: what a checkpoint tells of it (`Lineage.code`)."""
+    try:
+        ours = version("raymuon")
+    except PackageNotFoundError:
+        ours = ""
+    return {"training": training_code(), "commit": commit(), "raymuon": ours}
+
+
+def commit() -> str:
+    """Return the commit that a job was submitted from, else that of the checkout."""
+    return os.environ.get(COMMIT_VARIABLE) or git_commit()
 
 
 def source_files() -> dict[str, str]:

@@ -121,28 +121,10 @@ class Tracking:
         with self.reach():
             self.client.log_text(run_id, text, name)
 
-    def register(self, model: str, source: str, run_id: str, tags: Mapping[str, Any]) -> str:
-        """Make the folder at `source` the next version of a registered model, and return its number.
-
-        Args:
-            model: name; made where there is none.
-            source: URL of an exported model.
-            run_id: of the run that trained it; left out where this server does not have it.
-            tags: of the version.
-        """
+    def attach(self, run_id: str, folder: Path, name: str) -> None:
+        """Put the files of a local folder beside a run, into a folder there."""
         with self.reach():
-            try:
-                self.client.create_registered_model(model)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            try:
-                self.client.get_run(run_id)
-                known: str | None = run_id
-            except MlflowException:
-                known = None
-            texts = {key: str(value) for key, value in tags.items()}
-            return str(self.client.create_model_version(model, source, known, texts).version)
+            self.client.log_artifacts(run_id, str(folder), name)
 
     def unfinished(self, name: str) -> str | None:
         """Return the newest run of that name which has not finished."""

@@ -12,10 +12,10 @@ import psutil
 import pytest
 import torch
 
-from jobs.export import model_of
 from jobs.load import load as load_config
 from jobs.screen import Screen
 from jobs.tokenizer import train_tokenizer
+from jobs.trained import model_of
 from orchestrator.log.run_log import find_commit
 from tests.e2e.conftest import RAYMUON, TINY, Place
 from tests.e2e.test_resume import wait_for_step, workers_of

@@ -11,6 +11,7 @@ import torch
 from optim import newton_schulz as newton_schulz_module
 from optim.config import OptimConfig
 from optim.newton_schulz import newton_schulz
+from optim.spectra import entropy, singular_values
 from tests.optim.test_zero1_oracle import CONFIG, SHAPES, assert_trained, reference, sharded
 from tests.ranks import run_ranks
 from tests.trainer import trainer_of
@@ -37,6 +38,14 @@ def test_oracle_on_the_gpu(shapes):
     expected = reference(1, SHAPES[shapes], True, CONFIG)
     for name, weight in result["weights"].items():
         assert_trained(weight, expected[name], name, SHAPES[shapes], CONFIG)
+
+
+@pytest.mark.parametrize("shape", [(1408, 2048), (11264, 2048), (64, 2048), (1, 8)])
+def test_singular_values_are_those_of_the_cpu(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    here, there = singular_values(matrix), singular_values(matrix.cuda()).cpu()
+    assert there.dtype == torch.float64 and (there - here).abs().max() < 1e-7 * here[0]
+    assert entropy(there.square()) == pytest.approx(entropy(here.square()), abs=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(20, 1408, 2048), (32, 2048, 1032), (2, 8192, 2048), (3, 1412, 2048)])

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from jobs.checkpoints import open_checkpoint
-from jobs.export import model_of
 from jobs.import_ import import_model
+from jobs.trained import model_of
 from tests.jobs.test_export import TEXT
 from workers.common.errors import ConfigError
 from workers.models import build, logits_of

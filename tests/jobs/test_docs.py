@@ -12,7 +12,7 @@ import typer
 
 from jobs.cli import app
 from jobs.load import CONFIGS, load
-from workers.data.corpus import check_corpus
+from workers.data.enough import check_corpus
 from workers.data.prepare import prepare
 
 ROOT = Path(__file__).parent.parent.parent

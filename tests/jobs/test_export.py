@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.export import export, export_series, model_of, register
+from jobs.export import export, export_series, recorded, register
 from jobs.hugging_face import refuse_unloadable
 from jobs.stack.seaweed import BUCKET, s3_environment, seaweedfs
+from jobs.trained import model_of
 from orchestrator.log.run_log import RunLog
 from tests.closeness import assert_close
 from tests.workers import test_llama, test_moonlight
@@ -25,7 +26,9 @@ MODELS = {"moonlight": test_moonlight.TINY, "llama": test_llama.TINY}
 TEXT = "def naïve(x):\n    return '日本' * x  # ☃\n"
 
 
-def trained(folder, model: str | ModelConfig, steps=(10,), change=lambda model: None) -> torch.nn.Module:
+def trained(
+    folder, model: str | ModelConfig, steps=(10,), change=lambda model: None, run_id: str = "run-7"
+) -> torch.nn.Module:
     """Commit checkpoints of a model whose every tensor is random, router biases too; `change` has the last word."""
     config = MODELS[model] if isinstance(model, str) else model
     torch.manual_seed(0)
@@ -59,7 +62,7 @@ def trained(folder, model: str | ModelConfig, steps=(10,), change=lambda model: 
         flat |= {TensorSlice(BUFFER, key, 0, array.size): array.ravel() for key, array in buffers.items()}
         shard = write_shard(log.store, place_of(step, 1, 1), 0, flat)
         log.commit(
-            Manifest("run-7", 1, 1, step, 1, identity, {"step": step, "tokens": 12345}, shapes, (shard,)),
+            Manifest(run_id, 1, 1, step, 1, identity, {"step": step, "tokens": 12345}, shapes, (shard,)),
             {"val_loss": 1.2345},
         )
     return model
@@ -168,21 +171,53 @@ def test_export_to_s3_is_the_same(tmp_path):
         assert [f for f in here.files if store.read(f) != (tmp_path / "hf" / f).read_bytes()] == []
 
 
-def test_an_exported_model_becomes_a_version_of_a_registered_one(tmp_path):
+def test_a_series_becomes_versions_in_the_order_of_steps(tmp_path):
+    """Whatever the order of the commits, as after a run has gone back; each found by its step, the last as newest."""
     import mlflow
     from transformers import AutoModelForCausalLM
 
+    trained(tmp_path / "run", "llama", steps=(10, 30, 20))
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    exported = export_series(str(tmp_path / "run"), str(tmp_path / "hf"), "float32", evaluated={20: {"arc/acc": 0.25}})
+    assert [one.step for one in exported] == [10, 30, 20]
+    assert register(exported, "tiny", uri) == ["1", "3", "2"]
+    client = mlflow.MlflowClient(uri)
+    aliases = {"step-10": "1", "step-20": "2", "step-30": "3", "newest": "3"}
+    assert {alias: str(version) for alias, version in client.get_registered_model("tiny").aliases.items()} == aliases
+    second = client.get_model_version("tiny", "2")
+    told = {"raymuon.step": "20", "raymuon.run_id": "run-7", "val_loss": "1.2345"}
+    assert second.tags == {**told, "arc/acc": "0.25"} and second.source == f"{tmp_path}/hf/step-00000020"
+    AutoModelForCausalLM.from_pretrained(client.get_model_version_download_uri("tiny", "2"))
+    assert register(exported[:1], "tiny", uri) == ["4"], "one alone is the newest of nothing"
+    staged = [replace(one, stage=stage) for one, stage in zip(exported, ("a.b", "latest", "a.b"), strict=True)]
+    assert register(staged, "tiny", uri) == ["5", "7", "6"]
+    aliases = {"step-10": "5", "step-20": "6", "step-30": "7", "newest": "7", "a-b": "6", "stage-latest": "7"}
+    assert client.get_model_version_by_alias("tiny", "a-b").tags["raymuon.stage"] == "a.b"
+    assert {alias: str(version) for alias, version in client.get_registered_model("tiny").aliases.items()} == aliases
+
+
+def test_a_card_tells_what_evaluations_have_found_at_its_step(tmp_path):
+    import mlflow
+
     trained(tmp_path / "run", "llama", steps=(10, 20))
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    versions = [
-        register(one, "tiny", uri) for one in export_series(str(tmp_path / "run"), str(tmp_path / "hf"), "float32")
-    ]
-    assert versions == ["1", "2"]
+    assert recorded(str(tmp_path / "run"), uri, pytest.fail) == {} and not (tmp_path / "mlflow.db").exists()
     client = mlflow.MlflowClient(uri)
-    newest = client.get_model_version("tiny", "2")
-    assert newest.tags == {"raymuon.step": "20", "raymuon.run_id": "run-7", "val_loss": "1.2345"}
-    assert newest.source == f"{tmp_path}/hf/step-00000020"
-    AutoModelForCausalLM.from_pretrained(client.get_model_version_download_uri("tiny", "2"))
+    assert recorded(str(tmp_path / "run"), uri, pytest.fail) == {}, "it knows no such run"
+    run_id = client.create_run("0").info.run_id
+    (tmp_path / "run").rename(tmp_path / run_id)
+    for name, step, value in (("eval/arc/acc", 20, 0.25), ("eval/arc/acc_stderr", 20, 0.02), ("eval/arc/acc", 10, 0.5)):
+        client.log_metric(run_id, name, value, step=step)
+    client.log_metric(run_id, "loss/train", 3.0, step=20)
+    evaluated = recorded(str(tmp_path / run_id), uri, pytest.fail)
+    assert evaluated == {10: {"arc/acc": 0.5}, 20: {"arc/acc": 0.25, "arc/acc_stderr": 0.02}}
+    for one in export_series(str(tmp_path / run_id), str(tmp_path / "hf"), "bfloat16", evaluated=evaluated):
+        card = (tmp_path / "hf" / f"step-{one.step:08d}" / "README.md").read_text()
+        assert {10: "| arc/acc | 0.5000 |", 20: "| arc/acc | 0.2500 ± 0.0200 |"}[one.step] in card
+        assert one.results == evaluated[one.step] and "stderr" not in card
+    warned = []
+    assert recorded(str(tmp_path / run_id), "http://127.0.0.1:9", warned.append) == {}
+    assert "the card has no results of evaluations: " in warned[0]
 
 
 ODD = {

@@ -13,11 +13,12 @@ from jobs.architectures import ARCHITECTURES
 from jobs.checkpoints import open_checkpoint
 from jobs.cli import app
 from jobs.config_json import describe
-from jobs.export import export, model_of
+from jobs.export import export
 from jobs.import_ import import_model
 from jobs.load import load
 from jobs.screen import Screen
 from jobs.tokenizer import train_tokenizer
+from jobs.trained import model_of
 from orchestrator.preflight import other_tokens
 from tests.jobs.folders import GONE, KINDS, TOKENS, difference, refused
 from tests.jobs.test_export import MODELS, trained

@@ -213,7 +213,7 @@ def test_a_config_of_data_and_a_name_is_of_a_small_model():
         assert layout_of(model, config.optim, 1).parameters < 1.5e6
 
 
-@pytest.mark.parametrize("name", sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {"demo", "demo-llama"}))
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml") if "demo" not in path.stem))
 def test_a_large_config_states_all_of_its_model_itself(name):
     values, config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()), load(name, [])
     assert set(values["model"]) == {field.name for field in fields(config.model)}

@@ -282,7 +282,7 @@ def test_a_run_is_not_trained_backwards_nor_finished_twice(reached, steps, finis
     if isinstance(told, ConfigError):
         with pytest.raises(ConfigError, match=str(told)) as refusal:
             check_steps("abc", reached, steps, finished)
-        assert "train.steps=N with N > 169; or begin a new run" in str(refusal.value)
+        assert "train.steps=N with N > 169, or a further stage; or begin a new run" in str(refusal.value)
     else:
         text = check_steps("abc", reached, steps, finished)
         assert told in text and bool(told) == bool(text)

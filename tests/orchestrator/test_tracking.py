@@ -19,6 +19,7 @@ from orchestrator.record.journal import Journal
 from orchestrator.record.metrics import NAMES, newest, published
 from orchestrator.record.provenance import provenance
 from orchestrator.record.recorder import RunRecorder, Watcher
+from orchestrator.record.registry import register
 from orchestrator.record.report import Links
 from orchestrator.record.tracking import RunRecord, Tracking, look_up, read_artifact
 from tests.leading import config_of
@@ -170,7 +171,7 @@ def test_rows_that_are_told_written_are_whatever_the_environment_says(tmp_path, 
     record.log("train", 1, 1.0, {"loss": 1.0})
     assert record.flush() and rows(tracking, run_id, "loss") == [(1, 1.0)]
     record.close("FINISHED")
-    tracking.register("model", str(tmp_path), run_id, {})
+    register(tracking, "model", str(tmp_path), run_id, {}, [])
     assert [model.name for model in tracking.client.search_registered_models()] == ["model"]
     assert not (tmp_path / "another.db").exists()
 

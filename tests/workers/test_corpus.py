@@ -15,7 +15,8 @@ import pytest
 from workers.common.errors import ConfigError, StorageError
 from workers.data import prepare as prepare_module
 from workers.data.config import DataConfig
-from workers.data.corpus import SPLITS, Corpus, check_corpus, load
+from workers.data.corpus import SPLITS, Corpus, load
+from workers.data.enough import check_corpus
 from workers.data.files import files_of, files_of_urls
 from workers.data.prepare import prepare as prepare_all
 from workers.data.tokens import TokenSplit

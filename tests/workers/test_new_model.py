@@ -28,8 +28,10 @@ from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError
 from workers.common.source import ROOT
 from workers.config import MODELS, TelemetryConfig, model_config_of
+from workers.generate import generate
 from workers.models import build, build_empty, logits_of
 from workers.models.attention import CausalAttention, take_logits, watch
+from workers.models.cache import KeyValueCache, Mask
 from workers.models.language_model import LanguageModel
 from workers.models.layers import training_flops
 from workers.models.masks import DocumentMask
@@ -93,8 +95,8 @@ class Gpt(LanguageModel):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        mask = None if documents is None else DocumentMask(documents)
+    def forward(self, tokens: Tensor, documents: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        mask = cache if documents is None else DocumentMask(documents)
         places = torch.arange(tokens.size(1), device=tokens.device) if mask is None else mask.positions
         x = self.tokens(tokens) + self.positions(places)
         for layer in self.layers:
@@ -135,7 +137,7 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, mask: DocumentMask | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None) -> Tensor:
         x = x + self.attention(self.before_attention(x), mask)
         return x + self.mlp(self.before_mlp(x))
 
@@ -148,7 +150,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width)
         self.attend = CausalAttention(config.num_heads)
 
-    def forward(self, x: Tensor, mask: DocumentMask | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         return self.out(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
@@ -214,6 +216,12 @@ def test_its_attention_is_watched_and_its_heads_rows_scale_its_logits(registered
                 parameters[rows.name][rows.first : rows.first + rows.count] *= 0.25**rows.power
     made(tokens)
     assert_close(take_logits(made).largest[:4], before[:4] * torch.tensor([1, 0.25, 1, 1]))
+
+
+def test_it_writes_with_a_cache_what_it_writes_without(registered):
+    torch.manual_seed(0)
+    made, prompts = build(GptConfig()).double(), [[5], list(range(20)), [7, 3, 7]]
+    assert generate(made, prompts, 30) == [generate(made, [one], 30, cache=False)[0] for one in prompts]
 
 
 def trained_gpt(rank: int, world_size: int, task) -> dict:

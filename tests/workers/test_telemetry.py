@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from jobs.load import load
+from tests.optim.test_spectra import entropy_by_svd
 from tests.ranks import run_ranks
 from tests.trainer import trainer_of
 from tests.workers.test_llama import LLAMA_3_2_1B
@@ -22,7 +23,6 @@ from workers.models import build_empty
 from workers.models.language_model import KINDS
 from workers.reports import Profiled, StepDone
 from workers.task import Task
-from workers.telemetry import svd_entropy
 
 pytestmark = pytest.mark.numeric
 
@@ -114,37 +114,6 @@ def paused_and_on(rank: int, world_size: int, task: Task) -> list[int]:
 def test_a_trace_that_was_broken_off_is_begun_anew(tmp_path):
     task = replace(task_of(tmp_path, steps=6), telemetry=TelemetryConfig(every=0, profile_step=2, profile_steps=3))
     assert run_ranks(1, paused_and_on, task) == [[4]]
-
-
-def entropy_by_svd(matrix: torch.Tensor) -> float:
-    squares = torch.linalg.svdvals(matrix.double()).square()
-    shares = squares / squares.sum()
-    return (-(shares * shares.log()).nansum() / math.log(len(shares))).item()
-
-
-def test_svd_entropy_equals_its_definition():
-    random = torch.Generator().manual_seed(0)
-    for shape in ((8, 8), (5, 30), (40, 12), (1, 7)):
-        matrix = torch.randn(shape, generator=random)
-        expected = entropy_by_svd(matrix) if min(shape) > 1 else 0.0
-        assert svd_entropy(matrix) == pytest.approx(expected, abs=1e-5)
-    assert svd_entropy(torch.eye(6)) == pytest.approx(1.0)
-    assert svd_entropy(torch.ones(6, 4)) == pytest.approx(0.0, abs=1e-5)
-    assert svd_entropy(torch.zeros(6, 4)) == 0.0
-
-
-@pytest.mark.parametrize("exponent", [-149, -130, -80, -60, 0, 60, 80, 120])
-def test_svd_entropy_is_that_of_any_scale(exponent):
-    matrix = torch.randn(6, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    scaled = (matrix * 2.0**exponent).float()
-    assert svd_entropy(scaled) == pytest.approx(entropy_by_svd(scaled.double()), abs=1e-5)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_matrix_without_a_spectrum_is_left_out(tmp_path, value):
-    matrix = torch.eye(5, 7)
-    matrix[2, 2] = value
-    assert svd_entropy(matrix) is None
 
 
 def test_a_step_without_a_learning_rate_has_no_update_to_measure(tmp_path):

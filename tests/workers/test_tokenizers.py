@@ -24,7 +24,8 @@ from workers.common.storage import Store
 from workers.data import gigatoken_encoder
 from workers.data.byte_tokenizer import byte_tokenizer
 from workers.data.config import DataConfig
-from workers.data.corpus import Corpus, check_corpora, read_index
+from workers.data.corpus import Corpus, read_index
+from workers.data.enough import check_corpora
 from workers.data.gigatoken_encoder import GigatokenEncoder, encoder_of
 from workers.data.prepare import prepare
 from workers.data.tiktoken_file import PATTERNS, tiktoken_of

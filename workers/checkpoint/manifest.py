@@ -8,10 +8,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
+from workers.checkpoint.lineage import Lineage
 from workers.common.errors import DamagedError, NotFoundError, StorageError
 from workers.common.storage import Store
 
@@ -22,6 +24,9 @@ SHARDS, MANIFESTS = "shards", "manifests"
 """Folders of a run."""
 WEIGHT, BUFFER = "weight", "buffer"
 """The kinds of master weights and of replicated tensors; the others are the optimizer's state keys."""
+LINEAGE = "lineage"
+"""The key of `identity` under which it is stored: earlier versions, which read the same format, take no new key beside
+it, and of `identity` only what they know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,10 @@ class Manifest:
     counters: dict[str, int]
     shapes: dict[str, list[int]]
     shards: tuple[ShardFile, ...]
+    lineage: Lineage | None = None
+    """What it comes from; None where an earlier version has written it."""
+    sha256: str = field(default="", compare=False)
+    """Of the file that it was read from; empty where it was not read."""
 
     @property
     def path(self) -> str:
@@ -111,6 +120,9 @@ class Manifest:
         """Return the file's content."""
         # The shards go their own way: `asdict` takes a second for those of a thousand ranks.
         fields = {**asdict(replace(self, shards=())), "shards": [shard.encode() for shard in self.shards]}
+        del fields["sha256"], fields["lineage"]
+        if self.lineage is not None:
+            fields["identity"][LINEAGE] = self.lineage.encode()
         return json.dumps({"format": FORMAT, **fields}).encode()
 
     @staticmethod
@@ -129,7 +141,11 @@ class Manifest:
         fields = json.loads(data)
         if (found := fields.pop("format")) != FORMAT:
             raise StorageError(f"{store.url}/{path}: checkpoint format {found!r}, this version reads {FORMAT!r}")
-        return Manifest(**{**fields, "shards": tuple(ShardFile.decode(shard) for shard in fields["shards"])})
+        shards, lineage = tuple(ShardFile.decode(shard) for shard in fields["shards"]), None
+        if stored := fields["identity"].pop(LINEAGE, None):
+            with suppress(ValueError):  # Another version's: no reason not to read the rest.
+                lineage = Lineage.read(stored)
+        return Manifest(**{**fields, "shards": shards, "lineage": lineage, "sha256": sha256})
 
     def check_inventory(self) -> None:
         """Check that the shards hold every element of every tensor exactly once, before anything is committed.

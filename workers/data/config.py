@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import lcm
 from typing import Literal
 
 from optim.checks import Check, filled, no_password, require, within
 
+Format = Literal["auto", "text", "jsonl", "parquet", "arrow", "npy", "megatron", "chat"]
 MAX_DENOMINATOR = 100_000
 """Of the sources' shares: the mixture repeats after so many samples at most, and is exact in each repetition."""
 
@@ -21,18 +22,20 @@ class SourceConfig:
     """What metrics and messages call it: letters, digits, `-`, `_` and `.`."""
     urls: tuple[str, ...]
     """Files, folders and globs, of any fsspec URL."""
-    format: Literal["auto", "text", "jsonl", "parquet", "arrow", "npy", "megatron"] = "auto"
+    format: Format = "auto"
     """Of the files; `auto` goes by their names and first bytes. gzip and zstd are seen by their first bytes. `npy` and
-    `megatron` (`.bin` with its `.idx`) hold tokens already."""
-    field: str = "text"
-    """That holds the text, in a row of JSONL, Parquet or Arrow."""
+    `megatron` (`.bin` with its `.idx`) hold tokens already. `chat`: rows of conversations, of which what the assistant
+    says is learned."""
+    field: str = ""
+    """That holds the text, in a row of JSONL, Parquet or Arrow; empty: `text`, and `messages` in a chat."""
     weight: float = 1.0
     """Its share of the samples, relative to the others'."""
 
     def __post_init__(self) -> None:
         require(
             self,
-            *filled(self, name="the source", field="the text's field"),
+            *filled(self, name="the source"),
+            (not self.field or bool(self.field.strip()), "field must name the text's field; it is blank"),
             (
                 re.fullmatch(r"[A-Za-z0-9._-]*[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None,
                 f"name must be of letters, digits, -, _ and ., not {self.name!r}",
@@ -42,6 +45,11 @@ class SourceConfig:
             *within(self, "(0, inf)", "weight"),
         )
 
+    @property
+    def text_field(self) -> str:
+        """The field that is read."""
+        return self.field or ("messages" if self.format == "chat" else "text")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixtureConfig:
@@ -49,7 +57,7 @@ class MixtureConfig:
 
     step: int
     """The first step that they hold for."""
-    weights: dict[str, float]
+    weights: dict[str, float] = field(hash=False)
     """By source; one that is left out, or has 0, gives nothing."""
 
     def __post_init__(self) -> None:
@@ -70,7 +78,11 @@ class DataConfig:
 
     source: str = "python-stdlib"
     """Text: a file, a folder or a glob, of any fsspec URL, several with commas between them, or `python-stdlib`, the
-    standard library's own source code. Hidden files below a folder and what runs have written are left out."""
+    standard library's own source code, or `python-stdlib/json`, a folder of it. Hidden files below a folder and what
+    runs have written are left out. With `format=chat`, Python source is conversations about its functions."""
+    format: Format = "auto"
+    """Of `source`, as a source of `sources` has one of its own. `chat`: each row has a list of `messages`, and what the
+    assistant says in them is learned."""
     sources: tuple[SourceConfig, ...] = ()
     """Named sources with weights, in the place of `source`."""
     mixture: tuple[MixtureConfig, ...] = ()
@@ -81,6 +93,13 @@ class DataConfig:
     """Token that is put before each document: empty for what the tokenizer itself puts before a text, or `none`."""
     end_of_document: str = ""
     """Token that is put after each document: empty for the tokenizer's own, or `none`."""
+    chat_template: str = ""
+    """Writes conversations: `plain`, or a file of Jinja (fsspec URL); empty: the tokenizer's own, of bytes `plain`."""
+    chat_date: str = ""
+    """Today's date for a template that asks for it, as 2026-11-30; empty: such a template is refused."""
+    max_long_conversations: int = 0
+    """Conversations of a source that may be longer than `train.seq_len` and are left out; one more ends the run before
+    it begins. None is ever cut."""
     deduplicate: bool = False
     """Leave out documents whose text was there before, in this source or in one before it."""
     max_bad_documents: int = 0
@@ -94,7 +113,7 @@ class DataConfig:
     """Samples of a source among which the order is random; 0: all of it. Where it lies in an object store and is larger
     than the cache, reads stay within so many samples."""
     document_mask: bool = False
-    """Keep attention within a document, and count its positions from its beginning."""
+    """Keep attention within a document, and count its positions from its beginning; where there are chats, always."""
     cache_gb: float = 10.0
     """Of a node's disk, for what was read from remote shards."""
     prepared_url: str = "runs/data"
@@ -111,7 +130,7 @@ class DataConfig:
                 tokenizer="byte, a file or a folder",
                 prepared_url="a folder",
             ),
-            *no_password(self, "source", "tokenizer", "prepared_url", "ledger"),
+            *no_password(self, "source", "tokenizer", "chat_template", "prepared_url", "ledger"),
             *(
                 (not value or self.tokenizer != "byte", f"{key}={value!r} needs a data.tokenizer other than byte")
                 for key, value in (
@@ -120,10 +139,40 @@ class DataConfig:
                 )
             ),
             *within(self, "(0, 1)", "held_out_fraction"),
-            *within(self, "[0, inf)", "max_bad_documents", lowest="none"),
+            *within(self, "[0, inf)", "max_bad_documents", "max_long_conversations", lowest="none"),
             *within(self, "[0, inf)", "window", lowest="all"),
             *within(self, "(0, inf)", "cache_gb"),
+            *self._chat_checks(),
             *self._mixture_checks(),
+        )
+
+    @property
+    def chats(self) -> bool:
+        """Whether there are conversations among the sources."""
+        return any(form == "chat" for form in self._formats())
+
+    @property
+    def masks_documents(self) -> bool:
+        """Whether attention is kept within a document."""
+        return self.document_mask or self.chats
+
+    def _formats(self) -> list[str]:
+        return [source.format for source in self.sources] or [self.format]
+
+    def _chat_checks(self) -> Iterator[Check]:
+        yield (
+            self.format == "auto" or not self.sources,
+            f"format={self.format} is of data.source; give each of data.sources its own",
+        )
+        for key in ("chat_template", "chat_date"):
+            yield self.chats or not getattr(self, key), f"{key} is for conversations, and there are none (format=chat)"
+        yield (
+            not self.chat_date or re.fullmatch(r"\d{4}-[01]\d-[0-3]\d", self.chat_date) is not None,
+            f"chat_date must be a date such as 2026-11-30, not {self.chat_date!r}",
+        )
+        yield (
+            self.held_out != "ends" or not self.chats,
+            "held_out=ends would cut conversations; take auto or documents, which keep whole ones",
         )
 
     def _mixture_checks(self) -> Iterator[Check]:

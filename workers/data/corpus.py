@@ -7,18 +7,19 @@ Its content hash over all shards identifies the data in every checkpoint. `prepa
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
-from workers.data.json_tokenizer import read_tokenizer
+from workers.data.json_tokenizer import JINJA, NAMES, read_tokenizer
 from workers.data.tokenizer import BYTES, Tokenizer
 
-BYTES_FORMAT, FORMAT = "raymuon-tokens-2", "raymuon-tokens-3"
-READABLE = ("raymuon-tokens-1", BYTES_FORMAT, FORMAT)
+BYTES_FORMAT, FORMAT, CHAT_FORMAT = "raymuon-tokens-2", "raymuon-tokens-3", "raymuon-tokens-4"
+"""The last is of conversations alone: whoever does not know it would learn what everybody says in them."""
+READABLE = ("raymuon-tokens-1", BYTES_FORMAT, FORMAT, CHAT_FORMAT)
 """The first had the ends of documents in the validation split alone, both had no documents' ends and no sums of blocks
 beside the shards; runs that have trained on them can go on."""
 SPLITS = ("train", "validation")
@@ -36,6 +37,13 @@ class Shard:
     """SHA-256 of the file beside it that has the SHA-256 of each of its blocks; empty where there is none."""
     ends: str = ""
     """SHA-256 of the file beside it that says where documents end; empty where there is none."""
+    counts: str = ""
+    """SHA-256 of the file beside it that says which tokens are learned; empty where all are."""
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What an index has of it."""
+        return {key: value for key, value in asdict(self).items() if key != "counts" or value}
 
     def beside(self, ending: str) -> str:
         """Return the name of a file that lies beside it."""
@@ -62,12 +70,19 @@ class Corpus:
     vocab_size: int = 256
     """All ids are below it."""
     bytes_per_token: float = 1.0
-    """Of the validation split; the end of a document counts as a byte."""
+    """Of the validation split; the end of a document counts as a byte. Of conversations, what the assistant says."""
+    chat_template: str = ""
+    """Hash of what has written its conversations; empty where it has none. It lies in the folder, too."""
 
     @property
     def store(self) -> Store:
         """Its folder."""
         return Store(self.url, self.s3_endpoint)
+
+    @property
+    def tokenizer_files(self) -> tuple[str, ...]:
+        """What lies in its folder of a tokenizer and a chat template."""
+        return (*(NAMES if self.tokenizer else ()), *((JINJA,) if self.chat_template else ()))
 
     def open_tokenizer(self) -> Tokenizer:
         """Return what has made its tokens.
@@ -93,7 +108,7 @@ def load(store: Store, name: str = "") -> Corpus:
     index = read_index(store)
     try:
         splits = {split: tuple(Shard(**shard) for shard in index[split]) for split in SPLITS}
-        tokens = max(1, Corpus.tokens(splits["validation"]))
+        tokens = index["counted"]["validation"] if "counted" in index else Corpus.tokens(splits["validation"])
         return Corpus(
             store.url,
             index["content_hash"],
@@ -104,7 +119,8 @@ def load(store: Store, name: str = "") -> Corpus:
             dtype=index.get("dtype", "uint8"),
             tokenizer=index.get("tokenizer", ""),
             vocab_size=int(index.get("vocab_size", 256)),
-            bytes_per_token=index["bytes"]["validation"] / tokens if "bytes" in index else 1.0,
+            bytes_per_token=index["bytes"]["validation"] / max(1, tokens) if "bytes" in index else 1.0,
+            chat_template=index.get("chat_template", ""),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(store, error) from error
@@ -126,7 +142,7 @@ def read_index(store: Store) -> dict[str, Any]:
             )
         splits = {split: index[split] for split in SPLITS}
         tokenizer = index.get("tokenizer", "")
-        known = content_hash(splits, tokenizer) if found == FORMAT else _older_hash(found, splits)
+        known = content_hash(found, splits, tokenizer) if found in (FORMAT, CHAT_FORMAT) else _hash(found, splits)
         if index["content_hash"] != known:
             raise ValueError("its content hash is not that of its shards")
         return index
@@ -138,17 +154,17 @@ def _damaged(store: Store, error: Exception) -> StorageError:
     return StorageError(f"{store.url}/index.json: damaged ({error!r}); delete it. {REMAKE}")
 
 
-def content_hash(splits: Mapping[str, Any], tokenizer: str) -> str:
+def content_hash(form: str, splits: Mapping[str, Any], tokenizer: str) -> str:
     """Return what identifies the tokens of all shards; for bytes what it was before there were tokenizers."""
-    if tokenizer:
-        return _older_hash([FORMAT, tokenizer], splits)
+    if tokenizer or form == CHAT_FORMAT:
+        return _hash([form, tokenizer], splits)
     plain = {
         split: [{key: one[key] for key in ("name", "tokens", "sha256")} for one in splits[split]] for split in SPLITS
     }
-    return _older_hash(BYTES_FORMAT, plain)
+    return _hash(BYTES_FORMAT, plain)
 
 
-def _older_hash(form: Any, splits: Mapping[str, Any]) -> str:
+def _hash(form: Any, splits: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([form, splits]).encode()).hexdigest()
 
 
@@ -180,30 +196,3 @@ def check_vocabulary(tokens: int, vocab_size: int) -> None:
             f"model.vocab_size={vocab_size:,}: the tokenizer (data.tokenizer) has ids up to {tokens - 1:,}; set "
             f"model.vocab_size={vocabulary_for(tokens)} (a multiple of 128 is faster on GPUs), or at least {tokens}"
         )
-
-
-def check_corpora(corpora: tuple[Corpus, ...], seq_len: int, global_batch: int, vocab_size: int) -> None:
-    """Refuse sources that are too small, and tokens that the model does not have.
-
-    Raises:
-        ConfigError: with everything that is wrong with them.
-    """
-    check_vocabulary(max(corpus.vocab_size for corpus in corpora), vocab_size)
-    if problems := [problem for corpus in corpora for problem in check_corpus(corpus, seq_len, global_batch)]:
-        raise ConfigError("\n".join(problems))
-
-
-def check_corpus(corpus: Corpus, seq_len: int, global_batch: int) -> list[str]:
-    """Return what is wrong with a source for this batch; nothing where all is well."""
-    problems = []
-    if (samples := num_samples(corpus.train, seq_len)) < global_batch:
-        problems.append(
-            f"the corpus has {samples} training sequences of {seq_len} tokens, fewer than one global batch "
-            f"({global_batch}); lower train.seq_len or train.global_batch, or add text to data.source"
-        )
-    if Corpus.tokens(corpus.validation) <= seq_len:
-        problems.append(
-            f"the held-out split has {Corpus.tokens(corpus.validation)} tokens, not one sequence of {seq_len}; "
-            "raise data.held_out_fraction or lower train.seq_len"
-        )
-    return problems

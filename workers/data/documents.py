@@ -12,6 +12,8 @@ from fsspec import AbstractFileSystem
 from workers.common.errors import ConfigError
 from workers.common.storage import storage_errors
 from workers.common.text import visible
+from workers.data.chat import written
+from workers.data.docstrings import conversations
 from workers.data.formats import HEAD, TEXTS, Found, recognize
 from workers.data.lines import Document, Unreadable, json_documents, lines_before, text_of
 from workers.data.pieces import PIECE_BYTES, Piece, other_ending, source_of, url_of
@@ -19,6 +21,7 @@ from workers.data.token_files import megatron_cuts, npy_cuts
 
 TABLES = ("parquet", "arrow")
 TOKENS = ("npy", "megatron")
+DOCSTRINGS = "docstrings"
 
 
 def pieces_of(fs: AbstractFileSystem, path: str, format: str = "auto", s3_endpoint: str = "") -> list[Piece]:
@@ -61,12 +64,13 @@ def pieces_of(fs: AbstractFileSystem, path: str, format: str = "auto", s3_endpoi
     return [replace(whole, start=start, stop=stop, size=size) for start, stop, size in cuts] or [whole]
 
 
-def documents(piece: Piece, field: str, bad: Callable[[str], None]) -> Iterator[Document]:
+def documents(piece: Piece, field: str, bad: Callable[[str], None], chat: bool = False) -> Iterator[Document]:
     """Yield the documents of a piece; blank ones are left out.
 
     Args:
         piece: of text.
-        field: that holds the text, in a row; `a.b` for one within another.
+        field: that holds the text or the messages, in a row; `a.b` for one within another.
+        chat: whether it is conversations, each as `chat.written` has it.
         bad: is told of each document that cannot be read: its file, its line or row, and why; then it goes on.
 
     Raises:
@@ -75,24 +79,32 @@ def documents(piece: Piece, field: str, bad: Callable[[str], None]) -> Iterator[
     """
 
     def bad_row(row: int, why: str) -> None:
-        bad(f"{visible(piece.url)}:{rows_before(piece) + row}: {why}" if row else f"{visible(piece.url)}: {why}")
+        bad(f"{place_in(piece, row)}: {why}")
 
     if piece.format in TOKENS:
         raise ConfigError(f"{piece.url}: it holds tokens, not text; put it into a source of its own")
     if piece.wrong:
         bad_row(0, piece.wrong)
     elif piece.format == "jsonl":
-        yield from json_documents(piece, field, bad_row)
+        yield from json_documents(piece, field, bad_row, chat)
     elif piece.format in TABLES:
         from workers.data.tables import table_documents  # pyarrow takes its time to import.
 
-        yield from table_documents(piece, field, bad_row)
+        yield from table_documents(piece, field, bad_row, chat)
     else:
         try:
-            if (text := text_of(piece)).strip():
+            text = text_of(piece)
+            if piece.format == DOCSTRINGS:
+                yield from (Document(written(one), row) for row, one in enumerate(conversations(text), 1))
+            elif text.strip():
                 yield Document(text, 0)
         except Unreadable as error:
             bad_row(0, str(error))
+
+
+def place_in(piece: Piece, row: int) -> str:
+    """Return what a person knows a document of a piece by: its file, and its line or row there; 0: the whole file."""
+    return f"{visible(piece.url)}:{rows_before(piece) + row}" if row else visible(piece.url)
 
 
 def rows_before(piece: Piece) -> int:
@@ -143,6 +155,10 @@ def _named(found: Found, format: str, url: str) -> Found:
     """
     if found.format == format and not found.wrong:
         return found
+    if format == "chat":
+        if url.endswith(".py") and found.format == "text":
+            return replace(found, format=DOCSTRINGS)
+        return found if found.format in TABLES else _named(found, "jsonl", url)
     if format in TEXTS and not found.certain:
         if found.wrong and found.compression:
             found = replace(found, wrong="")

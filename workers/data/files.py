@@ -24,9 +24,9 @@ MAGIC = re.compile(r"[*?\[]")
 
 _RUN = "[0-9a-f]{32}"
 OUTPUT = re.compile(
-    r"/[0-9a-f]{16}/(index\.json$|(train|validation)-\d+\.(bin|sums|ends)$|(groups|keys)/\d+\.)"  # prepared
+    r"/[0-9a-f]{16}/(index\.json$|(train|validation)-\d+\.(bin|sums|ends|counts)$|(groups|keys)/\d+\.)"  # prepared
     rf"|/{_RUN}(\.png$|/(lease\.json$|log/|manifests/|shards/|journal/|artifacts/))"  # a run's, MLflow's
-    r"|/tokenizer/tokenizer(_config)?\.json$"
+    r"|/tokenizer/(tokenizer(_config)?\.json|chat_template\.jinja)$"
     r"|/log/\d{8}\.json$|/manifests/[\d-]+\.json$|/journal/\d{4}-\d{6}\.jsonl$"  # of an import, which has a name
     r"|/\d{4}-\d{4}-\d{5}\.jsonl$"  # a ledger
     r"|/mlflow\.db(-journal|-wal|-shm)?$|\.safetensors$"
@@ -50,7 +50,7 @@ def parts_of(source: str, ask_servers: bool = True, s3_endpoint: str = "") -> li
     pieces, parts = source.split(","), []
     while pieces:
         end = 1
-        while end < len(pieces) and "://" not in pieces[end] and pieces[end].strip() != STDLIB:
+        while end < len(pieces) and "://" not in pieces[end] and not is_standard_library(pieces[end].strip()):
             end += 1
         if "://" in pieces[0] and not ask_servers:
             end = 1
@@ -67,7 +67,8 @@ def files_of(
     """Yield the files of a source, in a fixed order.
 
     Args:
-        source: names, folders and globs of any fsspec URL with commas between them, or `python-stdlib`.
+        source: names, folders and globs of any fsspec URL with commas between them, or `python-stdlib`, or a folder
+            of it: `python-stdlib/json`.
         outputs: absolute paths of the run's own files whose names a person has chosen.
         s3_endpoint: of an S3 store that is not AWS.
 
@@ -105,8 +106,8 @@ def _files_of(
     parts: Sequence[str], key: str, outputs: Collection[str], s3_endpoint: str
 ) -> Iterator[tuple[AbstractFileSystem, str]]:
     for part in parts:
-        if part == STDLIB:
-            fs, found = fsspec.filesystem("file"), _standard_library()
+        if is_standard_library(part):
+            fs, found = fsspec.filesystem("file"), _standard_library(part.removeprefix(STDLIB).strip("/"))
         else:
             with storage_errors(part):
                 fs, path = open_source(part, s3_endpoint)
@@ -119,9 +120,14 @@ def _files_of(
         yield from ((fs, name) for name in found)
 
 
-def _standard_library() -> list[str]:
+def is_standard_library(part: str) -> bool:
+    """Tell whether a part of a source is the standard library, or some of it: `python-stdlib/json`."""
+    return part == STDLIB or part.startswith(f"{STDLIB}/")
+
+
+def _standard_library(below: str) -> list[str]:
     root = Path(sysconfig.get_path("stdlib"))
-    found = sorted(root.rglob("*.py"))
+    found = sorted((root / below).rglob("*.py"))
     return [str(path) for path in found if not STDLIB_SKIPS & set(path.relative_to(root).parts)]
 
 

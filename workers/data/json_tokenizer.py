@@ -8,6 +8,7 @@ that were made with them, in the run's folder and in its exports; their hash is 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -15,11 +16,13 @@ import numpy as np
 
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
+from workers.data.chat import ChatError, ChatTemplate
 from workers.data.tokenizer import Tokenizer
 
 FOLDER = "tokenizer"
 """Where the files lie, below a prepared source and below a run."""
 NAMES = ("tokenizer.json", "tokenizer_config.json")
+JINJA = "chat_template.jinja"
 NONE = "none"
 ENDS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "<|end_of_document|>")
 """By which the end of a text is known in a tokenizer.json that has no tokenizer_config.json beside it."""
@@ -44,7 +47,9 @@ class JsonTokenizer(Tokenizer):
         self._files = {name: files[name] for name in NAMES}
         self.parsed: dict[str, Any] = json.loads(files["tokenizer.json"])
         self.reference = reference or _reference(files["tokenizer.json"])
-        for added in self.parsed.get("added_tokens") or []:
+        all_added = self.parsed.get("added_tokens") or []
+        self.special = [added["content"] for added in all_added if added.get("special")]
+        for added in all_added:
             if (given := self.reference.token_to_id(added["content"])) != added["id"]:
                 raise ValueError(
                     f"it gives {added['content']!r} the id {added['id']}, and tokenizers gives it {given}: there are "
@@ -83,10 +88,13 @@ class JsonTokenizer(Tokenizer):
         """Return the token that has an id."""
         return self.reference.id_to_token(number)
 
+    def marked_up(self) -> Any:
+        """Return what encodes text in which special tokens are what they stand for."""
+        return self._marked_up
+
     @cached_property
-    def special(self) -> list[str]:
-        """The special tokens, as they are written."""
-        return [added["content"] for added in self.parsed.get("added_tokens") or [] if added.get("special")]
+    def _marked_up(self) -> Any:
+        return _reference(self._files["tokenizer.json"], as_text=False)
 
     @cached_property
     def put_before(self) -> int | None:
@@ -102,14 +110,14 @@ class JsonTokenizer(Tokenizer):
         return found
 
 
-def _reference(text: str) -> Any:
+def _reference(text: str, as_text: bool = True) -> Any:
     from tokenizers import Tokenizer as Reference
 
     try:
         reference = Reference.from_str(text)
     except Exception as error:  # tokenizers raises nothing narrower.
         raise ValueError(f"tokenizers cannot read it: {error}") from error
-    reference.encode_special_tokens = True  # What looks like a special token in a text is text.
+    reference.encode_special_tokens = as_text  # What looks like a special token in a text is text.
     return reference
 
 
@@ -148,7 +156,7 @@ def normal_tokenizer(parsed: dict[str, Any], about: dict[str, Any], begin: str, 
     if begin:
         begins = _chosen(plain, "begin", begin, where)
     elif about.get("add_bos_token") and about.get("bos_token"):
-        begins = _content(about["bos_token"])
+        begins = content(about["bos_token"])
     else:
         begins = None if plain.put_before is None else plain.token_of(plain.put_before)
     return made(begins, ends, plain.reference)
@@ -164,7 +172,7 @@ def _chosen(tokenizer: JsonTokenizer, which: str, token: str, where: str) -> str
 
 def _own_end(tokenizer: JsonTokenizer, about: dict[str, Any], where: str) -> str:
     if about.get("eos_token"):
-        return _content(about["eos_token"])
+        return content(about["eos_token"])
     found = [token for token in ENDS if token in tokenizer.special]
     if len(found) == 1:
         return found[0]
@@ -180,7 +188,7 @@ def _known(tokenizer: JsonTokenizer) -> str:
     return f"its special tokens are {shown}{more}"
 
 
-def _content(token: str | dict[str, Any]) -> str:
+def content(token: str | dict[str, Any]) -> str:
     """Return a token of tokenizer_config.json, which may be an object."""
     return str(token.get("content", "")) if isinstance(token, dict) else token
 
@@ -204,9 +212,34 @@ def write_tokenizer(store: Store, tokenizer: Tokenizer) -> None:
             store.put(f"{FOLDER}/{name}", text.encode())
 
 
-def copy_tokenizer(source: Store, target: Store) -> None:
-    """Lay the files of the tokenizer of `source` down at `target`, where they are not there yet."""
-    for name in NAMES:
+def write_template(store: Store, template: ChatTemplate) -> None:
+    """Write a chat template beside the tokenizer's files, where transformers looks for one."""
+    store.put(f"{FOLDER}/{JINJA}", template.source.encode())
+
+
+def read_template(store: Store, sha256: str, now: datetime | None = None) -> ChatTemplate:
+    """Return the chat template whose file lies below `store`.
+
+    Args:
+        store: of a prepared source or a run.
+        sha256: of it.
+        now: what it is told where it asks for the time.
+
+    Raises:
+        StorageError: it is missing or damaged.
+    """
+    try:
+        template = ChatTemplate(store.read(f"{FOLDER}/{JINJA}").decode(), now)
+    except (ChatError, UnicodeDecodeError) as error:
+        raise StorageError(f"{store.url}/{FOLDER}/{JINJA}: damaged ({error})") from error
+    if template.sha256 != sha256:
+        raise StorageError(f"{store.url}/{FOLDER}/{JINJA}: damaged (its hash is {template.sha256}, not {sha256})")
+    return template
+
+
+def copy_tokenizer(source: Store, target: Store, names: Sequence[str]) -> None:
+    """Lay files of the tokenizer of `source` down at `target`, where they are not there yet."""
+    for name in names:
         if not target.exists(path := f"{FOLDER}/{name}"):
             target.put(path, source.read(path))
 

@@ -13,6 +13,7 @@ from typing import Any
 import zstandard
 
 from workers.common.text import visible
+from workers.data.chat import ChatError, messages_of, written
 from workers.data.formats import MAX_WINDOW, why_no_text
 from workers.data.pieces import Piece, Source, source_of
 
@@ -66,12 +67,13 @@ def text_of(piece: Piece) -> bytes:
     return text
 
 
-def json_documents(piece: Piece, field: str, bad: Callable[[int, str], None]) -> Iterator[Document]:
+def json_documents(piece: Piece, field: str, bad: Callable[[int, str], None], chat: bool = False) -> Iterator[Document]:
     """Yield the documents of a piece of JSONL.
 
     Args:
         piece: the piece.
-        field: of each row that holds the text.
+        field: of each row that holds the text, or the messages.
+        chat: whether it is conversations.
         bad: is told the number of a line in the piece that cannot be read, and why.
     """
     row = 0
@@ -83,7 +85,8 @@ def json_documents(piece: Piece, field: str, bad: Callable[[int, str], None]) ->
             found = _lines(blocks, max(0, piece.start - 1), piece.stop)
             for row, line in enumerate(islice(found, 1 if piece.start else 0, None), 1):
                 try:
-                    if (text := _text_in(line, field, first=row == 1 and not piece.start)).strip():
+                    found_row = _row_in(line, first=row == 1 and not piece.start)
+                    if found_row is not None and (text := _document(found_row, field, chat)).strip():
                         yield Document(text, row)
                 except Unreadable as error:
                     bad(row, str(error))
@@ -157,13 +160,14 @@ def _lines(blocks: Iterable[bytes], offset: int, stop: int) -> Iterator[bytes | 
         yield b"".join(parts) if held <= LINE_BYTES else None
 
 
-def _text_in(line: bytes | None, field: str, first: bool) -> bytes:
+def _row_in(line: bytes | None, first: bool) -> dict[str, Any] | None:
+    """Return the object in a line; None where it is blank."""
     if line is None:
         raise Unreadable(f"longer than {LINE_BYTES >> 20:,} MiB; is it JSONL, one object in a line?")
     if first:
         line = line.removeprefix(BOM)
     if not line.strip():
-        return b""
+        return None
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -178,7 +182,17 @@ def _text_in(line: bytes | None, field: str, first: bool) -> bytes:
     if not isinstance(row, dict):
         more = "; JSONL has one object in each line, no list around them" if isinstance(row, list) else ""
         raise Unreadable(f"{_KINDS[type(row)]}, not an object: {_shown(line.decode().strip())}{more}")
-    return _encoded(_member(row, field), field)
+    return row
+
+
+def _document(row: dict[str, Any], field: str, chat: bool) -> bytes:
+    value = _member(row, field)
+    if not chat:
+        return _encoded(value, field)
+    try:
+        return written(messages_of(value))
+    except ChatError as error:
+        raise Unreadable(f"field {field!r}: {error}") from None
 
 
 _KINDS = {

@@ -32,7 +32,7 @@ class Piece:
     url: str
     """Of the file: an absolute local path, a URL, or a chain of them, as `zip://a.txt::s3://bucket/a.zip`."""
     format: str
-    """text, jsonl, parquet, arrow, npy or megatron; empty where it is nothing that is read."""
+    """text, jsonl, parquet, arrow, npy, megatron or docstrings; empty where it is nothing that is read."""
     start: int = 0
     """First byte of JSONL, row group of Parquet, record batch of Arrow, token of npy, document of Megatron."""
     stop: int = TO_THE_END

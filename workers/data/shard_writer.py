@@ -26,7 +26,7 @@ class ShardWriter:
     def __init__(self, store: Store, name: str, dtype: np.dtype) -> None:
         self.store, self.name, self.dtype = store, name, dtype
         self.whole, self.sums, self.ends, self.tokens = hashlib.sha256(), bytearray(), bytearray(), 0
-        self._block, self._stack = bytearray(), ExitStack()
+        self._block, self._counts, self._stack = bytearray(), bytearray(), ExitStack()
 
     def __enter__(self) -> "ShardWriter":
         with storage_errors(self.store.url):
@@ -42,8 +42,10 @@ class ShardWriter:
         with storage_errors(self.store.url):
             self._stack.close()
 
-    def add(self, ids: np.ndarray, piece: int, row: int) -> None:
-        """Append a document's tokens."""
+    def add(self, ids: np.ndarray, piece: int, row: int, counts: np.ndarray | None = None) -> None:
+        """Append a document's tokens, and which of them are learned where not all are."""
+        if counts is not None:
+            self._counts += counts.tobytes()
         self._block += ids.astype(self.dtype).tobytes()
         self.tokens += len(ids)
         self.ends += np.array([self.tokens, piece, row], "<u8").tobytes()
@@ -63,10 +65,13 @@ class ShardWriter:
                 self.store.fs.put_file(str(self._path), self.store.path(self.name))
             else:
                 self._path.replace(self._target)
-        hashes = (hashlib.sha256(content).hexdigest() for content in (self.sums, self.ends))
-        shard = Shard(self.name, self.tokens, self.whole.hexdigest(), *hashes)
-        for ending, content in (("sums", self.sums), ("ends", self.ends)):
-            self.store.put(shard.beside(ending), bytes(content))
+        beside = {"sums": bytes(self.sums), "ends": bytes(self.ends)}
+        if self._counts:
+            beside["counts"] = np.packbits(np.frombuffer(self._counts, bool), bitorder="little").tobytes()
+        hashes = {ending: hashlib.sha256(content).hexdigest() for ending, content in beside.items()}
+        shard = Shard(self.name, self.tokens, self.whole.hexdigest(), **hashes)
+        for ending, content in beside.items():
+            self.store.put(shard.beside(ending), content)
         return shard
 
     def _flush(self, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import ipc
 
+from workers.data.chat import ChatError, messages_of, written
 from workers.data.formats import why_no_text
 from workers.data.lines import Document, Unreadable
 from workers.data.pieces import Piece, Source, cuts, even_cuts, source_of
@@ -49,18 +51,22 @@ def arrow_cuts(source: Source, size: int) -> list[tuple[int, int, int]]:
         return even_cuts(ipc.open_file(source).num_record_batches, size)
 
 
-def table_documents(piece: Piece, field: str, bad: Callable[[int, str], None]) -> Iterator[Document]:
+def table_documents(
+    piece: Piece, field: str, bad: Callable[[int, str], None], chat: bool = False
+) -> Iterator[Document]:
     """Yield the documents of a piece of a Parquet or Arrow file.
 
     Args:
         piece: the piece.
         field: name of the column, or `a.b` for one within another one.
+        chat: whether it is conversations, each a list of structs.
         bad: is told the number of a row in the piece that cannot be read, and why; 0 for the whole file.
     """
     row = 0
     with source_of(piece) as source:
         try:
-            for rows, column in (_parquet if piece.format == "parquet" else _arrow)(source, piece, field):
+            kind = _Kind(field, chat)
+            for rows, column in (_parquet if piece.format == "parquet" else _arrow)(source, piece, kind):
                 if isinstance(column, Unreadable):
                     bad(row + 1, f"{column}; {rows:,} rows are lost")
                     row += rows
@@ -68,7 +74,7 @@ def table_documents(piece: Piece, field: str, bad: Callable[[int, str], None]) -
                 for text in column:
                     row += 1
                     try:
-                        if (whole := _checked(text, field)).strip():
+                        if (whole := kind.document(text)).strip():
                             yield Document(whole, row)
                     except Unreadable as error:
                         bad(row, str(error))
@@ -91,14 +97,60 @@ def table_rows_before(piece: Piece) -> int:
         return sum(reader.get_batch(number).num_rows for number in range(piece.start))
 
 
-Texts = Iterator[tuple[int, "list[bytes | None] | Unreadable"]]
-"""Rows, and their texts or why they are lost."""
+@dataclass(frozen=True)
+class _Kind:
+    """What a column holds."""
+
+    field: str
+    """Its name, or the way to it."""
+    chat: bool
+    """Conversations; otherwise texts."""
+
+    def path(self, schema: pa.Schema) -> list[str]:
+        """Return the names that lead to the column.
+
+        Raises:
+            Unreadable: there is none of that kind.
+        """
+        path, kind = _found(schema, self.field)
+        if not (_is_list(kind) if self.chat else _is_text(kind)):
+            raise NoColumn(f"column {self.field!r} is of type {kind}, not of {'lists' if self.chat else 'text'}")
+        return path
+
+    def values(self, batch: pa.RecordBatch, path: list[str]) -> list[Any]:
+        """Return what is in the column."""
+        column = batch.column(path[0])
+        if len(path) > 1:
+            column = pc.struct_field(column, path[1:])  # type: ignore[attr-defined]
+        if not self.chat:
+            return _texts(column)
+        column.validate(full=True)
+        return column.to_pylist()
+
+    def document(self, value: Any) -> bytes:
+        """Return a document.
+
+        Raises:
+            Unreadable: it is none.
+        """
+        if not self.chat:
+            return _checked(value, self.field)
+        try:
+            return written(messages_of(value))
+        except ChatError as error:
+            raise Unreadable(f"column {self.field!r}: {error}") from None
+        except (TypeError, UnicodeDecodeError) as error:
+            raise Unreadable(f"column {self.field!r} has something that is no text ({error})") from None
 
 
-def _parquet(source: Source, piece: Piece, field: str) -> Texts:
+Values = Iterator[tuple[int, "list[Any] | Unreadable"]]
+"""Rows, and what they hold or why they are lost."""
+
+
+def _parquet(source: Source, piece: Piece, kind: _Kind) -> Values:
     file = _opened(source)
     with _damage(source):
-        path = _path(file.schema_arrow, field)
+        path = kind.path(file.schema_arrow)
         stop = file.num_row_groups if piece.stop < 0 else piece.stop
         groups = [file.metadata.row_group(number) for number in range(piece.start, stop)]
         sizes = [_bytes_of(group, ".".join(path)) for group in groups]
@@ -109,22 +161,24 @@ def _parquet(source: Source, piece: Piece, field: str) -> Texts:
         try:
             with _damage(source):
                 for batch in file.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False):
-                    yield batch.num_rows, (texts := _texts(batch, path))
-                    seen += len(texts)
+                    yield batch.num_rows, (found := kind.values(batch, path))
+                    seen += len(found)
         except Unreadable as error:
             yield group.num_rows - seen, Unreadable(f"row group {number}: {error}")
 
 
 def _bytes_of(group: pq.RowGroupMetaData, path: str) -> int:
     columns = (group.column(number) for number in range(group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == path)
+    return sum(
+        column.total_uncompressed_size for column in columns if f"{column.path_in_schema}.".startswith(f"{path}.")
+    )
 
 
-def _arrow(source: Source, piece: Piece, field: str) -> Texts:
+def _arrow(source: Source, piece: Piece, kind: _Kind) -> Values:
     whole = _is_file(source)
     with _damage(source):
         schema = (ipc.open_file if whole else ipc.open_stream)(source).schema
-        path = _path(schema, field)
+        path = kind.path(schema)
         wanted = ipc.IpcReadOptions(included_fields=[schema.get_field_index(path[0])], use_threads=False)
         source.seek(0)
         if whole:
@@ -134,7 +188,7 @@ def _arrow(source: Source, piece: Piece, field: str) -> Texts:
         else:
             batches = ipc.open_stream(source, options=wanted)
         for batch in batches:
-            yield batch.num_rows, _texts(batch, path)
+            yield batch.num_rows, kind.values(batch, path)
 
 
 @contextmanager
@@ -161,8 +215,8 @@ def _opened(source: Source) -> pq.ParquetFile:
         return pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
 
 
-def _path(schema: pa.Schema, field: str) -> list[str]:
-    """Return the names that lead to a column of text.
+def _found(schema: pa.Schema, field: str) -> tuple[list[str], pa.DataType]:
+    """Return the names that lead to a column, and its type.
 
     Raises:
         Unreadable: there is none.
@@ -180,21 +234,21 @@ def _path(schema: pa.Schema, field: str) -> list[str]:
                 else f"no column {field!r}; its columns are {columns}"
             )
         kind = kind.field(place).type
-    if not _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
-        raise NoColumn(f"column {field!r} is of type {kind}, not of text")
-    return path
+    return path, kind
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     known = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
     return any(getattr(pa.types, f"is_{name}")(kind) for name in known)
 
 
-def _texts(batch: pa.RecordBatch, path: list[str]) -> list[bytes | None]:
+def _texts(column: pa.Array) -> list[bytes | None]:
     """Return the bytes in a column; the file may be damaged, so its offsets are checked before they are followed."""
-    column = batch.column(path[0])
-    if len(path) > 1:
-        column = pc.struct_field(column, path[1:])  # type: ignore[attr-defined]
     if isinstance(column, pa.DictionaryArray):
         column = pa.DictionaryArray.from_arrays(column.indices, _bytes(column.dictionary))
         column.validate(full=True)

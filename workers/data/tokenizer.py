@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,6 +37,8 @@ class Tokenizer(ABC):
     """Of all that decides on ids; empty for bytes."""
     engine: str
     """The library that encodes."""
+    special: Sequence[str]
+    """The special tokens, as they are written."""
 
     @property
     def dtype(self) -> np.dtype:
@@ -55,11 +58,20 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; what stands for no text is left out."""
 
+    @abstractmethod
+    def token_of(self, number: int) -> str | None:
+        """Return the token that has an id, as it is written."""
+
+    @abstractmethod
+    def marked_up(self) -> Any:
+        """Return the `tokenizers.Tokenizer` for text in which special tokens are what they stand for."""
+
 
 class ByteTokenizer(Tokenizer):
     """Every byte is a token; a zero byte ends a document."""
 
     vocab_size, begin, end, sha256, engine = 256, None, END_OF_DOCUMENT, "", "bytes"
+    special = (chr(END_OF_DOCUMENT),)
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -73,6 +85,21 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text; what is no byte is left out."""
         return bytes(token for token in ids if token < 256).decode(errors="replace")
+
+    def token_of(self, number: int) -> str | None:
+        """Return the character of a byte."""
+        return chr(number) if number < 128 else None
+
+    def marked_up(self) -> Any:
+        """Return the same as Hugging Face's libraries have it."""
+        return _as_tokenizers_has_it()
+
+
+@lru_cache(maxsize=1)
+def _as_tokenizers_has_it() -> Any:
+    from tokenizers import Tokenizer as Reference
+
+    return Reference.from_str(byte_tokenizer()["tokenizer.json"])
 
 
 BYTES = ByteTokenizer()

@@ -1,17 +1,21 @@
-"""The tokenizer that a config names: bytes, a `tokenizer.json`, a tiktoken file, or a folder with one of them."""
+"""The tokenizer that a config names (bytes, a `tokenizer.json`, a tiktoken file, or a folder with one of them), and the
+template of its conversations."""
 
+from datetime import datetime
 from typing import Any
 
 from fsspec import AbstractFileSystem
 
 from workers.common.errors import ConfigError, NotFoundError
 from workers.common.storage import open_source, storage_errors
+from workers.data.chat import PLAIN, SPECIAL, ChatError, ChatTemplate, bound
 from workers.data.config import DataConfig
-from workers.data.json_tokenizer import normal_tokenizer
+from workers.data.json_tokenizer import JINJA, content, normal_tokenizer
 from workers.data.tiktoken_file import is_tiktoken, read_config, tokenizer_of
 from workers.data.tokenizer import BYTE, BYTES, Tokenizer
 
 JSON, TIKTOKEN, ABOUT = "tokenizer.json", "tiktoken.model", "tokenizer_config.json"
+PLAIN_NAME = "plain"
 SENTENCEPIECE = "tokenizer.model"
 
 
@@ -28,18 +32,9 @@ def open_tokenizer(config: DataConfig, s3_endpoint: str = "") -> Tokenizer:
     """
     if config.tokenizer == BYTE:
         return BYTES
-    fs, path = open_source(config.tokenizer, s3_endpoint)
-    try:
-        with storage_errors(config.tokenizer):
-            if fs.isdir(path):
-                path = f"{path.rstrip('/')}/{_name_in(fs, path, config.tokenizer)}"
-            data, beside = _content(fs, path), path.rpartition("/")[0] + f"/{ABOUT}"
-            about = read_config(_content(fs, beside), beside) if fs.exists(beside) else {}
-    except NotFoundError as error:
-        raise ConfigError(
-            f"data.tokenizer={config.tokenizer!r}: nothing is there; name {BYTE}, a tokenizer.json, a tiktoken file, "
-            "or a folder with one of them"
-        ) from error
+    fs, path = _located(config, s3_endpoint)
+    with storage_errors(config.tokenizer):
+        data, about = _content(fs, path), _about(fs, path)
     if is_tiktoken(data):
         parsed: dict[str, Any] = tokenizer_of(data, path, about)
     elif data.lstrip()[:1] == b"{":
@@ -51,6 +46,100 @@ def open_tokenizer(config: DataConfig, s3_endpoint: str = "") -> Tokenizer:
     if parsed == read_config(BYTES.files[JSON].encode(), JSON):  # As exports have it.
         return BYTES
     return normal_tokenizer(parsed, about, config.begin_of_document, config.end_of_document, path)
+
+
+def open_template(config: DataConfig, tokenizer: Tokenizer, s3_endpoint: str = "") -> ChatTemplate:
+    """Return the template that writes a config's conversations.
+
+    Args:
+        config: names it, and the tokenizer.
+        tokenizer: the config's.
+        s3_endpoint: of an S3 store that is not AWS.
+
+    Raises:
+        ConfigError: there is none, or it cannot be used.
+        StorageError: the place cannot be read.
+    """
+    named, about, special = config.chat_template, {}, _special(tokenizer)
+    key, source = f"data.chat_template={named!r}", PLAIN
+    if tokenizer.sha256 and named != PLAIN_NAME:
+        fs, path = _located(config, s3_endpoint)
+        with storage_errors(config.tokenizer):
+            about, own = _about(fs, path), _own_template(fs, path)
+        special |= {name: content(about[name]) for name in SPECIAL if about.get(name)}
+        key, source = (key, "") if named else (f"data.tokenizer={config.tokenizer!r}: its chat template", own)
+    if named not in ("", PLAIN_NAME):
+        fs, path = open_source(named, s3_endpoint)
+        try:
+            with storage_errors(named):
+                source = _content(fs, path).decode()
+        except (NotFoundError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{key}: no text file is there; name {PLAIN_NAME}, or a file of Jinja") from error
+    if not source:
+        raise ConfigError(
+            f"data.tokenizer={config.tokenizer!r}: it has no chat template (no chat_template in its {ABOUT}, no "
+            f"{JINJA} beside it); set data.chat_template={PLAIN_NAME}, or name a file of Jinja"
+        )
+    if source == PLAIN and tokenizer.end is None:
+        raise ConfigError(
+            f"data.chat_template={PLAIN_NAME} ends what the assistant says with the tokenizer's end of a document, and "
+            "there is none; set data.end_of_document"
+        )
+    try:
+        return ChatTemplate(bound(source, special), _date(config.chat_date))
+    except ChatError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _date(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text) if text else None
+    except ValueError as error:
+        raise ConfigError(f"data.chat_date={text!r}: {error}") from error
+
+
+def _special(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return what begins and ends a document."""
+    ids = {"bos_token": tokenizer.begin, "eos_token": tokenizer.end}
+    found = {name: tokenizer.token_of(number) for name, number in ids.items() if number is not None}
+    return {name: token for name, token in found.items() if token is not None}
+
+
+def _own_template(fs: AbstractFileSystem, path: str) -> str:
+    """Return the template of the tokenizer at a path; empty where it has none."""
+    beside = _beside(path, JINJA)
+    if fs.exists(beside):
+        return _content(fs, beside).decode(errors="replace")
+    found = _about(fs, path).get("chat_template") or ""
+    if isinstance(found, list):  # Several, by name.
+        found = next((one["template"] for one in found if one.get("name") == "default"), "")
+    return str(found)
+
+
+def _located(config: DataConfig, s3_endpoint: str) -> tuple[AbstractFileSystem, str]:
+    """Return where the tokenizer's file is."""
+    fs, path = open_source(config.tokenizer, s3_endpoint)
+    try:
+        with storage_errors(config.tokenizer):
+            if fs.isdir(path):
+                path = f"{path.rstrip('/')}/{_name_in(fs, path, config.tokenizer)}"
+            fs.info(path)
+            return fs, path
+    except NotFoundError as error:
+        raise ConfigError(
+            f"data.tokenizer={config.tokenizer!r}: nothing is there; name {BYTE}, a tokenizer.json, a tiktoken file, "
+            "or a folder with one of them"
+        ) from error
+
+
+def _beside(path: str, name: str) -> str:
+    return path.rpartition("/")[0] + f"/{name}"
+
+
+def _about(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
+    """Return the tokenizer_config.json beside a tokenizer; empty where there is none."""
+    beside = _beside(path, ABOUT)
+    return read_config(_content(fs, beside), beside) if fs.exists(beside) else {}
 
 
 def _content(fs: AbstractFileSystem, path: str) -> bytes:

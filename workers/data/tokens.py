@@ -1,7 +1,7 @@
 """Reading samples out of prepared token shards.
 
-A sample is `seq_len + 1` tokens: inputs and, one to the right, targets. Sample i starts at token `i * seq_len` of the
-split, whichever shard that lies in.
+A sample is `seq_len + 1` tokens: inputs and, one to the right, targets. Sample i of a text starts at token
+`i * seq_len` of the split, whichever shard that lies in; one of conversations has some, whole (`conversations.py`).
 
 Beside a shard lies the SHA-256 of each of its blocks, and the index has that of this list. So a corpus of any size is
 open at once, and no token is given out whose block was not compared with its hash in this process. Shards on a disk are
@@ -28,7 +28,7 @@ import numpy as np
 from workers.common.errors import NotFoundError, StorageError
 from workers.common.storage import Store, is_remote, storage_errors
 from workers.data.cache import BlockCache, node_cache
-from workers.data.corpus import REMAKE, Corpus, Shard
+from workers.data.corpus import REMAKE, Corpus, Shard, num_samples
 
 BLOCK = 1 << 20
 """Bytes of a shard that have a hash of their own."""
@@ -58,7 +58,9 @@ class TokenSplit:
 
     def __init__(self, corpus: Corpus, shards: Sequence[Shard], seq_len: int, cache_gb: float = 10.0) -> None:
         self.seq_len = seq_len
-        self.num_samples = max(0, (Corpus.tokens(tuple(shards)) - 1) // seq_len)
+        self.num_samples = num_samples(tuple(shards), seq_len)
+        self.tokens_per_sample = float(seq_len)
+        """That are learned from, on average, but for those that do not count."""
         self.wait_s = 0.0
         """How long batches have waited for blocks."""
         self.bytes_read = 0
@@ -94,7 +96,7 @@ class TokenSplit:
             StorageError: a block is damaged or missing, or the store does not answer.
         """
         self.prefetch(indices)
-        tokens = np.empty((len(indices), self.seq_len + 1), np.int64)
+        tokens = np.zeros((len(indices), self.seq_len + 1), np.int64)
         for row, index in zip(tokens, indices, strict=True):
             at = 0
             for number, begin, end in self._spans(int(index)):
@@ -152,11 +154,18 @@ class TokenSplit:
         finally:
             self.wait_s += time.monotonic() - began
 
-    def _spans(self, index: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the shard, the first byte and the end of each part of a sample."""
-        start, stop = index * self.seq_len, (index + 1) * self.seq_len + 1
+    def ranges(self, index: int) -> list[tuple[int, int]]:
+        """Return which tokens of the split a sample has, in its order: the first of each stretch, and its end."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"there is no sample {index}: the split has {self.num_samples}")
+        return [(index * self.seq_len, (index + 1) * self.seq_len + 1)]
+
+    def _spans(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the shard, the first byte and the end of each part of a sample."""
+        for start, stop in self.ranges(index):
+            yield from self._parts(start, stop)
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         width = self._dtype.itemsize
         number = bisect_right(self._ends, start)
         while start < stop:

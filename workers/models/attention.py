@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest
 
+from workers.models.cache import KeyValueCache, Mask
 from workers.models.kernels import attention, flexible
 from workers.models.masks import DocumentMask, causal_blocks, compiled_flex
 from workers.models.recompute import recomputing
@@ -36,18 +37,20 @@ class CausalAttention(nn.Module):
         self.watched = False
         self.forget(torch.device("cpu"))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
         """Attend; several neighbouring query heads may share one of keys and values.
 
         Args:
             q: `[batch, heads, time, dim]`.
             k: `[batch, key heads, time, dim]`.
             v: `[batch, key heads, time, value dim]`.
-            mask: of the documents in the sequences; None: each is one.
+            mask: of the documents in the sequences; None: each is one. Or a cache with what comes before them.
 
         Returns:
             `[batch, heads, time, value dim]`.
         """
+        if isinstance(mask, KeyValueCache):
+            return mask.attend(self, q, k, v)
         if not (self.watched and self.training):
             return attention(q, k, v, mask)
         out, largest = (_flex if flexible(q, v) else _plain)(q, k, v, mask)

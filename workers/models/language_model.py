@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from optim.qk_clip import HeadRows
+from workers.models.cache import KeyValueCache
 
 MATRICES = ("attention_qo", "attention_kv", "experts", "shared_experts", "router", "dense")
 KINDS = (*MATRICES, "embedding", "head", "norms")
@@ -39,7 +40,7 @@ class LanguageModel(nn.Module, ABC):
     has others. Vectors are `norms`, whatever they are called."""
 
     @abstractmethod
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Map tokens, int64 `[batch, time]`, to hidden states `[batch, time, hidden]` in the dtype of the weights.
 
         They are what the head takes, after the last norm; a position sees itself and those before it.
@@ -48,6 +49,7 @@ class LanguageModel(nn.Module, ABC):
             tokens: of the sequences.
             documents: the document of each position, int32 `[batch, time]`: a position then sees its own alone, in
                 which positions start anew. None: each sequence is one.
+            cache: in the place of documents: of what comes before these tokens, told how many come (`expect`).
         """
 
     @property

@@ -3,15 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from workers.models.cache import Mask
 from workers.models.feed_forward import swiglu_product
 from workers.models.kernels import rms_norm
 from workers.models.language_model import LanguageModel
-from workers.models.masks import DocumentMask
 
 
-def rotary(
-    time: int, dim: int, theta: float, device: torch.device, mask: DocumentMask | None = None
-) -> tuple[Tensor, Tensor]:
+def rotary(time: int, dim: int, theta: float, device: torch.device, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of the rotary positions in fp32: `[time, dim / 2]`, or `[batch, 1, time, dim / 2]`.
 
     Args:
@@ -19,7 +17,7 @@ def rotary(
         dim: of a head.
         theta: base of the wave lengths.
         device: for the result.
-        mask: of documents, at whose beginnings the positions start anew.
+        mask: of documents, at whose beginnings the positions start anew; or a cache, behind which they go on.
     """
     frequency = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     if mask is not None:

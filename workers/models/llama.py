@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from optim.qk_clip import HeadRows
 from workers.config import LlamaConfig
 from workers.models.attention import CausalAttention
+from workers.models.cache import KeyValueCache, Mask
 from workers.models.language_model import LanguageModel
 from workers.models.layers import RMSNorm, SwiGLU, rotary, training_flops
 from workers.models.masks import DocumentMask
@@ -23,9 +24,9 @@ class Llama(LanguageModel):
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Return the hidden states."""
-        return self.model(tokens, None if documents is None else DocumentMask(documents))
+        return self.model(tokens, cache if documents is None else DocumentMask(documents))
 
     @property
     def head(self) -> Tensor:
@@ -76,7 +77,7 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, tokens: Tensor, mask: DocumentMask | None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Mask | None) -> Tensor:
         """Return the hidden states `[batch, time, hidden]`."""
         x = self.embed_tokens(tokens)
         rotation = rotary(tokens.size(1), self.config.head_dim, self.config.rope_theta, tokens.device, mask)
@@ -95,7 +96,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: DocumentMask | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask | None = None) -> Tensor:
         """Map `[batch, time, hidden]` to the same."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -121,7 +122,7 @@ class GroupedQueryAttention(nn.Module):
         self.o_proj = nn.Linear(queries, hidden, bias=False)
         self.attend = CausalAttention(config.num_heads)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: DocumentMask | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask | None = None) -> Tensor:
         """Map `[batch, time, hidden]` to the same."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.dim)).transpose(1, 2)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from optim.qk_clip import HeadRows
 from workers.config import MoonlightConfig
 from workers.models.attention import CausalAttention
+from workers.models.cache import KeyValueCache, Mask
 from workers.models.feed_forward import Routes, grouped_product, swiglu_product
 from workers.models.language_model import LanguageModel
 from workers.models.layers import RMSNorm, SwiGLU, rotary, training_flops
@@ -34,9 +35,9 @@ class Moonlight(LanguageModel):
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Return the hidden states."""
-        return self.model(tokens, None if documents is None else DocumentMask(documents))
+        return self.model(tokens, cache if documents is None else DocumentMask(documents))
 
     @property
     def head(self) -> Tensor:
@@ -127,7 +128,7 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(config, dense=i < config.num_dense_layers) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, tokens: Tensor, mask: DocumentMask | None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Mask | None) -> Tensor:
         """Return the hidden states `[batch, time, hidden]`."""
         x = self.embed_tokens(tokens)
         rotation = rotary(tokens.size(1), self.config.qk_rope_head_dim, self.config.rope_theta, tokens.device, mask)
@@ -146,7 +147,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: DocumentMask | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask | None = None) -> Tensor:
         """Map `[batch, time, hidden]` to the same."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -174,16 +175,38 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
         self.attend = CausalAttention(self.heads)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: DocumentMask | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask | None = None) -> Tensor:
         """Map `[batch, time, hidden]` to the same; the rotary key is shared by all heads."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         compressed, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(compressed)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        latents = self.kv_a_layernorm(compressed)
+        if isinstance(mask, KeyValueCache):
+            (kept,) = mask.extend(self, torch.cat((latents.unsqueeze(1), rotate(k_rope.unsqueeze(1), rotation)), -1))
+            if not mask.first:
+                return self._by_latents(q_nope, rotate(q_rope, rotation), kept, mask)
+            mask = None
+        kv = self.kv_b_proj(latents).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_nope, v = kv.split([self.nope, self.value], dim=-1)
         k_rope = rotate(k_rope.unsqueeze(1), rotation).expand(-1, self.heads, -1, -1)
         out = self.attend(torch.cat((q_nope, rotate(q_rope, rotation)), -1), torch.cat((k_nope, k_rope), -1), v, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _by_latents(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, cache: KeyValueCache) -> Tensor:
+        """Attend to latents alone: what would make a head's keys and values of them goes to its queries and its output.
+
+        `q . (W_k c) = (W_k^T q) . c`, and `sum(w W_v c) = W_v sum(w c)` (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+
+        Args:
+            q_nope: `[batch, heads, time, nope]`.
+            q_rope: `[batch, heads, time, rope]`, rotated.
+            kept: latents and rotary keys, `[batch, 1, end, rank + rope]`; as values the latter are left out behind.
+            cache: that they are in.
+        """
+        up_k, up_v = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split([self.nope, self.value], dim=1)
+        queries = torch.cat((torch.matmul(q_nope, up_k), q_rope), -1)
+        seen = cache.attend_to(queries, kept, kept, (self.nope + self.rope) ** -0.5)[..., : self.rank]
+        return self.o_proj(torch.matmul(seen, up_v.mT).transpose(1, 2).flatten(2))
 
 
 class Router(nn.Module):

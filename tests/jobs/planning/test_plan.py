@@ -191,6 +191,23 @@ def test_a_longer_run_on_more_machines_takes_no_other_arithmetic():
     assert longer.time.validation < one.time.validation
 
 
+def test_stages_are_planned_each_for_itself():
+    config = load("moonlight-demo", ["model.num_layers=2", "train.micro_batch=0"])
+    machines, terms = Machines(gpus=2, calibration=CPU), Terms(price=3.0)
+    plan = plan_run(config, machines, terms)
+    assert plan.config.train.micro_batch > 0 and all(b % plan.config.train.micro_batch == 0 for b in (16, 32))
+    fixed = replace(config, train=plan.config.train)
+    alone = [plan_run(replace(fixed, train=fixed.train.of_stage(i)), machines, terms) for i in range(4)]
+    assert [one.tokens for one in plan.stages] == [one.tokens for one in alone]
+    assert plan.tokens == sum(one.tokens for one in alone) == config.recipe.samples_before(611) * 256
+    assert plan.days == pytest.approx(sum(one.days for one in alone))
+    assert plan.money == pytest.approx(sum(one.money or 0 for one in alone))
+    assert [plan.of_stage(stage)[0] for stage in plan.stages] == pytest.approx([one.days for one in alone])
+    assert plan.time.total == alone[2].time.total > alone[0].time.total
+    with pytest.raises(ConfigError, match="--tokens 5: this config has train.stages"):
+        plan_run(config, machines, Terms(tokens=5))
+
+
 def test_the_roofline_takes_the_longer_of_both():
     curves = {**CPU.curves, "matmul": Curve((16.0, 64.0), (1e9, 4e9)), "elementwise": Curve((1.0,), (1e9,))}
     device = replace(CPU, curves=curves, seconds_per_op=0.0)

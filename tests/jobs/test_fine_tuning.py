@@ -1,0 +1,230 @@
+"""Fine-tuning against transformers and a plain PyTorch loop; what a run may begin with."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jobs.export import export
+from jobs.origin import with_checkpoint
+from optim.config import OptimConfig
+from orchestrator.config import RunConfig
+from orchestrator.preflight import find_origin
+from tests.chats import CHATML, LLAMA_3, many, tokenizer, write
+from tests.closeness import ADAMW_EPS
+from tests.jobs.test_export import MODELS, trained
+from tests.leading import Lead, config_of, tensors_of
+from tests.processes import ProcessCluster
+from tests.ranks import run_ranks
+from tests.trainer import trainer_of
+from workers.checkpoint.manifest import WEIGHT
+from workers.common.errors import ConfigError
+from workers.config import CheckpointConfig
+from workers.data.config import DataConfig
+from workers.data.ends import DocumentEnds
+from workers.data.packing import packing_of
+from workers.data.prepare import prepare
+from workers.feed import indices_of_step, order_of
+from workers.recipe import TrainConfig
+from workers.reports import StepDone, Validated
+from workers.task import Task
+
+STEPS, WARMUP, LR = 5, 2, 2e-3
+
+
+def tuned(rank: int, world_size: int, task: Task) -> dict:
+    trainer, told = trainer_of(rank, world_size, task, restore=True)
+    trainer.run()
+    return {
+        "losses": [fields["loss"] for fields in told.of(StepDone)],
+        "tokens": [fields["step_tokens"] for fields in told.of(StepDone)],
+        "validation": [fields["loss"] for fields in told.of(Validated)],
+    }
+
+
+def task_of(folder, name: str, template: str, end: str, schedule: str) -> tuple[Task, list]:
+    """A model of Hugging Face's that is tuned on conversations, and these."""
+    model = replace(MODELS[name], vocab_size=384)
+    if name == "moonlight":
+        model = replace(model, router_bias_rate=0.0)
+    trained(folder / "pretrained", model)
+    export(f"{folder}/pretrained", f"{folder}/hf", "float32")
+    rows = many(60)
+    data = DataConfig(
+        source=str(write(folder / "chat.jsonl", rows)),
+        format="chat",
+        tokenizer=str(tokenizer(folder / "tokenizer", template, end)),
+        prepared_url=f"{folder}/data",
+        held_out_fraction=0.2,
+    )
+    settings = {"lr": LR, "warmup_steps": WARMUP, "final_lr_fraction": 0.1, "eps": ADAMW_EPS}
+    optim = OptimConfig(name="adamw", schedule=schedule, **settings)
+    train = TrainConfig(steps=STEPS, global_batch=6, micro_batch=2, seq_len=160, validate_sequences=4, validate_every=0,
+                        sample_prompt="", init=f"{folder}/hf")  # fmt: skip
+    config = RunConfig(model=model, optim=optim, data=data, train=train,
+                       checkpoint=CheckpointConfig(url=f"{folder}/checkpoints"))  # fmt: skip
+    config = with_checkpoint(config, lambda text: None)
+    task = Task(
+        **{key: getattr(config, key) for key in ("model", "optim", "data", "train", "checkpoint")},
+        seed=3,
+        corpora=prepare(data),
+        run_url=f"{folder}/run",
+        attempt=1,
+        manifest=None,
+        origin=find_origin(config),
+    )
+    return task, rows
+
+
+def rows_of(task: Task, split: str, samples: list[int], rows: list) -> list:
+    """Return the conversations of sequences, out of the file."""
+    (corpus,) = task.corpora
+    shards = getattr(corpus, split)
+    packing, ends = packing_of(corpus, shards, task.train.seq_len), DocumentEnds(corpus, shards)
+    ranges = [one for sample in samples for one in packing.documents(sample)]
+    return [rows[ends.stretches(*one)[0].row - 1] for one in ranges]
+
+
+def plain_loop(task: Task, rows: list) -> tuple[list[float], list[int], list[float]]:
+    """Tune with transformers and torch alone: one conversation after the other, each by itself, masked by transformers.
+
+    Only which conversations a step has is asked of us.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = task.data.tokenizer
+    made = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/../hf", dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.95), ADAMW_EPS, weight_decay=0.1)
+
+    def summed(messages: list) -> tuple[torch.Tensor, int]:
+        found = made.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = torch.tensor([found["input_ids"]]), torch.tensor(found["assistant_masks"], dtype=torch.bool)
+        logits = model(ids, use_cache=False).logits[0, :-1][mask[1:]]
+        return F.cross_entropy(logits, ids[0, 1:][mask[1:]], reduction="sum"), int(mask[1:].sum())
+
+    def mean(batch: list) -> tuple[torch.Tensor, int]:
+        losses, counts = zip(*map(summed, batch), strict=True)
+        return torch.stack(losses).sum() / sum(counts), sum(counts)
+
+    @torch.no_grad()
+    def validate() -> float:
+        (corpus,) = task.corpora
+        number = packing_of(corpus, corpus.validation, task.train.seq_len).num_samples
+        count = min(task.train.validate_sequences, number)
+        return mean(rows_of(task, "validation", [i * number // count for i in range(count)], rows))[0].item()
+
+    order = order_of(task.data, task.recipe, task.train.seq_len, task.seed, task.corpora)
+    losses, tokens, validation = [], [], [validate()]
+    for step in range(1, STEPS + 1):
+        loss, count = mean(rows_of(task, "train", order.at(indices_of_step(task.recipe, step)).sample.tolist(), rows))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        left = 1 - (step - WARMUP) / (STEPS - WARMUP)
+        left = 0.5 - 0.5 * math.cos(math.pi * left) if task.optim.schedule == "cosine" else left
+        optimizer.param_groups[0]["lr"] = LR * (step / WARMUP if step <= WARMUP else 0.1 + 0.9 * left)
+        optimizer.step()
+        losses.append(loss.item())
+        tokens.append(count)
+    return losses, tokens, [*validation, validate()]
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize(
+    ("name", "template", "end", "schedule", "world_size"),
+    [("llama", CHATML, "<|im_end|>", "linear", 1), ("moonlight", LLAMA_3, "<|eot_id|>", "cosine", 2)],
+)
+def test_fine_tuning_is_transformers_and_a_plain_loop(tmp_path, name, template, end, schedule, world_size):
+    task, rows = task_of(tmp_path, name, template, end, schedule)
+    found = run_ranks(world_size, tuned, task)[0]
+    losses, tokens, validation = plain_loop(task, rows)
+    assert found["tokens"] == tokens and len(losses) == STEPS
+    assert np.abs(np.array(found["losses"]) - losses).max() < 1e-5
+    assert np.abs(np.array(found["validation"]) - validation).max() < 1e-5
+    assert abs(losses[-1] - losses[0]) > 1e-3, "something is learned, or it would all be equal"
+
+
+def state_of(rank: int, world_size: int, task: Task) -> dict:
+    """Return what a run begins with: the counters, AdamW's count of steps, and every piece of the state."""
+    trainer, _ = trainer_of(rank, world_size, task, restore=True)
+    optimizer, pieces = trainer.engine.optimizer, {}
+    for group in optimizer.flat_state(rank):
+        for kind, tensor in group.tensors.items():
+            for one in group.fragments:
+                piece = tensor[one.offset : one.offset + one.length].float().numpy().copy()
+                pieces[kind, one.name, one.start] = piece
+    return {"counters": trainer.counters, "applied": optimizer.applied_steps, "pieces": pieces}
+
+
+def test_the_optimizer_s_state_is_taken_along_or_begun_anew_as_the_config_says(tmp_path):
+    """At another world size. Steps begin at 1 either way; AdamW's moments keep the count of those that made them."""
+    one = {"min_workers": 1, "max_workers": 1}
+    config = config_of(tmp_path, scaling=one, train={"steps": 3, "seq_len": 256}, checkpoint={"every": 3})
+    with Lead(config, ProcessCluster({"a": 1}), tmp_path) as first:
+        first.wait()
+    before = tensors_of(f"{tmp_path}/run")
+    chat = DataConfig(source=str(write(tmp_path / "chat.jsonl", many(60))), format="chat",
+                      prepared_url=f"{tmp_path}/data", held_out_fraction=0.2)  # fmt: skip
+    for choice in ("weights", "all"):
+        train = replace(config.train, init=f"{tmp_path}/run", init_state=choice)
+        began = replace(config, data=chat, train=train)
+        task = replace(first.attempt.task, data=chat, train=train, corpora=prepare(chat), origin=find_origin(began))
+        seen = set()
+        for found in run_ranks(2, state_of, task):
+            assert found["counters"].step == found["counters"].tokens == 0
+            assert found["applied"] == found["counters"].applied_steps == (3 if choice == "all" else 0)
+            for (kind, name, start), piece in found["pieces"].items():
+                expected = before[kind, name].ravel()[start : start + len(piece)]
+                if kind != WEIGHT and choice == "weights":
+                    expected = np.zeros_like(expected)
+                assert np.array_equal(piece, expected), (kind, name)
+                seen.add(kind)
+        assert seen == {WEIGHT, "momentum_buffer", "exp_avg", "exp_avg_sq"}
+    other = replace(began, optim=replace(config.optim, name="adamw"))
+    with pytest.raises(ConfigError, match=r"has that of muon, and optim.name=adamw; set train.init_state=weights"):
+        find_origin(other)
+    assert find_origin(replace(other, train=replace(train, init_state="weights"))) is not None
+
+
+def test_a_hugging_face_folder_is_imported_once_and_again_when_it_changes(folder_of, tmp_path):
+    folder, told = folder_of("llama"), []
+    config = config_of(tmp_path, train={"init": str(folder)}, checkpoint={"url": f"{tmp_path}/checkpoints"})
+    url = with_checkpoint(config, told.append).train.init
+    assert "imported as" in told[-1] and url.startswith(f"{tmp_path}/checkpoints/imports/")
+    assert with_checkpoint(config, told.append).train.init == url and "as it was imported before" in told[-1]
+    max((Path(url) / "log").glob("*.json")).unlink()  # As if the import had been killed before its commit.
+    again = with_checkpoint(config, told.append).train.init
+    assert again != url and "imported as" in told[-1]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    assert with_checkpoint(config, told.append).train.init not in (url, again)
+    told_all = replace(config, model=MODELS["llama"], train=replace(config.train, init=again, init_state="all"))
+    with pytest.raises(ConfigError, match="has none, for it was imported"):
+        find_origin(told_all)
+
+
+def test_a_run_may_begin_where_another_has_ended_by_its_name(tmp_path):
+    from orchestrator.record.tracking import Tracking
+
+    config = config_of(tmp_path)
+    config = replace(config, tracking=replace(config.tracking, uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    tracking, told = Tracking(config.tracking), []
+    run_id = tracking.create("pretrained", {"seed": 0})
+    tracking.client.set_tag(run_id, "raymuon.checkpoint_url", f"{tmp_path}/checkpoints/{run_id}")
+
+    def begun(init: str) -> str:
+        return with_checkpoint(replace(config, train=replace(config.train, init=init)), told.append).train.init
+
+    url = f"{tmp_path}/checkpoints/{run_id}"
+    assert begun("pretrained") == begun(run_id) == url and begun("pretrained@7") == f"{url}@7"
+    for kept in ("", url, f"{url}@7", "s3://bucket/run@7", str(tmp_path)):
+        assert begun(kept) == kept
+    with pytest.raises(
+        ConfigError, match=r"train.init=nobody: there is no such folder, and as a run: .*no run of that"
+    ):
+        begun("nobody")

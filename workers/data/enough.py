@@ -1,0 +1,82 @@
+"""Whether there is enough in the sources for a run, and whether it fits."""
+
+from workers.common.errors import ConfigError
+from workers.data.corpus import SPLITS, Corpus, check_vocabulary
+from workers.data.packing import Packing, packing_of, samples_in
+
+
+def check_corpora(
+    corpora: tuple[Corpus, ...], seq_len: int, global_batch: int, vocab_size: int, most_long: int = 0
+) -> None:
+    """Refuse sources that are too small, conversations that are too long, and tokens that the model does not have.
+
+    Args:
+        corpora: of a run.
+        seq_len: tokens of a sequence.
+        global_batch: sequences of a step.
+        vocab_size: of the model.
+        most_long: conversations of a source that may be longer than a sequence.
+
+    Raises:
+        ConfigError: with everything that is wrong with them.
+    """
+    check_vocabulary(max(corpus.vocab_size for corpus in corpora), vocab_size)
+    problems = [problem for corpus in corpora for problem in check_corpus(corpus, seq_len, global_batch, most_long)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_corpus(corpus: Corpus, seq_len: int, global_batch: int, most_long: int = 0) -> list[str]:
+    """Return what is wrong with a source for this batch; nothing where all is well."""
+    problems = []
+    if (long := too_long(corpus, seq_len)) > most_long:
+        problems.append(
+            f"{_told_long(corpus, seq_len)}, data.max_long_conversations={most_long}; none is cut: raise "
+            f"train.seq_len, or set data.max_long_conversations={long} to train without them"
+        )
+    if (samples := samples_in(corpus, corpus.train, seq_len)) < global_batch:
+        problems.append(
+            f"the corpus has {samples} training sequences of {seq_len} tokens, fewer than one global batch "
+            f"({global_batch}); lower train.seq_len or train.global_batch, or add text to data.source"
+        )
+    if not samples_in(corpus, corpus.validation, seq_len):
+        problems.append(
+            f"the held-out split has {Corpus.tokens(corpus.validation)} tokens, not one sequence of {seq_len}; "
+            "raise data.held_out_fraction or lower train.seq_len"
+        )
+    return problems
+
+
+def too_long(corpus: Corpus, seq_len: int) -> int:
+    """Return how many conversations of a source are longer than a sequence; of text, none."""
+    return sum(packing.too_long for packing in _packings(corpus, seq_len))
+
+
+def told(corpus: Corpus, seq_len: int) -> str:
+    """Return what there is to tell of conversations in sequences; empty for text."""
+    if not corpus.chat_template:
+        return ""
+    train, _ = _packings(corpus, seq_len)
+    full = train.num_tokens / max(1, train.num_samples * train.capacity)
+    left_out = f"; {_told_long(corpus, seq_len)}, and left out" if too_long(corpus, seq_len) else ""
+    return (
+        f"{corpus.name or 'chat'}: {train.num_documents:,} conversations in {train.num_samples:,} sequences of "
+        f"{seq_len} tokens, {full:.1%} full{left_out}"
+    )
+
+
+def _told_long(corpus: Corpus, seq_len: int) -> str:
+    packings = _packings(corpus, seq_len)
+    long, longest = too_long(corpus, seq_len), max(packing.longest for packing in packings)
+    of = f" of source {corpus.name}" if corpus.name else ""
+    all_ = long + sum(packing.num_documents for packing in packings)
+    return (
+        f"{long:,} of {all_:,} conversation(s){of} {'is' if long == 1 else 'are'} longer than train.seq_len={seq_len} "
+        f"tokens and the last target (the longest has {longest:,})"
+    )
+
+
+def _packings(corpus: Corpus, seq_len: int) -> list[Packing]:
+    if not corpus.chat_template:
+        return []
+    return [packing_of(corpus, getattr(corpus, split), seq_len) for split in SPLITS]
