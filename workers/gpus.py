@@ -30,6 +30,7 @@ GPUS = {
     "H100": Gpu(989.0, 80, 3350.0, 900.0),
     "H800": Gpu(989.0, 80, 3350.0, 400.0),
     "H20": Gpu(148.0, 96, 4000.0, 900.0),
+    "A100 40GB": Gpu(312.0, 40, 1555.0, 600.0),
     "A100": Gpu(312.0, 80, 2039.0, 600.0),
     "A800": Gpu(312.0, 80, 2039.0, 400.0),
     "L40S": Gpu(362.0, 48, 864.0, 64.0),
@@ -39,15 +40,16 @@ GPUS = {
     "A10": Gpu(125.0, 24, 600.0, 64.0),
     "RTX 4090": Gpu(165.0, 24, 1008.0, 64.0),
 }
-"""By words of the device's name; the first that is there counts. From NVIDIA's data sheets and product pages; of types
-with several sizes of memory the larger (A100, A800: 80 GB on SXM), of GH200 that with HBM3."""
+"""By words of the device's name; the first all of whose words are there counts. From NVIDIA's data sheets and product
+pages; of the A100 with 80 GB that on SXM, of the A800 the larger, of GH200 that with HBM3."""
 BF16_TFLOPS = {name: gpu.tflops for name, gpu in GPUS.items()}
 """Peaks alone."""
 
 
 def type_of(device: str) -> str:
     """Return the name in `GPUS` of a device that calls itself so; "" where it is not there."""
-    return next((part for part in GPUS if re.search(rf"\b{part}\b", device)), "")
+    words = set(re.split(r"\W+", device))  # Between "A100" and "40GB" stands how it is plugged in.
+    return next((name for name in GPUS if words.issuperset(name.split())), "")
 
 
 def peak_tflops(device: torch.device) -> float:

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from orchestrator.config import TrackingConfig, database
 from orchestrator.reach import deleted_experiment
 from orchestrator.record.metrics import published, read_history
-from orchestrator.record.mlflow_client import beside, file_of, first_line, open_client, tracking_errors
+from orchestrator.record.mlflow_client import beside, file_of, open_client, tracking_errors
 from workers.common.errors import ConfigError, StorageError
 
 FLUSH_S = 2.0
@@ -145,17 +145,14 @@ class Tracking:
         Raises:
             ConfigError: there is none.
         """
-        try:
-            return self.client.get_run(run).info.run_id
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise StorageError(f"tracking.uri={self.uri}: {first_line(error)}") from error
-            found = self._newest(f"attributes.run_name = {_quoted(run)}")
-            if found is None:
-                raise ConfigError(
-                    f"--resume {run}: no run of that id or name in {self.uri}; name one, or use auto or never"
-                ) from None
-            return found
+        with tracking_errors(self.uri):
+            known = _of_id(self.client, run)
+        found = known.info.run_id if known else self._newest(f"attributes.run_name = {_quoted(run)}")
+        if found is None:
+            raise ConfigError(
+                f"--resume {run}: no run of that id or name in {self.uri}; name one, or use auto or never"
+            )
+        return found
 
     def _newest(self, condition: str) -> str | None:
         with self.reach():
@@ -191,16 +188,24 @@ def look_up(uri: str, run: str) -> Run:
         raise ConfigError(f"run {run}: there is no MLflow database at {uri}; {hint}")
     with tracking_errors(uri):
         client = open_client(uri)
-        try:
-            return client.get_run(run)
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
+        if (known := _of_id(client, run)) is not None:
+            return known
         everywhere = [one.experiment_id for one in client.search_experiments(max_results=MOST_EXPERIMENTS)]
         found = _newest(client, everywhere, f"attributes.run_name = {_quoted(run)}")
     if found is None:
         raise ConfigError(f"run {run}: {uri} has no run of that id or name; {hint}")
     return found
+
+
+def _of_id(client: mlflow.MlflowClient, run: str) -> Run | None:
+    """Return the run with this id; None where there is none, or none that this account may read."""
+    try:
+        return client.get_run(run)
+    except MlflowException as error:
+        # A server with accounts tells whoever is no admin that a run which is not there is not for them.
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"):
+            raise
+        return None
 
 
 def _newest(client: mlflow.MlflowClient, experiments: list[str], condition: str) -> Run | None:

@@ -4,6 +4,7 @@ import http.client
 import socket
 import threading
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -11,11 +12,12 @@ import mlflow
 import pytest
 from click.testing import CliRunner
 from mlflow.cli import cli
+from mlflow.server import get_app_client
 
 from jobs.stack.mlflow_server import ADMIN, mlflow_server
 from orchestrator.config import TrackingConfig
 from orchestrator.reach import reach_tracking
-from orchestrator.record.tracking import Tracking
+from orchestrator.record.tracking import Tracking, look_up
 from workers.common.errors import ConfigError, StorageError
 
 PASSWORD = "a-password-of-the-tests"
@@ -219,3 +221,17 @@ def test_the_known_schemes_are_those_of_mlflow(monkeypatch):
         if scheme and scheme not in ("databricks-uc", "uc"):  # Of models alone.
             reach_tracking(f"{scheme}:///x" if scheme not in ("http", "https") else "databricks")
     assert mlflow.__version__
+
+
+def test_a_run_is_found_by_its_name_by_whoever_is_no_admin(server, environment):
+    get_app_client("basic-auth", server).create_user("member", PASSWORD)
+    environment.setenv("MLFLOW_TRACKING_USERNAME", "member")
+    tracking = Tracking(TrackingConfig(uri=server, experiment="of-a-member"))
+    run = tracking.create("mine", {"run.name": "mine"})
+    assert look_up(server, "mine").info.run_id == look_up(server, run).info.run_id == run == tracking.find("mine")
+    for ask in (tracking.find, partial(look_up, server)):
+        with pytest.raises(ConfigError, match="no run of that id or name"):
+            ask("nobody's")
+    environment.setenv("MLFLOW_TRACKING_PASSWORD", "a-wrong-one")  # Not to be taken for a run that is not there.
+    with pytest.raises(StorageError, match="authenticated|401"):
+        look_up(server, "mine")

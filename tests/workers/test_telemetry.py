@@ -18,7 +18,7 @@ from tests.workers.test_loop import task_of
 from tests.workers.test_moonlight import TINY as MOONLIGHT
 from workers.config import TelemetryConfig
 from workers.controls import Pause
-from workers.gpus import BF16_TFLOPS, peak_tflops
+from workers.gpus import BF16_TFLOPS, GPUS, peak_tflops, type_of
 from workers.models import build_empty
 from workers.models.language_model import KINDS
 from workers.reports import Profiled, StepDone
@@ -167,6 +167,25 @@ def test_the_arithmetic_of_published_models():
 def test_peaks_of_known_gpus(monkeypatch, name, expected):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_tflops(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 40),
+        ("NVIDIA A100-PCIE-40GB", 40),
+        ("NVIDIA A100-SXM4-80GB", 80),
+        ("NVIDIA A100 80GB PCIe", 80),
+        ("NVIDIA H100 NVL", 94),
+        ("NVIDIA GeForce RTX 4090", 24),
+    ],
+)
+def test_the_memory_of_known_gpus(name, expected):
+    assert GPUS[type_of(name)].memory_gb == expected
+
+
+def test_a_gpu_that_is_not_in_the_table():
+    assert type_of("NVIDIA A1000 Laptop GPU") == type_of("NVIDIA A30") == type_of("Tesla V100-SXM2-32GB") == ""
 
 
 def test_the_peak_of_a_cpu_is_measured():
