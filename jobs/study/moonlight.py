@@ -120,8 +120,8 @@ def _name(before: str, after: str, seed: int) -> str:
 
 def _fine_tune(place: Place, before: str, after: str, seed: int, quick: bool) -> dict[str, Any]:
     changes = [f"optim.name={after}", f"optim.lr={TUNING[after]}", f"seed={seed}", f"train.init={before}"]
-    changes += ["data.chat_template=plain", "checkpoint.every=0", "train.seq_len=256"]
-    changes += ["train.steps=8", "optim.warmup_steps=2"] if quick else []
+    changes += ["data.chat_template=plain", "checkpoint.every=0", "train.global_batch=8", "optim.warmup_steps=4"]
+    changes.append(f"train.steps={8 if quick else 40}")
     return place.train("demo-chat", _name(before, after, seed), *changes)
 
 
