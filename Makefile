@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format curves studies bench bench-recovery bench-optimizer bench-model bench-gpu bench-checkpoint bench-data bench-load lock clean
+.PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format curves studies moonlight bench bench-recovery bench-optimizer bench-model bench-gpu bench-checkpoint bench-data bench-load lock clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ format: $(INSTALLED) ## format the code
 
 curves: $(INSTALLED) ## Muon and AdamW, each at the best of three learning rates, in one picture (15 minutes)
 	$(BIN)/raymuon bench curves --picture docs/curves.png $(ARGS)
+
+moonlight: $(INSTALLED) ## the Moonlight paper's way at the demo's size, from text to table (25 minutes); ARGS="--out FOLDER"
+	$(BIN)/raymuon study moonlight $(ARGS)
 
 bench: $(INSTALLED) ## raymuon against plain torchrun (10 minutes)
 	$(BIN)/raymuon bench overhead --json $(ARGS)

@@ -18,6 +18,7 @@ from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store, shared_url
+from workers.data.json_tokenizer import JINJA, read_template
 from workers.data.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30
@@ -92,6 +93,8 @@ def export(
         "generation_config.json": json.dumps(generation, indent=2),
         **(tokenizer.files if tokenizer else {}),
     }
+    if template := manifest.identity.get("data.chat_template"):
+        texts[JINJA] = read_template(log.store, template).source
     if len(plan) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": where}
         texts["model.safetensors.index.json"] = json.dumps(index, indent=2)

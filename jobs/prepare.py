@@ -9,7 +9,7 @@ from jobs.tell import tell
 from orchestrator.config import RunConfig, absolute, database_files
 from orchestrator.stop import StopSignal
 from workers.data.corpus import Corpus, check_vocabulary, read_index
-from workers.data.enough import check_corpora, told
+from workers.data.enough import check_corpora, told, too_long
 from workers.data.prepare import GROUP_BYTES, Group, Work, prepare_work, works_of
 
 TELL_S = 2.0
@@ -59,7 +59,7 @@ def prepared(config: RunConfig, address: str | None, stop: StopSignal, console: 
     rest = iter(made)
     whole = tuple(corpus or next(rest) for corpus in found)
     for corpus in whole:
-        if corpus.chat_template:
+        if corpus.chat_template and too_long(corpus, config.train.seq_len) <= config.data.max_long_conversations:
             console.print(told(corpus, config.train.seq_len), style="dim")
     return whole
 

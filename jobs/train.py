@@ -177,9 +177,10 @@ def _print_what_next(console: Screen, arguments: list[str], config: RunConfig, r
     kept = [argument for argument in arguments if not argument.startswith(("train.steps=", "train.tokens="))]
     further = [*kept, "--resume", result.run_id, f"train.steps={2 * config.train.steps}"]
     model = ["export", result.checkpoint, "--to", f"runs/exports/{result.run_id}-{result.steps}"]
-    own = [argument for argument in arguments if not argument.startswith(("run.name=", "data.source="))]
     console.print("\nwhat next:")
     if not (config.train.stages or config.train.tokens):  # Their lengths are in a file.
         console.print(f"  train it further     {command('raymuon', 'train', *further)}")
     console.print(f"  export the model     {command('raymuon', *model)}")
-    console.print(f"  this folder's text   {command('raymuon', 'train', *own, 'run.name=mine', 'data.source=.')}")
+    if not config.data.chats:
+        own = [argument for argument in arguments if not argument.startswith(("run.name=", "data.source="))]
+        console.print(f"  this folder's text   {command('raymuon', 'train', *own, 'run.name=mine', 'data.source=.')}")

@@ -60,10 +60,21 @@ def by_tasks(
         done, _ = ray.wait(list(running), timeout=WAIT_S)
         stop.check()
         for one in done:
-            yield running.pop(one), _result(one, what)
+            yield running.pop(one), result_of(one, what)
 
 
-def _result(reference: Any, what: str) -> Any:
+def result_of(reference: Any, what: str, tries: int = TRIES) -> Any:
+    """Return what a task has returned.
+
+    Args:
+        reference: to its result.
+        what: the work, for the message about a task that is lost.
+        tries: that it had.
+
+    Raises:
+        ClusterError: it was lost as often.
+        RaymuonError: what it has raised.
+    """
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -71,7 +82,7 @@ def _result(reference: Any, what: str) -> Any:
             raise error.cause from error
         raise
     except RayError as error:
-        raise ClusterError(f"a task of the {what} was lost {TRIES} times: {error}") from error
+        raise ClusterError(f"a task of the {what} was lost {tries} times: {error}") from error
 
 
 def _patiently(do: Callable[[Shared, Item], Result], shared: Shared, item: Item) -> Result:

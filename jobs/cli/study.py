@@ -1,21 +1,19 @@
 """Studies: what is found out about runs that are there, or by many of them."""
 
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jobs.cli.options import AsJson, RayAddress, S3Endpoint, TrackingUri
+from jobs.tell import tell
 from orchestrator.config import DEFAULT_TRACKING_URI
 from orchestrator.stop import StopSignal
 
 app = typer.Typer()
-study_app = typer.Typer(no_args_is_help=True, help="Find out about runs that are there.")
+study_app = typer.Typer(no_args_is_help=True, help="Find out about runs that are there, or by many of them.")
 app.add_typer(study_app, name="study")
-
-
-@study_app.callback()
-def study() -> None:
-    """Keep the group a group while it has one command."""
 
 
 @study_app.command("spectrum")
@@ -38,3 +36,21 @@ def study_spectrum(
 
     request = Request(tuple(what), series, tuple(group or ()), split, out, log, address, tracking_uri, s3_endpoint)
     spectrum(request, stop, as_json)
+
+
+@study_app.command("moonlight")
+def study_moonlight(
+    out: Annotated[Path, typer.Option(help="A new folder for everything.")] = Path("runs/moonlight"),
+    seeds: Annotated[int, typer.Option(min=1, help="Of each fine-tuning.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="A twentieth of the steps: to see that it works.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The Moonlight paper's way at the demo's size: tokenizer, stages, fine-tuning, evaluation, spectra, export."""
+    from jobs.study.moonlight import moonlight, report
+
+    found = moonlight(out.absolute(), seeds, partial(typer.echo, err=True), quick)
+    (out / "report.md").write_text(report(found))
+    typer.echo(report(found))
+    typer.echo(f"{out}/report.md, {out}/spectra/, {found['seconds'] / 60:.1f} minutes")
+    if as_json:
+        tell(found)

@@ -45,7 +45,7 @@ def published(metric: str) -> str:
     if metric in NAMES:
         return NAMES[metric]
     group, slash, rest = metric.partition("/")
-    if not slash or group in ("data", "system"):  # The second is MLflow's own, of its system metrics.
+    if not slash or group in ("data", "eval", "system"):  # The last is MLflow's own, of its system metrics.
         return metric
     if group == "val_loss":  # Beside the others, and no folder of the name that the mean has.
         return f"loss/validation_by_source/{rest}"

@@ -136,3 +136,10 @@ def test_a_start_that_fails_does_not_tear_a_new_database(place):
     place.run("scaling.min_workers=64", "scaling.max_workers=64", "scaling.wait_s=0.1", code=3)
     assert database.exists()
     nothing_left(place)
+
+
+def test_conversations_in_which_the_assistant_says_nothing(place):
+    (place.folder / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    done = place.run("data.source=chat.jsonl", "data.format=chat", code=2)
+    assert "chat.jsonl:1: field 'messages': no message is the assistant's" in done.stderr and done.stdout == ""
+    nothing_left(place)

@@ -66,7 +66,7 @@ def test_a_shell_completes_commands_and_built_in_configs(monkeypatch):
         env = {"_RAYMUON_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": number}
         return CliRunner().invoke(app, [], prog_name="raymuon", env=env).output.split()
 
-    assert completed("raymuon tr") == ["train"] and completed("raymuon train demo-") == ["demo-llama"]
+    assert completed("raymuon tr") == ["train"] and completed("raymuon train demo-") == ["demo-chat", "demo-llama"]
     assert "complete_bash" in CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="raymuon").output
 
 

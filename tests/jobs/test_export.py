@@ -27,9 +27,12 @@ TEXT = "def naïve(x):\n    return '日本' * x  # ☃\n"
 
 
 def trained(
-    folder, model: str | ModelConfig, steps=(10,), change=lambda model: None, run_id: str = "run-7"
+    folder, model: str | ModelConfig, steps=(10,), change=lambda model: None, run_id: str = "run-7", **known
 ) -> torch.nn.Module:
-    """Commit checkpoints of a model whose every tensor is random, router biases too; `change` has the last word."""
+    """Commit checkpoints of a model whose every tensor is random, router biases too; `change` has the last word.
+
+    What else is `known` of the run goes into its identity.
+    """
     config = MODELS[model] if isinstance(model, str) else model
     torch.manual_seed(0)
     model = build(config).eval()
@@ -51,6 +54,7 @@ def trained(
         "data": "d" * 64,
         "train.seq_len": 128,
         "train.global_batch": 8,
+        **known,
     }
     shapes = {key: list(array.shape) for key, array in {**parameters, **buffers}.items()}
     for step in steps:

@@ -26,6 +26,7 @@ from workers.checkpoint.manifest import WEIGHT
 from workers.common.errors import ConfigError
 from workers.config import CheckpointConfig
 from workers.data.config import DataConfig
+from workers.data.conversations import split_of
 from workers.data.ends import DocumentEnds
 from workers.data.packing import packing_of
 from workers.data.prepare import prepare
@@ -162,15 +163,21 @@ def state_of(rank: int, world_size: int, task: Task) -> dict:
     return {"counters": trainer.counters, "applied": optimizer.applied_steps, "pieces": pieces}
 
 
+def tuned_in_a_run(folder) -> tuple[RunConfig, Lead]:
+    """Train three steps on conversations in bytes, with Muon and one worker."""
+    chat = DataConfig(source=str(write(folder / "chat.jsonl", many(60))), format="chat",
+                      prepared_url=f"{folder}/data", held_out_fraction=0.2)  # fmt: skip
+    settings = {"scaling": {"min_workers": 1, "max_workers": 1}, "checkpoint": {"every": 3}}
+    config = replace(config_of(folder, train={"steps": 3, "seq_len": 256}, **settings), data=chat)
+    with Lead(config, ProcessCluster({"a": 1}), folder) as first:
+        first.wait()
+    return config, first
+
+
 def test_the_optimizer_s_state_is_taken_along_or_begun_anew_as_the_config_says(tmp_path):
     """At another world size. Steps begin at 1 either way; AdamW's moments keep the count of those that made them."""
-    one = {"min_workers": 1, "max_workers": 1}
-    config = config_of(tmp_path, scaling=one, train={"steps": 3, "seq_len": 256}, checkpoint={"every": 3})
-    with Lead(config, ProcessCluster({"a": 1}), tmp_path) as first:
-        first.wait()
-    before = tensors_of(f"{tmp_path}/run")
-    chat = DataConfig(source=str(write(tmp_path / "chat.jsonl", many(60))), format="chat",
-                      prepared_url=f"{tmp_path}/data", held_out_fraction=0.2)  # fmt: skip
+    config, first = tuned_in_a_run(tmp_path)
+    before, chat = tensors_of(f"{tmp_path}/run"), config.data
     for choice in ("weights", "all"):
         train = replace(config.train, init=f"{tmp_path}/run", init_state=choice)
         began = replace(config, data=chat, train=train)
@@ -190,6 +197,24 @@ def test_the_optimizer_s_state_is_taken_along_or_begun_anew_as_the_config_says(t
     with pytest.raises(ConfigError, match=r"has that of muon, and optim.name=adamw; set train.init_state=weights"):
         find_origin(other)
     assert find_origin(replace(other, train=replace(train, init_state="weights"))) is not None
+    assert_exported_with_its_template(tmp_path, first)
+
+
+def assert_exported_with_its_template(folder, lead: Lead) -> None:
+    """Transformers writes the run's conversations as they were written for the run, and knows the assistant's part."""
+    from transformers import AutoTokenizer
+
+    export(f"{folder}/run", f"{folder}/exported", "float32")
+    loaded, (corpus,) = AutoTokenizer.from_pretrained(f"{folder}/exported"), lead.corpora
+    split, ends = split_of(corpus, corpus.train, 256), DocumentEnds(corpus, corpus.train)
+    for sample in range(10):
+        tokens, counts = split.sample(sample), split.counts(sample)
+        for start, stop in split.ranges(sample):
+            messages = many(60)[ends.stretches(start, stop)[0].row - 1]
+            found = loaded.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+            assert found["input_ids"] == tokens[: stop - start].tolist()
+            assert found["assistant_masks"] == counts[: stop - start].astype(int).tolist()
+            tokens, counts = tokens[stop - start :], counts[stop - start :]
 
 
 def test_a_hugging_face_folder_is_imported_once_and_again_when_it_changes(folder_of, tmp_path):

@@ -26,6 +26,12 @@ def folders(tmp_path_factory):
     return {name: tokenizer(root / name, text, ENDS[name]) for name, text in TEMPLATES.items()}
 
 
+def compiled(template: str):
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(template)
+
+
 def theirs(folder, messages, **settings):
     from transformers import AutoTokenizer
 
@@ -89,10 +95,13 @@ def test_a_template_has_its_special_tokens_in_it(end):
         "\n{{ eos_token }}": "\nE",
         "  {%- if eos_token is defined %} {{ eos_token }}{% endif %}": " E",
         "   {% if bos_token is defined %}{{ bos_token }}{% endif %}x{{ eos_token }}": "xE",
+        "{% if not bos_token %}{{ eos_token }}{% endif %}{{ bos_token }}": "E",
         "{% macro m() %}{{ eos_token }}{% endmacro %}{% for one in [1] %}{{ m() }}{% endfor %}": "E",
     }
     for source, text in written.items():
         whole = bound(source, {"eos_token": end, "pad_token": "<pad>"})
+        elsewhere = compiled(whole).render(bos_token="other", eos_token="other", pad_token="other")
+        assert elsewhere == text.replace("E", end), "as transformers renders it with another tokenizer's tokens"
         assert ChatTemplate(whole).render([]) == text.replace("E", end)
         assert "<pad>" not in whole and bound(whole, {"eos_token": "other"}) == whole
 

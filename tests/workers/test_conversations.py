@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import pickle
 import random
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -331,3 +333,42 @@ def test_a_conversation_that_is_longer_than_the_sequence_is_refused_or_left_out_
 def test_settings_that_do_not_go_together_are_told(settings, told):
     with pytest.raises(ValueError, match=told):
         DataConfig(**{"format": "chat", **settings})
+
+
+def test_chats_and_texts_are_read_in_one_run(tmp_path):
+    """Of a text all counts but a document's first token; of a chat what the assistant says."""
+    from tests.trainer import member_of
+    from tests.workers.test_loop import task_of
+    from workers.feed import Feed
+
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"row {n} " * 9}) + "\n" for n in range(300)))
+    chat = SourceConfig(name="chat", urls=(str(write(tmp_path / "chat.jsonl", many(60))),), format="chat")
+    text = SourceConfig(name="text", urls=(str(tmp_path / "text.jsonl"),), weight=2.0)
+    data = DataConfig(sources=(chat, text), prepared_url=f"{tmp_path}/data", held_out_fraction=0.2)
+    task = task_of(tmp_path, seq_len=256)
+    task = replace(task, data=data, corpora=prepare(data))
+    feed, seen = Feed(task, member_of(0, 1)), set()
+    for slot in feed.step(1) + feed.step(2):
+        inputs, targets, documents = slot.batch.inputs, slot.batch.targets, slot.batch.documents
+        for row, (source, sample) in enumerate(zip(slot.drawn.source, slot.drawn.sample, strict=True)):
+            seen.add(int(source))
+            split = feed.train.tokens[source]
+            assert inputs[row].tolist() == split.sample(int(sample))[:-1].tolist()
+            learned = (targets[row] != IGNORED).numpy()
+            if source == 0:
+                assert learned.tolist() == split.counts(int(sample))[1:].tolist()
+            else:
+                ended = inputs[row].numpy() == 0
+                assert learned.tolist() == (~ended).tolist() and documents[row].max() == ended[:-1].sum()
+    assert seen == {0, 1} and {source for source, _ in feed.validation()} == {0, 1}
+    feed.close()
+
+
+def test_a_source_travels_to_a_task(tmp_path, chatml):
+    config = config_of(
+        tmp_path, write(tmp_path / "chat.jsonl", many(20)), tokenizer=str(chatml), chat_date="2024-07-26"
+    )
+    (work,) = works_of(config)
+    other = pickle.loads(pickle.dumps(work))
+    assert other.recipe.template.identity == work.recipe.template.identity
+    assert make_group(other, other.groups[0])["counted"]["train"] > 0

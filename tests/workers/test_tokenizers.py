@@ -322,7 +322,7 @@ def test_ids_beyond_the_model_s_vocabulary_are_refused_before_anything_is_made(b
 
 def test_another_tokenizer_is_another_run(bpe, kimi, data):
     one, other = (replace(data, tokenizer=str(folder)) for folder in (bpe, kimi))
-    was, wanted = data_identity(one, prepare(one)), data_identity(other, prepare(other))
+    was, wanted = (data_identity(RunConfig(data=each), prepare(each)) for each in (one, other))
     with pytest.raises(ConfigError, match=r"data\.tokenizer: the checkpoint has '"):
         refuse_other("runs/x", was, wanted, 0)
     assert other_tokens(was, was["data.tokenizer"]) == ""

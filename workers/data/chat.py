@@ -41,6 +41,7 @@ PLAIN = """\
 {%- endif %}
 """
 """The built-in template: roles as text, and the end of a document after each of the assistant's turns."""
+_UNDEFINED = "undefined_token"
 _BEGINS, _ENDS = "generation_begins", "generation_ends"
 _MARKS = [chr(number) for number in range(0xFDD0, 0xFDF0)]
 """Of Unicode's noncharacters: no text has them."""
@@ -178,7 +179,7 @@ def bound(source: str, special: Mapping[str, str]) -> str:
 
     Args:
         source: its text.
-        special: tokens by their names in SPECIAL.
+        special: tokens by their names in SPECIAL; those that are missing are undefined in the template.
 
     Raises:
         ChatError: it is no template.
@@ -187,9 +188,11 @@ def bound(source: str, special: Mapping[str, str]) -> str:
         names = meta.find_undeclared_variables(_environment(None).parse(source))
     except TemplateError as error:
         raise ChatError(f"it is no Jinja template: {_said(error)}") from error
-    known = [name for name in SPECIAL if name in names and name in special]
+    named = [name for name in SPECIAL if name in names]
+    values = [json.dumps(special[name], ensure_ascii=False) if name in special else _UNDEFINED for name in named]
     # A line of its own: Jinja takes the line break after a block away, and the template begins as it did.
-    return "".join(f"{{% set {name} = {json.dumps(special[name], ensure_ascii=False)} %}}\n" for name in known) + source
+    lines = [f"{{% set {name} = {value} %}}\n" for name, value in zip(named, values, strict=True)]
+    return "".join(lines) + source
 
 
 class _Generation(Extension):

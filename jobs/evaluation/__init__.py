@@ -1,0 +1,1 @@
+"""`raymuon evaluate`: lm-eval's tasks over a checkpoint. Nothing else in raymuon knows lm-eval."""

@@ -1,0 +1,89 @@
+"""Evaluations by Ray tasks: models are never in this process.
+
+A task has a GPU where the cluster has some. It tells what it finds as it goes, to a board that outlives it: a task that
+dies is tried again, and what is told twice is the same.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+
+from orchestrator.group.cluster import connected
+from orchestrator.stop import StopSignal
+from orchestrator.tasks import result_of
+
+WAIT_S = 0.5
+TRIES = 3
+"""Of a task whose process or node is lost."""
+
+Do = Callable[[Sequence[str], Callable[[Any], None]], None]
+"""Does what there is to do with some places, and tells of it."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The first note: what was asked of the cluster, which may have to wait for it."""
+
+    tasks: int
+    gpu: bool
+    """Each has one; else a processor."""
+
+
+class _Board:
+    """Keeps what tasks tell until the driver takes it."""
+
+    def __init__(self) -> None:
+        self.notes: list[Any] = []
+
+    def put(self, note: Any) -> None:
+        """Take a note."""
+        self.notes.append(note)
+
+    def take(self) -> list[Any]:
+        """Give the notes away."""
+        notes, self.notes = self.notes, []
+        return notes
+
+
+def evaluate_on(
+    do: Do, places: Sequence[str], address: str | None, stop: StopSignal, told: Callable[[Any], object]
+) -> None:
+    """Do something with places by tasks on the cluster at `address`, or on a local Ray.
+
+    Args:
+        do: pickled.
+        places: shared out among as many tasks as there are GPUs; without GPUs, processors.
+        address: of a Ray cluster; None starts a local one, unless RAY_ADDRESS is set.
+        stop: tells when a person wants it to end.
+        told: called with each note.
+
+    Raises:
+        RaymuonError: what a task has raised.
+        ClusterError: the cluster cannot be reached, or loses a task again and again.
+        Interrupted: a person has ended it.
+    """
+    with connected(address, stop) as joined:
+        resources = ray.cluster_resources()
+        gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
+        shares = [one for number in range(gpus or cpus) if (one := places[number :: gpus or cpus])]
+        # A local Ray is this command's alone; elsewhere others may be at work.
+        each = max(1, cpus // len(shares)) if joined.local and not gpus else 1
+        board = cast(Any, ray.remote(num_cpus=0)(_Board)).remote()
+        # A process of its own: what lm-eval's libraries read of the environment they read once.
+        own = ray.remote(num_cpus=each, num_gpus=1 if gpus else 0, max_retries=TRIES - 1, max_calls=1)
+        task = own(_telling)
+        told(Begun(len(shares), gpus > 0))
+        running = [task.remote(do, share, board) for share in shares]
+        while running:
+            done, running = ray.wait(running, timeout=WAIT_S)
+            stop.check()
+            for note in ray.get(board.take.remote()):
+                told(note)
+            for reference in done:
+                result_of(reference, "evaluation", TRIES)
+
+
+def _telling(do: Do, share: Sequence[str], board: Any) -> None:
+    do(share, lambda note: ray.get(board.put.remote(note)))
