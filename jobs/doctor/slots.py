@@ -227,5 +227,9 @@ class Slots:
 def _unlinked(members: list[_Slot], answer: Any) -> Finding:
     nodes = ", ".join(dict.fromkeys(one.node for one in members))
     seen = f"{nodes}: no process group of {len(members)} slot(s): {told(answer)}"
-    mend = "open all TCP ports between the nodes (security group, network policy); NCCL_DEBUG=INFO tells more"
+    mend = (
+        "open all TCP ports between the nodes (security group, network policy); on processors see that each node's own "
+        "name means an address which the others reach, not 127.0.1.1, or set GLOO_SOCKET_IFNAME; on GPUs "
+        "NCCL_DEBUG=INFO tells more"
+    )
     return Finding("collectives", CLUSTER, "failure", seen, mend)
