@@ -88,7 +88,7 @@ def moonlight(folder: Path, seeds: int, say: Callable[[str], object], quick: boo
     )
     return {
         "pretrained": {name: _figures(run) for name, run in pretrained.items()},
-        "recoveries": [fault["step"] for fault in pretrained["muon"]["recoveries"]],
+        "recoveries": pretrained["muon"]["recoveries"],
         "fine_tuned": {" then ".join(pair): [run["val_loss"] for run in runs] for pair, runs in tuned.items()},
         "before_fine_tuning": {pair[0]: runs[0]["val_loss_start"] for pair, runs in tuned.items()},
         "evaluated": evaluated,

@@ -66,7 +66,7 @@ def test_the_runs_own_record_is_not_disturbed(run, tracking):
     led.abandon()
 
 
-def test_the_table_has_all_that_is_on_record(run, request):
+def test_the_table_has_all_that_is_on_record(run, monkeypatch):
     uri, run_id, client = run
     record = EvaluationRecord(uri, run_id)
     record.add(10, 1010.0, {"a/acc": 0.3, "a/acc_stderr": 0.01, "b/exact_match.strict": 0.5})
@@ -81,9 +81,8 @@ def test_the_table_has_all_that_is_on_record(run, request):
     }
     shown = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])
     assert shown == [{"path": "evaluation/table.json", "type": "table"}]
-    experiment, elsewhere = client.get_run(run_id).info.experiment_id, mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)  # It looks there, whatever the client's is.
-    request.addfinalizer(lambda: mlflow.set_tracking_uri(elsewhere))
+    experiment = client.get_run(run_id).info.experiment_id
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # It looks there, whatever the client's is.
     assert len(client.load_table(experiment, "evaluation/table.json", run_ids=[run_id])) == 3
 
 
