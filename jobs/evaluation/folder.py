@@ -63,7 +63,7 @@ def _check(text: bytes, where: str) -> None:
         ConfigError: it is none.
     """
     try:
-        parsed = yaml.load(text, _Loader)  # It makes nothing but texts, numbers, lists and maps.
+        parsed = _Loader(text).get_single_data()  # It makes nothing but texts, numbers, lists and maps.
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: broken YAML: {' '.join(str(error).split())}") from error
     if not isinstance(parsed, dict) or not any(isinstance(parsed.get(key), str) for key in ("task", "group")):

@@ -10,7 +10,6 @@ import pytest
 from jobs.bench.simulated import SimulatedCluster
 from jobs.curves import plot_losses
 from jobs.load import load
-from optim.schedule import learning_rate
 from orchestrator.config import RunConfig
 from orchestrator.driver import run_on
 from orchestrator.log.run_log import FencedError, RunLog
@@ -99,7 +98,7 @@ def test_a_record_that_mlflow_does_not_take_at_the_end_is_made_good_by_the_next_
 
 def test_a_learning_rate_that_jumps_on_resume_is_told():
     config = load("demo", ["train.steps=200", "optim.lr=1e-2", "optim.warmup_steps=0"])
-    at_its_end = learning_rate(config.optim, 200, 200)
+    at_its_end = config.optim.curve(200).at(200)
     assert rate_jump(config, 200, at_its_end) == ""
     longer = replace(config, train=replace(config.train, steps=400))
     jump = rate_jump(longer, 200, at_its_end)
