@@ -9,12 +9,10 @@ import numpy as np
 from jobs import lineage
 from jobs.trained import trained_here
 from orchestrator.log.run_log import Entry
+from orchestrator.record.metrics import STDERR
 from workers.checkpoint.manifest import Manifest
 from workers.config import ModelConfig
 from workers.data.tokenizer import BYTES, Tokenizer
-
-STDERR = "_stderr"
-"""What lm-eval calls the standard error of a metric, after its name."""
 
 
 def model_card(

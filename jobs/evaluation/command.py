@@ -22,6 +22,7 @@ from jobs.screen import Screen
 from jobs.table import print_table
 from jobs.tell import tell
 from jobs.trained import Trained, open_trained, series
+from orchestrator.record.metrics import STDERR
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError
 
@@ -154,7 +155,7 @@ class _Seen:
         values = _values(result.figures, self.shots)
         known = self.record.add(trained.step, trained.commit.time, values)
         for name, value in known.items():
-            if abs(values[name] - value) > SAME * max(abs(value), abs(values[name])) and not name.endswith("_stderr"):
+            if abs(values[name] - value) > SAME * max(abs(value), abs(values[name])) and not name.endswith(STDERR):
                 self.console.print(
                     f"step {trained.step}: {name} is {values[name]:.6g} now and {value:.6g} on record, where the first "
                     "one stays",
@@ -177,7 +178,7 @@ def _values(figures: Sequence[Figure], shots: int | None) -> dict[str, float]:
         name = f"{_named(one, shots)}/{one.metric}"
         values[name] = one.value
         if one.stderr is not None:
-            values[f"{name}_stderr"] = one.stderr
+            values[f"{name}{STDERR}"] = one.stderr
     return values
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from mlflow.entities import Metric
 
+from orchestrator.record.metrics import STDERR
 from orchestrator.record.mlflow_client import open_client, tracking_errors
 from orchestrator.record.results import PREFIX, evaluations
 
@@ -21,7 +22,6 @@ FOLDER = "evaluation"
 TABLE = f"{FOLDER}/table.json"
 SHOWN_TABLES = "mlflow.loggedArtifacts"
 """MLflow's tag that names the tables among a run's artifacts."""
-STDERR = "_stderr"
 PER_BATCH = 1000
 """What MLflow takes at a time."""
 

@@ -37,6 +37,8 @@ GROUPS = {
     "telemetry/expert_load": {"expert_imbalance": "imbalance"},
 }
 """The group of each plain name, and what it is called there if not the same."""
+STDERR = "_stderr"
+"""What lm-eval calls the standard error of a metric, after its name."""
 NAMES = {plain: f"{group}/{called or plain}" for group, names in GROUPS.items() for plain, called in names.items()}
 
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 from orchestrator.config import database
 from workers.common.errors import ConfigError, StorageError
@@ -35,6 +37,17 @@ def open_client(uri: str) -> mlflow.MlflowClient:
     waiting = uri if "timeout=" in uri else f"{uri}{'&' if '?' in uri else '?'}timeout={LOCKED_S}"
     with _alone(file.parent):
         return mlflow.MlflowClient(waiting, registry_uri=waiting)
+
+
+def run_of_id(client: mlflow.MlflowClient, run: str) -> Run | None:
+    """Return the run with this id; None where there is none, or none that this account may read."""
+    try:
+        return client.get_run(run)
+    except MlflowException as error:
+        # A server with accounts tells whoever is no admin that a run which is not there is not for them.
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"):
+            raise
+        return None
 
 
 @contextmanager

@@ -2,10 +2,8 @@
 
 from collections import defaultdict
 
-from mlflow.exceptions import MlflowException
-
 from orchestrator.reach import reach_tracking
-from orchestrator.record.mlflow_client import open_client, tracking_errors
+from orchestrator.record.mlflow_client import open_client, run_of_id, tracking_errors
 
 PREFIX = "eval/"
 
@@ -20,11 +18,7 @@ def evaluations(uri: str, run_id: str) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = defaultdict(dict)
     with tracking_errors(uri):
         client = open_client(uri)
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
+        if (run := run_of_id(client, run_id)) is None:
             return {}
         for name in sorted(name for name in run.data.metrics if name.startswith(PREFIX)):
             for one in client.get_metric_history(run_id, name):

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from orchestrator.config import TrackingConfig, database
 from orchestrator.reach import deleted_experiment
 from orchestrator.record.metrics import published, read_history
-from orchestrator.record.mlflow_client import beside, file_of, open_client, tracking_errors
+from orchestrator.record.mlflow_client import beside, file_of, open_client, run_of_id, tracking_errors
 from workers.common.errors import ConfigError, StorageError
 
 FLUSH_S = 2.0
@@ -146,7 +146,7 @@ class Tracking:
             ConfigError: there is none.
         """
         with tracking_errors(self.uri):
-            known = _of_id(self.client, run)
+            known = run_of_id(self.client, run)
         found = known.info.run_id if known else self._newest(f"attributes.run_name = {_quoted(run)}")
         if found is None:
             raise ConfigError(
@@ -188,24 +188,13 @@ def look_up(uri: str, run: str) -> Run:
         raise ConfigError(f"run {run}: there is no MLflow database at {uri}; {hint}")
     with tracking_errors(uri):
         client = open_client(uri)
-        if (known := _of_id(client, run)) is not None:
+        if (known := run_of_id(client, run)) is not None:
             return known
         everywhere = [one.experiment_id for one in client.search_experiments(max_results=MOST_EXPERIMENTS)]
         found = _newest(client, everywhere, f"attributes.run_name = {_quoted(run)}")
     if found is None:
         raise ConfigError(f"run {run}: {uri} has no run of that id or name; {hint}")
     return found
-
-
-def _of_id(client: mlflow.MlflowClient, run: str) -> Run | None:
-    """Return the run with this id; None where there is none, or none that this account may read."""
-    try:
-        return client.get_run(run)
-    except MlflowException as error:
-        # A server with accounts tells whoever is no admin that a run which is not there is not for them.
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"):
-            raise
-        return None
 
 
 def _newest(client: mlflow.MlflowClient, experiments: list[str], condition: str) -> Run | None:
