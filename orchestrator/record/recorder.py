@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from orchestrator.config import RunConfig
 from orchestrator.record.events import DriverStarted, Elapsed, Event, Fault, Membership, Recovery, Tally
@@ -16,6 +16,7 @@ from orchestrator.record.journal import Alive, Journal, Row, read_journal
 from orchestrator.record.metrics import NodeUsage, memory_saving
 from orchestrator.record.report import DESCRIPTION, Links, describe, recovery_report
 from orchestrator.record.result import RunResult
+from orchestrator.record.watcher import Watcher
 from workers.common.errors import StorageError
 from workers.recipe import UNSAVING
 from workers.reports import Planned, Profiled, Report, Sampled, StepDone, Validated
@@ -28,31 +29,6 @@ RATE_TOLERANCE = 0.01
 """Relative difference of a learning rate that is not worth a word."""
 HURRY_S = 2.0
 """How long a commit waits for MLflow to take the rows before it: the journal has them."""
-
-
-class Watcher(Protocol):
-    """Whoever shows a run to a person; called from the driver's loop, so it must be quick. This one shows nothing."""
-
-    def phase(self, text: str) -> None:
-        """A part of the start has begun."""
-
-    def warn(self, text: str) -> None:
-        """Something is wrong that does not end the run."""
-
-    def page(self, tracking_uri: str, path: str) -> None:
-        """MLflow shows the run at that path of its UI."""
-
-    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
-        """Training begins after `first_step`."""
-
-    def report(self, report: Report) -> None:
-        """A worker told something."""
-
-    def event(self, event: Event) -> None:
-        """The group changed, or something went wrong."""
-
-    def committed(self, step: int, url: str) -> None:
-        """A checkpoint counts."""
 
 
 class RunRecorder:

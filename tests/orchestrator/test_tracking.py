@@ -18,10 +18,11 @@ from orchestrator.record.events import Membership, Tally
 from orchestrator.record.journal import Journal
 from orchestrator.record.metrics import NAMES, newest, published
 from orchestrator.record.provenance import provenance
-from orchestrator.record.recorder import RunRecorder, Watcher
+from orchestrator.record.recorder import RunRecorder
 from orchestrator.record.registry import register
 from orchestrator.record.report import Links
 from orchestrator.record.tracking import RunRecord, Tracking, look_up, read_artifact
+from orchestrator.record.watcher import Watcher
 from tests.leading import config_of
 from tests.processes import ProcessHandle
 from tests.workers.test_moonlight import TINY
