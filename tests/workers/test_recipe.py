@@ -161,6 +161,12 @@ def test_borders_are_validated():
         ),
         ({}, [{"steps": 3, "global_batch": 6}], "stages[0].global_batch must be a multiple of micro_batch (4), not 6"),
         ({}, [{"steps": 3, "name": "x"}, {"steps": 3, "name": "x"}], "x is there more than once"),
+        (
+            {},
+            [{"steps": 3, "name": "x-1"}, {"steps": 3, "name": "x.1"}],
+            "x-1, x.1 is there more than once, . and - being",
+        ),
+        ({}, [{"steps": 3, "name": "x y"}], "name must be of letters, digits, -, _ and ., not 'x y'"),
         ({}, [{"steps": 3, "lr": 1e-3}], "lr needs a schedule of this stage's own"),
         ({}, [{"steps": 3, "lr": 0, "schedule": "cosine"}], "lr=0 is a rise from 0: it needs schedule=linear"),
         ({}, [{"steps": 3, "final_lr": 1e-3, "schedule": "constant"}], "is nothing that a constant rate comes to"),
