@@ -181,10 +181,9 @@ class RunConfig:
     def _decay_checks(self) -> Iterator[Check]:
         for stage in self.recipe.stages:
             decay, rate = self.optim.weight_decay, stage.curve.peak
-            text = (
-                f"optim.weight_decay={decay:g} takes more than a tenth of the weights in a step of stage {stage.name}"
-            )
-            yield decay * rate <= MOST_DECAY * (1 + 1e-9), f"{text}, at a learning rate of {rate:g}; lower one of them"
+            most = f"a tenth of the weights in a step of stage {stage.name}, at a learning rate of {rate:g}"
+            text = f"optim.weight_decay={decay:g} takes more than {most}; lower one of them"
+            yield decay * rate <= MOST_DECAY * (1 + 1e-9), text
 
     def _weight_checks(self) -> Iterator[Check]:
         names = [source.name for source in self.data.sources]

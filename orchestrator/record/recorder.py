@@ -346,15 +346,18 @@ def rate_jump(config: RunConfig, step: int, recorded: float) -> str:
         step: that it goes on from.
         recorded: learning rate of that step.
     """
-    rate = config.recipe.learning_rate(step)
-    if abs(rate - recorded) <= RATE_TOLERANCE * recorded:
+    rate, peak = config.recipe.learning_rate(step), config.optim.lr
+    if _alike(rate, recorded):
         return ""
-    peak = config.optim.lr
     return (
         f"the learning rate jumps {'up' if rate > recorded else 'down'}: step {step} was trained with {recorded:.3g} "
         f"({recorded / peak:.2f} of optim.lr), and with this config its rate is {rate:.3g} ({rate / peak:.2f}); "
         f"train.steps={config.train.steps}, its stages or the schedule of optim are not what they were"
     )
+
+
+def _alike(rate: float, recorded: float) -> bool:
+    return abs(rate - recorded) <= RATE_TOLERANCE * recorded
 
 
 def trained_otherwise(config: RunConfig, record: Any, last_step: int) -> str:
@@ -368,12 +371,9 @@ def trained_otherwise(config: RunConfig, record: Any, last_step: int) -> str:
     if record.marks["train"] <= last_step:
         return ""
     recipe = config.recipe
-    rates = {
-        step: abs(recipe.learning_rate(step) - rate) > RATE_TOLERANCE * rate for step, rate in record.history("lr")
-    }
-    batches = {step: recipe.at(step).global_batch != batch for step, batch in record.history("global_batch")}
-    others = [step for found in (rates, batches) for step, is_other in found.items() if is_other and step > last_step]
-    if not others:
+    found = [step for step, rate in record.history("lr") if not _alike(recipe.learning_rate(step), rate)]
+    found += [step for step, batch in record.history("global_batch") if recipe.at(step).global_batch != batch]
+    if not (others := [step for step in found if step > last_step]):
         return ""
     return (
         f"steps {min(others)} to {max(others)} were trained with another learning rate or batch before the driver was "

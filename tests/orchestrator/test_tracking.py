@@ -138,7 +138,7 @@ def test_a_checkpoint_has_the_losses_of_its_own_step_however_late_it_counts(trac
     assert rows(tracking, run_id, "tokens_per_second") == [(step, 70.0 + step) for step in range(1, 8)], "of each step"
 
 
-STAGES = StageConfig(name="early", steps=4), StageConfig(name="late", steps=4, global_batch=24)
+STAGES = StageConfig(name="early", steps=4, schedule="constant"), StageConfig(name="late", steps=4, global_batch=24)
 
 
 def test_the_stage_is_told_also_where_a_driver_begins_with_its_first_step(tracking, tmp_path):
@@ -166,9 +166,11 @@ def test_steps_on_record_that_are_trained_again_with_another_batch_are_told(trac
     record = RunRecord(tracking, run_id)
     assert trained_otherwise(recorder.config, record, 3) == ""
     early, late = STAGES
-    other = recorder_of(record, tmp_path, steps=0, stages=(replace(early, steps=6), replace(late, steps=2))).config
-    assert trained_otherwise(other, record, 3).startswith("steps 4 to 6 were trained with another")
-    assert trained_otherwise(other, record, 7) == ""
+    batch = recorder_of(record, tmp_path, steps=0, stages=(replace(early, steps=6), replace(late, steps=2))).config
+    assert trained_otherwise(batch, record, 3).startswith("steps 5 to 6 were trained with another")
+    rate = recorder_of(record, tmp_path, steps=0, stages=(early, replace(late, schedule="linear"))).config
+    assert trained_otherwise(rate, record, 3).startswith("steps 5 to 7 were trained with another")
+    assert trained_otherwise(rate, record, 7) == ""
     record.abandon()
 
 
