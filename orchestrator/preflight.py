@@ -61,9 +61,18 @@ def check_inputs(config: RunConfig, corpora: tuple[Corpus, ...] | None = None) -
     fences = Store(url, endpoint).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
     corpora = corpora or prepare(config.data, database_files(config.tracking.uri), endpoint)
-    train, most_long = config.train, config.data.max_long_conversations
-    check_corpora(corpora, train.seq_len, max(train.batches), config.model.vocab_size, most_long)
+    check_data(config, corpora)
     return Inputs(corpora, "" if fences else warning)
+
+
+def check_data(config: RunConfig, corpora: tuple[Corpus, ...]) -> None:
+    """Refuse sources that a run cannot be trained on.
+
+    Raises:
+        ConfigError: with everything that is wrong with them.
+    """
+    drawn, most_long = config.recipe.drawn(config.data), config.data.max_long_conversations
+    check_corpora(corpora, config.train.seq_len, drawn, config.model.vocab_size, most_long)
 
 
 class Preflight:

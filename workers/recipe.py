@@ -345,6 +345,17 @@ class Recipe:
         """Return the step from which on each mixture holds, and the integer share of each source in it."""
         return data.mixtures([(stage.first, stage.weights) for stage in self.stages if stage.weights])
 
+    def drawn(self, data: DataConfig) -> list[int]:
+        """Return how many samples of each source a step takes at most, but for one that the mixture rounds up to."""
+        mixtures = self.mixtures(data)
+        until = [*(step for step, _ in mixtures[1:]), self.stages[-1].last + 1]
+        most = [0] * len(mixtures[0][1])
+        for (first, shares), end in zip(mixtures, until, strict=True):
+            batches = [stage.global_batch for stage in self.stages if stage.first < end and first <= stage.last]
+            largest = max(batches, default=0)
+            most = [max(one, -(-largest * share // sum(shares))) for one, share in zip(most, shares, strict=True)]
+        return most
+
     def cut_short(self) -> list[str]:
         """Return a line about each learning rate that does not come about whole."""
         curves = {stage.curve: stage for stage in reversed(self.stages)}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from optim.checks import ConfigProblems
 from optim.config import OptimConfig
-from workers.data.config import DataConfig, SourceConfig
+from workers.data.config import DataConfig, MixtureConfig, SourceConfig
 from workers.recipe import Recipe, StageConfig, TrainConfig
 
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=10, final_lr_fraction=0.1)
@@ -95,6 +95,20 @@ def test_what_a_stage_does_not_say_is_as_before():
     data = DataConfig(sources=tuple(SourceConfig(name=name, urls=("u",)) for name in "xy"))
     assert found.mixtures(data) == [(1, (1, 1)), (3, (0, 1)), (10, (1, 3))]
     assert [found.at(step).name for step in (0, 1, 2, 3, 14, 15)] == ["a", "a", "a", "b", "d", "d"]
+
+
+def test_a_source_gives_a_step_its_share_at_most():
+    """And one that no stage gives a weight nothing, however large the batch."""
+    data = DataConfig(sources=tuple(SourceConfig(name=name, urls=("u",)) for name in "xyz"))
+    some, more = {"x": 1.0}, {"x": 1.0, "y": 3.0}
+    stages = StageConfig(name="a", steps=2, weights=some), StageConfig(name="b", steps=2, global_batch=16, weights=more)
+    last = StageConfig(name="c", steps=1, global_batch=64, weights={"x": 63.0, "y": 1.0})
+    assert recipe(*stages).drawn(data) == [8, 12, 0]
+    assert recipe(*stages, last).drawn(data) == [63, 12, 0]
+    mixed = replace(data, mixture=(MixtureConfig(step=3, weights={"z": 1}), MixtureConfig(step=9, weights=some)))
+    grown = StageConfig(name="a", steps=2), StageConfig(name="b", steps=2, global_batch=16)
+    assert recipe(*grown).drawn(mixed) == [3, 3, 16]
+    assert recipe(steps=4).drawn(DataConfig()) == [8]
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0, 4, 8, 12, 64])), min_size=1, max_size=6))
