@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ def tuned(rank: int, world_size: int, task: Task) -> dict:
     trainer.run()
     return {
         "biases": biases_of(trainer.engine.model),
+        "imbalances": [fields["expert_imbalance"] for fields in told.of(StepDone)],
         "losses": [fields["loss"] for fields in told.of(StepDone)],
         "tokens": [fields["step_tokens"] for fields in told.of(StepDone)],
         "validation": [fields["loss"] for fields in told.of(Validated)],
@@ -90,17 +92,20 @@ def task_of(folder, name: str, template: str, end: str, schedule: str) -> tuple[
     return task, rows
 
 
-def rows_of(task: Task, split: str, samples: list[int], rows: list) -> list:
-    """Return the conversations of sequences, out of the file."""
+def rows_of(task: Task, split: str, samples: list[int], rows: list) -> list[tuple[list, bool]]:
+    """Return the conversations of sequences, out of the file, and whether there is room for a token behind each."""
     (corpus,) = task.corpora
     shards = getattr(corpus, split)
     packing, ends = packing_of(corpus, shards, task.train.seq_len), DocumentEnds(corpus, shards)
-    ranges = [one for sample in samples for one in packing.documents(sample)]
-    return [rows[ends.stretches(*one)[0].row - 1] for one in ranges]
+    found = []
+    for ranges in map(packing.documents, samples):
+        room = packing.capacity - sum(stop - start for start, stop in ranges)
+        found += [(rows[ends.stretches(*one)[0].row - 1], one != ranges[-1] or room > 0) for one in ranges]
+    return found
 
 
 @contextmanager
-def balanced(model: torch.nn.Module) -> Iterator[None]:
+def balanced(model: torch.nn.Module, imbalances: list[float]) -> Iterator[None]:
     """Move the biases of transformers' routers against the tokens that each expert has got within (Moonlight, app. C)."""
     routers = [module for module in model.modules() if hasattr(module, BIAS)]
     loads = {router: torch.zeros(router.num_experts) for router in routers}
@@ -110,6 +115,7 @@ def balanced(model: torch.nn.Module) -> Iterator[None]:
 
     hooks = [router.register_forward_hook(count) for router in routers]
     yield
+    imbalances.append(max([(load.max() / load.mean()).item() for load in loads.values()], default=0.0))
     for hook, (router, load) in zip(hooks, loads.items(), strict=True):
         hook.remove()
         direction = torch.sign(load.mean() - load)
@@ -128,14 +134,15 @@ def plain_loop(task: Task, rows: list) -> dict:
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/../hf", dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.95), ADAMW_EPS, weight_decay=0.1)
 
-    def summed(messages: list) -> tuple[torch.Tensor, int]:
+    def summed(messages: list, room: bool) -> tuple[torch.Tensor, int]:
         found = made.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = torch.tensor([found["input_ids"]]), torch.tensor(found["assistant_masks"], dtype=torch.bool)
-        logits = model(ids, use_cache=False).logits[0, :-1][mask[1:]]
+        read = ids if room else ids[:, :-1]  # The last token of a full sequence is a target alone.
+        logits = model(read, use_cache=False).logits[0, : len(mask) - 1][mask[1:]]
         return F.cross_entropy(logits, ids[0, 1:][mask[1:]], reduction="sum"), int(mask[1:].sum())
 
     def mean(batch: list) -> tuple[torch.Tensor, int]:
-        losses, counts = zip(*map(summed, batch), strict=True)
+        losses, counts = zip(*starmap(summed, batch), strict=True)
         return torch.stack(losses).sum() / sum(counts), sum(counts)
 
     @torch.no_grad()
@@ -146,10 +153,10 @@ def plain_loop(task: Task, rows: list) -> dict:
         return mean(rows_of(task, "validation", [i * number // count for i in range(count)], rows))[0].item()
 
     order = order_of(task.data, task.recipe, task.train.seq_len, task.seed, task.corpora)
-    losses, tokens, validation = [], [], [validate()]
+    losses, tokens, imbalances, validation = [], [], [], [validate()]
     for step in range(1, STEPS + 1):
         batch = rows_of(task, "train", order.at(indices_of_step(task.recipe, step)).sample.tolist(), rows)
-        with balanced(model):
+        with balanced(model, imbalances):
             loss, count = mean(batch)
         optimizer.zero_grad()
         loss.backward()
@@ -161,7 +168,8 @@ def plain_loop(task: Task, rows: list) -> dict:
         losses.append(loss.item())
         tokens.append(count)
     validation.append(validate())
-    return {"losses": losses, "tokens": tokens, "validation": validation, "biases": biases_of(model)}
+    found = {"losses": losses, "tokens": tokens, "imbalances": imbalances, "validation": validation}
+    return {**found, "biases": biases_of(model)}
 
 
 @pytest.mark.numeric
@@ -175,7 +183,7 @@ def test_fine_tuning_is_transformers_and_a_plain_loop(tmp_path, name, template, 
     plain = plain_loop(task, rows)
     losses = plain["losses"]
     assert found["tokens"] == plain["tokens"] and len(losses) == STEPS
-    for key in ("losses", "validation", "biases"):
+    for key in ("losses", "validation", "imbalances", "biases"):
         assert np.abs(np.subtract(found[key], plain[key])).max(initial=0) < 1e-5, key
     assert abs(losses[-1] - losses[0]) > 1e-3, "something is learned, or it would all be equal"
 
