@@ -268,6 +268,12 @@ def test_a_hugging_face_folder_is_imported_once_and_again_when_it_changes(folder
     told_all = replace(config, model=MODELS["llama"], train=replace(config.train, init=again, init_state="all"))
     with pytest.raises(ConfigError, match="has none, for it was imported"):
         find_origin(told_all)
+    imports = sorted(Path(url).parent.iterdir())
+    (folder / "generation_config.json").unlink()
+    for init, choice, why in ((str(folder), "all", "has none, for it was imported"), (f"{folder}@3", "weights", "@3")):
+        with pytest.raises(ConfigError, match=why):
+            with_checkpoint(replace(config, train=replace(config.train, init=init, init_state=choice)), told.append)
+    assert sorted(Path(url).parent.iterdir()) == imports, "refused before it is imported"
 
 
 def test_a_run_may_begin_where_another_has_ended_by_its_name(tmp_path):

@@ -124,7 +124,9 @@ def _own_template(fs: AbstractFileSystem, path: str, about: dict[str, Any]) -> s
         found = {one.get("name"): one.get("template") for one in found}.get("default", "")
     if not isinstance(found, str):
         where = _beside(path, ABOUT)
-        raise ConfigError(f"data.tokenizer: chat_template in {where} is {kind_of(found)}, not a text, nor such by names; set data.chat_template")
+        raise ConfigError(
+            f"data.tokenizer: chat_template in {where} is {kind_of(found)}, not a text, nor such by names; set data.chat_template"
+        )
     return found
 
 

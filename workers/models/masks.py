@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-
 NOBODY = -1
 """In the place of a document's number: what fills a sequence up."""
 
