@@ -20,7 +20,7 @@ from workers.data.json_tokenizer import write_tokenizer
 def import_model(folder: str, to: str, say: Callable[[str], object] = lambda text: None, s3_endpoint: str = "") -> str:
     """Write the model in a local folder as a checkpoint of step 0 at `to`; return its URL.
 
-    `say` gets what to tell a person. `s3_endpoint` is of an S3 store that is not AWS. What was written of an import that
+    `say` gets what to tell a person. `s3_endpoint` is of an S3 store that is not AWS. What an import has written that
     fails, or that somebody ends, is taken away.
 
     Raises:

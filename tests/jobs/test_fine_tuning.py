@@ -106,7 +106,7 @@ def rows_of(task: Task, split: str, samples: list[int], rows: list) -> list[tupl
 
 @contextmanager
 def balanced(model: torch.nn.Module, imbalances: list[float]) -> Iterator[None]:
-    """Move the biases of transformers' routers against the tokens that each expert has got within (Moonlight, app. C)."""
+    """Move the biases of transformers' routers against the tokens that each expert gets (Moonlight, appendix C)."""
     routers = [module for module in model.modules() if hasattr(module, BIAS)]
     loads = {router: torch.zeros(router.num_experts) for router in routers}
 

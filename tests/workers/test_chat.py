@@ -178,7 +178,7 @@ def test_a_template_that_is_no_text_is_told(tmp_path, value):
     folder = tokenizer(tmp_path / "one")
     about = {"eos_token": "</s>", "chat_template": value}
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    with pytest.raises(ConfigError, match=r"chat_template in .*tokenizer_config.json is .*, not a text"):
+    with pytest.raises(ConfigError, match=r"chat_template in .*tokenizer_config.json is .*, and no text"):
         opened(folder)
     (folder / "chat_template.jinja").write_bytes("ä".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"chat_template.jinja is no UTF-8"):

@@ -134,7 +134,7 @@ def test_logits_of_other_documents_are_not_seen():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_fills_a_sequence_up_is_not_counted(name):
-    """Neither by the routers, whose biases it would move, nor where QK-Clip looks, whatever its tokens would do there."""
+    """Neither by the routers, whose biases it would move, nor where QK-Clip looks, however large it is there."""
     tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(1))
     documents = torch.tensor([[0] * 7 + [1] * 4 + [NOBODY] * 5, [0] * 16]).int()
     model = model_of(name, torch.float32, watched=True)

@@ -125,7 +125,8 @@ def _own_template(fs: AbstractFileSystem, path: str, about: dict[str, Any]) -> s
     if not isinstance(found, str):
         where = _beside(path, ABOUT)
         raise ConfigError(
-            f"data.tokenizer: chat_template in {where} is {kind_of(found)}, not a text, nor such by names; set data.chat_template"
+            f"data.tokenizer: chat_template in {where} is {kind_of(found)}, and no text, nor texts by name; set "
+            "data.chat_template to a file of Jinja"
         )
     return found
 
