@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.group.cluster import connected
 from orchestrator.stop import StopSignal
 from orchestrator.tasks import result_of
+from workers.common.errors import ClusterError
 
 WAIT_S = 0.5
+UNWIND_S = 5.0
+"""For tasks that are ended to take away what they have laid down."""
 TRIES = 3
 """Of a task whose process or node is lost."""
 
@@ -70,19 +75,43 @@ def evaluate_on(
         shares = [one for number in range(gpus or cpus) if (one := places[number :: gpus or cpus])]
         # A local Ray is this command's alone; elsewhere others may be at work.
         each = max(1, cpus // len(shares)) if joined.local and not gpus else 1
-        board = cast(Any, ray.remote(num_cpus=0)(_Board)).remote()
+        board = _board()
         # A process of its own: what lm-eval's libraries read of the environment they read once.
         own = ray.remote(num_cpus=each, num_gpus=1 if gpus else 0, max_retries=TRIES - 1, max_calls=1)
         task = own(_telling)
         told(Begun(len(shares), gpus > 0))
         running = [task.remote(do, share, board) for share in shares]
-        while running:
-            done, running = ray.wait(running, timeout=WAIT_S)
-            stop.check()
-            for note in ray.get(board.take.remote()):
-                told(note)
-            for reference in done:
-                result_of(reference, "evaluation", TRIES)
+        try:
+            while running:
+                done, running = ray.wait(running, timeout=WAIT_S)
+                stop.check()
+                for note in _taken(board):
+                    told(note)
+                for reference in done:
+                    result_of(reference, "evaluation", TRIES)
+        finally:
+            _end(running)
+
+
+def _board() -> Any:
+    """Start a board on this node: while the driver lives, it does."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return cast(Any, ray.remote(num_cpus=0)(_Board)).options(scheduling_strategy=here).remote()
+
+
+def _taken(board: Any) -> list[Any]:
+    try:
+        return ray.get(board.take.remote())
+    except RayError as error:
+        raise ClusterError(f"the process that keeps the figures of the evaluation was lost: {error}") from error
+
+
+def _end(running: Sequence[Any]) -> None:
+    """End tasks as Ctrl-C would, so that they leave nothing behind; those that do not hear it end with Ray."""
+    for reference in running:
+        ray.cancel(reference)
+    if running:
+        ray.wait(list(running), num_returns=len(running), timeout=UNWIND_S)
 
 
 def _telling(do: Do, share: Sequence[str], board: Any) -> None:
