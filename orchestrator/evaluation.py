@@ -1,7 +1,7 @@
 """Evaluations by Ray tasks: models are never in this process.
 
 A task has a GPU where the cluster has some. It tells what it finds as it goes, to a board that outlives it: a task that
-dies is tried again, and what is told twice is the same.
+dies is tried again, with what it had not done yet.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,9 @@ UNWIND_S = 5.0
 TRIES = 3
 """Of a task whose process or node is lost."""
 
-Do = Callable[[Sequence[str], Callable[[Any], None]], None]
+Tell = Callable[[Any, str], None]
+"""Takes a note, and the place that is done with it; empty where none is."""
+Do = Callable[[Sequence[str], Tell], None]
 """Does what there is to do with some places, and tells of it."""
 
 
@@ -36,15 +38,33 @@ class Begun:
     """Each has one; else a processor."""
 
 
+@dataclass(frozen=True)
+class BegunAgain:
+    """A task was lost, and is tried again with what it had not done yet."""
+
+    places: tuple[str, ...]
+
+
 class _Board:
     """Keeps what tasks tell until the driver takes it."""
 
     def __init__(self) -> None:
         self.notes: list[Any] = []
+        self.begun: set[str] = set()
+        self.done: set[str] = set()
 
-    def put(self, note: Any) -> None:
-        """Take a note."""
+    def begin(self, share: Sequence[str]) -> list[str]:
+        """Return the places of a share that are not done yet."""
+        left = [place for place in share if place not in self.done]
+        if not self.begun.isdisjoint(share):
+            self.notes.append(BegunAgain(tuple(left)))
+        self.begun |= set(share)
+        return left
+
+    def put(self, note: Any, done: str) -> None:
+        """Take a note, and a place that is done with it."""
         self.notes.append(note)
+        self.done.add(done)
 
     def take(self) -> list[Any]:
         """Give the notes away."""
@@ -115,4 +135,4 @@ def _end(running: Sequence[Any]) -> None:
 
 
 def _telling(do: Do, share: Sequence[str], board: Any) -> None:
-    do(share, lambda note: ray.get(board.put.remote(note)))
+    do(ray.get(board.begin.remote(share)), lambda note, done: ray.get(board.put.remote(note, done)))

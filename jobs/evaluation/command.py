@@ -155,11 +155,19 @@ class _Seen:
             case Result(where):
                 self._take(where, note)
             case _:
-                each = "GPU" if note.gpu else "processor"
-                self.console.print(
-                    f"{len(self.opened)} checkpoint(s), {note.tasks} at a time, each as soon as a {each} is free",
-                    style="dim",
-                )
+                self._show_tasks(note)
+
+    def _show_tasks(self, note: Any) -> None:
+        from orchestrator.evaluation import BegunAgain
+
+        if isinstance(note, BegunAgain):
+            again = ", ".join(note.places)
+            self.console.print(f"a process of the evaluation was lost; begun again: {again}", style="yellow")
+            return
+        each = "GPU" if note.gpu else "processor"
+        self.console.print(
+            f"{len(self.opened)} checkpoint(s), {note.tasks} at a time, each as soon as a {each} is free", style="dim"
+        )
 
     def put_down_rest(self) -> StorageError | None:
         """Record what MLflow has not taken before; return why it does not take it now either."""

@@ -106,13 +106,13 @@ class Deleted:
 Note = Progress | Result | Deleted
 
 
-def evaluate_all(evaluation: Evaluation, places: Sequence[str], tell: Callable[[Note], object]) -> None:
+def evaluate_all(evaluation: Evaluation, places: Sequence[str], put: Callable[[Note, str], object]) -> None:
     """Evaluate checkpoints, and tell of each one.
 
     Args:
         evaluation: what is asked.
         places: of the checkpoints, as `open_trained` takes them.
-        tell: called with what is done.
+        put: called with what is told, and the place that is done with it; empty where none is.
 
     Raises:
         ConfigError: a task cannot be loaded or does not fit the model.
@@ -121,11 +121,15 @@ def evaluate_all(evaluation: Evaluation, places: Sequence[str], tell: Callable[[
     """
     prepare_environment(evaluation.offline, evaluation.unsafe_code)
     with _laid_down(evaluation.folder) as folder:
+
+        def tell(note: Note) -> None:
+            put(note, "")
+
         tell(Progress("", "loading tasks", 0, len(places)))
         tasks = _imported(evaluation, folder)
         for where in places:
             tell(Progress(where, "reading the checkpoint", 0, 0))
-            tell(_evaluated_or_deleted(evaluation, where, tasks, tell))
+            put(_evaluated_or_deleted(evaluation, where, tasks, tell), where)
 
 
 def check_texts(trained: Trained, chat: bool, system: str) -> ChatTemplate | None:
