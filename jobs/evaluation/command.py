@@ -69,6 +69,7 @@ def evaluate(asked: Asked, stop: StopSignal, as_json: bool) -> None:
     with stop.abruptly():
         folder = read_folder(asked.task_folder, asked.s3_endpoint) if asked.task_folder else None
         opened = _opened(asked)
+        _remind_of_chat(opened[0], asked, console)
         record = _record_of(opened[0], asked, console)
     evaluation = Evaluation(
         tasks=asked.tasks,
@@ -105,6 +106,11 @@ def _opened(asked: Asked) -> list[Trained]:
     for one in opened:
         check_texts(one, asked.chat, asked.system)
     return opened
+
+
+def _remind_of_chat(trained: Trained, asked: Asked, console: Screen) -> None:
+    if trained.manifest.identity.get("data.chat_template") and not asked.chat:
+        console.print("it was tuned with conversations: --chat asks in their template, as it was tuned", style="dim")
 
 
 def _record_of(trained: Trained, asked: Asked, console: Screen) -> Any:

@@ -19,7 +19,7 @@ from jobs.evaluation.loading import SEEDS, load_tasks, prepare_environment
 from jobs.trained import Trained, open_trained
 from orchestrator.log.run_log import RunLog, split_step
 from workers.common.errors import ClusterError, ConfigError, RaymuonError, StorageError
-from workers.common.storage import Store
+from workers.common.storage import Store, storage_errors
 from workers.data.chat import ChatTemplate
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ def _laid_down(folder: TaskFolder | None) -> Iterator[Path | None]:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="raymuon-tasks-") as place:
-        folder.lay_down(Path(place))
+        with storage_errors(place):
+            folder.lay_down(Path(place))
         with contextlib.chdir(place):
             yield Path(place)
 

@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
-from jobs.chat import template_of
+from jobs.chat import ends_of_turn, template_of
 from jobs.evaluation.chat import Conversations, refuses_system
 from jobs.evaluation.lm import CheckpointLM
 from jobs.evaluation.loading import load_tasks
@@ -34,7 +34,7 @@ from workers.data.tokenizer_files import open_tokenizer
 from workers.generate import generate
 
 SEQ_LEN = 48
-BEGIN = "<|begin|>"
+BEGIN, TURN = "<|begin|>", "<|turn|>"
 LONG = "".join(f"def f{number}(x):\n    return x * {number}\n\n" for number in range(24))
 PAIRS = [
     ("import os\nimport ", "sys\n"),
@@ -115,7 +115,7 @@ def tokenizers(tmp_path_factory):
     (root / "text.py").write_text(LONG + Path(os.__file__).read_text())
     train_tokenizer(str(root / "text.py"), 400, str(root / "bpe"), "text", 0, Screen(quiet=True))
     begun = Tokenizer.from_file(str(root / "bpe" / "tokenizer.json"))
-    begun.add_special_tokens([AddedToken(BEGIN, special=True, normalized=False)])
+    begun.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (BEGIN, TURN)])
     special = [(BEGIN, begun.token_to_id(BEGIN))]
     begun.post_processor = TemplateProcessing(single=f"{BEGIN} $A", special_tokens=special)
     (root / "begun").mkdir()
@@ -131,15 +131,17 @@ def both(request, tmp_path_factory, tokenizers):
     name, _, kind = request.param.partition("-")
     root, tokenizer = tmp_path_factory.mktemp(request.param), tokenizers[kind]
     special = {"bos_token": BEGIN if kind == "begun" else tokenizer.token_of(tokenizer.end)}
-    template = ChatTemplate(bound(TEMPLATES["begun"], special | {"eos_token": tokenizer.token_of(tokenizer.end)}))
+    # A turn may have an end of its own, which is no document's.
+    special["eos_token"] = TURN if kind == "begun" else tokenizer.token_of(tokenizer.end)
+    template = ChatTemplate(bound(TEMPLATES["begun"], special))
     known = {"data.tokenizer": tokenizer.sha256, "data.chat_template": template.sha256, "train.seq_len": SEQ_LEN}
     trained(root / "run", replace(MODELS[name], vocab_size=max(256, tokenizer.vocab_size + 3)), **known)
     write_tokenizer(Store(str(root / "run")), tokenizer)
     write_template(Store(str(root / "run")), template)
     export(str(root / "run"), str(root / "hf"), "float32")
     opened = open_trained(str(root / "run"), "")
-    chat = Conversations(template_of(opened, opened.tokenizer))
-    ours = CheckpointLM(opened.model(), opened.tokenizer, opened.seq_len, batch_tokens=300, chat=chat)
+    chat, ends = Conversations(template_of(opened, opened.tokenizer)), ends_of_turn(template, tokenizer)
+    ours = CheckpointLM(opened.model(), opened.tokenizer, opened.seq_len, batch_tokens=300, ends=ends, chat=chat)
     return ours, HFLM(str(root / "hf"), device="cpu", dtype="float32", batch_size=1)
 
 
@@ -152,6 +154,7 @@ def test_ids_are_those_of_transformers(both):
     ours, theirs = both
     assert ours.prefix_token_id == theirs.prefix_token_id and ours.eot_token_id == theirs.eot_token_id
     assert ours.max_length == theirs.max_length == SEQ_LEN
+    assert {*np.atleast_1d(theirs.model.generation_config.eos_token_id).tolist()} == ours._ends, "the export says less"
     for text in {*TEXTS, *itertools.chain(*PAIRS)}:
         assert ours.tok_encode(text) == theirs.tok_encode(text), text
         assert ours.tok_encode(text, add_special_tokens=False) == theirs.tok_encode(text, add_special_tokens=False)
@@ -201,6 +204,7 @@ def test_the_offline_tasks_come_to_the_same(both):
         assert (one.documents, one.shots, one.stderr) == (5, 0, None)
 
 
+@pytest.mark.parametrize("both", ["llama-bpe"], indirect=True)
 def test_examples_are_drawn_as_lm_eval_itself_draws_them(both, tmp_path, monkeypatch):
     """Twice over the same tasks, as for two checkpoints: the second time must not draw others."""
     from lm_eval.evaluator import simple_evaluate
@@ -223,30 +227,19 @@ def test_examples_are_drawn_as_lm_eval_itself_draws_them(both, tmp_path, monkeyp
 
 @pytest.mark.parametrize("both", ["llama-bpe", "moonlight-begun"], indirect=True)
 def test_a_chat_is_asked_as_lm_evals_own_model_asks_it(both, tmp_path, monkeypatch):
-    """With examples as turns, a system's message, and answers that the task begins."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    ours, theirs = both
+    """With an example as a turn, a system's message, and answers that the task begins."""
     folder = write_tasks(tmp_path / "tasks", begun_yaml=BEGUN, written_yaml=WRITTEN)
     monkeypatch.chdir(folder)
-    names, asked = ["mine_choice", "begun", "written"], Evaluation(tasks=(), chat=True, system="Hi.", limit=2)
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    ways = {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "Hi."}
-    seen = [simple_evaluate(model, tasks=names, num_fewshot=1, limit=2, task_manager=manager, bootstrap_iters=0, **ways)
-            for model in both]  # fmt: skip
-    for name, samples in seen[1]["samples"].items():
-        for mine, other in zip(seen[0]["samples"][name], samples, strict=True):
-            assert mine["arguments"] == other["arguments"], name
-            for ours_, theirs_ in zip(np.ravel(mine["resps"]).tolist(), np.ravel(other["resps"]).tolist(), strict=True):
-                assert ours_ == (theirs_ if isinstance(theirs_, str) else pytest.approx(theirs_, abs=1e-4))
-    (context, _), *_ = seen[0]["samples"]["begun"][0]["arguments"]
-    assert context.count("<|im_start|>") == 5 and context.endswith("assistant\nIt is") and "system\nHi." in context
-    found = run_lm(ours, load_tasks(names, folder, False, 1), asked)
-    for name in names:
-        for one in figures_of(name, found):
-            assert one.value == pytest.approx(seen[1]["results"][name][f"{one.metric},none"], abs=1e-5)
-    assert theirs.tokenizer.chat_template
+    names, seen = ["mine_choice", "begun", "written"], []
+    for model in both:
+        tasks = load_tasks(names, folder, False, 1)
+        run_lm(model, tasks, Evaluation(tasks=(), chat=True, system="Hi.", limit=2))
+        seen.append([one for name in names for one in tasks["tasks"][name].instances])
+    assert [one.args for one in seen[0]] == [one.args for one in seen[1]]
+    for mine, other in zip(*([one.resps[0] for one in instances] for instances in seen), strict=True):
+        assert mine == (other if isinstance(other, str) else (pytest.approx(other[0], abs=1e-4), other[1]))
+    begun = next(one.args[0] for one in seen[0] if one.task_name == "begun")
+    assert begun.count("<|im_start|>") == 5 and begun.endswith("assistant\nIt is") and "system\nHi." in begun
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100_000])
@@ -313,8 +306,8 @@ def test_special_tokens_end_a_text_where_a_task_or_the_model_says_so(both, monke
     told = [model.generate_until(requests("g", [("import os\n", {**asked, "until": until}) for until in ([], [BEGIN])]))
             for model in both]  # fmt: skip
     assert told[0] == told[1] and len(told[0][1]) < len(told[0][0]), "another text's stop, or none"
-    monkeypatch.setattr(theirs.model.generation_config, "eos_token_id", [ours.eot_token_id, special])
-    monkeypatch.setattr(ours, "_ends", frozenset({ours.eot_token_id, special}))
+    monkeypatch.setattr(theirs.model.generation_config, "eos_token_id", [*ours._ends, special])
+    monkeypatch.setattr(ours, "_ends", ours._ends | {special})
     asked = requests("g", [("import os\n", asked)])
     assert ours.generate_until(asked) == theirs.generate_until(asked) == told[0][1:]
 
