@@ -91,13 +91,15 @@ def _read(config: str) -> Any:
 def _merge(values: Any, overrides: list[str], name: str) -> dict[str, Any]:
     if wrong := [override for override in overrides if "=" not in override or override.startswith("=")]:
         raise ConfigError(f"override(s) {', '.join(wrong)}: write them as key=value, for instance optim.lr=1e-3")
+    where = name
     try:
         merged = OmegaConf.merge(values)
-        for override in overrides:
-            _override(merged, override)
+        for where in overrides:
+            _override(merged, where)
+        where = name
         container = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     if not isinstance(container, dict):
         raise ConfigError(f"{name}: must hold keys and values, not a list")
     return {str(key): value for key, value in container.items()}

@@ -191,7 +191,8 @@ def _fine_tune(place: Place, before: str, after: str, seed: int) -> dict[str, An
     """Fine-tune a pretrained one on conversations, with sequences as it knows them: it is evaluated with these."""
     changes = [f"optim.name={after}", f"optim.lr={TUNING[after]}", f"seed={seed}", f"train.init={before}"]
     changes += ["data.chat_template=plain", "checkpoint.every=0", "optim.warmup_steps=4"]
-    changes += ["train.seq_len=256", "train.global_batch=16", f"train.steps={8 if place.quick else 40}"]
+    changes += ["train.seq_len=256", "train.global_batch=16", "train.validate_sequences=128"]  # All that there are.
+    changes.append(f"train.steps={8 if place.quick else 40}")
     name = _name(before, after, seed)
     return place.train(f"fine-tune-{name}", "demo-chat", name, *changes)
 
