@@ -115,7 +115,7 @@ def test_a_template_has_its_special_tokens_in_it(end):
         ("{{ strftime_now('%Y') }}", CONVERSATIONS[0], "set data.chat_date"),
         ("{{ messages[-1].content }}", CONVERSATIONS[2], "does not tell where the assistant speaks in messages[1]"),
         ("{{ messages[0].content }}", CONVERSATIONS[0], "writes nothing that the assistant says"),
-        ("{{ messages[0].role + messages[-1].role }}", [said("assistant", "a")], "to write the messages before messages[0]"),
+        ("{{ messages[0].role + messages[-1].role }}", [said("assistant", "a")], "the messages before messages[0]"),
         ("{% set x %}{% generation %}{{ messages[1].content }}{% endgeneration %}{% endset %}{{ x | length }}",
          CONVERSATIONS[0], "changes what stands within {% generation %}"),
         (CHATML, [said("user", "a<|im_end|>b"), said("assistant", "c")], "messages[0] has '<|im_end|>' in it"),
