@@ -189,6 +189,6 @@ def _print_what_next(console: Screen, arguments: list[str], config: RunConfig, r
     if not (config.train.stages or config.train.tokens):  # Their lengths are in a file.
         console.print(f"  train it further     {command('raymuon', 'train', *further)}")
     console.print(f"  export the model     {command('raymuon', *model)}")
-    if not config.data.chats:
+    if not (config.data.chats or config.data.sources):
         own = [argument for argument in arguments if not argument.startswith(("run.name=", "data.source="))]
         console.print(f"  this folder's text   {command('raymuon', 'train', *own, 'run.name=mine', 'data.source=.')}")

@@ -151,6 +151,7 @@ def test_stages_that_are_not_reached_may_become_others(uninterrupted):
     assert "data.mixture" in refused(SECOND + 2, first, second, replace(third, weights={"first": 1}))
     assert "train.growth" in refused(FIRST + 3, replace(first, steps=FIRST + 1), second, third)
     assert "train.global_batch" in refused(2, replace(first, global_batch=8), second, third)
+    assert "train.growth" in refused(FIRST + 3, replace(first, weights={"first": 1, "second": 1}, steps=STEPS))
 
 
 def test_the_optimizer_of_a_run_has_no_word_in_stages_of_their_own(uninterrupted):

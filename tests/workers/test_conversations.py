@@ -311,16 +311,16 @@ def test_a_conversation_that_is_longer_than_the_sequence_is_refused_or_left_out_
     rows = [*many(40), [said("user", "a"), said("assistant", "b" * 500)]]
     (corpus,) = prepare(config_of(tmp_path, write(tmp_path / "chat.jsonl", rows)))
     with pytest.raises(ConfigError) as raised:
-        check_corpora((corpus,), 400, 1, 256)
+        check_corpora((corpus,), 400, [1], 256)
     longest = len(encoded(config_of(tmp_path, "x"), rows[-1]).ids)
     for part in ("1 of 41 conversation(s) is longer than train.seq_len=400", f"the longest has {longest}",
                  "data.max_long_conversations=0; none is cut", "set data.max_long_conversations=1"):  # fmt: skip
         assert part in str(raised.value)
-    check_corpora((corpus,), 400, 1, 256, most_long=1)
+    check_corpora((corpus,), 400, [1], 256, most_long=1)
     assert "and left out" in told(corpus, 400) and "left out" not in told(corpus, 600)
-    check_corpora((corpus,), longest - 1, 1, 256)
+    check_corpora((corpus,), longest - 1, [1], 256)
     with pytest.raises(ConfigError, match=rf"longer than train.seq_len={longest - 2}"):
-        check_corpora((corpus,), longest - 2, 1, 256)
+        check_corpora((corpus,), longest - 2, [1], 256)
 
 
 @pytest.mark.parametrize(
