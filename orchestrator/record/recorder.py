@@ -16,6 +16,7 @@ from orchestrator.record.metrics import NodeUsage
 from orchestrator.record.report import DESCRIPTION, Links, describe, recovery_report
 from orchestrator.record.result import RunResult
 from workers.common.errors import StorageError
+from workers.recipe import Recipe
 from workers.reports import Planned, Profiled, Report, Sampled, StepDone, Validated
 
 BULKY = ("config", "provenance")
@@ -40,8 +41,8 @@ class Watcher(Protocol):
     def page(self, tracking_uri: str, path: str) -> None:
         """MLflow shows the run at that path of its UI."""
 
-    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
-        """Training begins after `first_step`."""
+    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int, recipe: Recipe) -> None:
+        """Training begins after `first_step`, by a recipe that may go on beyond `last_step`."""
 
     def report(self, report: Report) -> None:
         """A worker told something."""
@@ -163,7 +164,8 @@ class RunRecorder:
         match event:
             case Membership() if not self._begun:
                 self._begun = True
-                self.watcher.begin(self.record.run_id, event.restored_step, self.last_step, event.world_size)
+                steps = event.restored_step, self.last_step
+                self.watcher.begin(self.record.run_id, *steps, event.world_size, self.config.recipe)
             case Fault():
                 self._faults += 1
                 self.record.note(event.step, event.time, {"faults": self._faults})
