@@ -155,8 +155,7 @@ def find_origin(config: RunConfig) -> Origin | None:
     theirs, ours = (_what_it_is(config.model, one) for one in (manifest.identity["model"], asdict(config.model)))
     if differences := _differences({"model": theirs}, {"model": ours}):
         raise ConfigError(f"train.init={config.train.init} is another model:\n" + "\n".join(differences))
-    if config.train.init_state == "all":
-        _check_state(config, manifest)
+    check_state(config, manifest.identity.get("optim.name"))
     return Origin(run_url=log.store.url, manifest=manifest)
 
 
@@ -164,14 +163,18 @@ def _what_it_is(model: ModelConfig, fields: Mapping[str, Any]) -> dict[str, Any]
     return {key: value for key, value in fields.items() if key not in model.training_keys()}
 
 
-def _check_state(config: RunConfig, manifest: Manifest) -> None:
-    """Refuse to take an optimizer's state along that is not there, or another's.
+def check_state(config: RunConfig, theirs: str | None) -> None:
+    """Refuse to take an optimizer's state along that is not there, or another's, where `train.init_state` says so.
+
+    Args:
+        config: of the run.
+        theirs: optimizer of what it begins with; None where that was imported.
 
     Raises:
         ConfigError: it is not this run's.
     """
-    theirs, ours = manifest.identity.get("optim.name"), config.optim.name
-    if theirs != ours:
+    ours = config.optim.name
+    if config.train.init_state == "all" and theirs != ours:
         what = f"has that of {theirs}, and optim.name={ours}" if theirs else "has none, for it was imported"
         raise ConfigError(
             f"train.init_state=all takes the optimizer's state along, and {config.train.init} {what}; set "

@@ -190,6 +190,13 @@ def test_all_problems_are_gathered_with_hints():
         assert expected in text, expected
 
 
+def test_a_source_that_would_not_be_read_is_refused():
+    """It would be trained on the sources as before, and nobody told."""
+    with pytest.raises(ConfigError, match=r"data.source=my.txt would not be read beside data.sources \(code, chosen\)"):
+        load("moonlight-demo", ["data.source=my.txt"])
+    assert load("moonlight-demo", ["data.source=python-stdlib"]), "as a config that is printed has it"
+
+
 def test_a_batch_that_cannot_be_formed():
     with pytest.raises(ConfigError, match=r"train.global_batch must be a multiple of micro_batch \(5\), not 16"):
         load("demo", ["train.micro_batch=5"])

@@ -259,6 +259,9 @@ class A:
     assert (first[2]["content"], first[4]["content"]) == ("Return the area of a rectangle.", "width, height")
     assert [one["content"] for one in second[1:]] == ["What does close() do?", "Close it."]
     assert list(conversations(b"def f(:")) == [] and list(conversations(b"\0")) == []
+    (tmp_path / "half.py").write_text('def f(x):\n    "a \\ud800"\n')
+    with pytest.raises(ConfigError, match=r"half.py:1: half a character"):
+        prepare(config_of(tmp_path, tmp_path / "half.py"))
     (tmp_path / "a.py").write_bytes(source)
     (corpus,) = prepare(config_of(tmp_path, tmp_path / "a.py", held_out_fraction=0.01))
     assert corpus.documents == 2

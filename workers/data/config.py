@@ -68,11 +68,15 @@ class MixtureConfig:
         )
 
 
+SOURCE = "python-stdlib"
+"""Of `data.source`, where nothing is said."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """The text, its tokens, and the order in which they are read."""
 
-    source: str = "python-stdlib"
+    source: str = SOURCE
     """Text: a file, a folder or a glob, of any fsspec URL, several with commas between them, or `python-stdlib`, the
     standard library's own source code, or `python-stdlib/json`, a folder of it. Hidden files below a folder and what
     runs have written are left out. With `format=chat`, Python source is conversations about its functions."""
@@ -173,6 +177,11 @@ class DataConfig:
 
     def _mixture_checks(self) -> Iterator[Check]:
         names = [source.name for source in self.sources]
+        yield (
+            self.source == SOURCE or not names,
+            f"source={self.source} would not be read beside data.sources ({', '.join(names)}); give one of these its "
+            "urls, or leave data.source out",
+        )
         twice = sorted({name for name in names if names.count(name) > 1})
         yield not twice, f"sources: {', '.join(twice)} is there more than once; each has a name of its own"
         steps = [stage.step for stage in self.mixture]
