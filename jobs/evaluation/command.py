@@ -80,7 +80,7 @@ def evaluate(asked: Asked, stop: StopSignal, as_json: bool) -> None:
         system=asked.system,
         unsafe_code=asked.unsafe_code,
         batch_tokens=asked.batch_tokens,
-        s3_endpoint=opened[0].reader.store.s3_endpoint,
+        s3_endpoint=opened[0].s3_endpoint,
     )
     from orchestrator.evaluation import evaluate_on  # Ray takes a second to import.
 
