@@ -3,8 +3,9 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,9 +18,12 @@ from orchestrator.log.run_log import find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader
 from workers.common.errors import ConfigError, StorageError
-from workers.common.storage import Store, shared_url
+from workers.common.storage import Store, is_remote, shared_url
 from workers.data.json_tokenizer import JINJA, read_template
 from workers.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from orchestrator.record.tracking import Tracking
 
 SHARD_BYTES = 4 << 30
 """Of an exported file, at most, but for a tensor that is larger."""
@@ -79,33 +83,46 @@ def export(
 
     buffers, results = set(reader.names(BUFFER)), dict((evaluated or {}).get(manifest.step, {}))
     plan = _plan(manifest, 4 if dtype == "float32" else 2, shard_bytes)
-    where: dict[str, str] = {}
-    for number, names in enumerate(plan, 1):
-        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        tensors = dict(_exported(reader, names, buffers))
-        if number == len(plan):
-            tensors |= empty_tensors_of(model)
-        target.put(file, _encode(tensors, dtype, exact=buffers))
-        where |= dict.fromkeys(tensors, file)
-    size = sum(file.size for file in target.files("").values())
-    texts = {
-        "README.md": model_card(manifest, commit, model, tokenizer, dtype, buffers, results),
-        "generation_config.json": json.dumps(generation, indent=2),
-        **(tokenizer.files if tokenizer else {}),
-    }
-    if template := manifest.identity.get("data.chat_template"):
-        texts[JINJA] = read_template(log.store, template).source
-    if len(plan) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": where}
-        texts["model.safetensors.index.json"] = json.dumps(index, indent=2)
-    texts["config.json"] = json.dumps(config_of(model, about, dtype), indent=2)
-    for name, text in texts.items():
-        target.put(name, text.encode())
+    with _whole(target):
+        where: dict[str, str] = {}
+        for number, names in enumerate(plan, 1):
+            file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+            tensors = dict(_exported(reader, names, buffers))
+            if number == len(plan):
+                tensors |= empty_tensors_of(model)
+            target.put(file, _encode(tensors, dtype, exact=buffers))
+            where |= dict.fromkeys(tensors, file)
+        size = sum(file.size for file in target.files("").values())
+        texts = {
+            "README.md": model_card(manifest, commit, model, tokenizer, dtype, buffers, results),
+            "generation_config.json": json.dumps(generation, indent=2),
+            **(tokenizer.files if tokenizer else {}),
+        }
+        if template := manifest.identity.get("data.chat_template"):
+            texts[JINJA] = read_template(log.store, template).source
+        if len(plan) > 1:
+            index = {"metadata": {"total_size": size}, "weight_map": where}
+            texts["model.safetensors.index.json"] = json.dumps(index, indent=2)
+        texts["config.json"] = json.dumps(config_of(model, about, dtype), indent=2)
+        for name, text in texts.items():
+            target.put(name, text.encode())
     files = target.files("")
     size = sum(file.size for file in files.values())
     stage, ancestors = (manifest.lineage.stage, manifest.lineage.ancestors) if manifest.lineage else ("", ())
     known = (manifest.run_id, commit.metrics, results, stage, name_of(ancestors[0]) if ancestors else "")
     return Exported(target.url, manifest.step, sorted(files), size, *known)
+
+
+@contextmanager
+def _whole(target: Store) -> Iterator[None]:
+    """Take away what has been written into a new folder, if that does not come to its end."""
+    try:
+        yield
+    except BaseException:
+        with suppress(StorageError):
+            for name in target.files("") or ["config.json"]:  # The folder alone may be there.
+                target.remove(name)
+        raise
 
 
 def export_series(
@@ -151,7 +168,29 @@ def recorded(
         return {}
 
 
-def register(exported: Sequence[Exported], model: str, tracking_uri: str) -> list[str]:
+def registry(model: str, to: str, tracking_uri: str) -> "Tracking":
+    """Return the MLflow in which exports to the folder `to` can be versions of `model`.
+
+    Asked before anything is written, which takes hours for a series of large models.
+
+    Raises:
+        ConfigError: it takes no such name, or no such folder.
+        StorageError: the server is away, or refuses.
+    """
+    from orchestrator.config import TrackingConfig
+    from orchestrator.record.registry import ask
+    from orchestrator.record.tracking import Tracking
+
+    if tracking_uri.startswith(("http://", "https://")) and not is_remote(Store(shared_url(to)).url):
+        raise ConfigError(
+            f"--register {model}: an MLflow server ({tracking_uri}) takes no folder of one machine; name a place that all "
+            "reach, for instance --to s3://BUCKET/FOLDER, or a database as --tracking-uri, sqlite:///FILE"
+        )
+    ask(tracking := Tracking(TrackingConfig(uri=tracking_uri)), model)
+    return tracking
+
+
+def register(exported: Sequence[Exported], model: str, tracking: "Tracking") -> list[str]:
     """Make exported checkpoints versions of `model` in MLflow's registry, in the order of steps.
 
     A version has its step and its run's stage for aliases; the last of several is the `newest`, too.
@@ -162,11 +201,9 @@ def register(exported: Sequence[Exported], model: str, tracking_uri: str) -> lis
     Raises:
         StorageError: the server is away, or refuses.
     """
-    from orchestrator.config import TrackingConfig
     from orchestrator.record.registry import register as register_
-    from orchestrator.record.tracking import Tracking
 
-    tracking, versions = Tracking(TrackingConfig(uri=tracking_uri)), {}
+    versions = {}
     in_order = sorted(exported, key=lambda one: one.step)
     for one in in_order:
         last_of_several = len(in_order) > 1 and one is in_order[-1]
@@ -174,7 +211,11 @@ def register(exported: Sequence[Exported], model: str, tracking_uri: str) -> lis
         about = {"stage": one.stage, "began_with": one.began_with}
         tags = {"raymuon.step": one.step, "raymuon.run_id": one.run_id, **one.metrics, **one.results}
         tags |= {f"raymuon.{key}": text for key, text in about.items() if text}
-        versions[one.url] = register_(tracking, model, one.url, one.run_id, tags, aliases)
+        try:
+            versions[one.url] = register_(tracking, model, one.url, one.run_id, tags, aliases)
+        except StorageError as error:
+            done = f"{len(versions)} of {len(in_order)} registered as {model}"
+            raise StorageError(f"{done}, from step {one.step} on not; what is exported is whole. {error}") from error
     return [versions[one.url] for one in exported]
 
 
