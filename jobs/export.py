@@ -12,7 +12,7 @@ import numpy as np
 from jobs.hugging_face import config_of, empty_tensors_of, refuse_unloadable, tensors_of, trained_with
 from jobs.lineage import name_of
 from jobs.model_card import model_card
-from jobs.trained import finite_tensor, model_of, tokenizer_of, trained_here
+from jobs.trained import finite_tensor, model_of, tokenizer_of, trained_here, undeleted
 from orchestrator.config import database
 from orchestrator.log.run_log import find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
@@ -71,7 +71,8 @@ def export(
         StorageError: something is damaged or not finite, or could not be written.
     """
     log, commit = find_commit(url, s3_endpoint)
-    manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
+    with undeleted((log, commit)):
+        manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
     reader = CheckpointReader(log.store, manifest)
     model, tokenizer = model_of(manifest), tokenizer_of(log.store, manifest)
     about = _about(manifest, tokenizer)
@@ -83,7 +84,7 @@ def export(
 
     buffers, results = set(reader.names(BUFFER)), dict((evaluated or {}).get(manifest.step, {}))
     plan = _plan(manifest, 4 if dtype == "float32" else 2, shard_bytes)
-    with _whole(target):
+    with undeleted((log, commit)), _whole(target):
         where: dict[str, str] = {}
         for number, names in enumerate(plan, 1):
             file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"

@@ -7,7 +7,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import get_args, get_type_hints
 
-from jobs.trained import Trained
+from jobs.trained import Trained, undeleted
 from optim.config import OptimConfig
 from orchestrator.group.cluster import connected, is_local
 from orchestrator.log.run_log import RunLog
@@ -189,7 +189,8 @@ def measure(
     total = len(checkpoints) * sum(stack.count * max(1, len(stack.parts)) for stack in stacks)
     found: dict[tuple[int, Piece], list[Spectrum]] = {}
     done = 0
-    with connected(address, stop):
+    read = ((one.log, one.commit) for _, one in checkpoints)
+    with undeleted(*read), connected(address, stop):
         saved, gpus = [_saved(one) for _, one in checkpoints], min(1, free_gpus())
         for (number, piece), spectra in by_tasks(spectra_of, saved, work, stop, "study", gpus):
             keep = id(checkpoints[number][1]) in last
