@@ -1,5 +1,6 @@
 """Exported models, loaded by transformers."""
 
+import html
 import json
 import os
 from dataclasses import asdict, replace
@@ -231,6 +232,17 @@ def test_a_card_tells_what_evaluations_have_found_at_its_step(tmp_path):
     warned = []
     assert recorded(str(tmp_path / run_id), "http://127.0.0.1:9", warned.append) == {}
     assert "the card has no results of evaluations: " in warned[0]
+
+
+def test_names_are_no_markdown_in_a_card(tmp_path):
+    from markdown_it import MarkdownIt
+
+    name = r"a_*b*|<b>`c` [x](http:y) ~~d~~ _e_ f_g &lt; \\ h"
+    trained(tmp_path / "run", "llama", run_id=name)
+    export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32", evaluated={10: {name: 0.5}})
+    text = (tmp_path / "hf" / "README.md").read_text().split("---\n", 2)[2]
+    shown = MarkdownIt("gfm-like", {"linkify": False}).render(text)
+    assert shown.count(html.escape(name, quote=False)) == 3, "heading, run, task"
 
 
 ODD = {
