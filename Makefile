@@ -8,7 +8,7 @@ ARGS ?=
 .PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format curves studies moonlight bench bench-recovery bench-optimizer bench-model bench-gpu bench-checkpoint bench-data bench-load lock clean
 
 help: ## list the verbs
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## put raymuon and all that it needs into .venv/
 

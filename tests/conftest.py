@@ -15,7 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 # No test asks for models or data elsewhere; the libraries read this when they are imported.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "DISABLE_MULTIPROC": "1"}
-os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp(prefix="matplotlib-"))
+# One list of fonts for all processes and test runs, which takes a second to make.
+os.environ.setdefault("MPLCONFIGDIR", f"{tempfile.gettempdir()}/raymuon-matplotlib-{os.getuid()}")
 
 
 # On a busy machine a time limit is a measure of the machine.

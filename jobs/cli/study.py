@@ -1,5 +1,6 @@
 """Studies: what is found out about runs that are there, or by many of them."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +8,11 @@ from typing import Annotated
 import typer
 
 from jobs.cli.options import AsJson, RayAddress, S3Endpoint, TrackingUri
+from jobs.screen import command
 from jobs.tell import tell
 from orchestrator.config import DEFAULT_TRACKING_URI
 from orchestrator.stop import StopSignal
+from workers.common.errors import Interrupted
 
 app = typer.Typer()
 study_app = typer.Typer(no_args_is_help=True, help="Find out about runs that are there, or by many of them.")
@@ -40,7 +43,9 @@ def study_spectrum(
 
 @study_app.command("moonlight")
 def study_moonlight(
-    out: Annotated[Path, typer.Option(help="A new folder for everything.")] = Path("runs/moonlight"),
+    out: Annotated[Path, typer.Option(help="For everything: a new folder, or an interrupted study's.")] = Path(
+        "runs/moonlight"
+    ),
     seeds: Annotated[int, typer.Option(min=1, help="Of each fine-tuning.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="A twentieth of the steps: to see that it works.")] = False,
     as_json: AsJson = False,
@@ -48,8 +53,10 @@ def study_moonlight(
     """The Moonlight paper's way at the demo's size: tokenizer, stages, fine-tuning, evaluation, spectra, export."""
     from jobs.study.moonlight import moonlight, report
 
-    found = moonlight(out.absolute(), seeds, partial(typer.echo, err=True), quick)
-    (out / "report.md").write_text(report(found))
+    try:
+        found = moonlight(out.absolute(), seeds, partial(typer.echo, err=True), quick)
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(f"interrupted; go on with: {command('raymuon', *sys.argv[1:])}") from None
     typer.echo(report(found))
     typer.echo(f"{out}/report.md, {out}/spectra/, {found['seconds'] / 60:.1f} minutes")
     if as_json:

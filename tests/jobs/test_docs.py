@@ -106,6 +106,12 @@ def test_every_page_belongs_to_a_command_and_is_in_the_contents():
         assert f"commands/{page.name}" in contents
 
 
+def test_make_help_lists_every_verb():
+    verbs = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()  # type: ignore[index]
+    told = subprocess.run(["make", "--silent", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert sorted(line.split()[1] for line in told.splitlines()) == sorted(verbs)
+
+
 def test_every_built_in_config_is_listed():
     text = (COMMANDS / "config.md").read_text()
     assert [name for name in (path.stem for path in CONFIGS.glob("*.yaml")) if f"`{name}`" not in text] == []

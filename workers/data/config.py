@@ -7,7 +7,7 @@ from fractions import Fraction
 from math import lcm
 from typing import Literal
 
-from optim.checks import Check, filled, no_password, require, within
+from optim.checks import Check, filled, named, no_password, require, within
 
 Format = Literal["auto", "text", "jsonl", "parquet", "arrow", "npy", "megatron", "chat"]
 MAX_DENOMINATOR = 100_000
@@ -34,12 +34,8 @@ class SourceConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            *filled(self, name="the source"),
+            *named(self, "name"),
             (not self.field or bool(self.field.strip()), "field must name the text's field; it is blank"),
-            (
-                re.fullmatch(r"[A-Za-z0-9._-]*[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None,
-                f"name must be of letters, digits, -, _ and ., not {self.name!r}",
-            ),
             (bool(self.urls) and all(url.strip() for url in self.urls), "urls must name files; one or all are empty"),
             *no_password(self, "urls"),
             *within(self, "(0, inf)", "weight"),
@@ -72,11 +68,15 @@ class MixtureConfig:
         )
 
 
+SOURCE = "python-stdlib"
+"""Of `data.source`, where nothing is said."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """The text, its tokens, and the order in which they are read."""
 
-    source: str = "python-stdlib"
+    source: str = SOURCE
     """Text: a file, a folder or a glob, of any fsspec URL, several with commas between them, or `python-stdlib`, the
     standard library's own source code, or `python-stdlib/json`, a folder of it. Hidden files below a folder and what
     runs have written are left out. With `format=chat`, Python source is conversations about its functions."""
@@ -177,6 +177,11 @@ class DataConfig:
 
     def _mixture_checks(self) -> Iterator[Check]:
         names = [source.name for source in self.sources]
+        yield (
+            self.source == SOURCE or not names,
+            f"source={self.source} would not be read beside data.sources ({', '.join(names)}); give one of these its "
+            "urls, or leave data.source out",
+        )
         twice = sorted({name for name in names if names.count(name) > 1})
         yield not twice, f"sources: {', '.join(twice)} is there more than once; each has a name of its own"
         steps = [stage.step for stage in self.mixture]
