@@ -188,8 +188,8 @@ def registry(model: str, to: str, tracking_uri: str) -> "Tracking":
 
     if tracking_uri.startswith(("http://", "https://")) and not is_remote(Store(shared_url(to)).url):
         raise ConfigError(
-            f"--register {model}: an MLflow server ({tracking_uri}) takes no folder of one machine; name a place that all "
-            "reach, for instance --to s3://BUCKET/FOLDER, or a database as --tracking-uri, sqlite:///FILE"
+            f"--register {model}: an MLflow server ({tracking_uri}) takes no folder of one machine; name a place that "
+            "all reach, for instance --to s3://BUCKET/FOLDER, or a database as --tracking-uri, sqlite:///FILE"
         )
     ask(tracking := Tracking(TrackingConfig(uri=tracking_uri)), model)
     return tracking

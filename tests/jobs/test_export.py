@@ -207,7 +207,7 @@ def test_a_series_becomes_versions_in_the_order_of_steps(tmp_path):
     assert client.get_model_version_by_alias("tiny", "a-b").tags["raymuon.stage"] == "a.b"
     assert {alias: str(version) for alias, version in client.get_registered_model("tiny").aliases.items()} == aliases
     (tmp_path / "mlflow.db").unlink()
-    with pytest.raises(StorageError, match=r"0 of 3 registered as tiny, from step 10 on not; what .* is whole\. .* is gone"):
+    with pytest.raises(StorageError, match=r"0 of 3 registered as tiny, from step 10 on not; .* is gone"):
         register(exported, "tiny", tracking)
 
 
@@ -370,7 +370,7 @@ def test_what_is_exported_is_told_where_it_cannot_be_registered(tmp_path, monkey
     trained(tmp_path / "run", "llama", steps=(10, 20))
     monkeypatch.setattr("jobs.export.registry", lambda *given: "an MLflow")
     monkeypatch.setattr("jobs.export.register", fail)
-    options = ("--series", "--to", f"{tmp_path}/hf", "--register", "ok", "--tracking-uri", f"sqlite:///{tmp_path}/no.db")
+    options = ("--series", "--to", f"{tmp_path}/hf", "--register", "ok", "--tracking-uri", "sqlite:////nowhere/no.db")
     done = CliRunner().invoke(app, ["export", f"{tmp_path}/run", *options])
     assert [line.rpartition(" in ")[2] for line in done.stdout.splitlines()] == [
         f"{tmp_path}/hf/step-000000{step}" for step in (10, 20)

@@ -226,7 +226,10 @@ def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch, changes, told):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("step", "error"), [("measure", Interrupted), ("draw", StorageError), ("draw", KeyboardInterrupt)])
+ENDS = [("measure", Interrupted), ("draw", StorageError), ("draw", KeyboardInterrupt)]
+
+
+@pytest.mark.parametrize(("step", "error"), ENDS)
 def test_what_does_not_come_to_its_end_leaves_nothing(tmp_path, monkeypatch, step, error):
     def fail(path=None, *given) -> None:
         if step == "draw":
