@@ -34,7 +34,7 @@ def blocks(language: str, text: str = TUTORIAL) -> list[str]:
 
 
 def printed_commands(text: str) -> list[list[str]]:
-    """Return the raymuon commands that a page has its reader type; what has brackets for what may be left out is none."""
+    """Return the raymuon commands that a page has its reader type; what has brackets around options is none."""
     found = []
     for language in ("sh", "", "console"):
         lines = "\n".join(blocks(language, text)).replace("\\\n", "").splitlines()
