@@ -59,15 +59,15 @@ def template_of(trained: Trained, tokenizer: Tokenizer) -> ChatTemplate:
     Raises:
         ConfigError: there is none, or it cannot be used.
     """
-    store, now = trained.reader.store, datetime.now()
-    if known := trained.manifest.identity.get("data.chat_template"):
-        return read_template(store, known, now)
+    log, now = trained.log, datetime.now()
+    if log is not None and (known := trained.manifest.identity.get("data.chat_template")):
+        return read_template(log.store, known, now)
     if not tokenizer.sha256:
         raise ConfigError(f"{trained.where}: it was not tuned with conversations (data.format=chat); leave --chat out")
-    folder = trained.where if trained.log is None else f"{store.url}/{FOLDER}"
+    folder = trained.where if log is None else f"{log.store.url}/{FOLDER}"
     config = DataConfig(tokenizer=folder, format="chat", chat_date=now.date().isoformat())
     try:
-        return open_template(config, tokenizer, store.s3_endpoint)
+        return open_template(config, tokenizer, trained.s3_endpoint)
     except ConfigError as error:
         raise ConfigError(f"{trained.where}: no chat template to talk by: {error}") from error
 

@@ -14,7 +14,16 @@ from jobs.architectures import ARCHITECTURES
 from jobs.architectures.keys import Keys, said
 from optim.checks import ConfigProblems
 from workers.common.errors import ConfigError
+from workers.common.storage import is_remote, local_path
 from workers.config import ModelConfig
+
+CONFIG = "config.json"
+
+
+def model_folder(url: str) -> Path | None:
+    """Return the local folder with a Hugging Face model that is meant; None where it is none."""
+    folder = None if is_remote(url) else local_path(url)
+    return folder if folder is not None and (folder / CONFIG).is_file() else None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jobs.record import read_record
 from jobs.runs import TrackedRun
 from orchestrator.config import RunConfig
 from orchestrator.log.run_log import RunLog
-from orchestrator.preflight import corpora_of, data_identity, refuse_other
+from orchestrator.preflight import corpora_of, data_identity, of_data, refuse_other
 from orchestrator.record.journal import read_journal
 from workers.common.errors import ConfigError
 from workers.common.storage import Store, absolute_url
@@ -100,7 +100,7 @@ def _trained_on(found: TrackedRun, step: int) -> tuple[RunConfig, tuple[Corpus, 
     if not 1 <= step <= config.train.steps:
         raise ConfigError(f"step {step}: run {found.run_id} has steps 1 to {config.train.steps}")
     corpora = corpora_of(attempt.corpora, config.storage.s3_endpoint or found.s3_endpoint)
-    known = RunLog(found.store).identity or {}
+    known = of_data(RunLog(found.store).identity or {})
     refuse_other(found.url, known, data_identity(config, corpora), step)
     return config, corpora
 

@@ -2,12 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
 
+from jobs.chat import ends_of_turn
 from jobs.hugging_face import config_of, empty_tensors_of, refuse_unloadable, tensors_of, trained_with
 from jobs.lineage import name_of
 from jobs.model_card import model_card
@@ -90,11 +92,13 @@ def export(
     size = sum(file.size for file in target.files("").values())
     texts = {
         "README.md": model_card(manifest, commit, model, tokenizer, dtype, buffers, results),
-        "generation_config.json": json.dumps(generation, indent=2),
         **(tokenizer.files if tokenizer else {}),
     }
-    if template := manifest.identity.get("data.chat_template"):
-        texts[JINJA] = read_template(log.store, template).source
+    if tokenizer and (known := manifest.identity.get("data.chat_template")):
+        template = read_template(log.store, known, datetime.now())
+        texts[JINJA] = template.source
+        generation["eos_token_id"] = _with(generation["eos_token_id"], ends_of_turn(template, tokenizer))
+    texts["generation_config.json"] = json.dumps(generation, indent=2)
     if len(plan) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": where}
         texts["model.safetensors.index.json"] = json.dumps(index, indent=2)
@@ -195,6 +199,12 @@ def _about(manifest: Manifest, tokenizer: Tokenizer | None) -> dict[str, Any]:
             f"{manifest.run_id} was imported by an older raymuon, without its special tokens' ids; import it once more"
         )
     return dict(identity["hugging_face"])
+
+
+def _with(end: int | None, more: Collection[int]) -> int | list[int] | None:
+    """Return the tokens that end a text, as `generation_config.json` has them: several where a turn has its own."""
+    others = sorted(set(more) - {end})
+    return end if not others else others if end is None else [end, *others]
 
 
 def _plan(manifest: Manifest, item_bytes: int, shard_bytes: int) -> list[list[str]]:

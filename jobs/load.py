@@ -7,6 +7,8 @@ import ast
 import difflib
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields, is_dataclass, make_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -91,28 +93,38 @@ def _read(config: str) -> Any:
 def _merge(values: Any, overrides: list[str], name: str) -> dict[str, Any]:
     if wrong := [override for override in overrides if "=" not in override or override.startswith("=")]:
         raise ConfigError(f"override(s) {', '.join(wrong)}: write them as key=value, for instance optim.lr=1e-3")
-    where = name
-    try:
+    with _refused(name):
         merged = OmegaConf.merge(values)
-        for where in overrides:
-            _override(merged, where)
-        where = name
+    for override in overrides:
+        with _refused(f"{name}: {override}"):
+            _override(merged, override)
+    with _refused(name):
         container = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     if not isinstance(container, dict):
         raise ConfigError(f"{name}: must hold keys and values, not a list")
     return {str(key): value for key, value in container.items()}
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Say of what OmegaConf refuses where it stands."""
+    try:
+        yield
+    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
 def _override(merged: Any, override: str) -> None:
     """Put one `key=value` over what is there.
 
     A text stands for itself, and a number is the one that people read: to YAML the name 1e-3 is a number, 010 is 8 and
-    12:30 is 750. In quotes it is YAML's text.
+    12:30 is 750. In quotes it is YAML's text. Numbers by name take the place of all that were there.
     """
     key, _, text = override.partition("=")
-    if _leaves(RunConfig, "").get(re.sub(r"\.\d+\.", "[].", key)) not in TYPE_NAMES or text[:1] in ("'", '"'):
+    hint = _leaves(RunConfig, "").get(re.sub(r"\.\d+\.", "[].", key))
+    if get_origin(hint) is dict:
+        OmegaConf.update(merged, key, OmegaConf.from_dotlist([f"value={text}"])["value"], merge=False)
+    elif hint not in TYPE_NAMES or text[:1] in ("'", '"'):
         merged.merge_with_dotlist([override])
     else:
         OmegaConf.update(merged, key, text)

@@ -43,7 +43,7 @@ def model_card(
         "training run": manifest.run_id,
         "step": manifest.step,
         "tokens": f"{manifest.counters['tokens']:,}",
-        **_training(manifest.identity),
+        **_training(manifest),
         **{f"{name} (nats per token)": f"{value:.4f}" for name, value in sorted(commit.metrics.items())},
         "saved": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(commit.time)),
         **lineage.told(manifest.lineage, places=False),
@@ -86,17 +86,20 @@ def _tokens(manifest: Manifest, tokenizer: Tokenizer | None) -> str:
     return "The tokenizer is the original's."
 
 
-def _training(identity: dict[str, Any]) -> dict[str, Any]:
+def _training(manifest: Manifest) -> dict[str, Any]:
     """Return the rows about the training; of an imported model, where it came from."""
+    identity = manifest.identity
     if "data" not in identity:
         return {"imported from": identity["imported"]}
     data = identity["data"]
     hashes = {f"SHA-256 of {name}": one for name, one in data.items()} if isinstance(data, dict) else {}
     tokenizer = identity.get("data.tokenizer")
+    grown = [change for change in identity.get("train.growth", ()) if change[0] <= manifest.step]
     return {
         "optimizer": identity["optim.name"],
         "sequence length": identity["train.seq_len"],
-        "global batch": f"{identity['train.global_batch']} sequences",
+        "global batch": f"{identity['train.global_batch']} sequences"
+        + "".join(f", {batch} from step {step:,} on" for step, batch in grown),
         **(hashes or {"SHA-256 of the data": data}),
         **({"SHA-256 of the tokenizer": tokenizer} if tokenizer else {}),
     }

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from jobs.config_json import model_folder
 from jobs.runs import find
 from orchestrator.config import RunConfig
 from orchestrator.log.run_log import RunLog, split_step
+from orchestrator.preflight import check_state
 from workers.common.errors import ConfigError
 from workers.common.storage import Store, is_remote, shared_url
 
@@ -29,8 +31,11 @@ def with_checkpoint(config: RunConfig, say: Callable[[str], object]) -> RunConfi
     base, step = split_step(config.train.init)
     if not base or is_remote(base):
         return config
-    if step is None and Path(base, "config.json").is_file():
-        found = _imported(Path(base), config, say)
+    if (folder := model_folder(base)) is not None:
+        if step is not None:
+            raise ConfigError(f"train.init={config.train.init}: a Hugging Face folder has no steps; leave @{step} out")
+        check_state(config, None)  # An import of many gigabytes that would be refused is not made.
+        found = _imported(folder, config, say)
     elif "/" not in base and not Path(base).exists():
         run = _run(base, config)
         found = run if step is None else f"{run}@{step}"
@@ -53,7 +58,7 @@ def _run(name: str, config: RunConfig) -> str:
 def _imported(folder: Path, config: RunConfig, say: Callable[[str], object]) -> str:
     """Return the checkpoint of a folder of Hugging Face's; made once of the same files.
 
-    An import that was killed is left alone: it has no commit, and the next one has a name of its own.
+    One whose process was killed is left alone: it has no commit, and the next one has a name of its own.
     """
     from jobs.import_ import import_model
 

@@ -1,7 +1,8 @@
 """Stdout and stderr of a process that outlives whoever reads them.
 
 A pipe is closed (`| head -5`), a terminal vanishes, a disk is full, `2>&-` left none at all: what is written then is
-dropped, by whichever library and thread, and the command goes on to its end and to its own exit code.
+dropped, by whichever library and thread, and the command goes on to its end and to its own exit code. What a terminal has
+no characters for is written as escapes.
 """
 
 import io
@@ -9,6 +10,9 @@ import os
 import select
 import sys
 from typing import Any, TextIO
+
+ESCAPED = "backslashreplace"
+"""What becomes of a character that the encoding of an output does not have, as of a terminal that is not UTF-8."""
 
 
 class _Output(io.FileIO):
@@ -48,12 +52,12 @@ def _outlived(descriptor: int, stream: TextIO | None, original: TextIO | None) -
         return stream  # Somebody else's, as a test's.
     buffer = io.BufferedWriter(_Output(descriptor, "w", closefd=False))
     if stream is None:
-        return io.TextIOWrapper(buffer, encoding="utf-8", errors="backslashreplace")
+        return io.TextIOWrapper(buffer, encoding="utf-8", errors=ESCAPED)
     stream.flush()
     return io.TextIOWrapper(
         buffer,
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors=ESCAPED,
         line_buffering=stream.line_buffering or stream.write_through,  # PYTHONUNBUFFERED has the second alone.
         write_through=stream.write_through,
     )

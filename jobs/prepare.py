@@ -7,9 +7,10 @@ from jobs.load import load
 from jobs.screen import Screen
 from jobs.tell import tell
 from orchestrator.config import RunConfig, absolute, database_files
+from orchestrator.preflight import check_data
 from orchestrator.stop import StopSignal
 from workers.data.corpus import Corpus, check_vocabulary, read_index
-from workers.data.enough import check_corpora, told, too_long
+from workers.data.enough import told, too_long
 from workers.data.prepare import GROUP_BYTES, Group, Work, prepare_work, works_of
 
 TELL_S = 2.0
@@ -24,8 +25,7 @@ def prepare(config: str, overrides: list[str], address: str | None, stop: StopSi
     """
     run_config, console = absolute(load(config, overrides)), Screen(stderr=as_json)
     corpora = prepared(run_config, address, stop, console)
-    train, most_long = run_config.train, run_config.data.max_long_conversations
-    check_corpora(corpora, train.seq_len, max(train.batches), run_config.model.vocab_size, most_long)
+    check_data(run_config, corpora)
     found = [summary(corpus) for corpus in corpora]
     for one in found:
         console.print(

@@ -21,6 +21,7 @@ from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, run
 from orchestrator.generation import Decide
 from orchestrator.group.cluster import JOB_VARIABLE, is_local
+from orchestrator.preflight import find_origin
 from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError
@@ -56,7 +57,7 @@ def train(
         meanwhile=_plan,
     )
     with TerminalWatcher() as watcher:
-        run_config = absolute(_begun(run_config, resume, stop, watcher))
+        run_config = _begun(run_config, resume, stop, watcher)
         options = replace(options, files={"config.yaml": plain_yaml(run_config).encode()})
         for left_out in run_config.recipe.cut_short():
             watcher.warn(left_out)
@@ -79,14 +80,21 @@ def train(
 
 
 def _begun(config: RunConfig, resume: str, stop: StopSignal, watcher: TerminalWatcher) -> RunConfig:
-    """Return the config with a checkpoint as `train.init`; a run that goes on may need none any more."""
+    """Return the config, its paths absolute, with a checkpoint as `train.init`: looked at before data are prepared.
+
+    A run that goes on may need none any more.
+    """
     try:
         with stop.abruptly():
-            return with_checkpoint(config, lambda text: watcher.console.print(text, style="dim"))
-    except ConfigError:
+            begun = absolute(with_checkpoint(config, lambda text: watcher.console.print(text, style="dim")))
+            if resume == "never":
+                find_origin(begun)
+            return begun
+    except ConfigError as error:
         if resume == "never":
             raise
-        return config
+        watcher.warn(f"{error}; a run that goes on from a checkpoint of its own does without")
+        return absolute(config)
 
 
 def _decider() -> Decide:

@@ -1,18 +1,18 @@
 """What was trained, opened by the name that a person has for it: a checkpoint, a run, or a Hugging Face folder.
 
-Whoever looks at a model (generation, evaluation, spectra, export) opens it here and gets the same weights, buffers and
-tokenizer. A Hugging Face folder is imported into a temporary folder first, so that all else is a checkpoint's affair.
+Whoever looks at a model (generation, evaluation, spectra) opens it here and gets the same weights, buffers and
+tokenizer. A Hugging Face folder is read where it lies.
 """
 
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jobs.import_ import import_model
+from jobs.config_json import model_folder
+from jobs.folder_model import FolderModel
 from jobs.runs import TrackedRun, find
 from optim.checks import ConfigProblems
 from optim.config import precision_on
@@ -38,7 +38,7 @@ class Trained:
 
     where: str
     """What names it in messages and tables: `URL@STEP`, or the folder."""
-    reader: CheckpointReader
+    reader: CheckpointReader | FolderModel
     model_config: ModelConfig
     tokenizer: Tokenizer | None
     """None of an import that came without."""
@@ -49,8 +49,6 @@ class Trained:
     tracking_uri: str = ""
     found: TrackedRun | None = None
     """The run, as it was named."""
-    _folder: Any = field(default=None, repr=False)
-    """A temporary one, which goes with this object."""
 
     @property
     def manifest(self) -> Manifest:
@@ -84,6 +82,11 @@ class Trained:
             known = one.get("eos_token_id")
             ids += known if isinstance(known, list) else [known]
         return frozenset(one for one in ids if one is not None)
+
+    @property
+    def s3_endpoint(self) -> str:
+        """Of the store that it is in; empty for AWS, and for a folder."""
+        return "" if self.log is None else self.log.store.s3_endpoint
 
     @cached_property
     def tracked(self) -> TrackedRun | None:
@@ -139,7 +142,7 @@ def open_trained(what: str, tracking_uri: str, s3_endpoint: str = "") -> Trained
         StorageError: the checkpoint is damaged, or storage or MLflow do not answer.
     """
     base, step = split_step(what)
-    if (folder := _model_folder(base)) is not None:
+    if (folder := model_folder(base)) is not None:
         if step is not None:
             raise ConfigError(f"{what}: {base} is a Hugging Face folder, which has no steps; name it without @{step}")
         return _of_folder(folder)
@@ -157,24 +160,16 @@ def series(what: str, tracking_uri: str, s3_endpoint: str = "") -> list[Trained]
     base, step = split_step(what)
     if step is not None:
         raise ConfigError(f"{what}: a series is of all checkpoints of a run; name it without @{step}")
-    if (folder := _model_folder(base)) is not None:
+    if (folder := model_folder(base)) is not None:
         return [_of_folder(folder)]
     found, log = _run_of(base, tracking_uri, s3_endpoint)
     log.commit_of()
     return [_of_commit(log, commit, found, tracking_uri) for commit in log.commits]
 
 
-def _model_folder(base: str) -> Path | None:
-    """Return the local folder with a Hugging Face model that this is; None where it is none."""
-    folder = None if is_remote(base) else local_path(base)
-    return folder if folder is not None and (folder / "config.json").exists() else None
-
-
 def _of_folder(folder: Path) -> Trained:
-    to = tempfile.TemporaryDirectory(prefix="raymuon-")
-    log = RunLog(Store(import_model(str(folder), f"{to.name}/{folder.name}")))
-    manifest, model, tokenizer = _content(log, log.commit_of())
-    return Trained(str(folder), CheckpointReader(log.store, manifest), model, tokenizer, None, None, _folder=to)
+    model = FolderModel(folder)
+    return Trained(str(folder), model, model.described.model, model.tokenizer, None, None)
 
 
 def _run_of(base: str, tracking_uri: str, s3_endpoint: str) -> tuple[TrackedRun, RunLog]:
@@ -190,14 +185,11 @@ def _run_of(base: str, tracking_uri: str, s3_endpoint: str) -> tuple[TrackedRun,
 
 
 def _of_commit(log: RunLog, commit: Entry, found: TrackedRun, tracking_uri: str) -> Trained:
-    manifest, model, tokenizer = _content(log, commit)
-    reader, where = CheckpointReader(log.store, manifest), f"{log.store.url}@{commit.step}"
-    return Trained(where, reader, model, tokenizer, log, commit, tracking_uri, found)
-
-
-def _content(log: RunLog, commit: Entry) -> tuple[Manifest, ModelConfig, Tokenizer | None]:
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
-    return manifest, model_of(manifest), tokenizer_of(log.store, manifest)
+    reader, where = CheckpointReader(log.store, manifest), f"{log.store.url}@{commit.step}"
+    return Trained(
+        where, reader, model_of(manifest), tokenizer_of(log.store, manifest), log, commit, tracking_uri, found
+    )
 
 
 def model_of(manifest: Manifest) -> ModelConfig:
@@ -224,7 +216,7 @@ def tokenizer_of(store: Store, manifest: Manifest) -> Tokenizer | None:
     return read_tokenizer(store, known) if known else None if known is None else BYTES
 
 
-def finite_tensor(reader: CheckpointReader, kind: str, name: str) -> np.ndarray:
+def finite_tensor(reader: CheckpointReader | FolderModel, kind: str, name: str) -> np.ndarray:
     """Return a whole tensor of a checkpoint.
 
     Raises:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Check = tuple[bool, str]
 """Whether something holds, and what is wrong where it does not; the text begins with the key."""
+_NAME = re.compile(r"[A-Za-z0-9._-]*[A-Za-z0-9][A-Za-z0-9._-]*")
 _PASSWORD = re.compile(r"https?://[^/]*@|(^|://)[^/@]*:[^/@]*@")
 
 
@@ -77,6 +78,13 @@ def filled(config: "DataclassInstance", **what: str) -> Iterator[Check]:
     """Yield the check of each key that its text is not blank; `what` says what it must name."""
     for key, thing in what.items():
         yield bool(getattr(config, key).strip()), f"{key} must name {thing}; it is empty"
+
+
+def named(config: "DataclassInstance", *keys: str) -> Iterator[Check]:
+    """Yield the check of each key that its text is a name that metrics, tags and files can have."""
+    for key in keys:
+        value = getattr(config, key)
+        yield _NAME.fullmatch(value) is not None, f"{key} must be of letters, digits, -, _ and ., not {value!r}"
 
 
 def no_password(config: "DataclassInstance", *keys: str) -> Iterator[Check]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from optim.checks import Check, filled, no_password, require, within
-from optim.config import OptimConfig
+from optim.config import MOST_DECAY, OptimConfig
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError
 from workers.common.storage import absolute_url, local_path, shared_url
@@ -171,12 +171,19 @@ class RunConfig:
             (0 <= self.seed < 2**63, f"seed must be 0 or more, and less than 2**63, not {self.seed}"),
             *self._weight_checks(),
         )
-        recipe_of(self.train, self.optim)
+        require(self, *self._decay_checks())
 
     @property
     def recipe(self) -> Recipe:
         """What each step trains with."""
         return recipe_of(self.train, self.optim)
+
+    def _decay_checks(self) -> Iterator[Check]:
+        for stage in self.recipe.stages:
+            decay, rate = self.optim.weight_decay, stage.curve.peak
+            most = f"a tenth of the weights in a step of stage {stage.name}, at a learning rate of {rate:g}"
+            text = f"optim.weight_decay={decay:g} takes more than {most}; lower one of them"
+            yield decay * rate <= MOST_DECAY * (1 + 1e-9), text
 
     def _weight_checks(self) -> Iterator[Check]:
         names = [source.name for source in self.data.sources]

@@ -20,6 +20,7 @@ from orchestrator.stop import StopSignal
 from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
+from workers.config import ModelConfig
 from workers.data.corpus import Corpus, load
 from workers.data.enough import check_corpora
 from workers.data.packing import PACKING
@@ -60,9 +61,18 @@ def check_inputs(config: RunConfig, corpora: tuple[Corpus, ...] | None = None) -
     fences = Store(url, endpoint).probe()
     warning = f"{url} does not honour conditional creates: only the lease keeps two drivers apart"
     corpora = corpora or prepare(config.data, database_files(config.tracking.uri), endpoint)
-    train, most_long = config.train, config.data.max_long_conversations
-    check_corpora(corpora, train.seq_len, max(train.batches), config.model.vocab_size, most_long)
+    check_data(config, corpora)
     return Inputs(corpora, "" if fences else warning)
+
+
+def check_data(config: RunConfig, corpora: tuple[Corpus, ...]) -> None:
+    """Refuse sources that a run cannot be trained on.
+
+    Raises:
+        ConfigError: with everything that is wrong with them.
+    """
+    drawn, most_long = config.recipe.drawn(config.data), config.data.max_long_conversations
+    check_corpora(corpora, config.train.seq_len, drawn, config.model.vocab_size, most_long)
 
 
 class Preflight:
@@ -142,23 +152,29 @@ def find_origin(config: RunConfig) -> Origin | None:
     except ConfigError as error:
         raise ConfigError(f"train.init={error}") from error
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
-    free = config.model.training_keys()
-    given = {key: value for key, value in asdict(config.model).items() if key not in free}
-    if differences := _differences({"model": manifest.identity["model"]}, {"model": given}):
+    theirs, ours = (_what_it_is(config.model, one) for one in (manifest.identity["model"], asdict(config.model)))
+    if differences := _differences({"model": theirs}, {"model": ours}):
         raise ConfigError(f"train.init={config.train.init} is another model:\n" + "\n".join(differences))
-    if config.train.init_state == "all":
-        _check_state(config, manifest)
+    check_state(config, manifest.identity.get("optim.name"))
     return Origin(run_url=log.store.url, manifest=manifest)
 
 
-def _check_state(config: RunConfig, manifest: Manifest) -> None:
-    """Refuse to take an optimizer's state along that is not there, or another's.
+def _what_it_is(model: ModelConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in model.training_keys()}
+
+
+def check_state(config: RunConfig, theirs: str | None) -> None:
+    """Refuse to take an optimizer's state along that is not there, or another's, where `train.init_state` says so.
+
+    Args:
+        config: of the run.
+        theirs: optimizer of what it begins with; None where that was imported.
 
     Raises:
         ConfigError: it is not this run's.
     """
-    theirs, ours = manifest.identity.get("optim.name"), config.optim.name
-    if theirs != ours:
+    ours = config.optim.name
+    if config.train.init_state == "all" and theirs != ours:
         what = f"has that of {theirs}, and optim.name={ours}" if theirs else "has none, for it was imported"
         raise ConfigError(
             f"train.init_state=all takes the optimizer's state along, and {config.train.init} {what}; set "
@@ -263,7 +279,7 @@ def identity(config: RunConfig, corpora: tuple[Corpus, ...]) -> dict[str, Any]:
 
 
 def data_identity(run: RunConfig, corpora: tuple[Corpus, ...]) -> dict[str, Any]:
-    """Return the part of it that decides which tokens a step has; of one source without a name the hash alone."""
+    """Return the part of it that `of_data` tells; of one source without a name the hash alone."""
     config, recipe = run.data, run.recipe
     batches = [[stage.first, stage.global_batch] for stage in recipe.stages]
     grown = [after for before, after in pairwise(batches) if after[1] != before[1]]
@@ -286,6 +302,12 @@ def data_identity(run: RunConfig, corpora: tuple[Corpus, ...]) -> dict[str, Any]
         (found["data.chat_template"],) = templates
         found["data.packing"] = PACKING
     return found
+
+
+def of_data(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of an identity that decides which tokens a step has."""
+    batches = ("train.global_batch", "train.growth")
+    return {key: value for key, value in identity.items() if key in batches or key.partition(".")[0] == "data"}
 
 
 def corpora_of(urls: Mapping[str, str], s3_endpoint: str) -> tuple[Corpus, ...]:
@@ -351,12 +373,12 @@ def _until(identity: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return a line for each key of `wanted` that is another one in a checkpoint's identity."""
-    has = flatten(saved)
+    """Return a line for each key that only one of a checkpoint and a config has, or that differs."""
+    has, wants = flatten(saved), flatten(wanted)
     return [
-        f"  {key}: the checkpoint has {has.get(key)!r}, the config {value!r}"
-        for key, value in flatten(wanted).items()
-        if has.get(key) != value
+        f"  {key}: the checkpoint has {has.get(key)!r}, the config {wants.get(key)!r}"
+        for key in {**wants, **has}
+        if has.get(key) != wants.get(key)
     ]
 
 

@@ -33,5 +33,5 @@ def new_beside(finished_id: str, name: str) -> str:
     """Return that a new run begins although there is a finished one of that name."""
     return (
         f"no run named {name} is unfinished, so a new one begins; train the finished one further with: "
-        f"--resume {finished_id} train.steps=N"
+        f"--resume {finished_id} train.steps=N, or a further stage"
     )

@@ -80,6 +80,8 @@ def result_of(reference: Any, what: str, tries: int = TRIES) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, RaymuonError):
             raise error.cause from error
+        if isinstance(error.cause, RayError):  # It asked something of the cluster, as an actor that is gone.
+            raise ClusterError(f"a task of the {what} has lost what it needs: {error.cause}") from error
         raise
     except RayError as error:
         raise ClusterError(f"a task of the {what} was lost {tries} times: {error}") from error

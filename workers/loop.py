@@ -152,7 +152,7 @@ class Trainer:
             engine.step()
         measured = self.telemetry.after_update(lr)
         cost, self.snapshot_seconds = self.snapshot_seconds, 0.0
-        save = self._save_is_due(step)
+        save = self.task.saves(step)
         keeps_up = not save or self.snapshots.idle()
         written = (save or self.schedule.due(step)) and self._write(Phase.SNAPSHOT, step)
         self.controls.mark(Phase.BOUNDARY, step)
@@ -316,10 +316,6 @@ class Trainer:
         """Return the sum of what each rank has."""
         return self.engine.all_reduce(torch.tensor([float(mine)], dtype=torch.float64)).item()
 
-    def _save_is_due(self, step: int) -> bool:
-        every = self.task.checkpoint.every
-        return step in (self.task.last_step, *self.task.train.ends) or bool(every and step % every == 0)
-
     def _duties(self, save: bool = False) -> None:
         """Do what belongs to this step and is not on record yet.
 
@@ -329,20 +325,20 @@ class Trainer:
         if train.validates(step) and step > self.validated:
             self._validate()
             self.validated = step
-        if self.member.keepers and (save or self._save_is_due(step)) and step > max(0, self.saved):
-            self._save(step, last=save or step == self.task.last_step)
+        if self.member.keepers and (save or self.task.saves(step)) and step > max(0, self.saved):
+            self._save(step, must=save or self.task.always_saves(step))
             self.saved = step
 
-    def _save(self, step: int, last: bool) -> None:
+    def _save(self, step: int, must: bool) -> None:
         """Have this step's snapshot written to storage, unless storage is slower than checkpoints come.
 
-        The last one always goes, and waits for a lost keeper to be replaced; one on the way is left out.
+        One that must always goes, and waits for a lost keeper to be replaced; another is left out.
         """
-        if not last and not self.storage_keeps_up:
+        if not must and not self.storage_keeps_up:
             if self.engine.rank == 0:
                 self.controls.report(SaveSkipped, step=step)
             return
-        for _ in range(SAVE_TRIES if last else 1):
+        for _ in range(SAVE_TRIES if must else 1):
             if self._snapshot():
                 self.snapshots.save(self.task.run_url, self.task.attempt)
                 return

@@ -28,7 +28,7 @@ class Batch:
     targets: Tensor
     """The token that each position predicts, int64 `[batch, time]`; IGNORED where it does not count."""
     documents: Tensor | None = None
-    """Of each position, int32 `[batch, time]`, rising; None: each sequence is one."""
+    """Of each position, int32 `[batch, time]`, as a model takes them; None: each sequence is one."""
 
     @property
     def given(self) -> tuple[Tensor, ...]:
@@ -56,8 +56,8 @@ def batch_of(tokens: Tensor, counts: Tensor | None = None, documents: Tensor | N
     Args:
         tokens: int64 `[batch, time + 1]`.
         counts: which of them count where they are the target, bool in the same shape; None: all.
-        documents: the document of each, int32 in the same shape, rising; a document's first token then is no target,
-            for what comes before it belongs to another. None: each sequence is one.
+        documents: the document of each, int32 in the same shape; a document's first token then is no target, for what
+            comes before it belongs to another. None: each sequence is one.
     """
     targets = tokens[:, 1:]
     if counts is not None:

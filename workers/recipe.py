@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from math import gcd
 from typing import Literal
 
-from optim.checks import Check, ConfigProblems, filled, no_password, require, within
+from optim.checks import Check, ConfigProblems, named, no_password, require, within
 from optim.config import OptimConfig
 from optim.schedule import Curve
 from workers.data.config import DataConfig
@@ -57,7 +57,7 @@ class StageConfig:
         rises = self.lr == 0
         require(
             self,
-            *filled(self, name="the stage"),
+            *named(self, "name"),
             *within(self, "[0, inf)", "steps", "tokens", "global_batch", "warmup_steps"),
             (
                 (self.steps > 0) != (self.tokens > 0),
@@ -161,9 +161,10 @@ class TrainConfig:
         object.__setattr__(self, "steps", sum(self.lengths))
 
     def _stage_checks(self) -> Iterator[Check]:
-        names = [stage.name for stage in self.stages]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        yield not twice, f"stages: {', '.join(twice)} is there more than once; each has a name of its own"
+        names = [stage.name.replace(".", "-") for stage in self.stages]  # As it is in an alias of a registered model.
+        twice = sorted({one.name for one, name in zip(self.stages, names, strict=True) if names.count(name) > 1})
+        text = f"stages: {', '.join(twice)} is there more than once, . and - being alike; each has a name of its own"
+        yield not twice, text
         for number, batch in enumerate(self.batches if self.stages else ()):
             text = f"stages[{number}].global_batch must be a multiple of micro_batch ({self.micro_batch}), not {batch}"
             yield self.micro_batch < 1 or batch % self.micro_batch == 0, text
@@ -343,6 +344,17 @@ class Recipe:
     def mixtures(self, data: DataConfig) -> list[tuple[int, tuple[int, ...]]]:
         """Return the step from which on each mixture holds, and the integer share of each source in it."""
         return data.mixtures([(stage.first, stage.weights) for stage in self.stages if stage.weights])
+
+    def drawn(self, data: DataConfig) -> list[int]:
+        """Return how many samples of each source a step takes at most, but for one that the mixture rounds up to."""
+        mixtures = self.mixtures(data)
+        until = [*(step for step, _ in mixtures[1:]), self.stages[-1].last + 1]
+        most = [0] * len(mixtures[0][1])
+        for (first, shares), end in zip(mixtures, until, strict=True):
+            batches = [stage.global_batch for stage in self.stages if stage.first < end and first <= stage.last]
+            largest = max(batches, default=0)
+            most = [max(one, -(-largest * share // sum(shares))) for one, share in zip(most, shares, strict=True)]
+        return most
 
     def cut_short(self) -> list[str]:
         """Return a line about each learning rate that does not come about whole."""

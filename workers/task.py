@@ -64,6 +64,14 @@ class Task:
         """The step after which training ends; the schedule's last one is `train.steps`."""
         return self.until or self.train.steps
 
+    def saves(self, step: int) -> bool:
+        """Tell whether a checkpoint belongs to a step."""
+        return self.always_saves(step) or bool((every := self.checkpoint.every) and step % every == 0)
+
+    def always_saves(self, step: int) -> bool:
+        """Tell whether one does that is never left out: at the end, and at the end of a stage."""
+        return step in (self.last_step, *self.train.ends)
+
 
 @dataclass(frozen=True, kw_only=True)
 class KeeperLinks:

@@ -30,6 +30,10 @@ def evaluate(
         int | None, typer.Option(min=0, help="Examples before each question; else the task's own.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; not put on record.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask in the chat template that the model was tuned with.")
+    ] = False,
+    system: Annotated[str, typer.Option(help="What the system says first in each conversation.")] = "",
     unsafe_code: Annotated[
         bool, typer.Option("--confirm-run-unsafe-code", help="Let tasks run what the model has written.")
     ] = False,
@@ -51,6 +55,8 @@ def evaluate(
         task_folder=task_folder,
         shots=shots,
         limit=limit,
+        chat=chat,
+        system=system,
         unsafe_code=unsafe_code,
         batch_tokens=batch_tokens,
         tracking_uri=tracking_uri,

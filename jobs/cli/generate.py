@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.cli.options import AsJson, RunEndpoint, TrackingUri
+from jobs.output import nobody_reads
 from jobs.tell import tell
 from orchestrator.config import DEFAULT_TRACKING_URI
 from workers.common.errors import ConfigError
@@ -36,7 +37,9 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="Written after each prompt, at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this share together.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of what is drawn; a prompt and a seed give one text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of what is drawn; a prompt and a seed give one text.")
+    ] = 0,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Read everything again for each token.")] = False,
     dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = "auto",
     as_json: AsJson = False,
@@ -67,11 +70,11 @@ def generate(
 
 
 def _answers(answer: Callable[[str], "Written"], as_json: bool) -> Iterator["Written"]:
-    """Yield the answers to the lines of the terminal, or of stdin, until they or a Ctrl-C end them."""
+    """Yield the answers to the lines of stdin until it ends; at a terminal a Ctrl-C is its end, too."""
     terminal = sys.stdin.isatty() and not as_json
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # A line that is no text is refused, and the next one read.
-    with suppress(EOFError, KeyboardInterrupt):
+    with suppress(EOFError, KeyboardInterrupt if terminal else EOFError):
         while True:
             line = input("> " if terminal else "")
             if not line.strip():
@@ -88,6 +91,8 @@ def _answers(answer: Callable[[str], "Written"], as_json: bool) -> Iterator["Wri
 
 def _say(text: str) -> None:
     typer.echo(visible(text), nl=False)
+    if nobody_reads():  # As behind `| head`: the rest would be written for nobody, a token at a time.
+        raise typer.Exit
 
 
 def _text(prompt: str) -> str:

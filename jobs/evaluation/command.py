@@ -1,6 +1,8 @@
 """`raymuon evaluate`: what lm-eval's tasks find of checkpoints, on record in their run."""
 
+import hashlib
 import importlib.util
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,11 +11,12 @@ from typing import Any
 
 from jobs.evaluation.folder import read_folder
 from jobs.evaluation.work import (
+    Deleted,
     Evaluation,
     Figure,
     Progress,
     Result,
-    check_tokenizer,
+    check_texts,
     evaluate_all,
     not_installed,
 )
@@ -24,7 +27,7 @@ from jobs.tell import tell
 from jobs.trained import Trained, open_trained, series
 from orchestrator.record.metrics import STDERR
 from orchestrator.stop import StopSignal
-from workers.common.errors import ConfigError
+from workers.common.errors import ConfigError, StorageError
 
 TELL_S = 2.0
 """Between two lines of how far it is."""
@@ -43,6 +46,8 @@ class Asked:
     task_folder: str = ""
     shots: int | None = None
     limit: int | None = None
+    chat: bool = False
+    system: str = ""
     unsafe_code: bool = False
     batch_tokens: int = 16384
     tracking_uri: str
@@ -58,29 +63,38 @@ def evaluate(asked: Asked, stop: StopSignal, as_json: bool) -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise not_installed("on this machine")
+    if asked.system and not asked.chat:
+        raise ConfigError("--system is the first message of a conversation: it needs --chat")
     console = Screen(stderr=as_json)
     with stop.abruptly():
         folder = read_folder(asked.task_folder, asked.s3_endpoint) if asked.task_folder else None
         opened = _opened(asked)
+        _remind_of_chat(opened[0], asked, console)
         record = _record_of(opened[0], asked, console)
     evaluation = Evaluation(
         tasks=asked.tasks,
         folder=folder,
         shots=asked.shots,
         limit=asked.limit,
+        chat=asked.chat,
+        system=asked.system,
         unsafe_code=asked.unsafe_code,
         batch_tokens=asked.batch_tokens,
-        s3_endpoint=opened[0].reader.store.s3_endpoint,
+        s3_endpoint=opened[0].s3_endpoint,
     )
     from orchestrator.evaluation import evaluate_on  # Ray takes a second to import.
 
-    seen = _Seen(opened, record, asked.shots, console)
+    seen = _Seen(opened, record, evaluation, console)
     evaluate_on(partial(evaluate_all, evaluation), list(seen.trained), asked.address, stop, seen.told)
-    rows = [row for where, one in seen.trained.items() for row in _rows(one.step, seen.results[where].figures)]
-    head = ("step", "task", "metric", "value", "standard error", "shots", "documents")
-    print_table(console, head, rows)
+    unrecorded = seen.put_down_rest()
+    rows = [row for one, result in seen.found for row in _rows(one.step, result.figures)]
+    print_table(console, ("step", "task", "metric", "value", "standard error", "shots", "documents"), rows)
     if as_json:
-        tell(_as_json(seen))
+        tell(_as_json(seen, unrecorded is None))
+    if unrecorded is not None:
+        raise unrecorded
+    if not seen.results:
+        raise ConfigError(f"{asked.what}: the run has deleted all of these checkpoints meanwhile; evaluate it again")
 
 
 def _opened(asked: Asked) -> list[Trained]:
@@ -90,8 +104,13 @@ def _opened(asked: Asked) -> list[Trained]:
         else [open_trained(asked.what, asked.tracking_uri, asked.s3_endpoint)]
     )
     for one in opened:
-        check_tokenizer(one)
+        check_texts(one, asked.chat, asked.system)
     return opened
+
+
+def _remind_of_chat(trained: Trained, asked: Asked, console: Screen) -> None:
+    if trained.manifest.identity.get("data.chat_template") and not asked.chat:
+        console.print("it was tuned with conversations: --chat asks in their template, as it was tuned", style="dim")
 
 
 def _record_of(trained: Trained, asked: Asked, console: Screen) -> Any:
@@ -116,9 +135,10 @@ class _Seen:
 
     opened: list[Trained]
     record: Any
-    shots: int | None
+    evaluation: Evaluation
     console: Screen
     results: dict[str, Result] = field(default_factory=dict)
+    recorded: set[str] = field(default_factory=set)
     said: float = 0.0
 
     @property
@@ -126,21 +146,53 @@ class _Seen:
         """What is evaluated, by the name that tasks know it by."""
         return {one.where: one for one in self.opened}
 
+    @property
+    def found(self) -> list[tuple[Trained, Result]]:
+        """What has a result, in the order of steps."""
+        return [(one, self.results[one.where]) for one in self.opened if one.where in self.results]
+
     def told(self, note: Any) -> None:
         """Take a note."""
-        if isinstance(note, Progress):
-            self._show(note)
-        elif not isinstance(note, Result):
-            each = "GPU" if note.gpu else "processor"
-            self.console.print(
-                f"{len(self.opened)} checkpoint(s), {note.tasks} at a time, each as soon as a {each} is free",
-                style="dim",
-            )
-        elif note.where not in self.results:
-            self.results[note.where] = note
-            if self.record is not None:
-                self._put_down(self.trained[note.where], note)
-            self.console.print(f"{note.where}: done, {len(self.results)} of {len(self.opened)}", style="dim")
+        match note:
+            case Progress():
+                self._show(note)
+            case Deleted(where):
+                self.console.print(f"{where}: its run has deleted it meanwhile; left out", style="yellow")
+            case Result(where):
+                self._take(where, note)
+            case _:
+                self._show_tasks(note)
+
+    def _show_tasks(self, note: Any) -> None:
+        from orchestrator.evaluation import BegunAgain
+
+        if isinstance(note, BegunAgain):
+            again = ", ".join(note.places)
+            self.console.print(f"a process of the evaluation was lost; begun again: {again}", style="yellow")
+            return
+        each = "GPU" if note.gpu else "processor"
+        self.console.print(
+            f"{len(self.opened)} checkpoint(s), {note.tasks} at a time, each as soon as a {each} is free", style="dim"
+        )
+
+    def put_down_rest(self) -> StorageError | None:
+        """Record what MLflow has not taken before; return why it does not take it now either."""
+        for one, result in self.found:
+            try:
+                self._put_down(one, result)
+            except StorageError as error:
+                return error
+        return None
+
+    def _take(self, where: str, result: Result) -> None:
+        if where in self.results:  # A task that was lost and tried again.
+            return
+        self.results[where] = result
+        try:
+            self._put_down(self.trained[where], result)
+        except StorageError as error:  # Hours of figures are not given up for a server that is away.
+            self.console.print(f"{where}: not on record yet, and tried once more at the end: {error}", style="yellow")
+        self.console.print(f"{where}: done, {len(self.results)} of {len(self.opened)}", style="dim")
 
     def _show(self, note: Progress) -> None:
         if time.monotonic() - self.said < TELL_S:
@@ -151,31 +203,43 @@ class _Seen:
         self.console.print(f"{where}{note.what}{far}", style="dim")
 
     def _put_down(self, trained: Trained, result: Result) -> None:
+        if self.record is None or trained.where in self.recorded:
+            return
         assert trained.commit is not None
-        values = _values(result.figures, self.shots)
+        values = _values(result.figures, self.evaluation)
         known = self.record.add(trained.step, trained.commit.time, values)
         for name, value in known.items():
-            if abs(values[name] - value) > SAME * max(abs(value), abs(values[name])) and not name.endswith(STDERR):
+            if not name.endswith(STDERR) and _differ(values[name], value):
                 self.console.print(
                     f"step {trained.step}: {name} is {values[name]:.6g} now and {value:.6g} on record, where the first "
                     "one stays",
                     style="yellow",
                 )
-        names = {one.task: _named(one, self.shots) for one in result.figures}
+        names = {one.task: _named(one, self.evaluation) for one in result.figures}
         for task, details in result.details.items():
             self.record.keep(names[task], trained.step, details)
         self.record.write_table()
+        self.recorded.add(trained.where)
 
 
-def _named(figure: Figure, shots: int | None) -> str:
-    """Return the name of a task on record; with the number of shots that a person has asked for it is another one."""
-    return figure.task if shots is None or figure.shots not in (shots, None) else f"{figure.task}_{shots}shot"
+def _differ(one: float, other: float) -> bool:
+    """Tell whether two values differ by more than rounding; NaN is the same as NaN."""
+    return not (math.isclose(one, other, rel_tol=SAME) or (math.isnan(one) and math.isnan(other)))
 
 
-def _values(figures: Sequence[Figure], shots: int | None) -> dict[str, float]:
+def _named(figure: Figure, evaluation: Evaluation) -> str:
+    """Return the name of a task on record; asked otherwise than the task itself says it is another one."""
+    shots, chat = evaluation.shots, ""
+    if evaluation.chat:
+        system = hashlib.sha256(evaluation.system.encode()).hexdigest()[:8] if evaluation.system else ""
+        chat = f"_chat-{system}" if system else "_chat"
+    return f"{figure.task}{'' if shots is None or figure.shots not in (shots, None) else f'_{shots}shot'}{chat}"
+
+
+def _values(figures: Sequence[Figure], evaluation: Evaluation) -> dict[str, float]:
     values = {}
     for one in figures:
-        name = f"{_named(one, shots)}/{one.metric}"
+        name = f"{_named(one, evaluation)}/{one.metric}"
         values[name] = one.value
         if one.stderr is not None:
             values[f"{name}{STDERR}"] = one.stderr
@@ -193,19 +257,15 @@ def _rows(step: int, figures: Sequence[Figure]) -> list[tuple[str, ...]]:
     ]
 
 
-def _as_json(seen: _Seen) -> dict[str, Any]:
+def _as_json(seen: _Seen, recorded: bool) -> dict[str, Any]:
     record = seen.record
     return {
         "run_id": seen.opened[0].run_id,
-        "recorded": record is not None,
+        "recorded": record is not None and recorded,
         "mlflow_tracking_uri": record and record.uri,
         "checkpoints": [
-            {
-                "step": one.step,
-                "url": where,
-                "figures": [asdict(figure) for figure in seen.results[where].figures],
-            }
-            for where, one in seen.trained.items()
+            {"step": one.step, "url": one.where, "figures": [asdict(figure) for figure in result.figures]}
+            for one, result in seen.found
         ],
     }
 

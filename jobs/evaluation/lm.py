@@ -4,8 +4,9 @@ Invariant: what lm-eval's own `hf` model finds of the exported checkpoint, this 
 of what is too long, the same windows. Where that one ends with an assertion, this tells what the task asks for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -13,6 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from jobs.evaluation.chat import Conversations
 from jobs.evaluation.texts import Texts
 from workers.common.errors import ConfigError
 from workers.data.tokenizer import Tokenizer
@@ -24,7 +26,8 @@ MAX_NEW_TOKENS = 256
 """Of a generation whose task says nothing (lm-eval's `max_gen_toks`)."""
 LOOKED_AT = 32
 """New tokens after which a generation is looked at for the strings that end it; then after twice as many."""
-UNDERSTOOD = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
+LENGTHS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
+UNDERSTOOD = LENGTHS | {"until", "do_sample", "temperature", "top_p", "top_k"}
 """Settings of a generation; the last two mean nothing to a greedy one."""
 SHOWN = 60
 """Letters of a text in a message."""
@@ -34,11 +37,26 @@ Told = Callable[[str, int, int], object]
 
 
 @dataclass(frozen=True)
-class _Prompt:
-    ids: list[int]
+class Writing:
+    """How a task has a text go on."""
+
     stops: tuple[str, ...]
+    """Strings that end it, and are no part of it."""
     most: int
     """New tokens."""
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    ids: list[int]
+    writing: Writing
+    ends: tuple[int, ...]
+    """Tokens that end what is written, rising."""
+
+    @property
+    def room(self) -> int:
+        """Tokens with all that may be written."""
+        return len(self.ids) + self.writing.most
 
 
 class CheckpointLM(TemplateLM):
@@ -50,6 +68,8 @@ class CheckpointLM(TemplateLM):
         seq_len: tokens that it looks at.
         batch_tokens: that go through it at once, padding included.
         told: shows how far it is.
+        ends: tokens with which it ends a text, besides the tokenizer's own.
+        chat: writes conversations, where tasks are to ask in them.
     """
 
     def __init__(
@@ -59,10 +79,14 @@ class CheckpointLM(TemplateLM):
         seq_len: int,
         batch_tokens: int,
         told: Told = lambda what, done, total: None,
+        ends: Collection[int] = (),
+        chat: Conversations | None = None,
     ) -> None:
         super().__init__()
-        self._model, self._texts, self._told = model, Texts(tokenizer), told
+        self._model, self._texts, self._told, self.chat = model, Texts(tokenizer), told, chat
         self.max_length, self._batch_tokens = seq_len, batch_tokens
+        own = () if self._texts.end_id is None else (self._texts.end_id,)
+        self._ends = frozenset((*ends, *own))
 
     @property
     def eot_token_id(self) -> int:
@@ -77,6 +101,20 @@ class CheckpointLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the ids of a text."""
         return self._texts.encode(string, add_special_tokens)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name under which lm-eval would keep requests; none are kept."""
+        return ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as text, up to where the assistant is to answer or to go on.
+
+        Raises:
+            ConfigError: the template fails.
+        """
+        assert self.chat is not None
+        return self.chat.text(chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation after its context, in nats, and whether it is the greedy one.
@@ -104,14 +142,20 @@ class CheckpointLM(TemplateLM):
             ConfigError: a task asks for more tokens than the model looks at, or for something that is not greedy.
         """
         prompts = [self._prompt(one) for one in requests]
-        order = sorted(range(len(prompts)), key=lambda i: (-prompts[i].most, -len(prompts[i].ids), prompts[i].ids))
+        order = sorted(range(len(prompts)), key=lambda i: (prompts[i].ends, -prompts[i].room, prompts[i].ids))
         found: dict[int, str] = {}
-        while len(found) < len(prompts):
-            widest = max(len(prompts[i].ids) + prompts[i].most for i in order[len(found) :])
-            batch = order[len(found) :][: max(1, self._batch_tokens // widest)]
-            found |= zip(batch, self._written([prompts[i] for i in batch]), strict=True)
-            self._told("generations", len(found), len(prompts))
+        for _, alike in groupby(order, key=lambda i: prompts[i].ends):
+            for batch in self._batches(list(alike), prompts):
+                found |= zip(batch, self._written([prompts[i] for i in batch]), strict=True)
+                self._told("generations", len(found), len(prompts))
         return [found[i] for i in range(len(prompts))]
+
+    def _batches(self, numbers: list[int], prompts: Sequence[_Prompt]) -> Iterator[list[int]]:
+        """Yield numbers of prompts, the one with most room first, as many as go through the model at once."""
+        while numbers:
+            size = max(1, self._batch_tokens // prompts[numbers[0]].room)
+            yield numbers[:size]
+            numbers = numbers[size:]
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         return self._scores([(context, continuation) for _, context, continuation in requests], "continuations")
@@ -147,44 +191,65 @@ class CheckpointLM(TemplateLM):
 
     def _prompt(self, request: Instance) -> _Prompt:
         context, asked = request.arguments
-        if unknown := asked.keys() - UNDERSTOOD - {"max_new_tokens", "max_tokens", "max_completion_tokens"}:
-            raise _refused(request, f"generation_kwargs has {', '.join(sorted(unknown))}, which is not understood here")
-        settings: Any = normalize_gen_kwargs(asked, MAX_NEW_TOKENS)
-        if settings["do_sample"]:
-            raise _refused(request, "it samples (do_sample, temperature), and generations are greedy here")
-        if (most := settings["max_gen_toks"]) >= self.max_length:
-            raise _refused(
-                request,
-                f"it asks for up to {most} new tokens, and the model looks at {self.max_length} in all; set "
-                "max_gen_toks below that in the generation_kwargs of a task file of your own (--task-folder)",
-            )
-        ids = self.tok_encode(context)[most - self.max_length :] or [self.prefix_token_id]
-        return _Prompt(ids, tuple(settings["until"]), most)
+        writing = writing_of(asked, self.max_length, f"task {request.task_name}")
+        ids = self.tok_encode(context)[writing.most - self.max_length :] or [self.prefix_token_id]
+        # A special token is in no text that is looked at: as a stop it is a token.
+        ends = self._ends | {token for stop in writing.stops if (token := self._texts.special_id(stop)) is not None}
+        return _Prompt(ids, writing, tuple(sorted(ends)))
 
     def _written(self, prompts: Sequence[_Prompt]) -> list[str]:
-        """Return what the model writes after each prompt."""
-        end = self._texts.end_id
+        """Return what the model writes after each prompt; the same tokens end all of them."""
+        ends = prompts[0].ends
         written: list[list[int]] = [[] for _ in prompts]
         going = list(range(len(prompts)))
         while going:
-            size = min(*(prompts[i].most - len(written[i]) for i in going), max(LOOKED_AT, len(written[going[0]])))
+            size = min(*(self._left(prompts[i], written[i]) for i in going), max(LOOKED_AT, len(written[going[0]])))
             texts = [[*prompts[i].ids, *written[i]] for i in going]
-            more = generate(self._model, texts, max_new_tokens=size, stop=() if end is None else (end,))
+            more = generate(self._model, texts, max_new_tokens=size, stop=ends)
             for i, new in zip(going, more, strict=True):
                 written[i] += new
+            whole = [i for i, new in zip(going, more, strict=True) if len(new) == size]
             going = [
-                i
-                for i, new in zip(going, more, strict=True)
-                if len(new) == size and len(written[i]) < prompts[i].most and not self._stopped(prompts[i], written[i])
+                i for i in whole if self._left(prompts[i], written[i]) and not self._stopped(prompts[i], written[i])
             ]
-        return [
-            postprocess_generated_text(self._texts.decode(ids), list(prompt.stops), None)
-            for prompt, ids in zip(prompts, written, strict=True)
-        ]
+        return [self._text(prompt, ids) for prompt, ids in zip(prompts, written, strict=True)]
+
+    def _left(self, prompt: _Prompt, written: list[int]) -> int:
+        return prompt.writing.most - len(written)
 
     def _stopped(self, prompt: _Prompt, written: list[int]) -> bool:
         text = self._texts.decode(written)
-        return any(stop in text for stop in prompt.stops if stop)
+        return any(stop in text for stop in self._stops(prompt))
+
+    def _text(self, prompt: _Prompt, written: list[int]) -> str:
+        return postprocess_generated_text(self._texts.decode(written), self._stops(prompt), None)
+
+    def _stops(self, prompt: _Prompt) -> list[str]:
+        return [stop for stop in (*prompt.writing.stops, self._texts.end) if stop]
+
+
+def writing_of(asked: Mapping[str, Any], max_length: int, who: str) -> Writing:
+    """Return what a task's `generation_kwargs` ask for.
+
+    Args:
+        asked: the settings.
+        max_length: tokens that the model looks at.
+        who: asks, for messages.
+
+    Raises:
+        ConfigError: it is more than the model looks at, not greedy, or something that is not understood.
+    """
+    if unknown := sorted(key for key in asked if key not in UNDERSTOOD and (key, asked[key]) != ("num_beams", 1)):
+        raise ConfigError(f"{who}: generation_kwargs has {', '.join(unknown)}, which is not understood here")
+    settings: Any = normalize_gen_kwargs({**asked, "until": asked.get("until") or []}, MAX_NEW_TOKENS)
+    if settings["do_sample"]:
+        raise ConfigError(f"{who}: it samples (do_sample, temperature), and generations are greedy here")
+    if (most := settings["max_gen_toks"]) >= max_length:
+        raise ConfigError(
+            f"{who}: it asks for up to {most} new tokens, and the model looks at {max_length} in all; set max_gen_toks "
+            "below that in the generation_kwargs of a task file of your own (--task-folder)"
+        )
+    return Writing(tuple(settings["until"]), most)
 
 
 def _there(token: int | None, what: str) -> int:

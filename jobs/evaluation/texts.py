@@ -21,6 +21,9 @@ class Texts:
         files = tokenizer.files
         self._reference = Reference.from_str(files["tokenizer.json"])
         about = json.loads(files["tokenizer_config.json"])
+        self._special = {
+            one["content"] for one in json.loads(files["tokenizer.json"])["added_tokens"] if one["special"]
+        }
         self.begin, self.end = about.get("bos_token"), about.get("eos_token")
         """Of a document, as they are written; None without one."""
 
@@ -33,6 +36,10 @@ class Texts:
     def prefix_id(self) -> int | None:
         """Id of what stands before a text that has nothing before it: what begins a document, else what ends one."""
         return self._id_of(self.begin or self.end)
+
+    def special_id(self, text: str) -> int | None:
+        """Return the id of a special token, which decoding leaves out; None of any other text."""
+        return self._id_of(text) if text in self._special else None
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
         """Return the ids; `special`: with what the template puts around a text, None: unless it begins so already."""

@@ -1,5 +1,6 @@
 """The spectra of checkpoints, measured by tasks, and what they come to by group."""
 
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,12 +8,14 @@ from functools import cached_property
 from statistics import fmean
 from typing import get_args, get_type_hints
 
+from jobs.import_ import import_model
 from jobs.trained import Trained
 from optim.config import OptimConfig
 from orchestrator.group.cluster import connected, is_local
 from orchestrator.log.run_log import RunLog
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError
+from workers.common.storage import Store
 from workers.models.language_model import MATRICES
 from workers.spectra import Piece, Saved, Spectrum, Stack, spectra_of, stacks_of
 
@@ -189,8 +192,9 @@ def measure(
     total = len(checkpoints) * sum(stack.count * max(1, len(stack.parts)) for stack in stacks)
     found: dict[tuple[int, Piece], list[Spectrum]] = {}
     done = 0
-    with connected(address, stop):
-        saved, gpus = [_saved(one) for _, one in checkpoints], min(1, free_gpus())
+    with connected(address, stop), tempfile.TemporaryDirectory(prefix="raymuon-") as folder:
+        saved = [_saved(one, f"{folder}/{number}") for number, (_, one) in enumerate(checkpoints)]
+        gpus = min(1, free_gpus())
         for (number, piece), spectra in by_tasks(spectra_of, saved, work, stop, "study", gpus):
             keep = id(checkpoints[number][1]) in last
             found[number, piece] = spectra if keep else [replace(spectrum, values=None) for spectrum in spectra]
@@ -208,7 +212,8 @@ def measure(
     return [[next(made) for _ in subject.checkpoints] for subject in subjects]
 
 
-def _saved(trained: Trained) -> Saved:
-    store = trained.reader.store
-    commit = trained.commit or RunLog(store).commit_of()
-    return Saved(store.url, store.s3_endpoint, commit.manifest, commit.sha256)
+def _saved(trained: Trained, folder: str) -> Saved:
+    """Return what tasks read a checkpoint by; that of a Hugging Face folder is made in `folder`."""
+    log = trained.log or RunLog(Store(import_model(trained.where, folder)))
+    commit = trained.commit or log.commit_of()
+    return Saved(log.store.url, log.store.s3_endpoint, commit.manifest, commit.sha256)

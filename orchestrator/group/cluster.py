@@ -12,12 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-# Ray prints paragraphs on stdout about each worker and node that dies; the driver tells of them in a line. Ray reads
-# this when it is imported.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|has been marked dead")
-# Under `uv run` Ray would pack the current folder, and make each worker an environment of its own.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-
 import ray
 from ray._private import services
 from ray._private import utils as ray_utils

@@ -74,7 +74,7 @@ class Saves:
 
     def begun(self, step: int) -> None:
         """Note that a step is finished, with which a checkpoint may begin."""
-        if (every := self.config.checkpoint.every) and step % every == 0:
+        if self.task.saves(step):
             self._due.add(step)
 
     def expect(self, generation: int, step: int) -> None:

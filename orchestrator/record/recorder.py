@@ -92,6 +92,7 @@ class RunRecorder:
         self._warned: str | None = None
         self._slow: set[int] = set()
         self._step = 0
+        self._told_stage = ""
         self._losses: dict[int, dict[str, float]] = {}
         """By step, until a checkpoint that is as new counts: it comes when its upload is done, steps later."""
 
@@ -128,7 +129,8 @@ class RunRecorder:
         stage = recipe.at(step)
         if not stage.name:
             return {}
-        if stage is not recipe.at(self._step) or not self._step:
+        if stage.name != self._told_stage:
+            self._told_stage = stage.name
             self.record.tag_later("raymuon.stage", stage.name)
         return {"stage": recipe.stages.index(stage) + 1, "global_batch": stage.global_batch}
 
@@ -301,7 +303,7 @@ def go_on_with(
         journal: of this attempt; earlier ones are read.
         last_step: rows after it are of steps that will be trained again.
         now: seconds since the epoch.
-        warn: told of damage, and of a learning rate that jumps.
+        warn: told of damage, and of a learning rate or a batch that is not what the record has.
 
     Returns:
         What adds up, and the events.
@@ -329,6 +331,8 @@ def go_on_with(
                     recorded = line.values.get("lr")
     if recorded is not None and (jump := rate_jump(config, last_step, recorded)):
         warn(jump)
+    if told := trained_otherwise(config, record, last_step):
+        warn(told)
     elapsed.begin(now)
     tally.before_s = elapsed.seconds
     return tally, events
@@ -342,14 +346,38 @@ def rate_jump(config: RunConfig, step: int, recorded: float) -> str:
         step: that it goes on from.
         recorded: learning rate of that step.
     """
-    rate = config.recipe.learning_rate(step)
-    if abs(rate - recorded) <= RATE_TOLERANCE * recorded:
+    rate, peak = config.recipe.learning_rate(step), config.optim.lr
+    if _alike(rate, recorded):
         return ""
-    peak = config.optim.lr
     return (
         f"the learning rate jumps {'up' if rate > recorded else 'down'}: step {step} was trained with {recorded:.3g} "
         f"({recorded / peak:.2f} of optim.lr), and with this config its rate is {rate:.3g} ({rate / peak:.2f}); "
         f"train.steps={config.train.steps}, its stages or the schedule of optim are not what they were"
+    )
+
+
+def _alike(rate: float, recorded: float) -> bool:
+    return abs(rate - recorded) <= RATE_TOLERANCE * recorded
+
+
+def trained_otherwise(config: RunConfig, record: Any, last_step: int) -> str:
+    """Tell which steps are on record, are trained again, and have another batch or learning rate now; empty for none.
+
+    Args:
+        config: with which the run goes on.
+        record: the MLflow run, which keeps each step as it came first.
+        last_step: that it goes on from.
+    """
+    if record.marks["train"] <= last_step:
+        return ""
+    recipe = config.recipe
+    found = [step for step, rate in record.history("lr") if not _alike(recipe.learning_rate(step), rate)]
+    found += [step for step, batch in record.history("global_batch") if recipe.at(step).global_batch != batch]
+    if not (others := [step for step in found if step > last_step]):
+        return ""
+    return (
+        f"steps {min(others)} to {max(others)} were trained with another learning rate or batch before the driver was "
+        "lost than they are now; MLflow keeps these rows, and the run's journal has the new ones"
     )
 
 

@@ -35,6 +35,7 @@ def nothing_left(place) -> None:
         (["train.micro_batch=5"], "global_batch must be a multiple of micro_batch (5), not 12"),
         (["data.source=nowhere/*.txt"], "no file found"),
         (["train.seq_len=1000000"], "lower train.seq_len"),
+        (["train.init=nowhere/run", "data.source=nowhere/*.txt"], "train.init="),
         (["--resume", "nobody"], "no run of that id or name"),
         (["scaling.min_workers=3"], "max_workers must be at least min_workers (3), not 2"),
     ],

@@ -96,6 +96,18 @@ def test_what_is_refused_was_never_said_and_the_conversation_goes_on(exported, t
         assert told in done.stderr
 
 
+@pytest.mark.parametrize(("terminal", "code"), [(True, 0), (False, 130)])
+def test_an_interrupt_ends_what_a_person_says_at_a_terminal_and_breaks_off_all_else(monkeypatch, terminal, code):
+    def interrupt(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    monkeypatch.setattr("jobs.trained.open_trained", lambda *given: None)
+    monkeypatch.setattr("jobs.chat.Conversation", lambda *given: None)
+    monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda stream: terminal)
+    assert CliRunner().invoke(app, ["generate", "a", "--chat"]).exit_code == code
+
+
 def test_answers_are_shown_without_what_would_steer_the_terminal(exported, tmp_path):
     folder = folder_of(exported, tmp_path, CHATML)
     shown = talk(folder, "--tokens", "40", "--temperature", "5", lines=b"a\nb\n").stdout

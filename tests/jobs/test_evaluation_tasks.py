@@ -12,7 +12,7 @@ from jobs.evaluation.command import Asked, check_tasks, evaluate
 from jobs.evaluation.folder import SHIPPED, TaskFolder, read_folder
 from jobs.evaluation.index import below, lm_evals_names, task_manager
 from jobs.evaluation.loading import load_tasks, prepare_environment
-from jobs.evaluation.work import OFFLINE, Evaluation, check_tokenizer, on_record
+from jobs.evaluation.work import OFFLINE, Evaluation, check_texts, on_record
 from jobs.trained import open_trained
 from orchestrator.stop import StopSignal
 from tests.jobs.task_files import write_tasks
@@ -186,7 +186,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
     trained(tmp_path / "run", "llama")
     opened = replace(open_trained(str(tmp_path / "run"), ""), tokenizer=None)
     with pytest.raises(ConfigError, match="without a tokenizer.*import the model once more"):
-        check_tokenizer(opened)
+        check_texts(opened, False, "")
 
 
 def test_without_lm_eval_the_way_to_it_is_told(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def trained(
 def test_transformers_computes_the_same_logits(tmp_path, name, shard_bytes):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = trained(tmp_path / "run", name)
+    model = trained(tmp_path / "run", name, **{"train.growth": [[5, 16], [11, 32]]})
     done = export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32", shard_bytes)
     assert ("model.safetensors.index.json" in done.files) == (shard_bytes == 20_000)
     loaded, told = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
@@ -92,6 +92,7 @@ def test_transformers_computes_the_same_logits(tmp_path, name, shard_bytes):
     assert written.shape[1] > tokens.shape[1]
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "| step | 10 |" in card and "12,345" in card and "1.2345" in card and "run-7" in card
+    assert "| global batch | 8 sequences, 16 from step 5 on |" in card
 
 
 def give_latents(rms: float):

@@ -2,7 +2,10 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -35,24 +38,31 @@ from workers.recipe import TrainConfig
 from workers.reports import StepDone, Validated
 from workers.task import Task
 
-STEPS, WARMUP, LR = 5, 2, 2e-3
+STEPS, WARMUP, LR, BIAS_RATE = 5, 2, 2e-3, 0.05
+BIAS = "e_score_correction_bias"
 
 
 def tuned(rank: int, world_size: int, task: Task) -> dict:
     trainer, told = trainer_of(rank, world_size, task, restore=True)
     trainer.run()
     return {
+        "biases": biases_of(trainer.engine.model),
+        "imbalances": [fields["expert_imbalance"] for fields in told.of(StepDone)],
         "losses": [fields["loss"] for fields in told.of(StepDone)],
         "tokens": [fields["step_tokens"] for fields in told.of(StepDone)],
         "validation": [fields["loss"] for fields in told.of(Validated)],
     }
 
 
+def biases_of(model: torch.nn.Module) -> list[list[float]]:
+    return [buffer.tolist() for name, buffer in model.named_buffers() if name.endswith(BIAS)]
+
+
 def task_of(folder, name: str, template: str, end: str, schedule: str) -> tuple[Task, list]:
     """A model of Hugging Face's that is tuned on conversations, and these."""
     model = replace(MODELS[name], vocab_size=384)
     if name == "moonlight":
-        model = replace(model, router_bias_rate=0.0)
+        model = replace(model, router_bias_rate=BIAS_RATE)
     trained(folder / "pretrained", model)
     export(f"{folder}/pretrained", f"{folder}/hf", "float32")
     rows = many(60)
@@ -82,16 +92,37 @@ def task_of(folder, name: str, template: str, end: str, schedule: str) -> tuple[
     return task, rows
 
 
-def rows_of(task: Task, split: str, samples: list[int], rows: list) -> list:
-    """Return the conversations of sequences, out of the file."""
+def rows_of(task: Task, split: str, samples: list[int], rows: list) -> list[tuple[list, bool]]:
+    """Return the conversations of sequences, out of the file, and whether there is room for a token behind each."""
     (corpus,) = task.corpora
     shards = getattr(corpus, split)
     packing, ends = packing_of(corpus, shards, task.train.seq_len), DocumentEnds(corpus, shards)
-    ranges = [one for sample in samples for one in packing.documents(sample)]
-    return [rows[ends.stretches(*one)[0].row - 1] for one in ranges]
+    found = []
+    for ranges in map(packing.documents, samples):
+        room = packing.capacity - sum(stop - start for start, stop in ranges)
+        found += [(rows[ends.stretches(*one)[0].row - 1], one != ranges[-1] or room > 0) for one in ranges]
+    return found
 
 
-def plain_loop(task: Task, rows: list) -> tuple[list[float], list[int], list[float]]:
+@contextmanager
+def balanced(model: torch.nn.Module, imbalances: list[float]) -> Iterator[None]:
+    """Move the biases of transformers' routers against the tokens that each expert gets (Moonlight, appendix C)."""
+    routers = [module for module in model.modules() if hasattr(module, BIAS)]
+    loads = {router: torch.zeros(router.num_experts) for router in routers}
+
+    def count(router: torch.nn.Module, _: object, found: tuple) -> None:
+        loads[router] += torch.bincount(found[2].flatten(), minlength=router.num_experts)
+
+    hooks = [router.register_forward_hook(count) for router in routers]
+    yield
+    imbalances.append(max([(load.max() / load.mean()).item() for load in loads.values()], default=0.0))
+    for hook, (router, load) in zip(hooks, loads.items(), strict=True):
+        hook.remove()
+        direction = torch.sign(load.mean() - load)
+        getattr(router, BIAS).add_(BIAS_RATE * (direction - direction.mean()))
+
+
+def plain_loop(task: Task, rows: list) -> dict:
     """Tune with transformers and torch alone: one conversation after the other, each by itself, masked by transformers.
 
     Only which conversations a step has is asked of us.
@@ -103,14 +134,15 @@ def plain_loop(task: Task, rows: list) -> tuple[list[float], list[int], list[flo
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/../hf", dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.95), ADAMW_EPS, weight_decay=0.1)
 
-    def summed(messages: list) -> tuple[torch.Tensor, int]:
+    def summed(messages: list, room: bool) -> tuple[torch.Tensor, int]:
         found = made.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = torch.tensor([found["input_ids"]]), torch.tensor(found["assistant_masks"], dtype=torch.bool)
-        logits = model(ids, use_cache=False).logits[0, :-1][mask[1:]]
+        read = ids if room else ids[:, :-1]  # The last token of a full sequence is a target alone.
+        logits = model(read, use_cache=False).logits[0, : len(mask) - 1][mask[1:]]
         return F.cross_entropy(logits, ids[0, 1:][mask[1:]], reduction="sum"), int(mask[1:].sum())
 
     def mean(batch: list) -> tuple[torch.Tensor, int]:
-        losses, counts = zip(*map(summed, batch), strict=True)
+        losses, counts = zip(*starmap(summed, batch), strict=True)
         return torch.stack(losses).sum() / sum(counts), sum(counts)
 
     @torch.no_grad()
@@ -121,9 +153,11 @@ def plain_loop(task: Task, rows: list) -> tuple[list[float], list[int], list[flo
         return mean(rows_of(task, "validation", [i * number // count for i in range(count)], rows))[0].item()
 
     order = order_of(task.data, task.recipe, task.train.seq_len, task.seed, task.corpora)
-    losses, tokens, validation = [], [], [validate()]
+    losses, tokens, imbalances, validation = [], [], [], [validate()]
     for step in range(1, STEPS + 1):
-        loss, count = mean(rows_of(task, "train", order.at(indices_of_step(task.recipe, step)).sample.tolist(), rows))
+        batch = rows_of(task, "train", order.at(indices_of_step(task.recipe, step)).sample.tolist(), rows)
+        with balanced(model, imbalances):
+            loss, count = mean(batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -133,7 +167,9 @@ def plain_loop(task: Task, rows: list) -> tuple[list[float], list[int], list[flo
         optimizer.step()
         losses.append(loss.item())
         tokens.append(count)
-    return losses, tokens, [*validation, validate()]
+    validation.append(validate())
+    found = {"losses": losses, "tokens": tokens, "imbalances": imbalances, "validation": validation}
+    return {**found, "biases": biases_of(model)}
 
 
 @pytest.mark.numeric
@@ -144,10 +180,11 @@ def plain_loop(task: Task, rows: list) -> tuple[list[float], list[int], list[flo
 def test_fine_tuning_is_transformers_and_a_plain_loop(tmp_path, name, template, end, schedule, world_size):
     task, rows = task_of(tmp_path, name, template, end, schedule)
     found = run_ranks(world_size, tuned, task)[0]
-    losses, tokens, validation = plain_loop(task, rows)
-    assert found["tokens"] == tokens and len(losses) == STEPS
-    assert np.abs(np.array(found["losses"]) - losses).max() < 1e-5
-    assert np.abs(np.array(found["validation"]) - validation).max() < 1e-5
+    plain = plain_loop(task, rows)
+    losses = plain["losses"]
+    assert found["tokens"] == plain["tokens"] and len(losses) == STEPS
+    for key in ("losses", "validation", "imbalances", "biases"):
+        assert np.abs(np.subtract(found[key], plain[key])).max(initial=0) < 1e-5, key
     assert abs(losses[-1] - losses[0]) > 1e-3, "something is learned, or it would all be equal"
 
 
@@ -231,6 +268,12 @@ def test_a_hugging_face_folder_is_imported_once_and_again_when_it_changes(folder
     told_all = replace(config, model=MODELS["llama"], train=replace(config.train, init=again, init_state="all"))
     with pytest.raises(ConfigError, match="has none, for it was imported"):
         find_origin(told_all)
+    imports = sorted(Path(url).parent.iterdir())
+    (folder / "generation_config.json").unlink()
+    for init, choice, why in ((str(folder), "all", "has none, for it was imported"), (f"{folder}@3", "weights", "@3")):
+        with pytest.raises(ConfigError, match=why):
+            with_checkpoint(replace(config, train=replace(config.train, init=init, init_state=choice)), told.append)
+    assert sorted(Path(url).parent.iterdir()) == imports, "refused before it is imported"
 
 
 def test_a_run_may_begin_where_another_has_ended_by_its_name(tmp_path):

@@ -108,6 +108,18 @@ def test_what_cannot_be_written_is_told(folder, arguments, code, told):
     assert told.format(folder=folder) in str(raised.value) and raised.value.exit_code == code
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_cannot_be_is_told(seed):
+    told = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["generate", "nowhere", "--prompt", "a", f"--seed={seed}"])
+    assert told.exit_code == 2 and "--seed" in told.stderr and told.exception.code == 2
+
+
+def test_it_ends_where_nobody_reads(folder, monkeypatch):
+    read = iter([False, False, True])
+    monkeypatch.setattr("jobs.cli.generate.nobody_reads", lambda: next(read))
+    assert len(run(folder, "--prompt", "a", "--tokens", "100", "--temperature", "0.1")) <= 4, "two pieces and what is lost"
+
+
 def test_a_prompt_may_be_as_long_as_the_context_and_the_text_go_on_behind_it(folder):
     (row,) = run(folder, "--prompt", "a" * 128, "--tokens", "100", "--json", "--temperature", "3").splitlines()
     assert len(json.loads(row)["tokens"]) > 50

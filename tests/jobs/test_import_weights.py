@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs.export import export
-from jobs.import_ import EMBEDDING, HEAD, import_model
+from jobs.folder_model import EMBEDDING, HEAD
+from jobs.import_ import import_model
 from tests.jobs.folders import GONE, KINDS, difference, refused
 from tests.jobs.test_export import MODELS, trained
 

@@ -63,6 +63,14 @@ def test_no_output_at_all(tmp_path, closed):
     assert (tmp_path / "kept").read_text() == "False", "and nothing was printed into the file that was opened next"
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_that_has_not_every_character(encoding):
+    script = "from jobs.output import outlive_output; outlive_output(); print('naïve 日本', '\\udcff')"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=True)
+    assert done.stdout == "naïve 日本 \udcff\n".encode(encoding, "backslashreplace")
+
+
 def test_a_pipe_that_does_not_block_loses_nothing(tmp_path):
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETFL, os.O_NONBLOCK)

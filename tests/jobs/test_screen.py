@@ -4,6 +4,7 @@ import ast
 import io
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from workers.common.text import visible
 
 ROOT = Path(__file__).parent.parent.parent
 HOSTILE = "a\x1b]0;title\x07b\x1b[2Jc\x9b31md\u202ee\ud800f\x00g\rh"
+TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+"""Unicode's kinds of characters that turn the direction of writing, but for the marks."""
 SHOWN = r"a\x1b]0;title\x07b\x1b[2Jc\x9b31md\u202ee\ud800f\x00g\rh"
 
 
@@ -41,8 +44,11 @@ def test_nothing_that_is_shown_steers_the_terminal(kind):
 
 def test_what_steers_becomes_an_escape_and_all_other_text_stays():
     assert visible(HOSTILE) == SHOWN and visible(SHOWN) == SHOWN
-    plain = "".join(map(chr, (*range(0x20, 0x7F), *range(0xA0, 0x2028), *range(0x2070, 0xD800)))) + "\t\n"
+    known = "".join(map(chr, (*range(0x20, 0x7F), *range(0xA0, 0x2028), *range(0x2070, 0xD800)))) + "\t\n"
+    plain = known.translate(dict.fromkeys((0x061C, 0x200E, 0x200F)))  # Marks of a direction, which none of the rest is.
     assert visible(plain) == plain
+    turning = "".join(chr(c) for c in range(0x110000) if unicodedata.bidirectional(chr(c)) in TURNING)
+    assert visible(turning + "\u061c\u200e\u200f").isascii() and len(turning) == 9
     assert all(visible(chr(code)) == rf"\x{code:02x}" for code in range(32) if chr(code) not in "\t\n\r")
 
 

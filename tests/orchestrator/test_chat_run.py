@@ -1,32 +1,30 @@
-"""A run on conversations is a run like any other: each is trained on once an epoch, whoever dies."""
+"""A run on conversations is a run like any other: each is trained on once an epoch, whoever dies, and it goes on."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from orchestrator.config import RunConfig
 from tests.chats import many, write
 from tests.closeness import EPS, ROUNDINGS
 from tests.faults import FaultyMember
 from tests.leading import Lead, config_of
 from tests.ledger import assert_every_sample_once, ledger
 from tests.orchestrator.test_recovery import inject_at_start
+from tests.orchestrator.test_stages import Crash, assert_equal_checkpoints, kill
 from tests.processes import ProcessCluster
-from tests.ranks import run_ranks
-from tests.trainer import trainer_of
 from workers.data.config import DataConfig
 from workers.data.corpus import SPLITS
 from workers.data.ends import DocumentEnds
 from workers.data.packing import packing_of
 from workers.phases import Phase
-from workers.reports import StepDone
-from workers.task import Task
 
 STEPS, ROWS = 6, 60
 
 
-def chat_run(folder) -> Lead:
-    """Train with two workers, of which one dies in step 4; the other goes on, until a third comes."""
+def chats(folder) -> RunConfig:
+    """Conversations for one or two workers, over more than two epochs."""
     data = DataConfig(
         source=str(write(folder / "chat.jsonl", many(ROWS))),
         format="chat",
@@ -35,23 +33,38 @@ def chat_run(folder) -> Lead:
         ledger=f"{folder}/ledger",
     )
     train = {"steps": STEPS, "global_batch": 6, "micro_batch": 2, "seq_len": 420}
-    config = replace(config_of(folder, scaling={"min_workers": 1, "max_workers": 2}, train=train), data=data)
-    lead = Lead(config, ProcessCluster({"a": 2}, FaultyMember), folder)
-    inject_at_start(lead, 0, Phase.COMPUTE, 4, "kill", 1)
-    with lead:
-        lead.wait()
-    return lead
+    scaling, checkpoint = {"min_workers": 1, "max_workers": 2}, {"every": 2, "keep_last": 0}
+    return replace(config_of(folder, scaling=scaling, train=train, checkpoint=checkpoint), data=data)
 
 
-def losses_of(rank: int, world_size: int, task: Task) -> list[tuple[float, int]]:
-    trainer, told = trainer_of(rank, world_size, task)
-    trainer.run()
-    return [(fields["loss"], fields["tokens"]) for fields in told.of(StepDone)]
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with Lead(chats(folder), ProcessCluster({"a": 2}), folder) as lead:
+        return folder, lead.wait()
+
+
+def test_killed_and_gone_on_with_it_is_the_same_run(uninterrupted, tmp_path):
+    """Driver, workers and keepers die at once, in the second epoch; bitwise, with the routers' biases."""
+    whole, calm = uninterrupted
+    killed = Lead(chats(tmp_path), ProcessCluster({"a": 2}), tmp_path)
+    killed.notes.on_step = lambda step: kill(killed) if step == 3 else None
+    with killed, pytest.raises(Crash):
+        killed.wait()
+    with Lead(chats(tmp_path), ProcessCluster({"a": 2}), tmp_path) as rest:
+        rest.wait()
+    assert [row.step for row in rest.notes.rows] == [3, 4, 5, 6]
+    assert [*killed.notes.losses[:2], *rest.notes.losses] == calm.losses
+    assert_equal_checkpoints(whole, tmp_path)
 
 
 @pytest.mark.numeric
-def test_every_conversation_is_trained_on_once_an_epoch_and_a_death_changes_nothing(tmp_path):
-    lead = chat_run(tmp_path)
+def test_every_conversation_is_trained_on_once_an_epoch_and_a_death_changes_nothing(uninterrupted, tmp_path):
+    """Of two workers one dies in step 4; the other goes on, until a third comes."""
+    lead = Lead(chats(tmp_path), ProcessCluster({"a": 2}, FaultyMember), tmp_path)
+    inject_at_start(lead, 0, Phase.COMPUTE, 4, "kill", 1)
+    with lead:
+        lead.wait()
     (corpus,), folder, train = lead.corpora, tmp_path / "ledger", lead.config.train
     assert len(lead.notes.faults) == 1 and {1, 2} <= {*lead.notes.worlds}
     assert_every_sample_once(folder, train, lead.config.seed, lead.corpora, lead.config.data)
@@ -66,7 +79,6 @@ def test_every_conversation_is_trained_on_once_an_epoch_and_a_death_changes_noth
         part = [one for sequence in sequences[epoch * size : (epoch + 1) * size] for one in sequence]
         assert sorted(part) == [*zip([0, *ends[:-1]], ends, strict=True)], "each whole, and once"
 
-    data = replace(lead.config.data, ledger="")
-    (alone,) = run_ranks(1, losses_of, replace(lead.attempt.task, data=data, manifest=None))
-    assert lead.notes.losses == pytest.approx([loss for loss, _ in alone], rel=ROUNDINGS * EPS)
-    assert [row.tokens for row in lead.notes.rows] == [tokens for _, tokens in alone]
+    _, calm = uninterrupted
+    assert lead.notes.losses == pytest.approx(calm.losses, rel=ROUNDINGS * EPS)
+    assert [row.tokens for row in lead.notes.rows] == [row.tokens for row in calm.rows]

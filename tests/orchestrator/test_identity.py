@@ -39,6 +39,24 @@ def test_weights_that_held_already_may_not(wanted, reached):
         refuse_other("runs/x", mixture([50, 1, 3]), wanted, reached)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.growth", [[20, 16]]),
+        ("data.window", 64),
+        ("data.document_mask", True),
+        ("data.chat_template", "3" * 64),
+        ("data.tokenizer", "4" * 64),
+    ],
+)
+def test_what_a_run_had_and_a_config_leaves_out_is_told_as_the_other_way_round(key, value):
+    """A batch that has grown would shrink silently, and the samples between be read twice."""
+    for saved, wanted in ((mixture(), {**mixture(), key: value}), ({**mixture(), key: value}, mixture())):
+        with pytest.raises(ConfigError, match=rf"{key}: the checkpoint has .*None") as error:
+            refuse_other("runs/x", saved, wanted, 20)
+        assert len(str(error.value).splitlines()) == 3
+
+
 def test_a_changed_source_is_told_by_its_name():
     wanted = {**mixture(), "data": {"a": "1" * 64, "b": "3" * 64}}
     with pytest.raises(ConfigError, match=r"data\.b: the checkpoint has") as error:

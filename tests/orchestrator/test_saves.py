@@ -20,6 +20,7 @@ from workers.checkpoint.manifest import WEIGHT
 from workers.common.errors import ClusterError, ConfigError, DamagedError, StorageError
 from workers.common.storage import Store
 from workers.config import StorageConfig
+from workers.recipe import StageConfig
 
 TWO = {"min_workers": 2, "max_workers": 2}
 SHARD_MB = 0.19
@@ -226,11 +227,13 @@ def test_training_goes_on_until_too_many_checkpoints_in_a_row_have_failed(tmp_pa
 
 def test_where_storage_is_slower_than_checkpoints_come_some_are_left_out(tmp_path):
     slow = StorageConfig(max_upload_mb_per_s=2 * SHARD_MB)  # A shard takes half a second.
-    one = lead(tmp_path, steps=60, checkpoint={"every": 2}, storage=slow)
+    stages = tuple(StageConfig(name=f"{end}", steps=20) for end in (20, 40, 60))
+    one = lead(tmp_path, train={"steps": 0, "stages": stages}, checkpoint={"every": 2}, storage=slow)
     with one:
         notes = one.wait()
     left_out = [notice for notice in notes.notices if "earlier ones are still being written" in notice]
     assert left_out and len(left_out) + len(notes.commits) == 30
+    assert {20, 40, 60} <= {*notes.commits}, "the end of a stage is no place for gaps"
     assert notes.commits[-1] == 60 and len(notes.rows) == 60 and notes.faults == []
     assert one.log.manifest().shards[0].size == pytest.approx(SHARD_MB * 1e6, rel=0.1)
 

@@ -94,7 +94,7 @@ def test_killed_in_each_stage_and_at_both_borders_it_is_the_same_run(uninterrupt
     for last in (3, FIRST, 9, SECOND, 14, 0):
         lead = Lead(staged(tmp_path), ProcessCluster({"a": 2}), tmp_path)
         notes = lead.notes
-        notes.on_step = lambda step, last=last, lead=lead: _kill(lead) if step == last else None
+        notes.on_step = lambda step, last=last, lead=lead: kill(lead) if step == last else None
         with lead:
             if last:
                 with pytest.raises(Crash):
@@ -106,7 +106,7 @@ def test_killed_in_each_stage_and_at_both_borders_it_is_the_same_run(uninterrupt
     assert_equal_checkpoints(whole, tmp_path)
 
 
-def _kill(lead: Lead) -> None:
+def kill(lead: Lead) -> None:
     lead.cluster.kill_node("a")
     raise Crash
 
@@ -151,6 +151,7 @@ def test_stages_that_are_not_reached_may_become_others(uninterrupted):
     assert "data.mixture" in refused(SECOND + 2, first, second, replace(third, weights={"first": 1}))
     assert "train.growth" in refused(FIRST + 3, replace(first, steps=FIRST + 1), second, third)
     assert "train.global_batch" in refused(2, replace(first, global_batch=8), second, third)
+    assert "train.growth" in refused(FIRST + 3, replace(first, weights={"first": 1, "second": 1}, steps=STEPS))
 
 
 def test_the_optimizer_of_a_run_has_no_word_in_stages_of_their_own(uninterrupted):

@@ -14,11 +14,11 @@ from orchestrator.log.run_log import RunLog
 from orchestrator.preflight import Found, find_run, identity, run_store
 from orchestrator.reach import reach_tracking
 from orchestrator.record import mlflow_client
-from orchestrator.record.events import Tally
+from orchestrator.record.events import Fallback, Tally
 from orchestrator.record.journal import Journal
 from orchestrator.record.metrics import NAMES, newest, published
 from orchestrator.record.provenance import provenance
-from orchestrator.record.recorder import RunRecorder, Watcher
+from orchestrator.record.recorder import RunRecorder, Watcher, trained_otherwise
 from orchestrator.record.registry import register
 from orchestrator.record.report import Links
 from orchestrator.record.tracking import RunRecord, Tracking, look_up, read_artifact
@@ -30,6 +30,7 @@ from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
 from workers.config import CheckpointConfig
 from workers.data.prepare import prepare
+from workers.recipe import StageConfig
 from workers.reports import Planned, StepDone, Validated
 
 
@@ -98,9 +99,15 @@ class _Nobody(Watcher):
     pass
 
 
-def recorder_of(record: RunRecord, folder) -> RunRecorder:
+def recorder_of(record: RunRecord, folder, **train) -> RunRecorder:
     links, journal = Links(str(folder), 10, provenance(), "", ""), Journal(Store(str(folder)), 1)
-    return RunRecorder(config_of(folder), record, journal, _Nobody(), links, 10, Tally(0.0), [])
+    return RunRecorder(config_of(folder, train=train), record, journal, _Nobody(), links, 10, Tally(0.0), [])
+
+
+def done(step: int, **values) -> StepDone:
+    rest = dict.fromkeys(("seconds", "lr", "grad_norm", "expert_imbalance", "snapshot_seconds"), 1.0)
+    rest |= {"generation": 1, "rank": 0, "time": float(step), "skipped": 0, "snapshot_every": 1}
+    return StepDone(**{**rest, "loss": 10.0 - step, "tokens": 70 * step, "step_tokens": 70 + step, **values}, step=step)
 
 
 @pytest.mark.parametrize("submitted", [True, False])
@@ -122,15 +129,49 @@ def test_a_checkpoint_has_the_losses_of_its_own_step_however_late_it_counts(trac
     record = RunRecord(tracking, run_id)
     recorder = recorder_of(record, tmp_path)
     for step in range(1, 8):
-        at = {"generation": 1, "rank": 0, "time": float(step), "step": step, "loss": 10.0 - step}
-        rest = dict.fromkeys(("seconds", "lr", "grad_norm", "expert_imbalance", "snapshot_seconds"), 1.0)
-        recorder.step(StepDone(**at, **rest, tokens=70 * step, step_tokens=70 + step, skipped=0, snapshot_every=1), 1)
+        recorder.step(done(step), 1)
         if step == 3:
-            recorder.report(Validated(**{**at, "loss": 7.5}))
+            recorder.report(Validated(generation=1, rank=0, time=3.0, step=3, loss=7.5))
     assert recorder.before_commit(3) == {"loss": 7.0, "val_loss": 7.5}, "the upload took four steps"
     assert recorder.before_commit(6) == {"loss": 4.0}
     record.close("FINISHED")
     assert rows(tracking, run_id, "tokens_per_second") == [(step, 70.0 + step) for step in range(1, 8)], "of each step"
+
+
+STAGES = StageConfig(name="early", steps=4, schedule="constant"), StageConfig(name="late", steps=4, global_batch=24)
+
+
+def test_the_stage_is_told_also_where_a_driver_begins_with_its_first_step(tracking, tmp_path):
+    """Whatever happens, such as a recovery, is told before the step that it was about."""
+    run_id = tracking.create("staged", {"seed": 0})
+    for steps, stage in (((3, 4), "early"), ((5, 6), "late"), ((7,), "late")):
+        record = RunRecord(tracking, run_id)
+        recorder = recorder_of(record, tmp_path, steps=0, stages=STAGES)
+        recorder.event(Fallback(time=1.0, step=steps[0], cause="", damaged=0, good=0))
+        for step in steps:
+            recorder.step(done(step), 2)
+        record.close("KILLED")
+        assert tracking.client.get_run(run_id).data.tags["raymuon.stage"] == stage
+    assert rows(tracking, run_id, "stage") == [(3, 1), (4, 1), (5, 2), (6, 2), (7, 2)]
+    assert rows(tracking, run_id, "global_batch") == [(3, 12), (4, 12), (5, 24), (6, 24), (7, 24)]
+
+
+def test_steps_on_record_that_are_trained_again_with_another_batch_are_told(tracking, tmp_path):
+    run_id = tracking.create("changed", {"seed": 0})
+    record = RunRecord(tracking, run_id)
+    recorder = recorder_of(record, tmp_path, steps=0, stages=STAGES)
+    for step in range(1, 8):
+        recorder.step(done(step, lr=recorder.config.recipe.learning_rate(step)), 2)
+    record.close("FAILED")
+    record = RunRecord(tracking, run_id)
+    assert trained_otherwise(recorder.config, record, 3) == ""
+    early, late = STAGES
+    batch = recorder_of(record, tmp_path, steps=0, stages=(replace(early, steps=6), replace(late, steps=2))).config
+    assert trained_otherwise(batch, record, 3).startswith("steps 5 to 6 were trained with another")
+    rate = recorder_of(record, tmp_path, steps=0, stages=(early, replace(late, schedule="linear"))).config
+    assert trained_otherwise(rate, record, 3).startswith("steps 5 to 7 were trained with another")
+    assert trained_otherwise(rate, record, 7) == ""
+    record.abandon()
 
 
 def test_more_rows_than_one_batch_takes(tracking):

@@ -118,6 +118,8 @@ def test_a_template_has_its_special_tokens_in_it(end):
         ("{% set x %}{% generation %}{{ messages[1].content }}{% endgeneration %}{% endset %}{{ x | length }}",
          CONVERSATIONS[0], "changes what stands within {% generation %}"),
         (CHATML, [said("user", "a<|im_end|>b"), said("assistant", "c")], "messages[0] has '<|im_end|>' in it"),
+        (CHATML, [said("user", "a"), {**said("assistant", "c"), "name": "<s>"}], "messages[1] has '<s>' in it"),
+        (CHATML, [said("user", "a"), {**said("assistant", "c"), "calls": [{"x": ["</s>"]}]}], "messages[1] has '</s>'"),
     ],
 )  # fmt: skip
 def test_a_conversation_that_a_template_cannot_write_is_told(folders, template, messages, told):
@@ -159,6 +161,29 @@ def test_what_a_message_has_besides_goes_to_the_template():
     (message,) = messages_of([{"role": "assistant", "content": "a", "name": "b", "tool_calls": None}])
     assert message == {"role": "assistant", "content": "a", "name": "b"}
     assert ChatTemplate("{{ messages[0].name }}").render([message]) == "b"
+
+
+def test_what_no_text_should_have_may_be_in_one(folders):
+    """All of Unicode's noncharacters, of which marks are taken, as transformers has them."""
+    made, template = opened(folders["chatml"])
+    messages = [said("user", "".join(map(chr, range(0xFDD0, 0xFDF0)))), said("assistant", "b\ufdd0c")]
+    found = theirs(folders["chatml"], messages, return_dict=True, return_assistant_tokens_mask=True)
+    ours = encode(template, made, messages)
+    assert ours.ids.tolist() == found["input_ids"] and ours.counts.astype(int).tolist() == found["assistant_masks"]
+
+
+@pytest.mark.parametrize("value", [3, {"default": "x"}, ["x"], [{"name": "default"}]])
+def test_a_template_that_is_no_text_is_told(tmp_path, value):
+    """Unless another one is named; one beside the tokenizer that is no UTF-8, too."""
+    folder = tokenizer(tmp_path / "one")
+    about = {"eos_token": "</s>", "chat_template": value}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match=r"chat_template in .*tokenizer_config.json is .*, and no text"):
+        opened(folder)
+    (folder / "chat_template.jinja").write_bytes("ä".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"chat_template.jinja is no UTF-8"):
+        opened(folder)
+    assert opened(folder, chat_template="plain")[1].source.endswith(PLAIN)
 
 
 def test_which_template_writes_is_the_config_s_choice(folders, tmp_path):

@@ -259,6 +259,9 @@ class A:
     assert (first[2]["content"], first[4]["content"]) == ("Return the area of a rectangle.", "width, height")
     assert [one["content"] for one in second[1:]] == ["What does close() do?", "Close it."]
     assert list(conversations(b"def f(:")) == [] and list(conversations(b"\0")) == []
+    (tmp_path / "half.py").write_text('def f(x):\n    "a \\ud800"\n')
+    with pytest.raises(ConfigError, match=r"half.py:1: half a character"):
+        prepare(config_of(tmp_path, tmp_path / "half.py"))
     (tmp_path / "a.py").write_bytes(source)
     (corpus,) = prepare(config_of(tmp_path, tmp_path / "a.py", held_out_fraction=0.01))
     assert corpus.documents == 2
@@ -308,16 +311,16 @@ def test_a_conversation_that_is_longer_than_the_sequence_is_refused_or_left_out_
     rows = [*many(40), [said("user", "a"), said("assistant", "b" * 500)]]
     (corpus,) = prepare(config_of(tmp_path, write(tmp_path / "chat.jsonl", rows)))
     with pytest.raises(ConfigError) as raised:
-        check_corpora((corpus,), 400, 1, 256)
+        check_corpora((corpus,), 400, [1], 256)
     longest = len(encoded(config_of(tmp_path, "x"), rows[-1]).ids)
     for part in ("1 of 41 conversation(s) is longer than train.seq_len=400", f"the longest has {longest}",
                  "data.max_long_conversations=0; none is cut", "set data.max_long_conversations=1"):  # fmt: skip
         assert part in str(raised.value)
-    check_corpora((corpus,), 400, 1, 256, most_long=1)
+    check_corpora((corpus,), 400, [1], 256, most_long=1)
     assert "and left out" in told(corpus, 400) and "left out" not in told(corpus, 600)
-    check_corpora((corpus,), longest - 1, 1, 256)
+    check_corpora((corpus,), longest - 1, [1], 256)
     with pytest.raises(ConfigError, match=rf"longer than train.seq_len={longest - 2}"):
-        check_corpora((corpus,), longest - 2, 1, 256)
+        check_corpora((corpus,), longest - 2, [1], 256)
 
 
 @pytest.mark.parametrize(

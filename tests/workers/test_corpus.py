@@ -79,8 +79,8 @@ def test_a_document_of_which_nothing_is_held_out_does_not_end_there(texts, tmp_p
     assert b"\0\0" not in splits["validation"]
     for file in texts.glob("[0-9].txt"):
         file.unlink()
-    problems = check_corpus(prepare(config(texts, tmp_path)), seq_len=16, global_batch=4)
-    assert len(problems) == 1 and "held-out split has 0 tokens" in problems[0]
+    problems = check_corpus(prepare(config(texts, tmp_path)), seq_len=16, drawn=4)
+    assert len(problems) == 1 and "held-out split of the corpus has 0 tokens" in problems[0]
 
 
 def test_samples_run_on_over_shards(texts, tmp_path, monkeypatch):
@@ -274,9 +274,11 @@ def test_a_missing_and_an_empty_corpus_are_config_errors(texts, tmp_path):
 
 def test_a_corpus_too_small_for_the_batch_is_told(texts, tmp_path):
     corpus = prepare(config(texts, tmp_path))
-    assert not check_corpus(corpus, seq_len=16, global_batch=4)
-    problems = check_corpus(corpus, seq_len=256, global_batch=4000)
-    assert len(problems) == 2 and "global batch (4000)" in problems[0] and "held-out" in problems[1]
+    assert not check_corpus(corpus, seq_len=16, drawn=4)
+    problems = check_corpus(corpus, seq_len=256, drawn=4000)
+    assert len(problems) == 2 and "takes of it (4000)" in problems[0] and "held-out" in problems[1]
+    assert len(check_corpus(corpus, seq_len=256, drawn=0)) == 1, "what is only validated on needs no more"
+    assert "source mine has" in check_corpus(replace(corpus, name="mine"), seq_len=16, drawn=4000)[0]
 
 
 HARMS = {

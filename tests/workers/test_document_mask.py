@@ -8,7 +8,7 @@ from tests.closeness import EPS, assert_close
 from tests.workers.test_attention import MODELS
 from workers.models import LanguageModel, build
 from workers.models.attention import CausalAttention, take_logits, watch
-from workers.models.masks import DocumentMask
+from workers.models.masks import NOBODY, DocumentMask
 from workers.objective import IGNORED, Batch, batch_of, summed_loss
 
 pytestmark = pytest.mark.numeric
@@ -130,6 +130,25 @@ def test_logits_of_other_documents_are_not_seen():
     attention(q, k, k, DocumentMask(torch.tensor([[0, 0, 1, 1]])))
     seen = take_logits(attention)
     assert seen.largest.item() == 1000 and seen.large == 1 and seen.queries == 4, "the query beside it alone"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_fills_a_sequence_up_is_not_counted(name):
+    """Neither by the routers, whose biases it would move, nor where QK-Clip looks, however large it is there."""
+    tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(1))
+    documents = torch.tensor([[0] * 7 + [1] * 4 + [NOBODY] * 5, [0] * 16]).int()
+    model = model_of(name, torch.float32, watched=True)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokens[0, 11:]] *= 100
+        model(tokens, documents)
+        seen, load = take_logits(model), model.expert_load().clone()
+        model.clear_expert_load()
+        for document in (tokens[0, :7], tokens[0, 7:11], tokens[1]):
+            model(document[None])
+    alone = take_logits(model)
+    assert_close(seen.largest, alone.largest, ENLARGED)
+    assert seen.large == alone.large and seen.queries == alone.queries == 27 * len(seen.largest)
+    assert load.equal(model.expert_load()) and load.sum() in (0, 27 * 2)
 
 
 def test_the_first_token_of_a_document_is_no_target():

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tests.ranks import run_ranks
 from tests.workers.test_moonlight import TINY
 from workers.common.errors import TrainingError
 from workers.config import CheckpointConfig, StorageConfig
-from workers.data.config import DataConfig
+from workers.data.config import DataConfig, SourceConfig
 from workers.data.prepare import prepare
 from workers.phases import Phase
 from workers.recipe import TrainConfig
@@ -126,6 +127,27 @@ def shards_of(keeper: Keeper) -> list[ShardWritten]:
     """Wait for the keeper's uploads."""
     keeper._uploads.shutdown()
     return [report for report in keeper.poll(0) if isinstance(report, ShardWritten)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_each_held_out_sequence_of_each_source_is_validated_by_one_rank(tmp_path, world_size):
+    """Of one source there are seven, in four batches; of the other as many as it has, in fewer than there are ranks."""
+    from workers.feed import Feed
+
+    (small := tmp_path / "small").write_text(TEXT.read_text()[:800])
+    sources = tuple(SourceConfig(name=url.name, urls=(str(url),)) for url in (TEXT, small))
+    data = DataConfig(sources=sources, prepared_url=f"{tmp_path}/data", held_out_fraction=0.2)
+    task = replace(task_of(tmp_path, validate_sequences=7), data=data, corpora=prepare(data))
+
+    def seen(world_size: int) -> list:
+        at = {"generation": 1, "world_size": world_size, "host": "", "port": 0}
+        places = [Place(rank=rank, **at) for rank in range(world_size)]
+        parts = [part for place in places for part in Feed(task, place).validation()]
+        return sorted((source, *row) for source, batch in parts for row in batch.inputs.tolist())
+
+    alone = seen(1)
+    assert [source for source, *_ in alone].count(0) == 7 and 2 <= len(alone) - 7 < 7
+    assert len({tuple(row) for row in alone}) == len(alone) and seen(world_size) == alone
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

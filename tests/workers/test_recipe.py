@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from optim.checks import ConfigProblems
 from optim.config import OptimConfig
-from workers.data.config import DataConfig, SourceConfig
+from workers.data.config import DataConfig, MixtureConfig, SourceConfig
 from workers.recipe import Recipe, StageConfig, TrainConfig
 
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=10, final_lr_fraction=0.1)
@@ -97,6 +97,20 @@ def test_what_a_stage_does_not_say_is_as_before():
     assert [found.at(step).name for step in (0, 1, 2, 3, 14, 15)] == ["a", "a", "a", "b", "d", "d"]
 
 
+def test_a_source_gives_a_step_its_share_at_most():
+    """And one that no stage gives a weight nothing, however large the batch."""
+    data = DataConfig(sources=tuple(SourceConfig(name=name, urls=("u",)) for name in "xyz"))
+    some, more = {"x": 1.0}, {"x": 1.0, "y": 3.0}
+    stages = StageConfig(name="a", steps=2, weights=some), StageConfig(name="b", steps=2, global_batch=16, weights=more)
+    last = StageConfig(name="c", steps=1, global_batch=64, weights={"x": 63.0, "y": 1.0})
+    assert recipe(*stages).drawn(data) == [8, 12, 0]
+    assert recipe(*stages, last).drawn(data) == [63, 12, 0]
+    mixed = replace(data, mixture=(MixtureConfig(step=3, weights={"z": 1}), MixtureConfig(step=9, weights=some)))
+    grown = StageConfig(name="a", steps=2), StageConfig(name="b", steps=2, global_batch=16)
+    assert recipe(*grown).drawn(mixed) == [3, 3, 16]
+    assert recipe(steps=4).drawn(DataConfig()) == [8]
+
+
 @given(st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0, 4, 8, 12, 64])), min_size=1, max_size=6))
 def test_every_sample_has_one_step(stages):
     made = [StageConfig(name=str(i), steps=steps, global_batch=batch) for i, (steps, batch) in enumerate(stages)]
@@ -161,6 +175,12 @@ def test_borders_are_validated():
         ),
         ({}, [{"steps": 3, "global_batch": 6}], "stages[0].global_batch must be a multiple of micro_batch (4), not 6"),
         ({}, [{"steps": 3, "name": "x"}, {"steps": 3, "name": "x"}], "x is there more than once"),
+        (
+            {},
+            [{"steps": 3, "name": "x-1"}, {"steps": 3, "name": "x.1"}],
+            "x-1, x.1 is there more than once, . and - being",
+        ),
+        ({}, [{"steps": 3, "name": "x y"}], "name must be of letters, digits, -, _ and ., not 'x y'"),
         ({}, [{"steps": 3, "lr": 1e-3}], "lr needs a schedule of this stage's own"),
         ({}, [{"steps": 3, "lr": 0, "schedule": "cosine"}], "lr=0 is a rise from 0: it needs schedule=linear"),
         ({}, [{"steps": 3, "final_lr": 1e-3, "schedule": "constant"}], "is nothing that a constant rate comes to"),

@@ -316,8 +316,8 @@ def test_ids_beyond_the_model_s_vocabulary_are_refused_before_anything_is_made(b
     assert not (tmp_path / "prepared").exists()
     corpora = prepare(config.data)
     with pytest.raises(ConfigError, match=r"has ids up to 1,199"):
-        check_corpora(corpora, 16, 1, VOCAB - 1)
-    check_corpora(corpora, 16, 1, VOCAB)
+        check_corpora(corpora, 16, [1] * len(corpora), VOCAB - 1)
+    check_corpora(corpora, 16, [1] * len(corpora), VOCAB)
 
 
 def test_another_tokenizer_is_another_run(bpe, kimi, data):

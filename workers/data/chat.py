@@ -16,12 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from workers.common.text import kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -43,8 +46,8 @@ PLAIN = """\
 """The built-in template: roles as text, and the end of a document after each of the assistant's turns."""
 _UNDEFINED = "undefined_token"
 _BEGINS, _ENDS = "generation_begins", "generation_ends"
-_MARKS = [chr(number) for number in range(0xFDD0, 0xFDF0)]
-"""Of Unicode's noncharacters: no text has them."""
+_MARKS = range(0xFDD0, 0x110000)
+"""The first are Unicode's noncharacters, which hardly a text has; no text has all."""
 
 Message = Mapping[str, Any]
 
@@ -141,7 +144,7 @@ class ChatTemplate:
 
     def _marked(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         """Return what stands within `{% generation %}`."""
-        begins, ends = [mark for mark in _MARKS if mark not in text][:2]
+        begins, ends = islice((mark for mark in map(chr, _MARKS) if mark not in text), 2)
         parts, spans, start, length = [], [], 0, 0
         for part in re.split(f"([{begins}{ends}])", self._render(messages, False, begins, ends)):
             if part == begins:
@@ -250,7 +253,7 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
         ChatError: it is no list of messages, or the assistant says nothing in it.
     """
     if not isinstance(value, list) or not value:
-        raise ChatError(f"{'an empty list' if value == [] else _kind(value)}, not a list of messages")
+        raise ChatError(f"{'an empty list' if value == [] else kind_of(value)}, not a list of messages")
     messages = [_message(number, message) for number, message in enumerate(value)]
     if all(message["role"] != "assistant" for message in messages):
         raise ChatError("no message is the assistant's, so there is nothing to learn from")
@@ -260,13 +263,13 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
 def _message(number: int, message: Any) -> dict[str, Any]:
     where = f"messages[{number}]"
     if not isinstance(message, dict):
-        raise ChatError(f"{where} is {_kind(message)}, not an object with role and content")
+        raise ChatError(f"{where} is {kind_of(message)}, not an object with role and content")
     message = {str(key): value for key, value in message.items() if value is not None}
     if (role := message.get("role")) not in ROLES:
         said = f"role {role!r}" if "role" in message else "no role"
         raise ChatError(f"{where} has {said}; it must be one of {', '.join(ROLES)}")
     if not isinstance(content := message.get("content"), str):
-        said = f"a content that is {_kind(content)}, not a text" if "content" in message else "no content"
+        said = f"a content that is {kind_of(content)}, not a text" if "content" in message else "no content"
         raise ChatError(f"{where} has {said}")
     if "\0" in content:
         raise ChatError(f"{where} has a zero byte in its content")
@@ -275,23 +278,20 @@ def _message(number: int, message: Any) -> dict[str, Any]:
     return message
 
 
-def written(messages: Sequence[Message]) -> bytes:
-    """Return a conversation as a document's bytes, which `read` gives back.
+def written(value: Any) -> bytes:
+    """Return a conversation, as a row has it, as a document's bytes, which `read` gives back.
 
     Raises:
-        ChatError: there is half a character in it.
+        ChatError: it is none, or something in it is no text.
     """
     try:
-        return json.dumps(messages, ensure_ascii=False).encode()
+        return json.dumps(messages_of(value), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ChatError(f"half a character (\\u{ord(error.object[error.start]):04x}) is in it") from None
+    except TypeError as error:
+        raise ChatError(f"something in it is no text ({error})") from None
 
 
 def read(document: bytes) -> list[dict[str, Any]]:
     """Return the conversation in a document."""
     return json.loads(document)
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")

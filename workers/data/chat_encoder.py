@@ -4,8 +4,9 @@ Special tokens are what they stand for where the template has written them. In w
 or begin one: such a conversation is refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -56,8 +57,21 @@ def encode_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequen
 
 def _refuse_special(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
     for number, message in enumerate(messages):
-        if special := next((token for token in tokenizer.special if token in message["content"]), None):
+        said = [*_texts(message)]
+        if special := next((token for token in tokenizer.special if any(token in text for text in said)), None):
             raise ChatError(
                 f"messages[{number}] has {special!r} in it, which is a special token of the tokenizer: the model could "
                 "not tell it from the template's own"
             )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in a message: a template may write any of them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _texts(pair)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _texts(one)

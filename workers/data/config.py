@@ -7,7 +7,7 @@ from fractions import Fraction
 from math import lcm
 from typing import Literal
 
-from optim.checks import Check, filled, no_password, require, within
+from optim.checks import Check, filled, named, no_password, require, within
 
 Format = Literal["auto", "text", "jsonl", "parquet", "arrow", "npy", "megatron", "chat"]
 MAX_DENOMINATOR = 100_000
@@ -34,12 +34,8 @@ class SourceConfig:
     def __post_init__(self) -> None:
         require(
             self,
-            *filled(self, name="the source"),
+            *named(self, "name"),
             (not self.field or bool(self.field.strip()), "field must name the text's field; it is blank"),
-            (
-                re.fullmatch(r"[A-Za-z0-9._-]*[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None,
-                f"name must be of letters, digits, -, _ and ., not {self.name!r}",
-            ),
             (bool(self.urls) and all(url.strip() for url in self.urls), "urls must name files; one or all are empty"),
             *no_password(self, "urls"),
             *within(self, "(0, inf)", "weight"),

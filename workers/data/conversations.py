@@ -17,6 +17,7 @@ from workers.common.errors import StorageError
 from workers.data.corpus import REMAKE, Corpus, Shard
 from workers.data.packing import packing_of
 from workers.data.tokens import TokenSplit
+from workers.models.masks import NOBODY
 
 BITS_KEPT = 16
 """Of shards, in memory: a megabyte or more each."""
@@ -46,10 +47,10 @@ class PackedSplit(TokenSplit):
         return self.packing.documents(index)
 
     def documents(self, index: int) -> np.ndarray:
-        """Return the number of each token's conversation in its sample, `[seq_len + 1]`; what is nobody's has one."""
+        """Return the number of each token's conversation in its sample, `[seq_len + 1]`; NOBODY's fill it up."""
         lengths = [stop - start for start, stop in self.ranges(index)]
-        lengths.append(self.seq_len + 1 - sum(lengths))
-        return np.repeat(np.arange(len(lengths)), lengths)
+        filled = self.seq_len + 1 - sum(lengths)
+        return np.repeat([*range(len(lengths)), NOBODY], [*lengths, filled])
 
     def counts(self, index: int) -> np.ndarray:
         """Return which tokens of a sample are learned, bool `[seq_len + 1]`."""

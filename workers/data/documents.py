@@ -12,7 +12,7 @@ from fsspec import AbstractFileSystem
 from workers.common.errors import ConfigError
 from workers.common.storage import storage_errors
 from workers.common.text import visible
-from workers.data.chat import written
+from workers.data.chat import ChatError, written
 from workers.data.docstrings import conversations
 from workers.data.formats import HEAD, TEXTS, Found, recognize
 from workers.data.lines import Document, Unreadable, json_documents, lines_before, text_of
@@ -95,11 +95,20 @@ def documents(piece: Piece, field: str, bad: Callable[[str], None], chat: bool =
         try:
             text = text_of(piece)
             if piece.format == DOCSTRINGS:
-                yield from (Document(written(one), row) for row, one in enumerate(conversations(text), 1))
+                yield from _docstrings(text, bad_row)
             elif text.strip():
                 yield Document(text, 0)
         except Unreadable as error:
             bad_row(0, str(error))
+
+
+def _docstrings(text: bytes, bad: Callable[[int, str], None]) -> Iterator[Document]:
+    """Yield the conversations about the functions of Python source."""
+    for row, value in enumerate(conversations(text), 1):
+        try:
+            yield Document(written(value), row)
+        except ChatError as error:
+            bad(row, str(error))
 
 
 def place_in(piece: Piece, row: int) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 import zstandard
 
-from workers.common.text import visible
-from workers.data.chat import ChatError, messages_of, written
+from workers.common.text import kind_of, visible
+from workers.data.chat import ChatError, written
 from workers.data.formats import MAX_WINDOW, why_no_text
 from workers.data.pieces import Piece, Source, source_of
 
@@ -181,7 +181,7 @@ def _row_in(line: bytes | None, first: bool) -> dict[str, Any] | None:
         raise Unreadable(f"no JSON ({error}): {_shown(line.decode().strip())}{more}") from None
     if not isinstance(row, dict):
         more = "; JSONL has one object in each line, no list around them" if isinstance(row, list) else ""
-        raise Unreadable(f"{_KINDS[type(row)]}, not an object: {_shown(line.decode().strip())}{more}")
+        raise Unreadable(f"{kind_of(row)}, not an object: {_shown(line.decode().strip())}{more}")
     return row
 
 
@@ -190,20 +190,9 @@ def _document(row: dict[str, Any], field: str, chat: bool) -> bytes:
     if not chat:
         return _encoded(value, field)
     try:
-        return written(messages_of(value))
+        return written(value)
     except ChatError as error:
         raise Unreadable(f"field {field!r}: {error}") from None
-
-
-_KINDS = {
-    dict: "an object",
-    list: "a list",
-    str: "a text",
-    bool: "true or false",
-    type(None): "null",
-    int: "a number",
-    float: "a number",
-}
 
 
 def _member(row: dict[str, Any], field: str) -> Any:
@@ -221,7 +210,7 @@ def _member(row: dict[str, Any], field: str) -> Any:
 
 def _encoded(value: Any, field: str) -> bytes:
     if not isinstance(value, str):
-        raise Unreadable(f"field {field!r} is {_KINDS[type(value)]}, not a text")
+        raise Unreadable(f"field {field!r} is {kind_of(value)}, not a text")
     try:
         text = value.encode()
     except UnicodeEncodeError as error:

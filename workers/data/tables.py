@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import ipc
 
-from workers.data.chat import ChatError, messages_of, written
+from workers.data.chat import ChatError, written
 from workers.data.formats import why_no_text
 from workers.data.lines import Document, Unreadable
 from workers.data.pieces import Piece, Source, cuts, even_cuts, source_of
@@ -136,11 +136,9 @@ class _Kind:
         if not self.chat:
             return _checked(value, self.field)
         try:
-            return written(messages_of(value))
+            return written(value)
         except ChatError as error:
             raise Unreadable(f"column {self.field!r}: {error}") from None
-        except (TypeError, UnicodeDecodeError) as error:
-            raise Unreadable(f"column {self.field!r} has something that is no text ({error})") from None
 
 
 Values = Iterator[tuple[int, "list[Any] | Unreadable"]]

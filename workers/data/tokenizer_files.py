@@ -8,6 +8,7 @@ from fsspec import AbstractFileSystem
 
 from workers.common.errors import ConfigError, NotFoundError
 from workers.common.storage import open_source, storage_errors
+from workers.common.text import kind_of
 from workers.data.chat import PLAIN, SPECIAL, ChatError, ChatTemplate, bound
 from workers.data.config import DataConfig
 from workers.data.json_tokenizer import JINJA, content, normal_tokenizer
@@ -65,9 +66,10 @@ def open_template(config: DataConfig, tokenizer: Tokenizer, s3_endpoint: str = "
     if tokenizer.sha256 and named != PLAIN_NAME:
         fs, path = _located(config, s3_endpoint)
         with storage_errors(config.tokenizer):
-            about, own = _about(fs, path), _own_template(fs, path)
+            about = _about(fs, path)
+            own = "" if named else _own_template(fs, path, about)
         special |= {name: content(about[name]) for name in SPECIAL if about.get(name)}
-        key, source = (key, "") if named else (f"data.tokenizer={config.tokenizer!r}: its chat template", own)
+        key, source = (key, own) if named else (f"data.tokenizer={config.tokenizer!r}: its chat template", own)
     if named not in ("", PLAIN_NAME):
         fs, path = open_source(named, s3_endpoint)
         try:
@@ -105,15 +107,28 @@ def _special(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: token for name, token in found.items() if token is not None}
 
 
-def _own_template(fs: AbstractFileSystem, path: str) -> str:
-    """Return the template of the tokenizer at a path; empty where it has none."""
+def _own_template(fs: AbstractFileSystem, path: str, about: dict[str, Any]) -> str:
+    """Return the template of the tokenizer at a path; empty where it has none.
+
+    Raises:
+        ConfigError: it is no text.
+    """
     beside = _beside(path, JINJA)
     if fs.exists(beside):
-        return _content(fs, beside).decode(errors="replace")
-    found = _about(fs, path).get("chat_template") or ""
-    if isinstance(found, list):  # Several, by name.
-        found = next((one["template"] for one in found if one.get("name") == "default"), "")
-    return str(found)
+        try:
+            return _content(fs, beside).decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"data.tokenizer: {beside} is no UTF-8 ({error})") from error
+    found = about.get("chat_template") or ""
+    if isinstance(found, list) and all(isinstance(one, dict) for one in found):  # Several, by name.
+        found = {one.get("name"): one.get("template") for one in found}.get("default", "")
+    if not isinstance(found, str):
+        where = _beside(path, ABOUT)
+        raise ConfigError(
+            f"data.tokenizer: chat_template in {where} is {kind_of(found)}, and no text, nor texts by name; set "
+            "data.chat_template to a file of Jinja"
+        )
+    return found
 
 
 def _located(config: DataConfig, s3_endpoint: str) -> tuple[AbstractFileSystem, str]:

@@ -55,7 +55,7 @@ class CausalAttention(nn.Module):
             return attention(q, k, v, mask)
         out, largest = (_flex if flexible(q, v) else _plain)(q, k, v, mask)
         if not recomputing():
-            self._see(largest.detach().float())
+            self._see(largest.detach().float(), mask)
         return out
 
     def forget(self, device: torch.device) -> None:
@@ -64,12 +64,16 @@ class CausalAttention(nn.Module):
         self.large, self.queries = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 
     # Into tensors, and neither a list nor a number: compiled code would be made anew for each length of it.
-    def _see(self, largest: Tensor) -> None:
+    def _see(self, largest: Tensor, mask: DocumentMask | None) -> None:
         if self.largest.device != largest.device:
             self.forget(largest.device)
+        if mask is None:
+            self.queries += largest.numel()
+        else:  # What fills a sequence up is nobody's query.
+            largest = largest.masked_fill(~mask.real.unsqueeze(1), -torch.inf)
+            self.queries += self.heads * mask.real.sum()
         self.largest.copy_(torch.maximum(self.largest, largest.amax((0, 2))))
         self.large += (largest > LARGE_LOGIT).sum()
-        self.queries += largest.numel()
 
 
 def watch(model: nn.Module, on: bool) -> None:

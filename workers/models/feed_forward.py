@@ -194,8 +194,7 @@ class Routes:
         flat = chosen.flatten()
         order = flat.argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        counts = torch.zeros(experts, dtype=torch.int64, device=flat.device)
-        counts.scatter_add_(0, flat, torch.ones_like(flat))
+        counts = rows_of_each(flat, experts, torch.ones_like(flat))
         return Routes(order, inverse, counts, counts.cumsum(0).to(torch.int32), chosen.size(1))
 
     def rows_of(self, x: Tensor) -> Tensor:
@@ -209,6 +208,17 @@ class Routes:
     def summed(self, rows: Tensor) -> Tensor:
         """Return the sum of each token's rows, `[tokens, width]`."""
         return _Gather.apply(rows, self.order // self.top_k, self.inverse, self.top_k)
+
+
+def rows_of_each(chosen: Tensor, experts: int, weights: Tensor) -> Tensor:
+    """Return how many rows each expert has, int64 `[experts]`.
+
+    Args:
+        chosen: the expert of each row, int64.
+        experts: how many there are.
+        weights: of each row, int64; 0 where it does not count.
+    """
+    return torch.zeros(experts, dtype=torch.int64, device=chosen.device).scatter_add_(0, chosen, weights)
 
 
 def _sum_of_rows(rows: Tensor, inverse: Tensor, top_k: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Invariant: a position sees itself and those before it back to the beginning of its document, so no row of scores is
 empty. Whether two positions share a document is asked of where documents begin, never of their numbers: a number that
-comes again behind another one is another document.
+comes again behind another one is another document. One number alone means something: NOBODY's tokens fill a sequence
+up, and nothing is counted of them.
 """
 
 import functools
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+NOBODY = -1
+"""In the place of a document's number: what fills a sequence up."""
 
 
 class DocumentMask:
@@ -29,6 +33,8 @@ class DocumentMask:
         """The place at which each position's document begins, int64 `[batch, time]`."""
         self.positions = place - self.starts
         """Counted from that, int64 `[batch, time]`."""
+        self.real = documents != NOBODY
+        """Whether a position is of a document, bool `[batch, time]`."""
         self._added: dict[torch.dtype, Tensor] = {}
         self._blocks: Any = None
 

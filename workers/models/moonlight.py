@@ -15,7 +15,7 @@ from optim.qk_clip import HeadRows
 from workers.config import MoonlightConfig
 from workers.models.attention import CausalAttention
 from workers.models.cache import KeyValueCache, Mask
-from workers.models.feed_forward import Routes, grouped_product, swiglu_product
+from workers.models.feed_forward import Routes, grouped_product, rows_of_each, swiglu_product
 from workers.models.language_model import LanguageModel
 from workers.models.layers import RMSNorm, SwiGLU, rotary, training_flops
 from workers.models.masks import DocumentMask
@@ -150,7 +150,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask | None = None) -> Tensor:
         """Map `[batch, time, hidden]` to the same."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        return x + (self.mlp(normed, mask) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(normed))
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -274,12 +275,17 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, shared) if shared else None
         self.register_buffer("load", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
         """Map `[batch, time, hidden]` to the same, and count the experts' load while training."""
         rows = x.flatten(0, -2)
         gates, chosen = self.gate(rows)
         routes = Routes.of(chosen, len(self.load))
         if self.training and not recomputing():
-            self.load += routes.counts
+            self.load += self._load_of(chosen, mask) if isinstance(mask, DocumentMask) else routes.counts
         mixed = self.experts(rows, gates.to(x.dtype), routes).view_as(x)
         return mixed if self.shared_experts is None else mixed + self.shared_experts(x)
+
+    def _load_of(self, chosen: Tensor, mask: DocumentMask) -> Tensor:
+        """Return the rows of each expert that are not of what fills sequences up; `chosen` is `[tokens, top_k]`."""
+        counts = mask.real.flatten().to(torch.int64)
+        return rows_of_each(chosen.flatten(), len(self.load), counts.repeat_interleave(chosen.size(1)))
