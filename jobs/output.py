@@ -1,8 +1,8 @@
 """Stdout and stderr of a process that outlives whoever reads them.
 
 A pipe is closed (`| head -5`), a terminal vanishes, a disk is full, `2>&-` left none at all: what is written then is
-dropped, by whichever library and thread, and the command goes on to its end and to its own exit code. What a terminal has
-no characters for is written as escapes.
+dropped, by whichever library and thread, and the command goes on to its end and to its own exit code. What a terminal
+has no characters for is written as escapes.
 """
 
 import io

@@ -117,7 +117,9 @@ def test_a_seed_that_cannot_be_is_told(seed):
 def test_it_ends_where_nobody_reads(folder, monkeypatch):
     read = iter([False, False, True])
     monkeypatch.setattr("jobs.cli.generate.nobody_reads", lambda: next(read))
-    assert len(run(folder, "--prompt", "a", "--tokens", "100", "--temperature", "0.1")) <= 4, "two pieces and what is lost"
+    assert len(run(folder, "--prompt", "a", "--tokens", "100", "--temperature", "0.1")) <= 4, (
+        "two pieces and what is lost"
+    )
 
 
 def test_a_prompt_may_be_as_long_as_the_context_and_the_text_go_on_behind_it(folder):
