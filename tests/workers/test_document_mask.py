@@ -6,9 +6,10 @@ from torch import Tensor
 
 from tests.closeness import EPS, assert_close
 from tests.workers.test_attention import MODELS
+from workers.common.documents import NOBODY
 from workers.models import LanguageModel, build
 from workers.models.attention import CausalAttention, take_logits, watch
-from workers.models.masks import NOBODY, DocumentMask
+from workers.models.masks import DocumentMask
 from workers.objective import IGNORED, Batch, batch_of, summed_loss
 
 pytestmark = pytest.mark.numeric

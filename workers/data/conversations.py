@@ -13,11 +13,11 @@ from itertools import accumulate
 
 import numpy as np
 
+from workers.common.documents import NOBODY
 from workers.common.errors import StorageError
 from workers.data.corpus import REMAKE, Corpus, Shard
 from workers.data.packing import packing_of
 from workers.data.tokens import TokenSplit
-from workers.models.masks import NOBODY
 
 BITS_KEPT = 16
 """Of shards, in memory: a megabyte or more each."""

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-NOBODY = -1
-"""In the place of a document's number: what fills a sequence up."""
+from workers.common.documents import NOBODY
 
 
 class DocumentMask:
