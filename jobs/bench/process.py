@@ -19,7 +19,7 @@ END_S = 60.0
 """For which an interrupted command may finish its step and save."""
 
 
-def run_json(command: list[str], folder: Path | None = None, **environment: str) -> dict[str, Any]:
+def run_json(command: list[str], folder: Path | None = None, /, **environment: str) -> dict[str, Any]:
     """Run a command whose last line on stdout is a JSON object, and return that object.
 
     Args:

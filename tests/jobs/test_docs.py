@@ -28,17 +28,33 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    """Return the fenced blocks of the tutorial in a language; "" for those with output."""
-    return re.findall(rf"^```{language}\n(.*?)^```", TUTORIAL, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = TUTORIAL) -> list[str]:
+    """Return the fenced blocks of a page in a language; "" for those with output."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def printed_commands() -> list[list[str]]:
-    """Return the raymuon commands that the tutorial has its reader type."""
-    typed = [line for block in blocks("sh") for line in block.replace("\\\n", "").splitlines()]
-    shown = [line for block in blocks("") for line in block.replace("\\\n", "").splitlines()]
-    typed += [line.removeprefix("$ ") for line in shown if line.startswith("$ ")]
-    return [shlex.split(line.split(" | ")[0], comments=True)[1:] for line in typed if line.startswith("raymuon ")]
+def printed_commands(text: str) -> list[list[str]]:
+    """Return the raymuon commands that a page has its reader type; what has brackets around options is none."""
+    found = []
+    for language in ("sh", "", "console"):
+        lines = "\n".join(blocks(language, text)).replace("\\\n", "").splitlines()
+        typed = [line.removeprefix("$ ") for line in lines if language == "sh" or line.startswith("$ ")]
+        parts = (
+            re.sub(r"^\S*/bin/", "", part) for line in typed for part in re.split(r" (?:&&|\||2?>|<|&)(?: |$)", line)
+        )
+        found += [
+            shlex.split(one, comments=True)[1:] for one in parts if one.startswith("raymuon ") and " [" not in one
+        ]
+    return found
+
+
+def check_command(typed: list[str]) -> dict:
+    """Have the command line take a command, options and all, and return what it makes of it."""
+    name, *rest = typed
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    if sub := getattr(command, "commands", None):
+        command, rest = sub[rest[0]], rest[1:]
+    return command.make_context(name, list(rest), resilient_parsing=False).params
 
 
 def pages() -> dict[str, list[tuple[str, set[str]]]]:
@@ -129,16 +145,26 @@ def test_a_broken_link_is_found(tmp_path):
     assert list(broken(tmp_path / "a.md")) == ["b.md: no such file", "a.md#four: no such heading"]
 
 
-@pytest.mark.parametrize("typed", printed_commands(), ids=" ".join)
-def test_the_tutorials_commands_are_taken(typed):
-    """Options and keys as printed; the values that are meant to be wrong are not."""
-    name, *rest = typed
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    if sub := getattr(command, "commands", None):
-        command, rest = sub[rest[0]], rest[1:]
-    given = command.make_context(name, list(rest), resilient_parsing=False).params
-    if overrides := [one for one in given.get("overrides") or [] if one != "train.stepz=9" and "=fast" not in one]:
-        load("demo", overrides)
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_taken_as_they_are_printed(page):
+    for typed in printed_commands(page.read_text()):
+        check_command(typed)
+
+
+def test_the_tutorials_changes_of_the_config_are_taken():
+    """But for those that are meant to be wrong."""
+    for typed in printed_commands(TUTORIAL):
+        changes = check_command(typed).get("overrides") or []
+        load("demo", [one for one in changes if one != "train.stepz=9" and "=fast" not in one])
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_configs_are_sound_as_they_are_printed(page, tmp_path):
+    text = page.read_text()
+    shown = re.findall(r"^\$ cat \S+\.yaml\n(.*?)^\$ ", "".join(blocks("console", text)), re.DOTALL | re.MULTILINE)
+    for config in [*blocks("yaml", text), *shown]:
+        (tmp_path / "config.yaml").write_text(config)
+        load(str(tmp_path / "config.yaml"), [])
 
 
 def test_the_tutorials_own_config_finds_its_text_in_an_empty_folder(tmp_path, monkeypatch):
