@@ -3,12 +3,14 @@
 import json
 import shutil
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from jobs import import_
 from jobs.architectures import ARCHITECTURES
 from jobs.checkpoints import open_checkpoint
 from jobs.cli import app
@@ -22,7 +24,7 @@ from jobs.trained import model_of
 from orchestrator.preflight import other_tokens
 from tests.jobs.folders import GONE, KINDS, TOKENS, difference, refused
 from tests.jobs.test_export import MODELS, trained
-from workers.common.errors import ConfigError
+from workers.common.errors import ConfigError, StorageError
 from workers.data.config import DataConfig
 from workers.data.tokenizer_files import open_tokenizer
 
@@ -310,3 +312,23 @@ def test_a_run_that_begins_with_the_weights_of_another_vocabulary_says_so(folder
         said = other_tokens(identity, "")
         assert bool(said) == told and (not told or f"train.init: {folder.name} was trained with" in said)
     assert not other_tokens({"data": "d"}, ""), "a checkpoint of a run"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StorageError("full")])
+def test_an_import_that_is_ended_takes_away_what_it_wrote(folder_of, tmp_path, monkeypatch, error):
+    """In the middle, with the tokenizer and the log written; where the disk has no room, nothing is begun."""
+    written = []
+
+    def end(store, *_) -> None:
+        written.extend(store.files(""))
+        raise error
+
+    folder, to = folder_of("llama"), tmp_path / "to"
+    monkeypatch.setattr(import_, "write_shard", end)
+    with pytest.raises(type(error)):
+        import_model(str(folder), str(to))
+    assert written and not to.exists()
+    monkeypatch.setattr(import_.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match=r"takes 0\.0 GB in float32, and the disk has 0\.0 GB left"):
+        import_model(str(folder), str(to))
+    assert not to.exists()
