@@ -40,7 +40,10 @@ JOB, ADDRESS = "raymuon.job_id", "raymuon.job_address"
 
 
 CONFIG_VARIABLE = "RAYMUON_CONFIG"
-FROM_IMAGE = f'cd "$(mktemp -d)" && printf %s "${CONFIG_VARIABLE}" > {CONFIG} && raymuon '
+WITH_OUR_CODE = "exec python -m jobs "
+"""How a job begins. A shell in between would die of what stops the job, at once: where nobody reaps the dead, Ray then
+takes the driver that it leaves behind for alive, and waits STOP_WAIT_S for a process that has long saved and ended."""
+FROM_IMAGE = f'cd "$(mktemp -d)" && printf %s "${CONFIG_VARIABLE}" > {CONFIG} && exec raymuon '
 """How a job in an image, which has its own raymuon, comes to its config."""
 
 
@@ -246,7 +249,7 @@ def _start(jobs: Jobs, job: str, target: Target, config: RunConfig, run_id: str,
         runtime_env: dict[str, Any] = {"working_dir": str(folder), "env_vars": variables}
         if target.pin:
             runtime_env["pip"] = {"packages": pins(), "pip_check": False}
-        jobs.submit(job, f"python -m jobs {command}", runtime_env, metadata)
+        jobs.submit(job, WITH_OUR_CODE + command, runtime_env, metadata)
 
 
 def image_env(image: str, variables: dict[str, str]) -> dict[str, Any]:

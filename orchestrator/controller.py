@@ -18,18 +18,8 @@ from orchestrator.group.worker_group import WorkerGroup
 from orchestrator.intake import Intake
 from orchestrator.log.commits import Commits
 from orchestrator.log.lease import Lease
-from orchestrator.policy import (
-    FaultKind,
-    GiveUp,
-    buddies,
-    choose_members,
-    diagnose,
-    should_grow,
-)
-from orchestrator.record.events import (
-    Fault,
-    Membership,
-)
+from orchestrator.policy import FaultKind, GiveUp, buddies, choose_members, diagnose, restart, should_grow
+from orchestrator.record.events import Fault, Membership
 from orchestrator.record.progress import Progress, Recorder
 from orchestrator.stop import StopSignal
 from orchestrator.watchdog import Suspect, Watchdog
@@ -136,22 +126,17 @@ class Controller:
         reason = self.intake.change.reason if self.intake.change else "start"
         self.generation.number += 1
         nodes = [member.node for member in members]
-        snapshot, manifest = self.intake.newest_snapshot(), self.saves.task.manifest
-        if snapshot is not None and (manifest is None or snapshot.step >= manifest.step):
-            source, restored = "keepers and storage" if snapshot.saved else "keepers", snapshot.step
+        begin = restart(self.intake.newest_snapshot(), self.saves.task.manifest)
+        if begin.snapshot is not None:
             for keeper in self.pool.keepers.values():
-                keeper.handle.call("drop", snapshot.generation)
-        elif manifest is not None:
-            snapshot, source, restored = None, "storage", manifest.step
-        else:
-            snapshot, source, restored = None, "start", 0
+                keeper.handle.call("drop", begin.snapshot.generation)
         self.intake.generation = generation = Generation(
             number=self.generation.number,
             members=[member.number for member in members],
-            source=source,
-            restored=restored,
-            redone=max(0, max(self.progress.step, self.progress.seen) - restored),
-            reached=restored,
+            source=begin.source,
+            restored=begin.step,
+            redone=max(0, max(self.progress.step, self.progress.seen) - begin.step),
+            reached=begin.step,
         )
         devices = tuple(sorted({member.ready.device for member in members if member.ready}))
         train = self.decide(self.config, nodes, devices)
@@ -167,8 +152,8 @@ class Controller:
                 nodes=tuple(nodes),
                 pids=tuple(member.ready.pid for member in members if member.ready),
                 devices=devices,
-                source=source,
-                restored_step=restored,
+                source=begin.source,
+                restored_step=begin.step,
                 chosen={key: getattr(train, key) for key in self.config.train.open},
             )
         )
@@ -179,7 +164,7 @@ class Controller:
             world_size=len(members),
             host="",
             port=0,
-            snapshot=snapshot,
+            snapshot=begin.snapshot,
             validated=self.progress.validated,
             committed=self.progress.committed,
             tell_plan=not self.intake.planned,

@@ -24,9 +24,10 @@ from orchestrator.preflight import Preflight, run_store
 from orchestrator.record.events import DriverStarted
 from orchestrator.record.journal import Journal
 from orchestrator.record.provenance import provenance
-from orchestrator.record.recorder import RunRecorder, Watcher, go_on_with
+from orchestrator.record.recorder import RunRecorder, go_on_with
 from orchestrator.record.report import Links
 from orchestrator.record.result import RunResult
+from orchestrator.record.watcher import Watcher
 from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
 from workers.common.errors import ClusterError, Interrupted, StorageError

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from orchestrator.config import RecoveryConfig, ScalingConfig
-from orchestrator.record.events import FaultSeen
+from orchestrator.record.events import FaultSeen, Source
+from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, RaymuonError, StorageError, TrainingError
 from workers.reports import Ended
 from workers.snapshots.kept import KeptShard, Snapshot
@@ -87,6 +88,23 @@ def newest_snapshot(kept: Iterable[KeptShard], saved: tuple[int, int]) -> Snapsh
                 saved=not whole,
             )
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """What a generation goes on from."""
+
+    source: Source
+    step: int
+    snapshot: Snapshot | None = None
+    """In the keepers' memory; without one it is the checkpoint, or the start."""
+
+
+def restart(snapshot: Snapshot | None, manifest: Manifest | None) -> Restart:
+    """Return what is newer, the snapshot where both are of one step: no storage has to be read."""
+    if snapshot is not None and (manifest is None or snapshot.step >= manifest.step):
+        return Restart("keepers and storage" if snapshot.saved else "keepers", snapshot.step, snapshot)
+    return Restart("storage", manifest.step) if manifest is not None else Restart("start", 0)
 
 
 # -- what has happened -------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def pytest_addoption(parser):
     parser.addoption("--all-signals", action="store_true", help="every signal at every moment of a run")
     parser.addoption("--chaos-faults", type=int, default=8, help="random faults without Ray")
     parser.addoption("--chaos-ray-faults", type=int, default=2, help="random faults through Ray")
-    parser.addoption("--e2e-steps", type=int, default=120, help="length of the run on the local stack")
+    parser.addoption("--e2e-steps", type=int, default=0, help="least length of the run on the local stack")
     parser.addoption("--screenshot", default="", help="where the picture of MLflow's page of that run goes")
     parser.addoption("--storage-steps", type=int, default=1000, help="random operations on a run's storage")
     parser.addoption("--chaos-seed", type=int, default=None, help="repeat what was printed")

@@ -27,6 +27,11 @@ class ModelConfig(Protocol):
         ...
 
     @property
+    def num_layers(self) -> int:
+        """Layers, each of which can be computed again in the backward pass."""
+        ...
+
+    @property
     def init_std(self) -> float:
         """Standard deviation of the initial weights."""
         ...

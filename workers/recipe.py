@@ -20,6 +20,8 @@ from workers.data.config import DataConfig
 
 STEPS = 1000
 """Of a run that says nothing else."""
+UNSAVING = {"micro_batch": 1, "recompute": "none", "logits": "whole", "gradients": "whole", "accumulate": "weights"}
+"""The keys of `train` that may be automatic, and what they are where no memory is saved."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,19 +218,11 @@ class TrainConfig:
     @property
     def open(self) -> tuple[str, ...]:
         """Return the keys that are automatic: the fastest that fits has to be found, for a number of workers."""
-        keys = [key for key in ("recompute", "logits", "gradients", "accumulate") if getattr(self, key) == "auto"]
-        return tuple(keys) if self.micro_batch else ("micro_batch", *keys)
+        return tuple(key for key in UNSAVING if getattr(self, key) in (0, "auto"))
 
     def plain(self) -> "TrainConfig":
         """Return it with what is automatic as it is without any saving of memory."""
-        values = {
-            "micro_batch": 1,
-            "recompute": "none",
-            "logits": "whole",
-            "gradients": "whole",
-            "accumulate": "weights",
-        }
-        return replace(self, **{key: values[key] for key in self.open})
+        return replace(self, **{key: UNSAVING[key] for key in self.open})
 
     def recomputed(self, layers: int) -> int:
         """Return how many of so many layers are computed again; `auto` that nobody has decided is none."""

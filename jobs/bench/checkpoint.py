@@ -29,7 +29,7 @@ from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import run
 from orchestrator.log.run_log import RunLog
 from orchestrator.record.events import Event, Fault, Recovery
-from orchestrator.record.recorder import Watcher
+from orchestrator.record.watcher import Watcher
 from orchestrator.stop import StopSignal
 from workers.checkpoint.manifest import BUFFER, Manifest
 from workers.checkpoint.shards import write_shard

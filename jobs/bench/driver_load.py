@@ -21,8 +21,8 @@ from jobs.stack.mlflow_server import ADMIN, check_installed, mlflow_server
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, run, run_on
 from orchestrator.record.metrics import read_history
-from orchestrator.record.recorder import Watcher
 from orchestrator.record.result import RunResult
+from orchestrator.record.watcher import Watcher
 from orchestrator.stop import StopSignal
 from workers.common.errors import TrainingError
 from workers.reports import Report, StepDone

@@ -22,8 +22,8 @@ from jobs.load import load
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import run
 from orchestrator.record.events import Event, Membership, Recovery
-from orchestrator.record.recorder import Watcher
 from orchestrator.record.result import RunResult
+from orchestrator.record.watcher import Watcher
 from orchestrator.stop import StopSignal
 from workers.common.errors import TrainingError
 from workers.reports import Report, StepDone

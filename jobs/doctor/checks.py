@@ -158,21 +158,46 @@ def check_clock(node: str, seen: ClockSeen, other: str = "the driver") -> list[F
     return [Finding("clock", node, "ok", "within 1 s of the driver's" if other == "the driver" else told)]
 
 
-def check_token(access: Access | None, no_answer: str, nodes: Mapping[str, NodeSeen]) -> list[Finding]:
+def check_dashboard(url: str, no_answer: str) -> list[Finding]:
+    """Judge whether the head takes jobs; what is wrong with a dashboard that answers is told by `check_token`.
+
+    Args:
+        url: of the dashboard, as the head announces it, be it alive or dead; empty where it was started without.
+        no_answer: what came in the place of an answer; empty where one came.
+    """
+    if not url:
+        seen = "there is none, so no job is taken (raymuon submit); drivers join the cluster at Ray's own port"
+        return [Finding("dashboard", CLUSTER, "ok", seen)]
+    if not no_answer:
+        return [Finding("dashboard", CLUSTER, "ok", f"it answers at {url}: jobs are taken")]
+    seen = f"{no_answer}: no job is taken (raymuon submit), none is told of or stopped; what trains goes on"
+    mend = "read dashboard.log in the head's /tmp/ray/session_latest/logs; Ray does not start it again: restart the "
+    mend += "head when what runs there has ended; raymuon train --address works without"
+    return [Finding("dashboard", CLUSTER, "failure", seen, mend)]
+
+
+def check_token(access: Access | None, no_access: str, nodes: Mapping[str, NodeSeen]) -> list[Finding]:
     """Judge who may give this cluster commands.
 
     Args:
-        access: of the dashboard, as the head reaches it; None where there is none, or where it did not answer.
-        no_answer: why it did not.
+        access: of the dashboard, as the head reaches it; None where it is not known.
+        no_access: why it is not, where there is a dashboard that lives.
         nodes: the modes of Ray's processes and the tokens' files.
     """
     found = []
+<<<<<<< HEAD
     mend = (
         "stop Ray, run `(umask 077; ray get-auth-token --generate)` on the head, copy ~/.ray/auth_token to all nodes "
     )
     mend += "and start them with RAY_AUTH_MODE=token"
     if no_answer:
         found.append(Finding("token", CLUSTER, "warning", no_answer, "look into dashboard.log on the head"))
+=======
+    mend = "stop Ray, run `ray get-auth-token --generate` on the head, copy ~/.ray/auth_token to all nodes and start "
+    mend += "them with RAY_AUTH_MODE=token"
+    if no_access:
+        found.append(Finding("token", CLUSTER, "warning", no_access, "look into dashboard.log on the head"))
+>>>>>>> main
     if access is not None:
         reach = "over loopback alone" if access.loopback else "from other machines"
         told = f"the dashboard at {access.url} is reached {reach} and asks for "
@@ -193,7 +218,7 @@ def check_token(access: Access | None, no_answer: str, nodes: Mapping[str, NodeS
             told = f"others may read {seen.token_file}, the token's file"
             found.append(Finding("token", name, "warning", told, f"chmod 600 {seen.token_file}"))
     if not found:
-        found.append(Finding("token", CLUSTER, "ok", "Ray's ports ask for a token; there is no dashboard"))
+        found.append(Finding("token", CLUSTER, "ok", "Ray's ports ask for a token"))
     return found
 
 

@@ -26,6 +26,7 @@ from orchestrator.group.access import Access
 from orchestrator.group.cluster import RayCluster, RayHandle, connected
 from orchestrator.preflight import in_background
 from orchestrator.stop import StopSignal
+from workers.common.errors import ConfigError
 
 ANSWER_S = 60.0
 """How long a node may take to start a process and answer."""
@@ -167,11 +168,22 @@ class _Round:
             found.append(Finding("nodes", name, "failure", f"no process of ours runs there: {told(answer)}", mend))
         for name in self.probes:
             found += self._clock(name)
-        access, no_answer = None, ""
-        if dashboard_url and self.head in self.probes:
-            (answer,) = ask({"": self.probes[self.head].call("access", dashboard_url)}, ANSWER_S, self.stop).values()
-            access, no_answer = (answer, "") if isinstance(answer, Access) else (None, told(answer))
-        return found + checks.check_token(access, no_answer, self.seen)
+        return found + self._dashboard(dashboard_url)
+
+    def _dashboard(self, url: str) -> list[Finding]:
+        """Have the head, which always reaches it, look at its dashboard; one that died is still announced."""
+        access, dead, unknown = None, "", ""
+        if url and self.head not in self.probes:
+            return checks.check_token(None, "", self.seen)
+        if url:
+            (answer,) = ask({"": self.probes[self.head].call("access", url)}, ANSWER_S, self.stop).values()
+            if isinstance(answer, Access):
+                access = answer
+            elif isinstance(answer, ConfigError):  # The head's own token cannot be read.
+                unknown = told(answer)
+            else:
+                dead = told(answer).partition("; ")[0]
+        return checks.check_dashboard(url, dead) + checks.check_token(access, unknown, self.seen)
 
     def storage(self) -> list[Finding]:
         """Use the folder for checkpoints from everywhere at the same time, then see whether it is one folder."""

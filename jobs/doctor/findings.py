@@ -8,7 +8,17 @@ from typing import Literal
 from workers.common.errors import ClusterError, StorageError
 
 Check = Literal[
-    "nodes", "versions", "memory", "clock", "token", "matrix products", "collectives", "storage", "data", "tracking"
+    "nodes",
+    "versions",
+    "memory",
+    "clock",
+    "dashboard",
+    "token",
+    "matrix products",
+    "collectives",
+    "storage",
+    "data",
+    "tracking",
 ]
 STORAGE_CHECKS = ("storage", "data", "tracking")
 """Their failures end with StorageError's exit code, all others with ClusterError's."""

@@ -30,6 +30,8 @@ from workers.common.storage import Store, storage_errors
 LIBRARIES = ("ray", "torch", "deepspeed", "numpy", "safetensors", "fsspec", "s3fs")
 LARGE = "-large"
 """Ending of the name of the large file."""
+PATIENCE_S = 20.0
+"""How long a dashboard may take to answer: one that is busy is not dead."""
 TRIED = 64 << 20
 """Bytes that are really written: into memory, and to a store (a multipart upload's usual part)."""
 
@@ -71,7 +73,7 @@ class NodeProbe:
 
     def access(self, dashboard_url: str) -> Access:
         """Return who may use the dashboard, as this node reaches it."""
-        return head_access(dashboard_url)
+        return head_access(dashboard_url, PATIENCE_S)
 
     def try_memory(self, nbytes: int) -> str:
         """Make an anonymous file of that size, as keepers do, and fill a part of it; return why it cannot be."""

@@ -58,6 +58,7 @@ class _Steps:
         self.client, self.config = client, config
         self.doing = ""
         self._experiment = self._run = self._artifacts = ""
+        self._folders: list[Path] = []
 
     def use(self) -> None:
         from mlflow.entities import Metric
@@ -83,6 +84,7 @@ class _Steps:
             file = Path(folder, ARTIFACT)
             file.write_text("written by raymuon doctor\n")
             self._artifacts = run.info.artifact_uri or ""
+            self._folders = _missing_folders(self._artifacts)
             client.log_artifact(self._run, str(file))
         if ARTIFACT not in [artifact.path for artifact in client.list_artifacts(self._run)]:
             raise StorageError("an artifact is not listed after it was written")
@@ -90,7 +92,6 @@ class _Steps:
     def tidy(self) -> str:
         """Delete what was made; return what could not be."""
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-        from mlflow.utils.file_utils import local_file_uri_to_path
 
         left = []
         if self._artifacts:
@@ -98,11 +99,9 @@ class _Steps:
                 get_artifact_repository(self._artifacts, tracking_uri=self.config.uri).delete_artifacts(ARTIFACT)
             except Exception as error:
                 left.append(f"{self._artifacts}/{ARTIFACT} ({_line(error)})")
-            if self._artifacts.startswith("file://"):  # On a disk the run's empty folders are left.
-                folder = Path(local_file_uri_to_path(self._artifacts))
-                with suppress(OSError):
-                    for empty in (folder, *folder.parents[:2]):
-                        empty.rmdir()
+            with suppress(OSError):  # Something is in one of them by now.
+                for empty in self._folders:
+                    empty.rmdir()
         for what, made, delete in (
             ("run", self._run, self.client.delete_run),
             ("experiment", self._experiment, self.client.delete_experiment),
@@ -113,6 +112,17 @@ class _Steps:
                 except Exception as error:
                     left.append(f"{what} {made} ({_line(error)})")
         return "; ".join(left)
+
+
+def _missing_folders(artifacts: str) -> list[Path]:
+    """Return the folders that MLflow will make for artifacts on a disk, the deepest first."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+    from mlflow.utils.uri import is_local_uri
+
+    if not is_local_uri(artifacts):  # It may be a path, too: that of the experiment `Default` is one.
+        return []
+    folder = Path(local_file_uri_to_path(artifacts)).absolute()
+    return [place for place in (folder, *folder.parents) if not place.exists()]
 
 
 def _status(error: Exception) -> int:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from workers.common.errors import ClusterError, ConfigError
 
 TIMEOUT_S = 5.0
-"""How long a dashboard may take to answer."""
+"""How long a dashboard may take to answer whoever waits for it."""
 VERSION = "/api/version"
 """Of the dashboard; it answers 401 without a token, and 403 with a wrong one, where a token is asked for."""
 
@@ -106,11 +106,12 @@ def _one_word(secret: str, where: str) -> str:
     return secret
 
 
-def head_access(dashboard_url: str) -> Access:
+def head_access(dashboard_url: str, timeout_s: float = TIMEOUT_S) -> Access:
     """Ask a head's dashboard, first without a token and then, where it wants one, with ours.
 
     Args:
         dashboard_url: for instance http://127.0.0.1:8265.
+        timeout_s: how long it may take to answer.
 
     Raises:
         ConfigError: that is no URL of a dashboard, or our token's file cannot be read.
@@ -118,11 +119,11 @@ def head_access(dashboard_url: str) -> Access:
     """
     url = dashboard_url.rstrip("/")
     loopback = _is_loopback(url)
-    status, version = _ask(url, None)
+    status, version = _ask(url, None, timeout_s)
     accepts_ours = None
     asks = status in (401, 403)
     if asks and (token := auth_token()):
-        status, version = _ask(url, token)
+        status, version = _ask(url, token, timeout_s)
         accepts_ours = status == 200
     if (status == 200 and not version) or status not in (200, 401, 403):
         raise ClusterError(
@@ -152,13 +153,13 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _ask(url: str, token: Token | None) -> tuple[int, str]:
+def _ask(url: str, token: Token | None, timeout_s: float) -> tuple[int, str]:
     """Return the status of an answer and, of a dashboard that lets us in, Ray's version."""
     headers = {"Authorization": f"Bearer {token.secret}"} if token else {}
     # No proxy of the environment either: the dashboard is asked as Ray's own processes reach it.
     opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
     try:
-        with opener.open(urllib.request.Request(url + VERSION, headers=headers), timeout=TIMEOUT_S) as answer:
+        with opener.open(urllib.request.Request(url + VERSION, headers=headers), timeout=timeout_s) as answer:
             return answer.status, str(json.loads(answer.read(1 << 16)).get("ray_version", ""))
     except urllib.error.HTTPError as error:
         return error.code, ""

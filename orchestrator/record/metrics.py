@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
+    from workers.recipe import TrainConfig
+
 
 @dataclass(frozen=True, slots=True)
 class NodeUsage:
@@ -35,11 +37,25 @@ GROUPS = {
         )
     ),
     "telemetry/expert_load": {"expert_imbalance": "imbalance"},
+    "telemetry/memory": dict.fromkeys(
+        ("micro_batch", "recomputed_layers", "chunked_logits", "partitioned_gradients", "fp32_accumulation")
+    ),
 }
 """The group of each plain name, and what it is called there if not the same."""
 STDERR = "_stderr"
 """What lm-eval calls the standard error of a metric, after its name."""
 NAMES = {plain: f"{group}/{called or plain}" for group, names in GROUPS.items() for plain, called in names.items()}
+
+
+def memory_saving(train: "TrainConfig", num_layers: int) -> dict[str, float]:
+    """Return how a generation saves memory as numbers, yes being 1; nothing in `train` is automatic."""
+    return {
+        "micro_batch": train.micro_batch,
+        "recomputed_layers": train.recomputed(num_layers),
+        "chunked_logits": train.logits == "chunked",
+        "partitioned_gradients": train.gradients == "partitioned",
+        "fp32_accumulation": train.accumulate == "fp32",
+    }
 
 
 def published(metric: str) -> str:

@@ -6,16 +6,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from orchestrator.config import RunConfig
 from orchestrator.record.events import DriverStarted, Elapsed, Event, Fault, Membership, Recovery, Tally
 from orchestrator.record.journal import Alive, Journal, Row, read_journal
-from orchestrator.record.metrics import NodeUsage
+from orchestrator.record.metrics import NodeUsage, memory_saving
 from orchestrator.record.report import DESCRIPTION, Links, describe, recovery_report
 from orchestrator.record.result import RunResult
+from orchestrator.record.watcher import Watcher
 from workers.common.errors import StorageError
+from workers.recipe import UNSAVING
 from workers.reports import Planned, Profiled, Report, Sampled, StepDone, Validated
 
 BULKY = ("config", "provenance")
@@ -26,31 +29,6 @@ RATE_TOLERANCE = 0.01
 """Relative difference of a learning rate that is not worth a word."""
 HURRY_S = 2.0
 """How long a commit waits for MLflow to take the rows before it: the journal has them."""
-
-
-class Watcher(Protocol):
-    """Whoever shows a run to a person; called from the driver's loop, so it must be quick. This one shows nothing."""
-
-    def phase(self, text: str) -> None:
-        """A part of the start has begun."""
-
-    def warn(self, text: str) -> None:
-        """Something is wrong that does not end the run."""
-
-    def page(self, tracking_uri: str, path: str) -> None:
-        """MLflow shows the run at that path of its UI."""
-
-    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
-        """Training begins after `first_step`."""
-
-    def report(self, report: Report) -> None:
-        """A worker told something."""
-
-    def event(self, event: Event) -> None:
-        """The group changed, or something went wrong."""
-
-    def committed(self, step: int, url: str) -> None:
-        """A checkpoint counts."""
 
 
 class RunRecorder:
@@ -93,6 +71,8 @@ class RunRecorder:
         self._slow: set[int] = set()
         self._step = 0
         self._told_stage = ""
+        self._memory: dict[str, float] = {}
+        """How the generation saves memory, until its first step that is new tells it."""
         self._losses: dict[int, dict[str, float]] = {}
         """By step, until a checkpoint that is as new counts: it comes when its upload is done, steps later."""
 
@@ -115,6 +95,8 @@ class RunRecorder:
             **report.measured,
             **self._stage(report.step),
         }
+        if report.step > self.marks["train"]:
+            values, self._memory = {**values, **self._memory}, {}
         self._step = report.step
         self._note_loss(report.step, "loss", report.loss)
         self._row("train", report.step, report.time, values)
@@ -161,9 +143,8 @@ class RunRecorder:
         self.record.tag_later(DESCRIPTION, describe(self.config, self.record.run_id, self.links, self.events))
         self.watcher.event(event)
         match event:
-            case Membership() if not self._begun:
-                self._begun = True
-                self.watcher.begin(self.record.run_id, event.restored_step, self.last_step, event.world_size)
+            case Membership():
+                self._form(event)
             case Fault():
                 self._faults += 1
                 self.record.note(event.step, event.time, {"faults": self._faults})
@@ -179,6 +160,16 @@ class RunRecorder:
                 self.record.tag_later(
                     "raymuon.last_event", f"{event.reason} at step {event.step}, from {event.source}: {event.cause}"
                 )
+
+    def _form(self, event: Membership) -> None:
+        """Show how a generation saves memory: tags tell of the newest what is given, too, as params never change."""
+        train = replace(self.config.train, **event.chosen)
+        self._memory = memory_saving(train, self.config.model.num_layers)
+        for key in UNSAVING:
+            self.record.tag_later(f"raymuon.train.{key}", str(getattr(train, key)))
+        if not self._begun:
+            self._begun = True
+            self.watcher.begin(self.record.run_id, event.restored_step, self.last_step, event.world_size)
 
     def stack(self, name: str, text: str) -> None:
         """Keep what a worker that hung was doing beside the run."""

@@ -117,7 +117,8 @@ def _what(event: Event) -> str:
         case Membership():
             change = f"{event.previous_world_size} -> {event.world_size} workers"
             source = f"from {event.source}" if event.source != "start" else "from the start"
-            said = f"generation {event.generation} ({event.reason}): {change}, {source}"
+            chosen = "".join(f", {key}={value}" for key, value in event.chosen.items())
+            said = f"generation {event.generation} ({event.reason}): {change}, {source}{chosen}"
         case Fault():
             said = f"fault ({event.kind}): {event.cause}"
         case Recovery():

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -126,7 +127,8 @@ def database(tmp_path_factory):
     import mlflow
 
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    with contextlib.chdir(path.parent):  # The artifacts of its experiment `Default` go to where it was made.
+        mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 
 

@@ -6,7 +6,10 @@ import signal
 import subprocess
 
 import mlflow
+import pytest
 import s3fs
+from ray._private.ray_constants import KV_NAMESPACE_DASHBOARD
+from ray._raylet import GcsClient
 
 from jobs.doctor.node_probe import NodeProbe
 from jobs.doctor.tracking_probe import look_at_tracking
@@ -15,7 +18,20 @@ from orchestrator.config import TrackingConfig
 from tests.e2e.conftest import RAYMUON
 from tests.servers import rclone
 
-CLUSTER_CHECKS = ["nodes", "versions", "memory", "clock", "token", "matrix products", "collectives"]
+CLUSTER_CHECKS = ["nodes", "versions", "memory", "clock", "dashboard", "token", "matrix products", "collectives"]
+
+
+@pytest.fixture
+def dead_dashboard(cluster):
+    """What a head goes on to announce when its dashboard has died; this one was started without."""
+    head, key, of = GcsClient(address=cluster), b"webui:url", KV_NAMESPACE_DASHBOARD
+    known = head.internal_kv_get(key, of)
+    head.internal_kv_put(key, b"127.0.0.1:1", True, of)
+    yield
+    if known is None:
+        head.internal_kv_del(key, False, of)
+    else:
+        head.internal_kv_put(key, known, True, of)
 
 
 def start(place, *arguments):
@@ -32,23 +48,26 @@ def objects(endpoint, word):
     return [path for path in client(endpoint).find("raymuon") if word in path]
 
 
-def test_a_round_in_which_only_the_tracking_server_is_missing(place, s3_endpoint, tmp_path):
+def test_a_round_in_which_the_dashboard_and_the_tracking_server_are_missing(
+    place, s3_endpoint, tmp_path, dead_dashboard
+):
     options = ["checkpoint.url=s3://raymuon/doctor", "data.prepared_url=s3://raymuon/doctor-data"]
     options += [f"storage.s3_endpoint={s3_endpoint}", "tracking.uri=http://127.0.0.1:1"]
     before = files(place.folder)
     calibration = tmp_path / "calibration.json"
     process = start(place, *options, "--json", "--calibration", str(calibration))
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 5 and "Traceback" not in err, err
+    assert process.returncode == 3 and "Traceback" not in err, err
     told = json.loads(out.splitlines()[-1])
     findings = told["findings"]
     assert list(dict.fromkeys(one["check"] for one in findings)) == [*CLUSTER_CHECKS, "storage", "data", "tracking"]
-    (failure,) = [one for one in findings if one["status"] == "failure"]
-    assert told["exit_code"] == 5 and failure["check"] == "tracking" and "no server answers there" in failure["seen"]
+    dashboard, tracking = [one for one in findings if one["status"] == "failure"]
+    assert dashboard["check"] == "dashboard" and "no Ray dashboard answers there" in dashboard["seen"]
+    assert told["exit_code"] == 3 and tracking["check"] == "tracking" and "no server answers there" in tracking["seen"]
     seen = {one["check"]: one["seen"] for one in reversed(findings)}
     assert "2 slot(s) of a CPU" in seen["matrix products"] and "over 2 slot(s) with gloo" in seen["collectives"]
     assert "4 slot(s)" in seen["nodes"] and "alike on the driver and all nodes" in seen["versions"]
-    assert "1 failure(s)" in err, "the table is for people"
+    assert "2 failure(s)" in err, "the table is for people"
     assert files(place.folder) == before and objects(s3_endpoint, "doctor") == [], "nothing is left"
     command = [RAYMUON, "plan", "tiny.yaml", "--gpus", "2", "--calibration", str(calibration), "--json"]
     plan = json.loads(subprocess.check_output(command, cwd=place.folder, env=place.environment(), text=True))
@@ -94,4 +113,4 @@ def test_a_database_is_used_and_left_as_it_was(tmp_path, database):
     assert [one.name for one in tracking.search_experiments()] == ["Default"], "a run may still make its own"
     seen = look_at_tracking(TrackingConfig(uri=uri, experiment="Default"))
     assert (seen.error, seen.left) == ("", "") and not tracking.search_runs(["0"])
-    assert files(tmp_path) == ["mlflow.db"]
+    assert files(tmp_path) == files(database.parent) == ["mlflow.db"], "where the artifacts of `Default` go, too"

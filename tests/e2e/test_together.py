@@ -10,7 +10,7 @@ from orchestrator.driver import run_on
 from orchestrator.group.cluster import connected
 from orchestrator.log.run_log import RunLog
 from orchestrator.record.metrics import read_history
-from orchestrator.record.recorder import Watcher
+from orchestrator.record.watcher import Watcher
 from orchestrator.stop import StopSignal
 from tests.leading import Lead, config_of
 from tests.processes import ProcessCluster

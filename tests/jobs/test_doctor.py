@@ -105,6 +105,13 @@ def test_clocks():
         assert finding.status == status
 
 
+def test_a_dashboard_that_died_is_a_failure_and_none_at_all_is_not():
+    url = "http://127.0.0.1:8265"
+    assert {one.status for one in (*checks.check_dashboard("", ""), *checks.check_dashboard(url, ""))} == {"ok"}
+    found = checks.check_dashboard(url, "Connection refused")
+    assert "Connection refused: no job is taken" in wrong(found)[0][1] and exit_code(found) == 3
+
+
 def test_who_may_give_the_cluster_commands():
     def access(loopback, asks, ours=None):
         return Access("http://x:8265", loopback, asks, ours, "2.60.0")
@@ -116,7 +123,7 @@ def test_who_may_give_the_cluster_commands():
     assert "not the head's own" in wrong(checks.check_token(access(False, True, False), "", nodes))[0][1]
     assert {one.status for one in checks.check_token(access(False, True, True), "", nodes)} == {"ok"}
     assert {one.status for one in checks.check_token(None, "", nodes)} == {"ok"}
-    assert "refused" in wrong(checks.check_token(None, "refused", nodes), "warning")[0][1]
+    assert "no such file" in wrong(checks.check_token(None, "no such file", nodes), "warning")[0][1]
     lax = {"a": replace(NODE, token_mode="disabled", token_file="/home/x/.ray/auth_token")}
     found = wrong(checks.check_token(None, "", lax), "warning")
     assert len(found) == 2 and "ask for no token" in found[0][1] and "/home/x/.ray/auth_token" in found[1][1]

@@ -13,9 +13,10 @@ from jobs.load import load
 from orchestrator.config import RunConfig
 from orchestrator.driver import run_on
 from orchestrator.log.run_log import FencedError, RunLog
-from orchestrator.record.recorder import Watcher, rate_jump
+from orchestrator.record.recorder import rate_jump
 from orchestrator.record.result import RunResult
 from orchestrator.record.tracking import Tracking
+from orchestrator.record.watcher import Watcher
 from orchestrator.stop import StopSignal
 from workers.common.errors import StorageError
 from workers.common.storage import Store

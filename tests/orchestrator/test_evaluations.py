@@ -9,7 +9,7 @@ import pytest
 from orchestrator.config import TrackingConfig
 from orchestrator.record.evaluations import EvaluationRecord, metric_name
 from orchestrator.record.metrics import published
-from orchestrator.record.tracking import RunRecord, Tracking
+from orchestrator.record.tracking import RunRecord, Tracking, read_artifact
 from workers.common.errors import StorageError
 
 
@@ -73,9 +73,7 @@ def test_the_table_has_all_that_is_on_record(run, monkeypatch):
     record.add(20, 1020.0, {"a/acc": 0.4})
     record.write_table()
     record.write_table()
-    assert json.loads(
-        mlflow.artifacts.load_text(f"{client.get_run(run_id).info.artifact_uri}/evaluation/table.json")
-    ) == {
+    assert json.loads(read_artifact(uri, run_id, "evaluation/table.json")) == {
         "columns": ["step", "task", "metric", "value", "standard error"],
         "data": [[10, "a", "acc", 0.3, 0.01], [10, "b", "exact_match.strict", 0.5, None], [20, "a", "acc", 0.4, None]],
     }

@@ -14,10 +14,12 @@ from orchestrator.policy import (
     diagnose,
     lacks_memory,
     newest_snapshot,
+    restart,
     same_failure,
     should_grow,
 )
 from orchestrator.resumption import check_steps
+from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError, TrainingError
 from workers.common.wire import Address
 from workers.member import settings_behind
@@ -107,6 +109,29 @@ def test_what_no_keeper_has_is_in_storage_if_this_very_snapshot_was_saved():
     assert newest_snapshot(left, (2, 6)) is None
     assert newest_snapshot([kept(2, 7, 0, 2, agreed=False)], (2, 7)) is None, "the rows are in agreed copies alone"
     assert not newest_snapshot([kept(2, 7, 0, 2), kept(2, 7, 1, 2)], (2, 7)).saved, "all in memory"
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "checkpoint", "expected"),
+    [
+        (None, None, ("start", 0)),
+        (None, 6, ("storage", 6)),
+        (7, None, ("keepers", 7)),
+        (7, 6, ("keepers", 7)),
+        (7, 7, ("keepers", 7)),
+        (7, 8, ("storage", 8)),
+    ],
+)
+def test_what_is_newer_is_gone_on_from_and_memory_before_storage(snapshot, checkpoint, expected):
+    found = snapshot and newest_snapshot([kept(1, snapshot, 0, 1)], NEVER)
+    manifest = checkpoint and Manifest("run", 1, 1, checkpoint, 1, {}, {}, {}, ())
+    begin = restart(found, manifest)
+    assert (begin.source, begin.step) == expected and (begin.snapshot is None) == (expected[0] != "keepers")
+
+
+def test_a_snapshot_of_which_storage_has_a_part_says_so():
+    found = newest_snapshot([kept(2, 7, 0, 2)], (2, 7))
+    assert restart(found, Manifest("run", 1, 1, 7, 1, {}, {}, {}, ())).source == "keepers and storage"
 
 
 def ended(rank: int, time: float, outcome: str = "lost", error: str = "a peer is gone", code: int = 0) -> Ended:

@@ -14,16 +14,18 @@ from orchestrator.log.run_log import RunLog
 from orchestrator.preflight import Found, find_run, identity, run_store
 from orchestrator.reach import reach_tracking
 from orchestrator.record import mlflow_client
-from orchestrator.record.events import Fallback, Tally
+from orchestrator.record.events import Fallback, Membership, Tally
 from orchestrator.record.journal import Journal
 from orchestrator.record.metrics import NAMES, newest, published
 from orchestrator.record.provenance import provenance
-from orchestrator.record.recorder import RunRecorder, Watcher, trained_otherwise
+from orchestrator.record.recorder import RunRecorder, trained_otherwise
 from orchestrator.record.registry import register
 from orchestrator.record.report import Links
 from orchestrator.record.tracking import RunRecord, Tracking, look_up, read_artifact
+from orchestrator.record.watcher import Watcher
 from tests.leading import config_of
 from tests.processes import ProcessHandle
+from tests.workers.test_moonlight import TINY
 from workers.checkpoint.manifest import WEIGHT, Manifest, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
 from workers.common.errors import ConfigError, StorageError
@@ -108,6 +110,38 @@ def done(step: int, **values) -> StepDone:
     rest = dict.fromkeys(("seconds", "lr", "grad_norm", "expert_imbalance", "snapshot_seconds"), 1.0)
     rest |= {"generation": 1, "rank": 0, "time": float(step), "skipped": 0, "snapshot_every": 1}
     return StepDone(**{**rest, "loss": 10.0 - step, "tokens": 70 * step, "step_tokens": 70 + step, **values}, step=step)
+
+
+def formed(generation: int, step: int, world_size: int, **chosen: object) -> Membership:
+    of = {"generation": generation, "world_size": world_size, "previous_world_size": 0, "reason": "start"}
+    where = {"nodes": ("a",) * world_size, "pids": (), "source": "start", "restored_step": step}
+    return Membership(time=float(step), step=step, **of, **where, chosen=chosen)
+
+
+def test_mlflow_tells_how_each_generation_saves_memory(tracking, tmp_path):
+    """Params never change; what is automatic does with each generation, and what is given with each attempt."""
+    run_id, automatic = tracking.create("automatic", {}), {"micro_batch": 0, "recompute": "auto", "logits": "auto"}
+    record = RunRecord(tracking, run_id)
+    recorder = recorder_of(record, tmp_path, **automatic)
+    recorder.event(formed(1, 0, 4, micro_batch=4, recompute="none", logits="whole"))
+    for step in (1, 2):
+        recorder.step(done(step), 4)
+    recorder.event(formed(2, 2, 1, micro_batch=2, recompute="1", logits="chunked"))
+    record.close("FAILED")
+    tags = tracking.client.get_run(run_id).data.tags
+    assert tags["mlflow.note.content"].endswith("micro_batch=2, recompute=1, logits=chunked |")
+    record = RunRecord(tracking, run_id)
+    recorder = recorder_of(record, tmp_path, **{**automatic, "micro_batch": 2, "recompute": "all"})
+    recorder.event(formed(1, 1, 2, logits="whole"))
+    for step in (2, 3, 4):  # The first of them is on record.
+        recorder.step(done(step), 2)
+    record.close("FINISHED")
+    assert rows(tracking, run_id, "micro_batch") == [(1, 4.0), (3, 2.0)]
+    assert rows(tracking, run_id, "recomputed_layers") == [(1, 0.0), (3, TINY.num_layers)]
+    assert rows(tracking, run_id, "chunked_logits") == [(1, 0.0), (3, 0.0)]
+    tags = tracking.client.get_run(run_id).data.tags
+    given = {key: tags[f"raymuon.train.{key}"] for key in ("micro_batch", "recompute", "logits")}
+    assert given == {"micro_batch": "2", "recompute": "all", "logits": "whole"}
 
 
 @pytest.mark.parametrize("submitted", [True, False])

@@ -115,6 +115,7 @@ def test_a_template_has_its_special_tokens_in_it(end):
         ("{{ strftime_now('%Y') }}", CONVERSATIONS[0], "set data.chat_date"),
         ("{{ messages[-1].content }}", CONVERSATIONS[2], "does not tell where the assistant speaks in messages[1]"),
         ("{{ messages[0].content }}", CONVERSATIONS[0], "writes nothing that the assistant says"),
+        ("{{ messages[0].role + messages[-1].role }}", [said("assistant", "a")], "the messages before messages[0]"),
         ("{% set x %}{% generation %}{{ messages[1].content }}{% endgeneration %}{% endset %}{{ x | length }}",
          CONVERSATIONS[0], "changes what stands within {% generation %}"),
         (CHATML, [said("user", "a<|im_end|>b"), said("assistant", "c")], "messages[0] has '<|im_end|>' in it"),
@@ -217,6 +218,9 @@ def test_a_token_across_the_border_of_a_turn_counts(folders):
     made, _ = opened(folders["chatml"])
     template = ChatTemplate("a{% generation %}b{{ messages[1].content }}{% endgeneration %}")
     found = encode(template, made, [said("user", "x"), said("assistant", "is")])
+    letter = ChatTemplate("a{% generation %}{{ messages[1].content }}{% endgeneration %}b")
+    counts = encode(letter, made, [said("user", "x"), said("assistant", "😀")]).counts.tolist()
+    assert counts == [False, True, True, True, True, False], "all of it; transformers takes the first token alone"
     assert found.counts.any() and np.flatnonzero(found.counts).tolist() == [
         place
         for place, (_, end) in enumerate(made.marked_up().encode("abis", add_special_tokens=False).offsets)

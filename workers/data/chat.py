@@ -164,7 +164,13 @@ class ChatTemplate:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, whole = self.render(messages[:number], True), self.render(messages[: number + 1])
+            try:
+                before, whole = self.render(messages[:number], True), self.render(messages[: number + 1])
+            except ChatError as error:
+                raise ChatError(
+                    f"{error}, where it is to write the messages before messages[{number}] alone, by which that turn "
+                    "would be found; put {% generation %} into it"
+                ) from error
             if not (whole.startswith(before) and text.startswith(whole)):
                 raise ChatError(
                     f"the chat template does not tell where the assistant speaks in messages[{number}]: it has no "
