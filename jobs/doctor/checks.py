@@ -185,19 +185,12 @@ def check_token(access: Access | None, no_access: str, nodes: Mapping[str, NodeS
         nodes: the modes of Ray's processes and the tokens' files.
     """
     found = []
-<<<<<<< HEAD
     mend = (
         "stop Ray, run `(umask 077; ray get-auth-token --generate)` on the head, copy ~/.ray/auth_token to all nodes "
+        "and start them with RAY_AUTH_MODE=token"
     )
-    mend += "and start them with RAY_AUTH_MODE=token"
-    if no_answer:
-        found.append(Finding("token", CLUSTER, "warning", no_answer, "look into dashboard.log on the head"))
-=======
-    mend = "stop Ray, run `ray get-auth-token --generate` on the head, copy ~/.ray/auth_token to all nodes and start "
-    mend += "them with RAY_AUTH_MODE=token"
     if no_access:
         found.append(Finding("token", CLUSTER, "warning", no_access, "look into dashboard.log on the head"))
->>>>>>> main
     if access is not None:
         reach = "over loopback alone" if access.loopback else "from other machines"
         told = f"the dashboard at {access.url} is reached {reach} and asks for "
