@@ -3,9 +3,10 @@
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -13,15 +14,18 @@ from jobs.chat import ends_of_turn
 from jobs.hugging_face import config_of, empty_tensors_of, refuse_unloadable, tensors_of, trained_with
 from jobs.lineage import name_of
 from jobs.model_card import model_card
-from jobs.trained import finite_tensor, model_of, tokenizer_of, trained_here
+from jobs.trained import finite_tensor, model_of, tokenizer_of, trained_here, undeleted
 from orchestrator.config import database
 from orchestrator.log.run_log import find_commit
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader
 from workers.common.errors import ConfigError, StorageError
-from workers.common.storage import Store, shared_url
+from workers.common.storage import Store, is_remote, shared_url
 from workers.data.json_tokenizer import JINJA, read_template
 from workers.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from orchestrator.record.tracking import Tracking
 
 SHARD_BYTES = 4 << 30
 """Of an exported file, at most, but for a tensor that is larger."""
@@ -69,7 +73,8 @@ def export(
         StorageError: something is damaged or not finite, or could not be written.
     """
     log, commit = find_commit(url, s3_endpoint)
-    manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
+    with undeleted((log, commit)):
+        manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
     reader = CheckpointReader(log.store, manifest)
     model, tokenizer = model_of(manifest), tokenizer_of(log.store, manifest)
     about = _about(manifest, tokenizer)
@@ -81,35 +86,48 @@ def export(
 
     buffers, results = set(reader.names(BUFFER)), dict((evaluated or {}).get(manifest.step, {}))
     plan = _plan(manifest, 4 if dtype == "float32" else 2, shard_bytes)
-    where: dict[str, str] = {}
-    for number, names in enumerate(plan, 1):
-        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        tensors = dict(_exported(reader, names, buffers))
-        if number == len(plan):
-            tensors |= empty_tensors_of(model)
-        target.put(file, _encode(tensors, dtype, exact=buffers))
-        where |= dict.fromkeys(tensors, file)
-    size = sum(file.size for file in target.files("").values())
-    texts = {
-        "README.md": model_card(manifest, commit, model, tokenizer, dtype, buffers, results),
-        **(tokenizer.files if tokenizer else {}),
-    }
-    if tokenizer and (known := manifest.identity.get("data.chat_template")):
-        template = read_template(log.store, known, datetime.now())
-        texts[JINJA] = template.source
-        generation["eos_token_id"] = _with(generation["eos_token_id"], ends_of_turn(template, tokenizer))
-    texts["generation_config.json"] = json.dumps(generation, indent=2)
-    if len(plan) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": where}
-        texts["model.safetensors.index.json"] = json.dumps(index, indent=2)
-    texts["config.json"] = json.dumps(config_of(model, about, dtype), indent=2)
-    for name, text in texts.items():
-        target.put(name, text.encode())
+    with undeleted((log, commit)), _whole(target):
+        where: dict[str, str] = {}
+        for number, names in enumerate(plan, 1):
+            file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+            tensors = dict(_exported(reader, names, buffers))
+            if number == len(plan):
+                tensors |= empty_tensors_of(model)
+            target.put(file, _encode(tensors, dtype, exact=buffers))
+            where |= dict.fromkeys(tensors, file)
+        size = sum(file.size for file in target.files("").values())
+        texts = {
+            "README.md": model_card(manifest, commit, model, tokenizer, dtype, buffers, results),
+            **(tokenizer.files if tokenizer else {}),
+        }
+        if tokenizer and (known := manifest.identity.get("data.chat_template")):
+            template = read_template(log.store, known, datetime.now())
+            texts[JINJA] = template.source
+            generation["eos_token_id"] = _with(generation["eos_token_id"], ends_of_turn(template, tokenizer))
+        texts["generation_config.json"] = json.dumps(generation, indent=2)
+        if len(plan) > 1:
+            index = {"metadata": {"total_size": size}, "weight_map": where}
+            texts["model.safetensors.index.json"] = json.dumps(index, indent=2)
+        texts["config.json"] = json.dumps(config_of(model, about, dtype), indent=2)
+        for name, text in texts.items():
+            target.put(name, text.encode())
     files = target.files("")
     size = sum(file.size for file in files.values())
     stage, ancestors = (manifest.lineage.stage, manifest.lineage.ancestors) if manifest.lineage else ("", ())
     known = (manifest.run_id, commit.metrics, results, stage, name_of(ancestors[0]) if ancestors else "")
     return Exported(target.url, manifest.step, sorted(files), size, *known)
+
+
+@contextmanager
+def _whole(target: Store) -> Iterator[None]:
+    """Take away what has been written into a new folder, if that does not come to its end."""
+    try:
+        yield
+    except BaseException:
+        with suppress(StorageError):
+            for name in target.files("") or ["config.json"]:  # The folder alone may be there.
+                target.remove(name)
+        raise
 
 
 def export_series(
@@ -155,7 +173,29 @@ def recorded(
         return {}
 
 
-def register(exported: Sequence[Exported], model: str, tracking_uri: str) -> list[str]:
+def registry(model: str, to: str, tracking_uri: str) -> "Tracking":
+    """Return the MLflow in which exports to the folder `to` can be versions of `model`.
+
+    Asked before anything is written, which takes hours for a series of large models.
+
+    Raises:
+        ConfigError: it takes no such name, or no such folder.
+        StorageError: the server is away, or refuses.
+    """
+    from orchestrator.config import TrackingConfig
+    from orchestrator.record.registry import ask
+    from orchestrator.record.tracking import Tracking
+
+    if tracking_uri.startswith(("http://", "https://")) and not is_remote(Store(shared_url(to)).url):
+        raise ConfigError(
+            f"--register {model}: an MLflow server ({tracking_uri}) takes no folder of one machine; name a place that "
+            "all reach, for instance --to s3://BUCKET/FOLDER, or a database as --tracking-uri, sqlite:///FILE"
+        )
+    ask(tracking := Tracking(TrackingConfig(uri=tracking_uri)), model)
+    return tracking
+
+
+def register(exported: Sequence[Exported], model: str, tracking: "Tracking") -> list[str]:
     """Make exported checkpoints versions of `model` in MLflow's registry, in the order of steps.
 
     A version has its step and its run's stage for aliases; the last of several is the `newest`, too.
@@ -166,11 +206,9 @@ def register(exported: Sequence[Exported], model: str, tracking_uri: str) -> lis
     Raises:
         StorageError: the server is away, or refuses.
     """
-    from orchestrator.config import TrackingConfig
     from orchestrator.record.registry import register as register_
-    from orchestrator.record.tracking import Tracking
 
-    tracking, versions = Tracking(TrackingConfig(uri=tracking_uri)), {}
+    versions = {}
     in_order = sorted(exported, key=lambda one: one.step)
     for one in in_order:
         last_of_several = len(in_order) > 1 and one is in_order[-1]
@@ -178,7 +216,11 @@ def register(exported: Sequence[Exported], model: str, tracking_uri: str) -> lis
         about = {"stage": one.stage, "began_with": one.began_with}
         tags = {"raymuon.step": one.step, "raymuon.run_id": one.run_id, **one.metrics, **one.results}
         tags |= {f"raymuon.{key}": text for key, text in about.items() if text}
-        versions[one.url] = register_(tracking, model, one.url, one.run_id, tags, aliases)
+        try:
+            versions[one.url] = register_(tracking, model, one.url, one.run_id, tags, aliases)
+        except StorageError as error:
+            done = f"{len(versions)} of {len(in_order)} registered as {model}"
+            raise StorageError(f"{done}, from step {one.step} on not; what is exported is whole. {error}") from error
     return [versions[one.url] for one in exported]
 
 

@@ -1,5 +1,6 @@
 """The card of an exported model: what it is, what it comes from, and the run's figures at its step."""
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from jobs.trained import trained_here
 from orchestrator.log.run_log import Entry
 from orchestrator.record.metrics import STDERR
 from workers.checkpoint.manifest import Manifest
+from workers.common.text import visible
 from workers.config import ModelConfig
 from workers.data.tokenizer import BYTES, Tokenizer
 
@@ -54,7 +56,7 @@ library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# {manifest.run_id} at step {manifest.step}
+# {_plain(manifest.run_id)} at step {manifest.step}
 
 {_origin(manifest)} {_tokens(manifest, tokenizer)}
 
@@ -74,7 +76,7 @@ def _origin(manifest: Manifest) -> str:
     if not trained_here(manifest):
         return "Imported into raymuon and exported again, not trained."
     if manifest.lineage and manifest.lineage.ancestors:
-        return f"Trained with raymuon from the weights of {lineage.name_of(manifest.lineage.ancestors[0])}."
+        return f"Trained with raymuon from the weights of {_plain(lineage.name_of(manifest.lineage.ancestors[0]))}."
     return "Pretrained with raymuon."
 
 
@@ -117,9 +119,9 @@ def _evaluated(results: Mapping[str, float]) -> str:
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    return "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items())
+    return "\n".join(f"| {_plain(key)} | {_plain(value)} |" for key, value in rows.items())
 
 
-def _cell(value: Any) -> str:
-    """Return a text that ends no cell and no row."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+def _plain(value: Any) -> str:
+    """Return Markdown of one line that shows a text as it is: names of runs, folders, stages and tasks are people's."""
+    return re.sub(r"[\\`*\[\]<>|~&]|\b_|_\b", r"\\\g<0>", " ".join(visible(str(value)).split()))

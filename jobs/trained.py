@@ -4,6 +4,8 @@ Whoever looks at a model (generation, evaluation, spectra) opens it here and get
 tokenizer. A Hugging Face folder is read where it lies.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,7 @@ from optim.config import precision_on
 from orchestrator.log.run_log import Entry, RunLog, split_step
 from workers.checkpoint.manifest import BUFFER, WEIGHT, Manifest
 from workers.checkpoint.shards import CheckpointReader
-from workers.common.errors import ConfigError, StorageError
+from workers.common.errors import ConfigError, DamagedError, StorageError
 from workers.common.storage import Store, absolute_url, is_remote, local_path
 from workers.config import ModelConfig, model_config_of
 from workers.data.json_tokenizer import read_tokenizer
@@ -122,10 +124,38 @@ class Trained:
             dtype = "bfloat16" if precision_on(torch.device(device).type) == "bf16" else "float32"
         model = build(self.model_config, initialize=False).to(getattr(torch, dtype))
         buffers = set(self.reader.names(BUFFER))
-        for name, target in model.state_dict().items():
-            kind = BUFFER if name in buffers else WEIGHT
-            target.copy_(torch.from_numpy(finite_tensor(self.reader, kind, name)))
+        with undeleted((self.log, self.commit)):
+            for name, target in model.state_dict().items():
+                kind = BUFFER if name in buffers else WEIGHT
+                target.copy_(torch.from_numpy(finite_tensor(self.reader, kind, name)))
         return model.to(device).eval()
+
+
+@contextmanager
+def undeleted(*read: tuple[RunLog | None, Entry | None]) -> Iterator[None]:
+    """Have a checkpoint that is gone when it is read told as deleted, where its run's log says so by now.
+
+    Args:
+        read: the logs and commits of the checkpoints.
+
+    Raises:
+        StorageError: it was deleted.
+    """
+    try:
+        yield
+    except DamagedError as error:
+        for log, commit in read:
+            if log is not None and commit is not None and _deleted(log, commit):
+                raise StorageError(
+                    f"{log.store.url}@{commit.step}: deleted while it was read, by its run's retention or by a person; "
+                    f"take another (raymuon checkpoints ls {log.store.url}), and pin it first (raymuon checkpoints pin)"
+                ) from error
+        raise
+
+
+def _deleted(log: RunLog, commit: Entry) -> bool:
+    log.refresh()
+    return all(one.manifest != commit.manifest for one in log.commits)
 
 
 def open_trained(what: str, tracking_uri: str, s3_endpoint: str = "") -> Trained:
@@ -185,6 +215,11 @@ def _run_of(base: str, tracking_uri: str, s3_endpoint: str) -> tuple[TrackedRun,
 
 
 def _of_commit(log: RunLog, commit: Entry, found: TrackedRun, tracking_uri: str) -> Trained:
+    with undeleted((log, commit)):
+        manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
+        tokenizer = tokenizer_of(log.store, manifest)
+    reader, where = CheckpointReader(log.store, manifest), f"{log.store.url}@{commit.step}"
+    return Trained(where, reader, model_of(manifest), tokenizer, log, commit, tracking_uri, found)
     manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
     reader, where = CheckpointReader(log.store, manifest), f"{log.store.url}@{commit.step}"
     return Trained(

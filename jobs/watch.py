@@ -4,10 +4,11 @@ import time
 from types import TracebackType
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from jobs.screen import Screen, mlflow_page
 from orchestrator.record.events import Event, Fault, Membership, Recovery
+from workers.recipe import Recipe
 from workers.reports import Report, StepDone, Validated
 
 LOG_S = 10.0
@@ -15,7 +16,10 @@ LOG_S = 10.0
 
 
 class TerminalWatcher:
-    """Shows step, loss, tokens per second and the time that is left, on stderr."""
+    """Shows step, loss, tokens per second and the time that is left, on stderr.
+
+    Progress is counted in sequences: later steps may have more of them.
+    """
 
     def __init__(self) -> None:
         self.console = Screen(stderr=True)
@@ -25,8 +29,7 @@ class TerminalWatcher:
         self.rate = 0.0
         self._chosen: dict[str, Any] = {}
         self.bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
+            TextColumn("step {task.fields[step]}"),
             BarColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
@@ -58,12 +61,13 @@ class TerminalWatcher:
         """Say where the run can be watched."""
         self.console.print(f"MLflow:     {mlflow_page(tracking_uri, path)}", style="dim")
 
-    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
+    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int, recipe: Recipe) -> None:
         """Show the bar."""
         where = f" from step {first_step}" if first_step else ""
         self.console.print(f"run {run_id}: {world_size} worker(s), training{where} to step {last_step}")
-        self.last_step = last_step
-        self.task = self.bar.add_task("train", total=last_step, completed=first_step, numbers="")
+        self.last_step, self.recipe = last_step, recipe
+        done, all_ = (recipe.samples_before(step + 1) for step in (first_step, last_step))
+        self.task = self.bar.add_task("train", total=all_, completed=done, step=f"{first_step}/{last_step}", numbers="")
 
     def report(self, report: Report) -> None:
         """Move the bar, or write a line now and then."""
@@ -71,13 +75,14 @@ class TerminalWatcher:
             case StepDone():
                 speed = report.step_tokens / report.seconds
                 self.rate = 0.9 * self.rate + 0.1 * speed if self.rate else speed
-                left = (self.last_step - report.step) * report.step_tokens / self.rate
-                numbers = f"loss {report.loss:.4f}  {self.rate:,.0f} tokens/s"
-                if self.task is not None:
-                    self.bar.update(self.task, completed=report.step, numbers=numbers)
+                begun, done, all_ = map(self.recipe.samples_before, (report.step, report.step + 1, self.last_step + 1))
+                left = (all_ - done) / (done - begun) * report.step_tokens / self.rate
+                step, numbers = f"{report.step}/{self.last_step}", f"loss {report.loss:.4f}  {self.rate:,.0f} tokens/s"
+                assert self.task is not None
+                self.bar.update(self.task, completed=done, step=step, numbers=numbers)
                 if not self.console.is_terminal and time.monotonic() >= self.next_line:
                     self.next_line = time.monotonic() + LOG_S
-                    self.console.print(f"step {report.step}/{self.last_step}  {numbers}  {left:.0f} s left")
+                    self.console.print(f"step {step}  {numbers}  {left:.0f} s left")
             case Validated():
                 bits = "" if report.bits_per_byte is None else f", {report.bits_per_byte:.4f} bits per byte"
                 parts = ", ".join(f"{name} {loss:.4f}" for name, loss in report.by_source.items())

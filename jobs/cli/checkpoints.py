@@ -148,18 +148,24 @@ def export(
     s3_endpoint: S3Endpoint = "",
 ) -> None:
     """Write a checkpoint as a Hugging Face model: safetensors, config, tokenizer, model card."""
-    from jobs.export import export, export_series, recorded
+    from jobs.export import export, export_series, recorded, registry
     from jobs.export import register as register_
-    from workers.common.errors import ConfigError
+    from workers.common.errors import ConfigError, StorageError
 
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"--dtype must be bfloat16 or float32, not {dtype!r}")
     evaluated = recorded(url, tracking_uri, partial(typer.echo, err=True), s3_endpoint)
+    tracking = registry(register, to, tracking_uri) if register else None
     if series:
         exported = export_series(url, to, dtype, s3_endpoint, evaluated)
     else:
         exported = [export(url, to, dtype, s3_endpoint=s3_endpoint, evaluated=evaluated)]
-    versions = register_(exported, register, tracking_uri) if register else None
+    versions, failure = None, None
+    if tracking:
+        try:
+            versions = register_(exported, register, tracking)
+        except StorageError as error:  # What is exported is told first.
+            failure = error
     for number, one in enumerate(exported):
         line = f"step {one.step}: {len(one.files)} file(s), {one.bytes / 1e6:.1f} MB in {one.url}"
         told = asdict(one)
@@ -170,6 +176,8 @@ def export(
             tell(told)
         else:
             typer.echo(line)
+    if failure:
+        raise failure
 
 
 @app.command(name="import")

@@ -192,6 +192,9 @@ class _Seen:
             self._put_down(self.trained[where], result)
         except StorageError as error:  # Hours of figures are not given up for a server that is away.
             self.console.print(f"{where}: not on record yet, and tried once more at the end: {error}", style="yellow")
+        if result.silent:
+            asked = ", ".join(result.silent)
+            self.console.print(f"{where}: no figure of {asked}: none of its metrics is one of its kind", style="yellow")
         self.console.print(f"{where}: done, {len(self.results)} of {len(self.opened)}", style="dim")
 
     def _show(self, note: Progress) -> None:

@@ -3,8 +3,10 @@
 lm-eval leaves out a file that it cannot read, without a word; here it is an error before anything is begun.
 """
 
+import posixpath
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -52,22 +54,39 @@ def read_folder(url: str, s3_endpoint: str = "") -> TaskFolder:
         )
     files = dict(zip(found, store.read_all(list(found)), strict=True))
     for file in tasks:
-        _check(files[file], f"{url.rstrip('/')}/{file}")
+        parsed = _parsed(files, file, url)
+        if not any(isinstance(parsed.get(key), str) for key in ("task", "group")):
+            raise ConfigError(f"{_in(url, file)}: no task file: it needs a `task` or a `group` with a name")
     return TaskFolder(files)
 
 
-def _check(text: bytes, where: str) -> None:
-    """Refuse what is no task file.
+def _in(url: str, file: str) -> str:
+    return f"{url.rstrip('/')}/{file}"
+
+
+def _parsed(files: Mapping[str, bytes], file: str, url: str, includers: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the keys of a file, with those of what it includes.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: one of these files is broken, missing, or includes itself.
     """
     try:
-        parsed = _Loader(text).get_single_data()  # It makes nothing but texts, numbers, lists and maps.
+        parsed = _Loader(files[file]).get_single_data()  # It makes nothing but texts, numbers, lists and maps.
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: broken YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(parsed, dict) or not any(isinstance(parsed.get(key), str) for key in ("task", "group")):
-        raise ConfigError(f"{where}: no task file: it needs a `task` or a `group` with a name")
+        raise ConfigError(f"{_in(url, file)}: broken YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{_in(url, file)}: no task file: it needs a `task` or a `group` with a name")
+    keys: dict[str, Any] = {}
+    named = parsed.get("include", [])
+    for include in named if isinstance(named, list) else [named]:
+        if PurePosixPath(str(include)).is_absolute():  # Of each node's own disk.
+            continue
+        beside = posixpath.normpath(posixpath.join(posixpath.dirname(file), str(include)))
+        if beside not in files or beside in (file, *includers):
+            why = "itself" if beside in files else "no file of the folder"
+            raise ConfigError(f"{_in(url, file)}: include: {include} is {why}; names are from the file that has them")
+        keys |= _parsed(files, beside, url, (file, *includers))
+    return keys | parsed
 
 
 class _Loader(yaml.SafeLoader):

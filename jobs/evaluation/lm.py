@@ -241,7 +241,10 @@ def writing_of(asked: Mapping[str, Any], max_length: int, who: str) -> Writing:
     """
     if unknown := sorted(key for key in asked if key not in UNDERSTOOD and (key, asked[key]) != ("num_beams", 1)):
         raise ConfigError(f"{who}: generation_kwargs has {', '.join(unknown)}, which is not understood here")
-    settings: Any = normalize_gen_kwargs({**asked, "until": asked.get("until") or []}, MAX_NEW_TOKENS)
+    try:
+        settings: Any = normalize_gen_kwargs({**asked, "until": asked.get("until") or []}, MAX_NEW_TOKENS)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{who}: generation_kwargs cannot be understood: {error}") from error
     if settings["do_sample"]:
         raise ConfigError(f"{who}: it samples (do_sample, temperature), and generations are greedy here")
     if (most := settings["max_gen_toks"]) >= max_length:

@@ -5,6 +5,7 @@ lm-eval and the libraries under it read the environment when they are imported: 
 
 import difflib
 import os
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,27 @@ def load_tasks(names: Sequence[str], folder: Path | None, unsafe_code: bool, sho
         loaded = manager.load(everything)
     except ValueError as error:
         raise ConfigError(f"--tasks {','.join(names)}: {error}; name a task once, alone or by its group") from error
-    for task in loaded["tasks"].values():
+    for name, task in loaded["tasks"].items():
+        _check_metrics(name, task)
         own = task.get_config("num_fewshot")
         task.set_config("num_fewshot", shots if shots is not None and own != 0 else own or 0)
     return loaded
+
+
+def _check_metrics(name: str, task: Any) -> None:
+    """Refuse a task that lm-eval can ask and not score: it would end when all is asked, or come to no figure.
+
+    Raises:
+        ConfigError: a metric or an aggregation has a name that is none.
+    """
+    own = task.get_config("process_results") is not None
+    for metric, function in getattr(task, "_metric_fn_list", {}).items():
+        if function is None and not own:
+            raise ConfigError(
+                f"task {name}: its metric {metric!r} is known neither to lm-eval nor, here, to `evaluate`"
+            )
+        if task._aggregation_list.get(metric) is None:
+            raise ConfigError(f"task {name}: the aggregation of its metric {metric!r} is none that lm-eval knows")
 
 
 def _unknown(name: str, known: Sequence[str]) -> ConfigError:
@@ -83,21 +101,25 @@ def _loaded(manager: Any, name: str) -> list[Any]:
     except OSError as error:
         raise _out_of_reach(name, error) from error
     except Exception as error:  # Whatever a task's file or its Python raises.
-        raise ConfigError(f"task {name} cannot be loaded: {_told(error)}") from error
+        raise ConfigError(f"task {name} cannot be loaded: {told(error)}") from error
     return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
 
 
 def _out_of_reach(name: str, error: OSError) -> StorageError:
     return StorageError(
-        f"task {name}: its data cannot be reached: {_told(error)}. Run it once where there is a network and take "
+        f"task {name}: its data cannot be reached: {told(error)}. Run it once where there is a network and take "
         "the folder HF_HOME from there along, or write a task file over data of your own (--task-folder); without a "
         "network there is --tasks stdlib"
     )
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
+    """Return what an error of somebody's Python says, in a line, and where it was raised if that is not clear."""
     first = (str(error).strip().splitlines() or [""])[0]
-    return first if isinstance(error, OSError | ImportError) and first else f"{type(error).__name__}: {first}"
+    if isinstance(error, OSError | ImportError) and first:
+        return first
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first} (in {Path(last.filename).name}, line {last.lineno}: {last.line})"
 
 
 def _refuse_code(names: Sequence[str], index: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.chat import ends_of_turn, template_of
 from jobs.evaluation.chat import refuses_system
 from jobs.evaluation.folder import TaskFolder
-from jobs.evaluation.loading import SEEDS, load_tasks, prepare_environment
+from jobs.evaluation.loading import SEEDS, load_tasks, prepare_environment, told
 from jobs.trained import Trained, open_trained
 from orchestrator.log.run_log import RunLog, split_step
 from workers.common.errors import ClusterError, ConfigError, RaymuonError, StorageError
@@ -94,6 +94,8 @@ class Result:
     """Of what was asked for; of a group without a figure of its own, of its members."""
     details: dict[str, dict[str, Any]]
     """Of each task of those, for programs: all that is below it, and how it was made."""
+    silent: tuple[str, ...] = ()
+    """What was asked for and came to no figure."""
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,11 @@ def _evaluated(evaluation: Evaluation, where: str, tasks: Any, tell: Callable[[N
             f"{where}: out of the GPU's memory; lower --batch-tokens (now {evaluation.batch_tokens})"
         ) from error
     except Exception as error:  # A task's own Python may raise anything.
-        raise ConfigError(f"{where}: lm-eval has ended: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{where}: lm-eval has ended: {told(error)}") from error
     names = on_record(evaluation.tasks, found)
     details = {name: _details(name, found, trained, evaluation, lm) for name in names}
-    return Result(where, tuple(figure for name in names for figure in figures_of(name, found)), details)
+    silent = tuple(name for name in evaluation.tasks if not on_record([name], found))
+    return Result(where, tuple(figure for name in names for figure in figures_of(name, found)), details, silent)
 
 
 def _model(trained: Trained, evaluation: Evaluation, tasks: Any, tell: Callable[[Note], object]) -> "CheckpointLM":
@@ -241,9 +244,9 @@ def _model(trained: Trained, evaluation: Evaluation, tasks: Any, tell: Callable[
             writing_of(task.get_config("generation_kwargs") or {}, trained.seq_len, f"task {name}")
     ends = trained.ends if template is None else trained.ends | ends_of_turn(template, trained.tokenizer)
     chat = None if template is None else Conversations(template)
-    told = _Slowly(trained.where, tell)
+    slowly = _Slowly(trained.where, tell)
     return CheckpointLM(
-        trained.model(), trained.tokenizer, trained.seq_len, evaluation.batch_tokens, told, ends=ends, chat=chat
+        trained.model(), trained.tokenizer, trained.seq_len, evaluation.batch_tokens, slowly, ends=ends, chat=chat
     )
 
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import get_args, get_type_hints
 
 from jobs.import_ import import_model
-from jobs.trained import Trained
+from jobs.trained import Trained, undeleted
 from optim.config import OptimConfig
 from orchestrator.group.cluster import connected, is_local
 from orchestrator.log.run_log import RunLog
@@ -192,7 +192,8 @@ def measure(
     total = len(checkpoints) * sum(stack.count * max(1, len(stack.parts)) for stack in stacks)
     found: dict[tuple[int, Piece], list[Spectrum]] = {}
     done = 0
-    with connected(address, stop), tempfile.TemporaryDirectory(prefix="raymuon-") as folder:
+    read = ((one.log, one.commit) for _, one in checkpoints)
+    with undeleted(*read), connected(address, stop), tempfile.TemporaryDirectory(prefix="raymuon-") as folder:
         saved = [_saved(one, f"{folder}/{number}") for number, (_, one) in enumerate(checkpoints)]
         gpus = min(1, free_gpus())
         for (number, piece), spectra in by_tasks(spectra_of, saved, work, stop, "study", gpus):

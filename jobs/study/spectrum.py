@@ -1,7 +1,8 @@
 """`raymuon study spectrum`: singular values and SVD entropy of checkpoints and runs, as in Moonlight's Figure 4."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from workers.common.errors import ConfigError, StorageError
 TELL_S = 2.0
 """Between two lines."""
 PICTURES = {"entropy.png": draw_series, "layers.png": draw_layers, "singular_values.png": draw_values}
+FILES = (MATRICES_CSV, VALUES_CSV, *PICTURES)
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,17 @@ def spectrum(request: Request, stop: StopSignal, as_json: bool) -> None:
         subjects = label_all([_opened(what, request) for what in request.what])
         stacks = common_stacks(subjects, groups, split)
         logged = _tracked(subjects) if request.log else []
-    folder = _new_folder(request.out)
-    found = measure(subjects, stacks, request.address, stop, _Progress(console).told)
-    files = _write(folder, found)
-    for run in logged:
-        _log(run, folder)
+    with _new_folder(request.out) as folder:
+        found = measure(subjects, stacks, request.address, stop, _Progress(console).told)
+        _write(folder, found)
     _print(console, found)
-    for file in files:
+    for file in FILES:
         console.print(str(folder / file))
     for run in logged:
+        _log(run, folder)
         console.print(f"in MLflow: {run.run_id}, {_artifacts(run)}")
     if as_json:
-        tell(_summary(folder, files, found, logged))
+        tell(_summary(folder, found, logged))
 
 
 def _opened(what: str, request: Request) -> list[Trained]:
@@ -72,8 +73,9 @@ def _opened(what: str, request: Request) -> list[Trained]:
     return [open_trained(what, request.tracking_uri, request.s3_endpoint)]
 
 
-def _new_folder(out: str) -> Path:
-    """Make the folder.
+@contextmanager
+def _new_folder(out: str) -> Iterator[Path]:
+    """Make the folder, and take it away again if what belongs into it does not come to its end.
 
     Raises:
         ConfigError: something is in it already.
@@ -86,17 +88,23 @@ def _new_folder(out: str) -> Path:
             raise ConfigError(f"--out {folder}: something is there already; name a new folder")
     except OSError as error:
         raise StorageError(f"--out {folder}: the folder cannot be made ({error})") from error
-    return folder
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):
+            for name in FILES:
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
+        raise
 
 
-def _write(folder: Path, found: Sequence[Sequence[Measured]]) -> list[str]:
+def _write(folder: Path, found: Sequence[Sequence[Measured]]) -> None:
     try:
         write_tables(folder, found)
         for name, draw in PICTURES.items():
             draw(folder / name, found)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written ({error})") from error
-    return [MATRICES_CSV, VALUES_CSV, *PICTURES]
 
 
 def _tracked(subjects: Sequence[Subject]) -> list[Trained]:
@@ -139,7 +147,7 @@ def _print(console: Screen, found: Sequence[Sequence[Measured]]) -> None:
         rows.append(row)
     title = "SVD entropy, mean over the matrices of a group; 0 is of rank one, 1 all singular values alike"
     print_table(console, head, rows, title=title)
-    for one in last:
+    for one in (measured for checkpoints in found for measured in checkpoints):
         if left_out := sum(mean.left_out for mean in one.means.values()):
             console.print(f"{_named(one)}: {left_out} matrices are not finite and left out")
 
@@ -168,13 +176,11 @@ def compared(first: Measured, other: Measured, group: str) -> tuple[float | None
     return (None if a is None or b is None else a - b), higher, len(pairs)
 
 
-def _summary(
-    folder: Path, files: list[str], found: Sequence[Sequence[Measured]], logged: Sequence[Trained]
-) -> dict[str, Any]:
+def _summary(folder: Path, found: Sequence[Sequence[Measured]], logged: Sequence[Trained]) -> dict[str, Any]:
     first, *others = (one[-1] for one in found)
     return {
         "out": str(folder),
-        "files": files,
+        "files": FILES,
         "runs": [{"run": one[-1].label, "checkpoints": [_told(measured) for measured in one]} for one in found],
         "differences": [
             {"run": first.label, "from": other.label, "groups": {g: _difference(first, other, g) for g in first.means}}

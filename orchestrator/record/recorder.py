@@ -169,7 +169,8 @@ class RunRecorder:
             self.record.tag_later(f"raymuon.train.{key}", str(getattr(train, key)))
         if not self._begun:
             self._begun = True
-            self.watcher.begin(self.record.run_id, event.restored_step, self.last_step, event.world_size)
+            steps = event.restored_step, self.last_step
+            self.watcher.begin(self.record.run_id, *steps, event.world_size, self.config.recipe)
 
     def stack(self, name: str, text: str) -> None:
         """Keep what a worker that hung was doing beside the run."""

@@ -5,7 +5,26 @@ from typing import Any
 
 from mlflow.exceptions import MlflowException
 
+from orchestrator.record.mlflow_client import run_of_id
 from orchestrator.record.tracking import Tracking
+from workers.common.errors import ConfigError
+
+
+def ask(tracking: Tracking, model: str) -> None:
+    """Find out whether models are registered there, and under such a name; nothing is made.
+
+    Raises:
+        ConfigError: MLflow does not take the name.
+        StorageError: the server is away, or refuses.
+    """
+    with tracking.reach():
+        try:
+            tracking.client.get_registered_model(model)
+        except MlflowException as error:
+            if error.error_code == "INVALID_PARAMETER_VALUE":
+                raise ConfigError(f"--register {model!r}: {error.message}") from error
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
 
 
 def register(
@@ -31,11 +50,7 @@ def register(
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        try:
-            client.get_run(run_id)
-            known: str | None = run_id
-        except MlflowException:
-            known = None
+        known = run_id if run_of_id(client, run_id) else None
         texts = {key: str(value) for key, value in tags.items()}
         version = str(client.create_model_version(model, source, known, texts).version)
         for alias in aliases:

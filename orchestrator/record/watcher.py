@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from orchestrator.record.events import Event
+from workers.recipe import Recipe
 from workers.reports import Report
 
 
@@ -18,8 +19,8 @@ class Watcher(Protocol):
     def page(self, tracking_uri: str, path: str) -> None:
         """MLflow shows the run at that path of its UI."""
 
-    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
-        """Training begins after `first_step`."""
+    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int, recipe: Recipe) -> None:
+        """Training begins after `first_step`, by a recipe that may go on beyond `last_step`."""
 
     def report(self, report: Report) -> None:
         """A worker told something."""

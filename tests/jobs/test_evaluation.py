@@ -262,6 +262,7 @@ def test_the_batch_does_not_matter(both, batch_tokens):
         ("generate_until", ("x", {"until": [], "max_gen_toks": 48}), "up to 48 new tokens, and the model looks at 48"),
         ("generate_until", ("x", {"until": [], "do_sample": True, "temperature": 1.0}), "it samples"),
         ("generate_until", ("x", {"until": [], "num_beams": 4}), "num_beams"),
+        ("generate_until", ("x", {"until": [], "max_gen_toks": "many"}), "generation_kwargs cannot be understood: inv"),
     ],
 )
 def test_what_a_model_cannot_do_is_told_with_the_task(tmp_path, kind, arguments, told):

@@ -1,6 +1,6 @@
 """What the command makes of what tasks tell: on record at once, and nothing lost where that fails."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -65,6 +65,13 @@ def test_figures_outlive_an_mlflow_that_is_away(run, capsys):
     taken.told(result(opened[2], 0.3))
     record.times, taken.recorded = 9, set()
     assert "no server answers" in str(taken.put_down_rest()), "it is away for good"
+
+
+def test_a_task_that_comes_to_no_figure_is_told(run, capsys):
+    """lm-eval leaves a metric out, without a word, that is known and none of the task's kind."""
+    opened = [open_trained(str(run), "")]
+    seen(opened, Away(0)).told(replace(result(opened[0], 0.5), silent=("u",)))
+    assert "no figure of u" in capsys.readouterr().out
 
 
 def test_another_value_is_told_and_the_first_one_stays(run, capsys):

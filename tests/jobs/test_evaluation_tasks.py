@@ -24,6 +24,9 @@ from workers.data.json_tokenizer import normal_tokenizer, write_tokenizer
 UNSAFE = "task: mine_code\nunsafe_code: true\ndataset_path: openai/openai_humaneval\noutput_type: generate_until\n"
 
 
+ODD = "task: odd\ninclude: data_yaml\noutput_type: loglikelihood\ndoc_to_target: word\n"
+
+
 def load(names, folder=None, unsafe_code=False):
     return load_tasks(names, folder, unsafe_code, None)
 
@@ -102,6 +105,9 @@ def test_the_papers_benchmarks_are_lm_evals_own_with_their_shots():
         ({"broken_yaml": "task: x\n\tdataset_path: json"}, "broken.yaml: broken YAML"),
         ({"broken_yaml": "just words"}, "broken.yaml: no task file"),
         ({"broken_yaml": "dataset_path: json"}, "it needs a `task` or a `group`"),
+        ({"broken_yaml": "task: x\ninclude: dat_yaml"}, "broken.yaml: include: dat_yaml is no file of the folder"),
+        ({"broken_yaml": "task: x\ninclude: [data_yaml, ../data_yaml]"}, "include: ../data_yaml is no file"),
+        ({"broken_yaml": "task: x\ninclude: broken.yaml"}, "include: broken.yaml is itself"),
     ],
 )
 def test_a_broken_task_file_is_told(tmp_path, files, told):
@@ -130,6 +136,11 @@ def test_a_missing_or_empty_folder_is_told(tmp_path):
          StorageError, "gone.jsonl"),
         ("odd", {"odd_yaml": "task: odd\ninclude: data_yaml\ndoc_to_text: !function own.nothing\n"},
          ConfigError, "task odd cannot be loaded: AttributeError"),
+        ("odd", {"odd_yaml": f"{ODD}metric_list: [{{metric: acuracy, aggregation: mean}}]"}, ConfigError,
+         "task odd: its metric 'acuracy' is known neither to lm-eval"),
+        ("odd", {"odd_yaml": f"{ODD}metric_list: [{{metric: acc, aggregation: men}}]"}, ConfigError,
+         "task odd: the aggregation of its metric 'acc' is none that lm-eval knows"),
+        ("odd", {"odd_yaml": f"{ODD}metric_list: [{{metric: acuracy}}]"}, ConfigError, "KeyError: None (in task.py, "),
         ("mine_code", {"code_yaml": UNSAFE}, ConfigError, "mine_code would run code that the model has written"),
         ("all", {"code_yaml": UNSAFE, "all_yaml": "group: all\ntask: [mine_word, {task: mine_code}]\n"}, ConfigError,
          "--confirm-run-unsafe-code"),

@@ -1,5 +1,6 @@
 """Exported models, loaded by transformers."""
 
+import html
 import json
 import os
 from dataclasses import asdict, replace
@@ -7,8 +8,10 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from jobs.export import export, export_series, recorded, register
+from jobs.cli import app
+from jobs.export import export, export_series, recorded, register, registry
 from jobs.hugging_face import refuse_unloadable
 from jobs.stack.seaweed import BUCKET, s3_environment, seaweedfs
 from jobs.trained import model_of
@@ -185,7 +188,11 @@ def test_a_series_becomes_versions_in_the_order_of_steps(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     exported = export_series(str(tmp_path / "run"), str(tmp_path / "hf"), "float32", evaluated={20: {"arc/acc": 0.25}})
     assert [one.step for one in exported] == [10, 30, 20]
-    assert register(exported, "tiny", uri) == ["1", "3", "2"]
+    tracking = registry("tiny", str(tmp_path), uri)
+    with pytest.raises(ConfigError, match="--register 'a/b': Invalid model name 'a/b'"):
+        registry("a/b", str(tmp_path), uri)
+    assert not tracking.client.search_registered_models(), "asking makes nothing"
+    assert register(exported, "tiny", tracking) == ["1", "3", "2"]
     client = mlflow.MlflowClient(uri)
     aliases = {"step-10": "1", "step-20": "2", "step-30": "3", "newest": "3"}
     assert {alias: str(version) for alias, version in client.get_registered_model("tiny").aliases.items()} == aliases
@@ -193,12 +200,15 @@ def test_a_series_becomes_versions_in_the_order_of_steps(tmp_path):
     told = {"raymuon.step": "20", "raymuon.run_id": "run-7", "val_loss": "1.2345"}
     assert second.tags == {**told, "arc/acc": "0.25"} and second.source == f"{tmp_path}/hf/step-00000020"
     AutoModelForCausalLM.from_pretrained(client.get_model_version_download_uri("tiny", "2"))
-    assert register(exported[:1], "tiny", uri) == ["4"], "one alone is the newest of nothing"
+    assert register(exported[:1], "tiny", tracking) == ["4"], "one alone is the newest of nothing"
     staged = [replace(one, stage=stage) for one, stage in zip(exported, ("a.b", "latest", "a.b"), strict=True)]
-    assert register(staged, "tiny", uri) == ["5", "7", "6"]
+    assert register(staged, "tiny", tracking) == ["5", "7", "6"]
     aliases = {"step-10": "5", "step-20": "6", "step-30": "7", "newest": "7", "a-b": "6", "stage-latest": "7"}
     assert client.get_model_version_by_alias("tiny", "a-b").tags["raymuon.stage"] == "a.b"
     assert {alias: str(version) for alias, version in client.get_registered_model("tiny").aliases.items()} == aliases
+    (tmp_path / "mlflow.db").unlink()
+    with pytest.raises(StorageError, match=r"0 of 3 registered as tiny, from step 10 on not; .* is gone"):
+        register(exported, "tiny", tracking)
 
 
 def test_a_card_tells_what_evaluations_have_found_at_its_step(tmp_path):
@@ -223,6 +233,17 @@ def test_a_card_tells_what_evaluations_have_found_at_its_step(tmp_path):
     warned = []
     assert recorded(str(tmp_path / run_id), "http://127.0.0.1:9", warned.append) == {}
     assert "the card has no results of evaluations: " in warned[0]
+
+
+def test_names_are_no_markdown_in_a_card(tmp_path):
+    from markdown_it import MarkdownIt
+
+    name = r"a_*b*|<b>`c` [x](http:y) ~~d~~ _e_ f_g &lt; \\ h"
+    trained(tmp_path / "run", "llama", run_id=name)
+    export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32", evaluated={10: {name: 0.5}})
+    text = (tmp_path / "hf" / "README.md").read_text().split("---\n", 2)[2]
+    shown = MarkdownIt("gfm-like", {"linkify": False}).render(text)
+    assert shown.count(html.escape(name, quote=False)) == 3, "heading, run, task"
 
 
 ODD = {
@@ -309,7 +330,52 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path, value):
     trained(tmp_path / "run", "llama", change=poison)
     with pytest.raises(StorageError, match=r"step 10: model\.norm\.weight has elements that are NaN or infinite"):
         export(str(tmp_path / "run"), str(tmp_path / "hf"), "bfloat16")
-    assert not (tmp_path / "hf" / "config.json").exists()
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("failing", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("error", [StorageError, KeyboardInterrupt])
+def test_what_does_not_come_to_its_end_leaves_nothing(tmp_path, monkeypatch, failing, error):
+    def put(store, path: str, data: bytes, real=Store.put) -> None:
+        if path == failing:
+            (tmp_path / "hf").mkdir(exist_ok=True)
+            raise error
+        real(store, path, data)
+
+    trained(tmp_path / "run", "llama")
+    monkeypatch.setattr(Store, "put", put)
+    with pytest.raises(error):
+        export(str(tmp_path / "run"), str(tmp_path / "hf"), "float32")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "error", "told"),
+    [
+        ("http://127.0.0.1:9", ConfigError, "takes no folder of one machine; name a place that all reach"),
+        ("postgresql://127.0.0.1:9/none", StorageError, "tracking.uri=postgresql"),
+    ],
+)
+def test_what_cannot_be_registered_is_told_before_anything_is_written(tmp_path, uri, error, told):
+    trained(tmp_path / "run", "llama")
+    options = ("--to", f"{tmp_path}/hf", "--register", "ok", "--tracking-uri", uri)
+    found = CliRunner().invoke(app, ["export", f"{tmp_path}/run", *options]).exception
+    assert isinstance(found, error) and told in str(found) and not (tmp_path / "hf").exists()
+
+
+def test_what_is_exported_is_told_where_it_cannot_be_registered(tmp_path, monkeypatch):
+    def fail(*given) -> list[str]:
+        raise StorageError("gone")
+
+    trained(tmp_path / "run", "llama", steps=(10, 20))
+    monkeypatch.setattr("jobs.export.registry", lambda *given: "an MLflow")
+    monkeypatch.setattr("jobs.export.register", fail)
+    options = ("--series", "--to", f"{tmp_path}/hf", "--register", "ok", "--tracking-uri", "sqlite:////nowhere/no.db")
+    done = CliRunner().invoke(app, ["export", f"{tmp_path}/run", *options])
+    assert [line.rpartition(" in ")[2] for line in done.stdout.splitlines()] == [
+        f"{tmp_path}/hf/step-000000{step}" for step in (10, 20)
+    ]
+    assert isinstance(done.exception, StorageError) and str(done.exception) == "gone"
 
 
 def test_a_checkpoint_whose_model_is_no_longer_allowed_is_told(tmp_path):

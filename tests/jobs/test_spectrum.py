@@ -21,7 +21,7 @@ from orchestrator.stop import StopSignal
 from orchestrator.tasks import _patiently
 from tests.jobs.test_export import MODELS, trained
 from workers import spectra
-from workers.common.errors import ConfigError, DamagedError
+from workers.common.errors import ConfigError, DamagedError, Interrupted, StorageError
 from workers.common.storage import Store
 from workers.models.language_model import MATRICES
 from workers.spectra import Saved, spectra_of, stacks_of
@@ -224,6 +224,50 @@ def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch, changes, told):
     with pytest.raises(ConfigError, match=told):
         study(request, StopSignal(lambda run_id: ""), as_json=False)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+ENDS = [("measure", Interrupted), ("draw", StorageError), ("draw", KeyboardInterrupt)]
+
+
+@pytest.mark.parametrize(("step", "error"), ENDS)
+def test_what_does_not_come_to_its_end_leaves_nothing(tmp_path, monkeypatch, step, error):
+    def fail(path=None, *given) -> None:
+        if step == "draw":
+            path.write_bytes(b"half")
+        raise OSError("full") if error is StorageError else error()
+
+    trained(tmp_path / "run", "llama")
+    found = [[measured(opened(tmp_path / "run"))]]
+    monkeypatch.setattr("jobs.study.spectrum.measure", fail if step == "measure" else lambda *given: found)
+    monkeypatch.setitem(PICTURES, "entropy.png", fail)
+    request = Request((f"{tmp_path}/run",), False, (), "none", f"{tmp_path}/out", False, None, NOWHERE, "")
+    with pytest.raises(error):
+        study(request, StopSignal(lambda run_id: ""), as_json=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_found_is_told_where_mlflow_does_not_take_it(tmp_path, monkeypatch, capsys):
+    """Of all checkpoints of a series those are named in which something is not finite."""
+
+    def fail(*given) -> None:
+        raise StorageError("gone")
+
+    def spoil(model) -> None:
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.inf
+
+    trained(tmp_path / "run", "llama", change=spoil)
+    first = measured(opened(tmp_path / "run"))
+    whole = tuple(replace(one, entropy=0.5, values=np.ones(2)) for one in first.spectra)
+    monkeypatch.setattr("jobs.study.spectrum.measure", lambda *given: [[first, replace(first, step=20, spectra=whole)]])
+    monkeypatch.setattr("jobs.study.spectrum._tracked", lambda subjects: [opened(tmp_path / "run")])
+    monkeypatch.setattr("jobs.study.spectrum._write", lambda *given: None)
+    monkeypatch.setattr("jobs.study.spectrum._log", fail)
+    request = Request((f"{tmp_path}/run",), True, (), "none", f"{tmp_path}/out", True, None, NOWHERE, "")
+    with pytest.raises(StorageError, match="gone"):
+        study(request, StopSignal(lambda run_id: ""), as_json=False)
+    told = capsys.readouterr().out
+    assert "0.5000" in told and f"{tmp_path}/out/layers.png" in told.replace("\n", "") and "in MLflow" not in told
+    assert "10: 1 matrices are not finite and left out" in told
 
 
 def test_a_task_does_not_try_again_what_is_damaged():

@@ -4,8 +4,10 @@ import mlflow
 import pytest
 import torch
 
+from jobs.checkpoints import remove
 from jobs.export import export
 from jobs.trained import open_trained, series
+from orchestrator.log.run_log import find_commit
 from tests.jobs.test_export import TEXT, trained
 from workers.common.errors import ConfigError, DamagedError, StorageError
 from workers.data.tokenizer import BYTES
@@ -109,6 +111,19 @@ def test_damage_is_told(tmp_path):
     manifest.write_bytes(manifest.read_bytes()[:-1])
     with pytest.raises(DamagedError, match="damaged"):
         open_trained(f"{tmp_path}/run", "")
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_told_as_such(tmp_path, monkeypatch):
+    trained(tmp_path / "run", "llama", steps=(10, 20, 30))
+    opened = open_trained(f"{tmp_path}/run@10", "")
+    log, commit = find_commit(f"{tmp_path}/run@20")
+    for step in (10, 20):
+        remove(f"{tmp_path}/run@{step}", force=False)
+    with pytest.raises(StorageError, match=r"run@10: deleted while it was read.*checkpoints ls .*run\)"):
+        opened.model()
+    monkeypatch.setattr("jobs.export.find_commit", lambda *given: (log, commit))
+    with pytest.raises(StorageError, match="run@20: deleted while it was read"):
+        export("a run", str(tmp_path / "hf"), "float32")
 
 
 def test_weights_that_are_not_finite_are_told(tmp_path):

@@ -40,7 +40,7 @@ class At(Watcher):
     def __init__(self, step: int, work) -> None:
         self.step, self.work, self.run_id, self.warnings = step, work, "", []
 
-    def begin(self, run_id: str, first_step: int, last_step: int, world_size: int) -> None:
+    def begin(self, run_id: str, *_: object) -> None:
         self.run_id = run_id
 
     def report(self, report: Report) -> None:
