@@ -14,7 +14,7 @@ from tests.leading import Lead, Notes, config_of, tensors_of
 from tests.ledger import assert_every_sample_once
 from tests.processes import ProcessCluster
 from workers.common.errors import ConfigError
-from workers.data.config import SourceConfig
+from workers.data.config import SOURCE, SourceConfig
 from workers.phases import Phase
 from workers.recipe import StageConfig
 
@@ -60,7 +60,7 @@ def staged(folder: Path, workers: tuple[int, int] = (2, 2)) -> RunConfig:
     )
     urls = {"first": "LICENSE", "second": "docs/log/2026-11-21.md"}
     sources = tuple(SourceConfig(name=name, urls=(str(TEXTS / url),)) for name, url in urls.items())
-    data = replace(config.data, sources=sources, ledger=f"{folder}/ledger")
+    data = replace(config.data, source=SOURCE, sources=sources, ledger=f"{folder}/ledger")
     return replace(config, data=data, train=replace(config.train, steps=0, stages=STAGES))
 
 
