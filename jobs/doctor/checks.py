@@ -162,11 +162,11 @@ def check_dashboard(url: str, no_answer: str) -> list[Finding]:
     """Judge whether the head takes jobs; what is wrong with a dashboard that answers is told by `check_token`.
 
     Args:
-        url: of the dashboard, as the head announces it, be it alive or dead; empty where it was started without.
+        url: of the dashboard, as the head announces it, be it alive or dead; empty where nobody tells of one.
         no_answer: what came in the place of an answer; empty where one came.
     """
     if not url:
-        seen = "there is none, so no job is taken (raymuon submit); drivers join the cluster at Ray's own port"
+        seen = "the cluster tells of none; raymuon submit needs one, raymuon train does not"
         return [Finding("dashboard", CLUSTER, "ok", seen)]
     if not no_answer:
         return [Finding("dashboard", CLUSTER, "ok", f"it answers at {url}: jobs are taken")]
@@ -185,10 +185,8 @@ def check_token(access: Access | None, no_access: str, nodes: Mapping[str, NodeS
         nodes: the modes of Ray's processes and the tokens' files.
     """
     found = []
-    mend = (
-        "stop Ray, run `(umask 077; ray get-auth-token --generate)` on the head, copy ~/.ray/auth_token to all nodes "
-        "and start them with RAY_AUTH_MODE=token"
-    )
+    mend = "stop Ray, run `(umask 077; ray get-auth-token --generate)` on the head, copy ~/.ray/auth_token to all "
+    mend += "nodes and start them with RAY_AUTH_MODE=token"
     if no_access:
         found.append(Finding("token", CLUSTER, "warning", no_access, "look into dashboard.log on the head"))
     if access is not None:

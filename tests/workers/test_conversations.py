@@ -200,7 +200,7 @@ def test_conversations_are_the_same_however_they_are_kept(tmp_path, kind):
         other = tmp_path / "other.jsonl"
         other.write_text("".join(json.dumps({"a": {"chat": row}}) + "\n" for row in many(30)))
         source = SourceConfig(name="x", urls=(str(other),), format="chat", field="a.chat")
-        settings = {"sources": (source,), "format": "auto"}
+        settings, other = {"sources": (source,), "format": "auto"}, DataConfig().source
     else:
         other = tmp_path / f"other.jsonl.{kind}"
         pack = gzip.compress if kind == "gz" else zstandard.ZstdCompressor().compress

@@ -48,8 +48,8 @@ class LanguageModel(nn.Module, ABC):
         Args:
             tokens: of the sequences.
             documents: the document of each position, int32 `[batch, time]`: a position then sees its own alone, in
-                which positions start anew; NOBODY where a sequence is filled up, which is not counted in
-                what the model tells of itself. None: each sequence is one.
+                which positions start anew; NOBODY (`workers/common/documents.py`) where a sequence is filled up, which
+                is not counted in what the model tells of itself. None: each sequence is one.
             cache: in the place of documents: of what comes before these tokens, told how many come (`expect`).
         """
 
