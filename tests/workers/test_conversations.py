@@ -39,8 +39,10 @@ def chatml(tmp_path_factory):
 
 
 def config_of(folder, source, **settings) -> DataConfig:
-    settings = {"held_out_fraction": 0.2, "format": "chat", **settings}
-    return DataConfig(source=str(source), prepared_url=f"{folder}/data", **settings)
+    named = {} if settings.get("sources") else {"source": str(source)}
+    return DataConfig(
+        prepared_url=f"{folder}/data", **{"held_out_fraction": 0.2, "format": "chat", **named, **settings}
+    )
 
 
 @lru_cache
