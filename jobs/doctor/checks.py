@@ -185,8 +185,8 @@ def check_token(access: Access | None, no_access: str, nodes: Mapping[str, NodeS
         nodes: the modes of Ray's processes and the tokens' files.
     """
     found = []
-    mend = "stop Ray, run `(umask 077; ray get-auth-token --generate)` on the head, copy ~/.ray/auth_token to all nodes "
-    mend += "and start them with RAY_AUTH_MODE=token"
+    mend = "stop Ray, run `(umask 077; ray get-auth-token --generate)` on the head, copy ~/.ray/auth_token to all "
+    mend += "nodes and start them with RAY_AUTH_MODE=token"
     if no_access:
         found.append(Finding("token", CLUSTER, "warning", no_access, "look into dashboard.log on the head"))
     if access is not None:
