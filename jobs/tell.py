@@ -5,11 +5,18 @@ import math
 import sys
 from typing import Any
 
+from jobs.output import check_kept
+
 
 def tell(result: object) -> None:
-    """Write a result as one line of JSON, at once."""
+    """Write a result as one line of JSON, at once.
+
+    Raises:
+        StorageError: the disk of the file that takes it is full.
+    """
     sys.stdout.write(json_text(result) + "\n")
     sys.stdout.flush()
+    check_kept()
 
 
 def json_text(result: object, indent: int | None = None) -> str:

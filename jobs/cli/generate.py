@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.cli.options import AsJson, RunEndpoint, TrackingUri
-from jobs.output import nobody_reads
+from jobs.output import check_kept, nobody_reads
 from jobs.tell import tell
 from orchestrator.config import DEFAULT_TRACKING_URI
 from workers.common.errors import ConfigError
@@ -91,6 +91,7 @@ def _answers(answer: Callable[[str], "Written"], as_json: bool) -> Iterator["Wri
 
 def _say(text: str) -> None:
     typer.echo(visible(text), nl=False)
+    check_kept()
     if nobody_reads():  # As behind `| head`: the rest would be written for nobody, a token at a time.
         raise typer.Exit
 

@@ -56,6 +56,19 @@ def test_a_disk_that_is_full(tmp_path):
         assert talk(tmp_path, stdout=full, stderr=full) == (0, "True")
 
 
+def test_a_result_that_a_full_disk_does_not_take_is_told(tmp_path):
+    """And one that nobody wants to read is not."""
+    script = "import sys; from jobs.cli import main; sys.argv = ['raymuon', 'plan', 'demo', '--json']; main()"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 5
+    assert done.stderr == "raymuon: stdout: No space left on device; what was written there is not whole\n"
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert subprocess.run([sys.executable, "-c", script], stdout=writing).returncode == 0
+    os.close(writing)
+
+
 @pytest.mark.parametrize("closed", [">&- 2>&-", "2>&-", "<&- >&- 2>&-"])
 def test_no_output_at_all(tmp_path, closed):
     done = subprocess.run(["bash", "-c", f'exec "$@" {closed}', "-", sys.executable, "-c", TALKS], cwd=tmp_path)
