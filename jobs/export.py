@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -86,7 +85,7 @@ def export(
 
     buffers, results = set(reader.names(BUFFER)), dict((evaluated or {}).get(manifest.step, {}))
     plan = _plan(manifest, 4 if dtype == "float32" else 2, shard_bytes)
-    with undeleted((log, commit)), _whole(target):
+    with undeleted((log, commit)), target.whole_or_nothing():
         where: dict[str, str] = {}
         for number, names in enumerate(plan, 1):
             file = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
@@ -116,18 +115,6 @@ def export(
     stage, ancestors = (manifest.lineage.stage, manifest.lineage.ancestors) if manifest.lineage else ("", ())
     known = (manifest.run_id, commit.metrics, results, stage, name_of(ancestors[0]) if ancestors else "")
     return Exported(target.url, manifest.step, sorted(files), size, *known)
-
-
-@contextmanager
-def _whole(target: Store) -> Iterator[None]:
-    """Take away what has been written into a new folder, if that does not come to its end."""
-    try:
-        yield
-    except BaseException:
-        with suppress(StorageError):
-            for name in target.files("") or ["config.json"]:  # The folder alone may be there.
-                target.remove(name)
-        raise
 
 
 def export_series(

@@ -1,8 +1,7 @@
 """`raymuon import`: a Hugging Face model as a checkpoint with which a run can begin (`train.init`)."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def import_model(folder: str, to: str, say: Callable[[str], object] = lambda tex
         raise ConfigError(f"--to {to}: something is there already; name a new folder")
     with FolderModel(Path(folder), say) as model:
         _check_room(store, model.num_bytes)
-        with _whole_or_nothing(store):
+        with store.whole_or_nothing():
             _write(model, store, say)
     return store.url
 
@@ -72,14 +71,3 @@ def _check_room(store: Store, needed: int) -> None:
                 f"{store.url}: the model takes {needed / 1e9:.1f} GB in float32, and the disk has {free / 1e9:.1f} GB "
                 "left; name another place, or make room"
             )
-
-
-@contextmanager
-def _whole_or_nothing(store: Store) -> Iterator[None]:
-    """Take away what was written into a folder that was empty, unless all of it was."""
-    try:
-        yield
-    except BaseException:
-        with suppress(StorageError), storage_errors(store.url):
-            store.fs.rm(store.path(), recursive=True)
-        raise

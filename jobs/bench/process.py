@@ -13,8 +13,6 @@ from workers.common.errors import BY_EXIT_CODE, TrainingError
 
 ALIKE = {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 """The environment of a process that computes, as Ray and our actor set it."""
-
-
 END_S = 60.0
 """For which an interrupted command may finish its step and save."""
 

@@ -28,6 +28,22 @@ def test_create_read_list(tmp_path, scheme):
     assert store.child("log").read("1.json") == b"one"
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StorageError("full")])
+@pytest.mark.parametrize("scheme", ["local", "memory"])
+def test_what_does_not_come_to_its_end_takes_its_files_away(tmp_path, monkeypatch, scheme, error):
+    """Also where the process works in that folder."""
+    monkeypatch.chdir(tmp_path)
+    store = Store(str(tmp_path) if scheme == "local" else f"memory://{tmp_path.name}")
+    with pytest.raises(type(error)), store.whole_or_nothing():
+        store.put("model.safetensors", b"one")
+        store.put("log/1.json", b"one")
+        raise error
+    assert not store.names("") and tmp_path.exists() == (scheme == "memory")
+    with store.whole_or_nothing():
+        store.put("model.safetensors", b"one")
+    assert store.names("") == ["model.safetensors"]
+
+
 def test_create_never_overwrites_and_has_one_winner(tmp_path):
     store, winners = Store(str(tmp_path)), []
     barrier = threading.Barrier(8)

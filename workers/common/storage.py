@@ -149,6 +149,19 @@ class Store:
             with suppress(OSError):
                 Path(target).parent.rmdir()
 
+    @contextmanager
+    def whole_or_nothing(self) -> Iterator[None]:
+        """Take away all that is in this folder, which was empty before, if what writes it does not come to its end."""
+        try:
+            yield
+        except BaseException:
+            with suppress(StorageError), storage_errors(self.url):
+                for name in self.names(""):  # One by one: fsspec removes no folder that a process works in.
+                    self.fs.rm(self.path(name), recursive=True)
+                if isinstance(self.fs, LocalFileSystem):
+                    Path(self.path()).rmdir()
+            raise
+
     def create(self, path: str, data: bytes) -> bool:
         """Write a file that must not be there yet; of writers with different content exactly one gets True.
 
