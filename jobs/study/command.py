@@ -228,9 +228,9 @@ def _report(state: StudyState, folder: Path) -> tuple[Answer, Path]:
         raise TrainingError(f"study {study.name}: all {len(done)} trial(s) have failed. {name}: {one.error}")
     from jobs.study.report.write import write_report
 
-    answer = study.question.answer(study, done)
-    where = f"run {state.record.run_id} of {state.record.tracking.uri}"
-    write_report(study, done, answer, folder, where)
+    answer, record = study.question.answer(study, done), state.record
+    links = {one.trial: record.address(one.run_id) for one in done.values()}
+    write_report(study, done, answer, folder, links, record.run_id, next(iter(state.configs.values()), None))
     return answer, folder
 
 
@@ -241,22 +241,18 @@ def _stored(request: Request) -> Iterator[StudyState]:
     Raises:
         ConfigError: there is none.
     """
-    is_file = Path(request.source).is_file() or (SHIPPED / f"{request.source}.yaml").exists()
-    if is_file:
-        found = load_study(request.source, (), request.name)
-        tracking_config = next(iter(_beforehand(found, request.places).values())).tracking
-    else:
-        tracking_config = TrackingConfig(uri=request.tracking_uri or DEFAULT_TRACKING_URI)
-    reach_tracking(tracking_config.uri)
-    from orchestrator.record.tracking import look_up
+    uri, run = request.tracking_uri or DEFAULT_TRACKING_URI, request.source
+    if Path(run).is_file() or (SHIPPED / f"{run}.yaml").exists():
+        found = load_study(run, (), request.name)
+        uri, run = next(iter(_beforehand(found, request.places).values())).tracking.uri, found.study.name
+    reach_tracking(uri)
+    from orchestrator.record.tracking import Tracking, look_up  # MLflow takes seconds to import.
 
-    known = look_up(tracking_config.uri, found.study.name if is_file else request.source)
-    if STUDY not in known.data.tags or "raymuon.study.trial" in known.data.tags:
+    known = look_up(uri, run)
+    if STUDY not in known.data.tags:
         raise ConfigError(f"run {known.info.run_id} is no study; give the run of one, or its file")
-    from orchestrator.record.tracking import Tracking
-
-    record = StudyRecord(Tracking(tracking_config), known.info.run_id)
-    with stored_study(tracking_config.uri, known.info.run_id) as stored:
+    record = StudyRecord(Tracking(TrackingConfig(uri=uri)), known.info.run_id)
+    with stored_study(uri, known.info.run_id) as stored:
         state = StudyState(stored, record, {})
         state.read()
         yield state

@@ -77,9 +77,18 @@ def load_study(source: str, overrides: Iterable[str] = (), name: str = "") -> St
     study = build(Study, values, f"study {source}", {**ARCHITECTURES, Question: kinds})
     study = replace(study, settings={**study.settings, **dict(map(parsed, overrides))})
     _check_keys(study, source)
-    base = Path(study.base)
-    beside = path.parent / base  # A file is named from where the study's is.
-    return StudyFile(study, read(str(beside if beside.is_file() else base)))
+    if (beside := path.parent / study.base).is_file():  # A file is named from where the study's is.
+        study = replace(study, base=str(beside.absolute()))
+    return StudyFile(study, read(study.base))
+
+
+def config_of(study: Study, trial: Trial) -> RunConfig:
+    """Return the config of a trial, for a question that asks how large it is.
+
+    Raises:
+        ConfigError: with every problem that was found.
+    """
+    return StudyFile(study, read(study.base)).config(trial, {})
 
 
 def shipped() -> list[str]:

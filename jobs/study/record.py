@@ -170,6 +170,11 @@ class StudyRecord:
         with self.tracking.reach():
             return _outcome(self.tracking.client, self.tracking.client.get_run(run_id))
 
+    def address(self, run_id: str) -> str:
+        """Return the address of a trial's page, or its id where no server shows it."""
+        uri = self.tracking.uri
+        return f"{uri.rstrip('/')}/{self.tracking.page(run_id)}" if uri.startswith("http") else run_id
+
     def losses(self, run_id: str) -> list[tuple[int, float]]:
         """Return the training losses that a trial has so far, `(step, nats per token)`."""
         with self.tracking.reach():
