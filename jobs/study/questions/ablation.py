@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from jobs.study.fits.estimate import Estimate
-from jobs.study.numbers import LEAST_VALUES, mean_of, outside, text_of
-from jobs.study.question import Answer, Curve, Outcome, Plot, Setting, Study, Table, Trial
-from jobs.study.questions.combinations import (
+from jobs.study.combinations import (
     Combination,
     binned,
     check_axes,
@@ -23,6 +20,9 @@ from jobs.study.questions.combinations import (
     mean_series,
     usable,
 )
+from jobs.study.fits.estimate import Estimate
+from jobs.study.numbers import LEAST_VALUES, mean_of, outside, text_of
+from jobs.study.question import Answer, Curve, Outcome, Plot, Setting, Study, Table, Trial
 from workers.common.errors import ConfigError
 
 
