@@ -17,7 +17,8 @@ from orchestrator.group.keeper import new_token
 from orchestrator.group.pool import Pool
 from orchestrator.log.lease import Lease
 from orchestrator.log.run_log import RunLog
-from orchestrator.preflight import Inputs, find_origin
+from orchestrator.origin import find_origin
+from orchestrator.preflight import Inputs
 from orchestrator.record.events import Event, Fault, Membership, Recovery, Tally
 from orchestrator.record.metrics import NodeUsage
 from orchestrator.record.result import RunResult

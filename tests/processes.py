@@ -123,11 +123,18 @@ class ProcessCluster:
     def release(self, slot: str) -> None:
         self._slots.pop(slot, None)
 
+    def hand_back(self, slot: str, worker: ProcessHandle) -> None:
+        worker.kill()
+        self.release(slot)
+
     def start_worker(self, slot: str) -> ProcessHandle:
         return self._start(self._slots[slot], self.member)
 
     def start_keeper(self, node: str, token: str, storage: StorageConfig) -> ProcessHandle:
         return self._start(node, self.keeper, "127.0.0.1", token, storage)
+
+    def hand_back_keeper(self, node: str, keeper: ProcessHandle) -> None:
+        keeper.kill()
 
     def alive(self, node: str) -> bool:
         return node in self.nodes
