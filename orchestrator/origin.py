@@ -118,8 +118,8 @@ def check_branch(config: RunConfig, parent: Manifest, wanted: dict[str, Any]) ->
         raise ConfigError(
             f"train.init_state=run: a branch of {init} was trained as its parent up to step {step}, and here differs\n"
             + "\n".join(differences)
-            + "\nmake them equal. What is new in the branch, a batch or weights of sources, is said by train.stages, of "
-            f"which the first are the parent's and come to {step} steps. init_state=weights or all begin at step 1"
+            + "\nmake them equal. What is new in the branch, a batch or weights of sources, is said by train.stages, "
+            f"of which the first are the parent's and come to {step} steps. init_state=weights or all begin at step 1"
         )
     if config.train.steps <= step:
         raise ConfigError(
