@@ -20,6 +20,7 @@ from jobs.tell import tell
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, TrackingConfig
 from orchestrator.group.cluster import connected
 from orchestrator.group.handles import Joined
+from orchestrator.group.warm import warm
 from orchestrator.log.lease import Holder, Lease, await_free
 from orchestrator.preflight import in_background, run_store
 from orchestrator.reach import reach_tracking
@@ -97,7 +98,7 @@ def _run(
         if state.left:
             in_background(lambda: importlib.import_module("jobs.planning.choice"), may_be_torn=True)  # Imports torch.
             screen.say("starting Ray ...")
-            with connected(request.address, stop) as joined:
+            with connected(request.address, stop) as cluster, warm(cluster) as joined:
                 at_once = request.at_once or _room(joined, [*state.configs.values()])
                 engine = Engine(state, data, joined, at_once, stop, screen, lease.check)
                 engine.run()

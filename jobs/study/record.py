@@ -42,6 +42,8 @@ SAME = ("model.", "data.", "optim.", "train.", "telemetry.every", "seed", "check
 """Keys that decide what a trial comes to, and where its checkpoints are."""
 OTHER = ("data.prepared_url", "data.ledger")
 """Of these, such as do not."""
+BRANCHED = ("train.init", "train.init_state")
+"""Those of a branch, which the engine sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,8 @@ class Begun:
     cost: Cost
     step: int
     """The last one; before the first, that from which it branches."""
+    saved: int
+    """The step of its newest checkpoint; 0 before the first."""
     loss: float | None
     val_loss: float | None
 
@@ -262,7 +266,7 @@ def _differences(begun: Begun, trial: Trial, config: RunConfig) -> Iterator[str]
             yield f"{key}: it has begun with {had}, the study has {asked.get(key)}"
     now = {key: str(value)[:6000] for key, value in flatten(asdict(config)).items()}
     for key, had in begun.params.items():  # Of an older version, whose keys are fewer.
-        ours = key.startswith(SAME) and key not in OTHER and not (key == "train.init" and trial.branch)
+        ours = key.startswith(SAME) and key not in OTHER and not (key in BRANCHED and trial.branch)
         if ours and key in now and now[key] != had:
             yield f"{key}: it has begun with {had}, the study has {now[key]}"
 
@@ -299,6 +303,7 @@ def _begun(run: "Run") -> Begun:
         size,
         cost,
         int(newest(steps, "loss") or cost.first_step - 1),
+        int(tags.get("raymuon.checkpoint", "@0").rpartition("@")[2]),
         newest(metrics, "loss"),
         newest(metrics, "val_loss"),
     )

@@ -40,7 +40,7 @@ def test_a_branch_of_what_has_failed_can_never_begin():
     assert orphan(TRIALS, {"a": came_to(trial("a"), 1.0)}) is None
     found = orphan(TRIALS, {"a": came_to(trial("a"), None)})
     assert found is not None and found[0].name == "b5" and "the loss is not finite" in found[1]
-    assert branch_steps(TRIALS) == {"a": [5, 7]}
+    assert branch_steps(TRIALS, "a") == {5: ["b5"], 7: ["b7"]} and branch_steps(TRIALS, "c") == {}
 
 
 COST = Cost(first_step=11, last_step=20, workers=2, flops=100.0)
