@@ -286,7 +286,6 @@ def test_a_study_is_read_from_its_run_alone(unbroken):
 @pytest.fixture(autouse=True)
 def questions_of_tests(monkeypatch) -> Iterator[None]:
     """Have the loader of study files know the questions of these tests."""
-    monkeypatch.setattr(
-        "jobs.study.file._question", lambda name: {"narrowing": Narrowing, "branching": Branching}[name]
-    )
+    kinds = {"narrowing": Narrowing, "branching": Branching, "ablation": Ablation}
+    monkeypatch.setattr("jobs.study.file._question", lambda name: kinds[name])
     yield
