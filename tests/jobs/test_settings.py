@@ -12,7 +12,6 @@ from jobs.load import load, load_values, read
 from jobs.settings import (
     COMMAND_LINE,
     configured,
-    configured_values,
     interval_of,
     read_settings,
     settings_yaml,
@@ -70,13 +69,9 @@ def test_a_settings_file_lies_over_the_config_and_under_the_command_line(tmp_pat
     assert not configured("demo-llama", [], ["optim.lr=1"]).origins and not configured("demo-llama", [], []).tags
 
 
-def test_stages_and_numbers_by_name_take_the_place_of_what_was_there(tmp_path):
+def test_stages_take_the_place_of_those_that_were_there(tmp_path):
     before = configured("moonlight-demo", [found(tmp_path, train__stages=STAGES)], []).config
     assert [stage.name for stage in before.train.stages] == ["a", "b"] and before.train.stages[1].global_batch == 32
-    config = {"data": {"source": "", "sources": [{"name": "x", "files": "x"}, {"name": "y", "files": "y"}]}}
-    config["data"]["mixture"] = {"x": 1.0, "y": 2.0}
-    file = found(tmp_path, data__mixture={"y": 1.0})
-    assert configured_values(config, [file], [], "c").config.data.mixture == {"y": 1.0}
     changed = configured("moonlight-demo", [found(tmp_path, train__stages=STAGES)], ["train.stages.0.steps=5"])
     assert changed.config.train.stages[0].steps == 5 and changed.config.train.stages[1].steps == 20
     assert changed.origins["train.stages"].endswith("changed by the command line")
