@@ -21,7 +21,7 @@ from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, run
 from orchestrator.generation import Decide
 from orchestrator.group.cluster import JOB_VARIABLE, is_local
-from orchestrator.preflight import find_origin
+from orchestrator.origin import find_origin
 from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError

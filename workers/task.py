@@ -41,9 +41,10 @@ class Task:
     manifest: Manifest | None
     """The newest checkpoint: where to go on from if no snapshot is at hand; None starts anew."""
     manifest_url: str = ""
-    """The folder of the run whose checkpoint that is, where it is another: a replay begins with the replayed run's."""
+    """The folder of the run whose checkpoint that is, where it is another: a replay begins with the replayed run's, a
+    branch with its parent's."""
     until: int = 0
-    """Step after which a replay ends, with a checkpoint; 0: the last one."""
+    """Step after which a replay, or a run that is cut short, ends, with a checkpoint; 0: the last one."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     origin: Origin | None = None
     """Where the weights of a run that starts anew come from; None draws them."""
@@ -64,13 +65,17 @@ class Task:
         """The step after which training ends; the schedule's last one is `train.steps`."""
         return self.until or self.train.steps
 
+    def validates(self, step: int) -> bool:
+        """Tell whether a validation belongs to a step; one does to the last, wherever that is."""
+        return self.train.validates(step) or step == self.last_step
+
     def saves(self, step: int) -> bool:
         """Tell whether a checkpoint belongs to a step."""
         return self.always_saves(step) or bool((every := self.checkpoint.every) and step % every == 0)
 
     def always_saves(self, step: int) -> bool:
-        """Tell whether one does that is never left out: at the end, and at the end of a stage."""
-        return step in (self.last_step, *self.train.ends)
+        """Tell whether one does that is never left out: at the end of the run or a stage, and where it is asked for."""
+        return step in (self.last_step, *self.train.ends, *self.checkpoint.at)
 
 
 @dataclass(frozen=True, kw_only=True)
