@@ -20,8 +20,7 @@ from workers.common.errors import StorageError
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["bench", "variants", "--table", "{folder}"], "{folder} cannot be written (it is a folder)"),
-        (["bench", "curves", "--picture", "{file}/curves.png"], "{file}/curves.png cannot be written"),
+        (["bench", "gpu", "--table", "{folder}"], "{folder} cannot be written (it is a folder)"),
         (["doctor", "--calibration", "{file}/x/calibration.json"], "{file}/x/calibration.json cannot be written"),
     ],
 )
