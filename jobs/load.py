@@ -83,8 +83,13 @@ def values_of(source: str | Path) -> dict[str, Any]:
     return _merge(_opened(Path(source), str(source)), [], str(source))
 
 
-def documented_yaml(config: RunConfig) -> str:
-    """Return the config as YAML with every key's documentation above it."""
+def documented_yaml(config: RunConfig, origins: Mapping[str, str] = {}) -> str:
+    """Return the config as YAML with the documentation of every key above it, and where its value comes from if told.
+
+    Args:
+        config: of a run.
+        origins: of some keys (`optim.lr`).
+    """
     lines = []
     for section in fields(config):
         value = getattr(config, section.name)
@@ -95,6 +100,8 @@ def documented_yaml(config: RunConfig) -> str:
         lines.append(f"{section.name}:")
         for key in fields(value):
             lines.append(f"  # {_docs(type(value))[key.name]}")
+            if origin := origins.get(f"{section.name}.{key.name}"):
+                lines.append(f"  # From {origin}.")
             lines.append(indent(_yaml(key.name, getattr(value, key.name)), "  "))
     return "\n".join(lines)
 

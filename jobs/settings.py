@@ -13,6 +13,7 @@ from typing import Any
 
 from jobs.build import hint_of, unknown_key
 from jobs.load import ORIGINS, as_yaml, load_settings, plain_yaml, read, values_of
+from jobs.screen import Screen
 from jobs.study.numbers import text_of
 from jobs.study.question import Setting, Study
 from orchestrator.config import RunConfig, flatten
@@ -92,6 +93,12 @@ def configured_values(values: Any, files: Iterable[str], overrides: Sequence[str
     changed = {override.partition("=")[0] for override in overrides}
     warnings = [text for one in found for text in _check_width(one, config, changed)]
     return Configured(config, _origins(values, found, changed), tuple(warnings))
+
+
+def warn(found: Configured) -> None:
+    """Say on stderr what may not hold."""
+    for text in found.warnings:
+        Screen(stderr=True).print(text, style="yellow")
 
 
 def read_settings(file: str) -> Found:

@@ -47,6 +47,8 @@ class Options:
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Become artifacts of the run at its beginning, by name."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Of the run, set at its beginning."""
     artifacts: Callable[[RunResult, Any], None] = lambda result, record: None
     """Called with the result and the MLflow record before the record is closed."""
     take_over: bool = False
@@ -178,7 +180,8 @@ def _lead(preflight: Preflight, pool: Pool, watcher: Watcher, options: Options) 
     def begin(journal: Journal, task: Task) -> RunRecorder:
         code, (job, dashboard) = provenance(), job_place()
         links = Links(task.run_url, task.last_step, code, job, dashboard)
-        for key, value in {**links.tags(), "raymuon.store_fences": str(not inputs.warning).lower()}.items():
+        fences = {"raymuon.store_fences": str(not inputs.warning).lower()}
+        for key, value in {**options.tags, **links.tags(), **fences}.items():
             record.tag(key, value)
         restored, now = task.manifest.step if task.manifest else 0, time.time()
         tally, events = go_on_with(config, record, journal, restored, now, watcher.warn)

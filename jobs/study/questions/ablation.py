@@ -240,9 +240,10 @@ def _plots(base: Variant, compared: Sequence[Compared]) -> list[Plot]:
         high=[one.mean.high for one in ends if one.mean],
         kind="points",
     )
-    names = "; ".join(f"{number}: {one.label}" for number, one in enumerate(ends, 1))
     label = f"loss minus that of {base.label} (nats)"
-    ending = Plot(name="ends", title="At the end", x="variant", y=label, curves=[by_number], marks=[0], note=names)
+    ending = Plot(
+        name="ends", title="At the end", x="", y=label, curves=[by_number], marks=[0], names=[one.label for one in ends]
+    )
     return [*plots, ending] if ends else plots
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from jobs.settings import interval_of, value_of
 from jobs.study.numbers import text_of
 from jobs.study.question import Answer, Study, Table
-from jobs.study.report.page import HEADS, about, cell_text, told_left_out
-from jobs.study.report.rows import FIGURES, Row, axes_of, cells
+from jobs.study.report.page import HEADS, about, told_left_out
+from jobs.study.report.rows import FIGURES, Row, axes_of, cells, texts
 from jobs.tell import json_text
 from workers.common.text import visible
 
@@ -79,7 +79,7 @@ def markdown(
     if answer.settings:
         found = [[key, value_of(one), interval_of(one), one.why] for key, one in answer.settings.items()]
         told.append(_table(Table(title="Settings found", columns=["key", "value", "interval", "from"], rows=found)))
-    trials = [list(map(cell_text, cells(row, axes))) for row in rows]
+    trials = [texts(row, axes) for row in rows]
     columns = ["trial", *axes, "status", *HEADS, "error"]
     told.append(_table(Table(title="Trials", columns=columns, rows=trials)))
     return "\n\n".join(filter(None, told)) + "\n"

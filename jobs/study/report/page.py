@@ -14,7 +14,7 @@ from jobs.settings import interval_of, value_of
 from jobs.study.numbers import text_of
 from jobs.study.question import Answer, Plot, Study, Table
 from jobs.study.report.plots import draw, left_out
-from jobs.study.report.rows import FIGURES, Row, axes_of, cells
+from jobs.study.report.rows import FIGURES, Row, axes_of, texts
 from workers.common.text import visible
 
 STYLE = """
@@ -142,13 +142,8 @@ def _settings(answer: Answer) -> str:
 def _trials(rows: Sequence[Row]) -> str:
     axes = axes_of(rows)
     columns = ["trial", *axes, "status", *HEADS, "error", "run"]
-    found = [[*(_text(cell_text(cell)) for cell in cells(row, axes)), _link(row.link)] for row in rows]
+    found = [[*(_text(cell) for cell in texts(row, axes)), _link(row.link)] for row in rows]
     return _section("Trials", _rows(columns, found), "Loss at the end, on held-out text, in nats per token.")
-
-
-def cell_text(cell: Any) -> str:
-    """Return a cell of a table of trials: a loss of one run has no interval, and five digits."""
-    return f"{cell:.4f}" if isinstance(cell, float) and 0.01 < abs(cell) < 100 else text_of(cell)
 
 
 def _link(link: str) -> str:

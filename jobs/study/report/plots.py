@@ -52,6 +52,11 @@ def draw(plot: Plot, path: Path | IO[bytes], style: Mapping[str, Any] = {}) -> N
             text.set_fontsize(10)
         axes.grid(alpha=FAINT, which="major")
         axes.tick_params(which="both", labelsize=8)
+        if plot.names:
+            axes.set_xlim(0.5, len(plot.names) + 0.5)
+            axes.set_xticks(range(1, len(plot.names) + 1), plot.names, rotation=30, ha="right")
+            for text in axes.get_xticklabels():
+                as_it_is(text)
         if handles:
             outside = {"loc": "outside lower center", "ncols": 2} if len(handles) > LABELS_INSIDE else {}
             name_lines(figure if outside else axes, handles, fontsize=8, **outside)

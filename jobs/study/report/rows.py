@@ -1,9 +1,11 @@
 """What a report tells of the trials: every one as a row, how many there were of what, and what they have cost."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.study.numbers import text_of
 from jobs.study.question import Outcome, Study, Table, Trial
 
 PENDING = "not done"
@@ -65,11 +67,12 @@ def tuned(rows: Sequence[Row]) -> Table:
     for row in rows:
         for axis, point in row.trial.coordinates.items():
             counts.setdefault((axis, point), []).append(row)
+    axes = axes_of(rows)
     columns = ["axis", "point", "trials", "finished", "failed", PENDING]
     states = ("finished", "failed", PENDING)
     found = [
         [axis, point, len(of), *(sum(row.status == state for row in of) for state in states)]
-        for (axis, point), of in counts.items()
+        for (axis, point), of in sorted(counts.items(), key=lambda one: axes.index(one[0][0]))
     ]
     return Table(title="What was tuned, and how often", columns=columns, rows=found)
 
@@ -101,6 +104,16 @@ def cells(row: Row, axes: Sequence[str]) -> list[Any]:
     if one is None:
         return [row.trial.name, *points, PENDING, *[None] * (len(FIGURES) + 1)]
     return [row.trial.name, *points, one.status, *(getattr(one, name) for name in FIGURES), one.error or None]
+
+
+def texts(row: Row, axes: Sequence[str]) -> list[str]:
+    """Return the same for people; a loss of one run has no interval, and four decimal places."""
+    found = cells(row, axes)
+    at = 2 + len(axes)
+    told = list(map(text_of, found))
+    if isinstance(found[at], float) and math.isfinite(found[at]):
+        told[at] = f"{found[at]:.4f}"
+    return told
 
 
 FIGURES = ("val_loss", "steps", "tokens", "parameters", "flops", "optimizer_flops", "seconds")
