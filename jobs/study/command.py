@@ -5,16 +5,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.screen import Screen, mlflow_page
 from jobs.study.engine import Data, Engine
 from jobs.study.file import SHIPPED, StudyFile, configs_of, load_study, refuse
 from jobs.study.progress import hours, told
 from jobs.study.question import Answer, Outcome
-from jobs.study.record import STUDY, StudyRecord, stored_study, workers_of
+from jobs.study.record import StudyRecord, stored_study, workers_of
 from jobs.study.screen import StudyScreen
 from jobs.study.state import StudyState
+from jobs.submit import STUDY, tracking_of
 from jobs.table import print_table
 from jobs.tell import tell
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, TrackingConfig
@@ -27,6 +28,9 @@ from orchestrator.reach import reach_tracking
 from orchestrator.stop import StopSignal
 from workers.common.errors import ClusterError, ConfigError, RaymuonError, StorageError, TrainingError
 from workers.common.storage import Store
+
+if TYPE_CHECKING:
+    from orchestrator.record.tracking import Tracking
 
 REPORTS = Path("runs/studies")
 
@@ -63,14 +67,15 @@ def run(request: Request, stop: StopSignal, as_json: bool) -> None:
         RaymuonError: a trial is not done, with the exit code of what went wrong; the others are.
     """
     found = load_study(request.source, request.overrides, request.name)
-    configs = _beforehand(found, request.places)
+    configs = beforehand(found, request.places)
     first = next(iter(configs.values()))
     with StudyScreen() as screen:
         data = Data(request.address, screen.console)
         for config in configs.values():
             data.of(config, stop)
         with stop.abruptly():
-            record, is_new = _record(found, first)
+            reach_tracking(first.tracking.uri, first.tracking.experiment)
+            record, is_new = find_or_make(found, tracking_of(first.tracking.uri, first))
         stop.run_id = record.run_id
         screen.say(f"study {found.study.name}, run {record.run_id}")
         screen.say(f"MLflow:     {mlflow_page(record.tracking.uri, record.tracking.page(record.run_id))}")
@@ -133,7 +138,7 @@ def report(request: Request, out: str, as_json: bool) -> None:
         _tell_answer(state, answer, folder, as_json)
 
 
-def _beforehand(found: StudyFile, places: Mapping[str, Any]) -> dict[str, RunConfig]:
+def beforehand(found: StudyFile, places: Mapping[str, Any]) -> dict[str, RunConfig]:
     """Return the config of each trial that is known before anything runs.
 
     Raises:
@@ -149,12 +154,8 @@ def _beforehand(found: StudyFile, places: Mapping[str, Any]) -> dict[str, RunCon
     return configs
 
 
-def _record(found: StudyFile, config: RunConfig) -> tuple[StudyRecord, bool]:
+def find_or_make(found: StudyFile, tracking: "Tracking") -> tuple[StudyRecord, bool]:
     """Return the study's run, and whether it is a new one."""
-    reach_tracking(config.tracking.uri, config.tracking.experiment)
-    from orchestrator.record.tracking import Tracking  # MLflow takes seconds to import.
-
-    tracking = Tracking(config.tracking)
     if (known := StudyRecord.find(tracking, found.study.name)) is not None:
         return known, False
     return StudyRecord.create(tracking, found), True
@@ -241,7 +242,7 @@ def _stored(request: Request) -> Iterator[StudyState]:
     uri, run = request.tracking_uri or DEFAULT_TRACKING_URI, request.source
     if Path(run).is_file() or (SHIPPED / f"{run}.yaml").exists():
         found = load_study(run, (), request.name)
-        uri, run = next(iter(_beforehand(found, request.places).values())).tracking.uri, found.study.name
+        uri, run = next(iter(beforehand(found, request.places).values())).tracking.uri, found.study.name
     reach_tracking(uri)
     from orchestrator.record.tracking import Tracking, look_up  # MLflow takes seconds to import.
 

@@ -16,6 +16,7 @@ from jobs.load import as_yaml
 from jobs.study.file import StudyFile, last_step, load_study
 from jobs.study.question import Outcome, Trial
 from jobs.study.size import Size, size_of
+from jobs.submit import STUDY
 from orchestrator.config import RunConfig, flatten
 from orchestrator.record.metrics import newest, read_history
 from workers.common.errors import ConfigError
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
     from orchestrator.record.tracking import Tracking
 
-STUDY, QUESTION = "raymuon.study", "raymuon.study.question"
-"""Tags of a study's run: its name and what it asks."""
+QUESTION = "raymuon.study.question"
+"""Tag of a study's run, beside its name: what it asks."""
 TRIAL, FAILED, SIZE = "raymuon.study.trial", "raymuon.study.failed", "raymuon.study.size"
 """Tags of a trial's run: what was asked for, as JSON; why it would fail again; what it costs, as JSON."""
 NAME, COORDINATES = "raymuon.study.name", "raymuon.study.coordinates"
