@@ -24,6 +24,7 @@ from jobs.settings import Configured, configured_values, warn
 from jobs.tell import json_text, tell
 from orchestrator.config import RunConfig, absolute, flatten
 from orchestrator.preflight import run_store
+from orchestrator.reach import reach_tracking
 from orchestrator.record.provenance import COMMIT_VARIABLE, provenance
 from orchestrator.resumption import check_steps
 from workers.common.errors import BY_EXIT_CODE, ClusterError, ConfigError, Interrupted
