@@ -19,7 +19,7 @@ from jobs.submit import STUDY, tracking_of
 from jobs.table import print_table
 from jobs.tell import tell
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, TrackingConfig
-from orchestrator.group.cluster import connected
+from orchestrator.group.cluster import connected, is_local
 from orchestrator.group.handles import Joined
 from orchestrator.group.warm import warm
 from orchestrator.log.lease import Holder, Lease, await_free
@@ -100,12 +100,13 @@ def _run(
             in_background(lambda: importlib.import_module("jobs.planning.choice"), may_be_torn=True)  # Imports torch.
             screen.say("starting Ray ...")
             with connected(request.address, stop) as cluster, warm(cluster) as joined:
-                at_once = request.at_once or _room(joined, [*state.configs.values()])
+                at_once = _at_once(request, joined, [*state.configs.values()])
                 engine = Engine(state, data, joined, at_once, stop, screen, lease.check)
                 engine.run()
             _check_done(state, engine, stop)
         answer, folder = _report(state, REPORTS / record.run_id)
         record.attach(folder)
+        record.answered(answer.headline)
         record.status("FINISHED")
     except BaseException as error:
         with suppress(StorageError):  # The first error is the one to tell.
@@ -178,14 +179,14 @@ def _await_free(store: Store, name: str, screen: StudyScreen, stop: StopSignal) 
             raise ClusterError(f"study {name}: {who} it; wait for it, or end that one first") from error
 
 
-def _room(joined: Joined, configs: list[RunConfig]) -> int:
-    """Return how many trials the cluster has room for at a time.
+def _at_once(request: Request, joined: Joined, configs: list[RunConfig]) -> int:
+    """Return how many trials to train at a time: more than there is room for only where nodes may come.
 
     Raises:
-        ClusterError: not even for one.
+        ClusterError: a local Ray has no room for one.
     """
-    room = min(joined.slots(config.scaling).room() // workers_of(config) for config in _sizes(configs))
-    return max(1, room)
+    room = max(1, min(joined.slots(config.scaling).room() // workers_of(config) for config in _sizes(configs)))
+    return min(request.at_once or room, room) if is_local(request.address) else request.at_once or room
 
 
 def _sizes(configs: list[RunConfig]) -> list[RunConfig]:

@@ -19,6 +19,7 @@ from jobs.study.size import Size, size_of
 from jobs.submit import STUDY
 from orchestrator.config import RunConfig, flatten
 from orchestrator.record.metrics import newest, read_history
+from orchestrator.record.report import DESCRIPTION
 from workers.common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -98,24 +99,26 @@ class StudyRecord:
 
     @staticmethod
     def find(tracking: "Tracking", name: str) -> "StudyRecord | None":
-        """Return the newest study of a name; None where there is none."""
+        """Return the study of a name, the first where there are several; None where there is none."""
         quoted = name.replace('"', "")
         with tracking.reach():
             found = tracking.client.search_runs(
-                [tracking.experiment_id],
-                f'attributes.run_name = "{quoted}" and tags.`{STUDY}` = "{quoted}"',
-                max_results=1,
-                order_by=["attributes.start_time DESC"],
+                [tracking.experiment_id], f'attributes.run_name = "{quoted}" and tags.`{STUDY}` = "{quoted}"'
             )
-        return StudyRecord(tracking, found[0].info.run_id) if found else None
+        first = min(found, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
+        return first and StudyRecord(tracking, first.info.run_id)
 
     @staticmethod
     def create(tracking: "Tracking", found: StudyFile) -> "StudyRecord":
-        """Make the run of a study."""
+        """Make the run of a study; of two processes that do it at the same time both get the same one."""
         study = found.study
         tags = {STUDY: study.name, QUESTION: study.question.name}
-        run_id = tracking.create(study.name, flatten(asdict(study)), begins=False, tags=tags)
-        return StudyRecord(tracking, run_id)
+        ours = tracking.create(study.name, flatten(asdict(study)), begins=False, tags=tags)
+        first = StudyRecord.find(tracking, study.name)
+        if first is None or first.run_id == ours:
+            return StudyRecord(tracking, ours)
+        tracking.discard(ours)
+        return first
 
     def keep(self, found: StudyFile) -> None:
         """Keep the study's file and its base: what it is asked again by."""
@@ -130,11 +133,14 @@ class StudyRecord:
             else:
                 self.tracking.client.set_terminated(self.run_id, status)
 
-    def begin(self, trial: Trial, config: RunConfig) -> str:
-        """Make the run of a trial, and return its id."""
-        size, cost = size_of(config), cost_of(trial, config)
-        tags = self._tags(trial) | {SIZE: json.dumps({**asdict(size), **asdict(cost)})}
-        return self.tracking.create(config.run.name, flatten(asdict(config)), begins=False, tags=tags)
+    def begin(self, trial: Trial, config: RunConfig, begun: Begun | None = None) -> str:
+        """Return the id of a trial's run, which is made if there is none yet."""
+        size = {SIZE: json.dumps({**asdict(size_of(config)), **asdict(cost_of(trial, config))})}
+        if begun is None:
+            tags = {**self._tags(trial), **size}
+            return self.tracking.create(config.run.name, flatten(asdict(config)), begins=False, tags=tags)
+        self.tracking.tag(begun.run_id, size)  # One that could not begin before has none.
+        return begun.run_id
 
     def refuse(self, trial: Trial, study: str, why: str) -> str:
         """Put down a trial that cannot begin, and return the id of its run."""
@@ -142,6 +148,10 @@ class StudyRecord:
         run_id = self.tracking.create(f"{study}/{trial.name}", settings, begins=False, tags=self._tags(trial))
         self.fail(run_id, why)
         return run_id
+
+    def answered(self, headline: str) -> None:
+        """Show what the study has found on its page in MLflow."""
+        self.tracking.tag(self.run_id, {DESCRIPTION: headline})
 
     def fail(self, run_id: str, why: str) -> None:
         """Put down that a trial would fail again."""
