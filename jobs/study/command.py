@@ -84,6 +84,7 @@ def run(request: Request, stop: StopSignal, as_json: bool) -> None:
             _await_free(store, found.study.name, screen, stop)
         with Lease(store, strict=False) as lease:
             state = StudyState(found, record, request.places)
+            state.configs |= configs
             answer, folder = _run(state, request, data, lease, screen, stop)
     _tell_answer(state, answer, folder, as_json)
 

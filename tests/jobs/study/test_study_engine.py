@@ -167,6 +167,14 @@ def test_runs_are_nested_and_named(unbroken):
         assert run.info.status == "FINISHED"
 
 
+def test_two_processes_that_begin_a_study_get_one_run(unbroken):
+    record, found = unbroken.state.record, unbroken.state.found
+    assert StudyRecord.create(record.tracking, found).run_id == record.run_id
+    with record.tracking.reach():
+        runs = record.tracking.client.search_runs([record.tracking.experiment_id])
+    assert sum("mlflow.parentRunId" not in run.data.tags for run in runs) == 1
+
+
 def test_outcomes_come_in_pages(unbroken, monkeypatch):
     before = unbroken.outcomes
     monkeypatch.setattr("jobs.study.record.PAGE", 1)
