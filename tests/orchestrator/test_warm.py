@@ -1,4 +1,4 @@
-"""Workers and keepers that pass from one run to the next are as good as new ones, and know nothing of the one before."""
+"""Workers and keepers that pass from run to run are as good as new ones, and know nothing of the run before."""
 
 import os
 import signal
