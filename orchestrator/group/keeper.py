@@ -27,6 +27,7 @@ from orchestrator.group.upload import upload_shard
 from orchestrator.group.usage import Usage
 from workers.checkpoint.manifest import BUFFER, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
+from workers.common.heap import trim
 from workers.common.storage import Store
 from workers.common.uploads import Bandwidth
 from workers.common.wire import Address, Connection, listen
@@ -113,6 +114,7 @@ class Keeper:
             one.close()
         self._uploads.shutdown()
         self._begin(token, storage)
+        trim()
         return True
 
     def address(self) -> Address:
