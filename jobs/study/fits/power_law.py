@@ -98,9 +98,7 @@ def fit_with_floor(points: Measured, confidence: float = CONFIDENCE, draws: int 
             f"b = {plain.exponent} is an effective exponent, over these costs alone"
         )
     if high >= _HIGHEST * exp(points.y.min()):
-        raise Unidentified(
-            f"E is {low:.3g} or more, up to the lowest loss itself: the losses hardly fall any more"
-        )
+        raise Unidentified(f"E is {low:.3g} or more, up to the lowest loss itself: the losses hardly fall any more")
     levels, slopes, _ = _with_floors(points, points.drawn(noise, np.random.default_rng(0), draws), _ZOOMS_DRAWN)
     return Fit(
         points=points,
