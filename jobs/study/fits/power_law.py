@@ -95,7 +95,7 @@ def fit_with_floor(points: Measured, confidence: float = CONFIDENCE, draws: int 
     if not low > 0:
         raise Unidentified(
             f"E is within the noise: {floor:.3g} would be best, and 0 cannot be told from it; "
-            f"b = {plain.exponent} is an effective exponent, over these costs alone"
+            f"b = {plain.law.exponent:.3g} is an effective exponent, over these costs alone"
         )
     if high >= _HIGHEST * exp(points.y.min()):
         raise Unidentified(f"E is {low:.3g} or more, up to the lowest loss itself: the losses hardly fall any more")
