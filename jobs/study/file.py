@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 from jobs.build import ARCHITECTURES, build, unknown_key
 from jobs.load import as_yaml, load_settings, parsed, read, values_of
 from jobs.study import questions
-from jobs.study.question import Outcome, Question, Study, Trial
-from orchestrator.config import RunConfig, flatten
+from jobs.study.question import Question, Study, Trial
+from orchestrator.config import RunConfig, absolute, flatten
 from workers.common.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -92,41 +92,52 @@ def question_names() -> list[str]:
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(questions.__path__))
 
 
-def check_trials(found: StudyFile, trials: Iterable[Trial], places: Mapping[str, Any]) -> dict[str, RunConfig]:
-    """Return the config of each trial by name, all looked at before any of them runs.
+def configs_of(
+    found: StudyFile, trials: Sequence[Trial], places: Mapping[str, Any], known: Mapping[str, RunConfig]
+) -> tuple[dict[str, RunConfig], dict[str, str]]:
+    """Return the config of each trial that is sound, with absolute paths, and what is wrong with each that is not.
+
+    Args:
+        found: the study.
+        trials: that it asks for.
+        places: settings over all others.
+        known: configs of trials that it has asked for before.
 
     Raises:
-        ConfigError: with everything that is wrong with any of them.
+        ConfigError: two trials have one name.
     """
-    trials = [*trials]
     by_name = {trial.name: trial for trial in trials}
-    names = [trial.name for trial in trials]
-    problems = [f"{name}: two trials have this name" for name in by_name if names.count(name) > 1]
-    configs, failed = {}, dict[str, list[str]]()
-    for trial in by_name.values():
+    if len(by_name) < len(trials):
+        names = [trial.name for trial in trials]
+        twice = ", ".join(name for name in by_name if names.count(name) > 1)
+        raise ConfigError(
+            f"study {found.study.name}: two trials have one name: {twice}; a name has six digits of each value, so "
+            "values and seeds have to differ in these, and points in their labels"
+        )
+    configs, problems = dict[str, RunConfig](), dict[str, str]()
+    for trial in trials:
         try:
-            configs[trial.name] = found.config(trial, places)
+            configs[trial.name] = known.get(trial.name) or absolute(found.config(trial, places))
         except ConfigError as error:
-            text = str(error).partition("problem(s)\n")[2] or str(error)
-            failed.setdefault(text.strip(), []).append(trial.name)
-    problems += [f"{_named(names)}: {text}" for text, names in failed.items()]
-    problems += [text for trial in by_name.values() for text in _check_ends(trial, by_name, configs)]
-    if problems:
-        told = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"study {found.study.name}: {len(problems)} problem(s) with its trials\n{told}")
-    return configs
+            problems[trial.name] = (str(error).partition("problem(s)\n")[2] or str(error)).strip()
+    for trial in trials:
+        if trial.name in configs and (text := _wrong_ends(trial, by_name, configs)):
+            problems[trial.name] = text
+    return {name: config for name, config in configs.items() if name not in problems}, problems
 
 
-def begin_trials(study: Study, done: Mapping[str, Outcome] = {}) -> list[Trial]:
-    """Return what the question asks for, looked at.
+def refuse(study: Study, problems: Mapping[str, str]) -> None:
+    """Refuse a study where something is wrong with a trial; what is wrong with several is told once.
 
     Raises:
-        ConfigError: it asks for nothing.
+        ConfigError: with all of it.
     """
-    study.question.check(study)
-    if not (trials := [*study.question.trials(study, done)]):
-        raise ConfigError(f"study {study.name}: question.name={study.question.name} asks for no trial at all")
-    return trials
+    alike: dict[str, list[str]] = {}
+    for name, text in problems.items():
+        alike.setdefault(text, []).append(name)
+    if alike:
+        told = "\n".join(f"  {_named(names)}: {text}" for text, names in alike.items())
+        raise ConfigError(f"study {study.name}: {len(alike)} problem(s) with its trials\n{told}")
 
 
 def last_step(trial: Trial, config: RunConfig) -> int:
@@ -134,22 +145,21 @@ def last_step(trial: Trial, config: RunConfig) -> int:
     return trial.stop_at or config.train.steps
 
 
-def _check_ends(trial: Trial, trials: Mapping[str, Trial], configs: Mapping[str, RunConfig]) -> Iterator[str]:
-    """Yield what is wrong with where a trial begins and ends."""
-    if (config := configs.get(trial.name)) is None:
-        return
-    if not 0 <= trial.stop_at <= config.train.steps:
-        yield f"{trial.name}: stop_at={trial.stop_at} is no step of its {config.train.steps}"
-    if (branch := trial.branch) is None:
-        return
+def _wrong_ends(trial: Trial, trials: Mapping[str, Trial], configs: Mapping[str, RunConfig]) -> str:
+    """Return what is wrong with where a trial begins and ends; empty where nothing is."""
+    steps, branch = configs[trial.name].train.steps, trial.branch
+    if not 0 <= trial.stop_at <= steps:
+        return f"ends at step {trial.stop_at}, and its schedule has {steps}"
+    if branch is None:
+        return ""
     if (parent := trials.get(branch.trial)) is None:
-        yield f"{trial.name}: branches from {branch.trial}@{branch.step}, and no trial has that name"
-        return
-    if (theirs := configs.get(parent.name)) is not None and not 1 <= branch.step <= last_step(parent, theirs):
-        ends = last_step(parent, theirs)
-        yield f"{trial.name}: branches from step {branch.step} of {parent.name}, which has steps 1 to {ends}"
-    if branch.step >= last_step(trial, config):
-        yield f"{trial.name}: branches from step {branch.step}, and ends at step {last_step(trial, config)}"
+        return f"branches from {branch.trial}@{branch.step}, and no trial has that name"
+    theirs = configs.get(parent.name)
+    if theirs and not 1 <= branch.step <= (ends := last_step(parent, theirs)):
+        return f"branches from step {branch.step} of {parent.name}, which has steps 1 to {ends}"
+    if branch.step >= (ends := last_step(trial, configs[trial.name])):
+        return f"branches from step {branch.step}, and ends at step {ends}: no step is its own"
+    return ""
 
 
 def _check_keys(study: Study, source: str) -> None:
