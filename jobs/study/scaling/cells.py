@@ -6,7 +6,7 @@ from statistics import fmean
 
 from jobs.study.fits.measured import Measured
 from jobs.study.question import Outcome
-from jobs.study.questions.combinations import usable
+from jobs.study.combinations import usable
 from jobs.study.scaling.plan import Plan
 from jobs.study.tuning import Choice
 
