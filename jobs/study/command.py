@@ -89,11 +89,7 @@ def _run(
     """Train what is left, and write the report; the record's status is what came of it."""
     record = state.record
     try:
-        if request.again_failed:
-            record.forget_failures()
-        state.read()
-        state.check()
-        record.keep(state.found)
+        state.go_on(request.again_failed)
         record.status("RUNNING")
         if state.left:
             in_background(lambda: importlib.import_module("jobs.planning.choice"), may_be_torn=True)  # Imports torch.

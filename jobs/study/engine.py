@@ -189,6 +189,7 @@ class Engine:
                 files={"config.yaml": plain_yaml(config).encode()},
                 corpora=self.data.of(config, stop),
                 decide=decider(),
+                take_over=True,  # Whoever led it was a thread of the study's last process, whose lease is ours now.
                 until=trial.stop_at,
                 living=living,
                 branch=point,

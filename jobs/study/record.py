@@ -148,12 +148,13 @@ class StudyRecord:
         with self.tracking.reach():
             self.tracking.client.set_terminated(run_id, "FAILED")
 
-    def forget_failures(self) -> None:
-        """Take back that trials would fail again."""
-        for one in self.begun().values():
-            if one.failed:
-                with self.tracking.reach():
-                    self.tracking.client.delete_tag(one.run_id, FAILED)
+    def forget_failures(self) -> bool:
+        """Take back that trials would fail again; tell whether there were any."""
+        failed = [one.run_id for one in self.begun().values() if one.failed]
+        for run_id in failed:
+            with self.tracking.reach():
+                self.tracking.client.delete_tag(run_id, FAILED)
+        return bool(failed)
 
     def attach(self, folder: Path) -> None:
         """Keep the files of a folder as artifacts of the study's run."""

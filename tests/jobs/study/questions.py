@@ -8,7 +8,7 @@ from jobs.study.question import Answer, Branch, Outcome, Study, Trial, trial_nam
 
 
 def asked(study: Study, settings: Mapping[str, Any], seed: int = 0, **own: Any) -> Trial:
-    coordinates = {key: value for key, value in settings.items()} | {"seed": seed}
+    coordinates = {**settings, "seed": seed}
     return Trial(name=trial_name(**coordinates), settings=settings, coordinates=coordinates, seed=seed, **own)
 
 
