@@ -283,6 +283,13 @@ def _notes(study: Study, base: Variant, compared: Sequence[Compared]) -> list[st
         for one in compared
         if one.seeds and len(one.seeds) < len(study.seeds)
     ]
+    for name in ("tokens", "parameters"):
+        its = mean_cost([*base.usable.values()], name)
+        other = [one.label for one in compared if mean_cost([*one.variant.usable.values()], name) not in (its, None)]
+        if its is not None and other:
+            notes.append(
+                f"Another number of {name} than {base.label}: {', '.join(other)}. That is in the difference, too."
+            )
     return notes
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from scipy.stats import t
@@ -101,6 +102,14 @@ def test_failed_trials_are_told_and_pairs_are_of_what_both_have():
     assert any("good failed with seed(s) 1: the loss is not finite" in note for note in answer.notes)
     assert any("base failed with seed(s) 2" in note for note in answer.notes)
     assert not answer.settings, "what failed once is no winner"
+
+
+def test_variants_with_more_tokens_are_told_to_have_them():
+    done = run(study(), noisy)
+    more = {name: replace(one, tokens=2 * one.tokens) if "good" in name else one for name, one in done.items()}
+    (note,) = [note for note in Ablation().answer(study(), more).notes if "tokens" in note]
+    assert note == "Another number of tokens than base: good. That is in the difference, too."
+    assert not any("tokens" in note for note in Ablation().answer(study(), done).notes)
 
 
 def test_a_study_that_has_only_begun_is_answered_as_far_as_it_is():
