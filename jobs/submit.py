@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from jobs.environment import CONFIG, pins, working_directory
-from jobs.load import load, load_values, plain_yaml
 from jobs.output import nobody_reads
 from jobs.ray_jobs import ENDED, RUN_ID, Jobs
 from jobs.runs import TrackedRun
 from jobs.screen import Screen, mlflow_page
+from jobs.settings import Configured, configured_values, warn
 from jobs.tell import json_text, tell
 from orchestrator.config import RunConfig, absolute, flatten
 from orchestrator.preflight import run_store
@@ -71,7 +71,7 @@ class Target:
             raise ConfigError("--pin and --image: an image has its own versions; give one of the two")
 
 
-def submit(config: str, overrides: list[str], target: Target, follow: bool, as_json: bool) -> None:
+def submit(found: Configured, target: Target, follow: bool, as_json: bool) -> None:
     """Submit a new run, say where everything is, and follow its log where that is asked for.
 
     Raises:
@@ -79,7 +79,8 @@ def submit(config: str, overrides: list[str], target: Target, follow: bool, as_j
         ClusterError: the cluster cannot be reached, or refuses the job.
         StorageError: the tracking server does not answer.
     """
-    run_config = load(config, overrides)
+    warn(found)
+    run_config = found.config
     check_places(run_config)
     plan = _plan(run_config, target)
     jobs = Jobs(target.address, target.allow_open)
@@ -88,7 +89,7 @@ def submit(config: str, overrides: list[str], target: Target, follow: bool, as_j
     job = _new_job(run_id)
     try:
         tracking.keep(run_id, "plan.json", plan)
-        _start(jobs, job, target, run_config, run_id, tracking)
+        _start(jobs, job, target, found, run_id, tracking)
     except BaseException:
         with suppress(ClusterError):
             jobs.stop(job)  # It may be there, and only the answer lost.
@@ -111,7 +112,8 @@ def resume(found: TrackedRun, overrides: list[str], target: Target, follow: bool
     from orchestrator.record.tracking import read_artifact
 
     values = OmegaConf.create(read_artifact(found.tracking_uri, found.run_id, CONFIG))
-    run_config = load_values(values, overrides, f"of run {found.run_id}")
+    now = configured_values(values, [], overrides, f"of run {found.run_id}")
+    run_config = now.config
     # As MLflow knows it: storage may be out of reach from here.
     at = found.tags.get("raymuon.checkpoint", "").rpartition("@")[2]
     finished = found.status == "FINISHED"
@@ -124,7 +126,7 @@ def resume(found: TrackedRun, overrides: list[str], target: Target, follow: bool
     if running := [job for job in jobs.of_run(found.run_id) if jobs.info(job)["status"] not in ENDED]:
         raise ConfigError(f"run {found.run_id}: job {running[-1]} leads it; first: raymuon stop {found.run_id}")
     job = _new_job(found.run_id)
-    _start(jobs, job, target, run_config, found.run_id, tracking)
+    _start(jobs, job, target, now, found.run_id, tracking)
     _tell(jobs, run_config, found.run_id, job, tracking, as_json)
     if follow:
         watch(jobs, job, found.run_id)
@@ -222,13 +224,14 @@ def _new_job(run_id: str) -> str:
     return f"raymuon-{run_id[:12]}-{secrets.token_hex(3)}"
 
 
-def _start(jobs: Jobs, job: str, target: Target, config: RunConfig, run_id: str, tracking: "Tracking") -> None:
+def _start(jobs: Jobs, job: str, target: Target, found: Configured, run_id: str, tracking: "Tracking") -> None:
     """Submit a job that trains the run, or goes on with it. Last of all, so that no job is there without a record."""
-    code, resolved = provenance(), plain_yaml(config)
+    code, config, resolved = provenance(), found.config, found.yaml()
     tracking.keep(run_id, CONFIG, resolved)
     tracking.tag(
         run_id,
         {
+            **found.tags,
             JOB: job,
             ADDRESS: jobs.address,
             "raymuon.commit": code.commit or "unknown",

@@ -154,19 +154,6 @@ def bench_data(
     _print_result(data(overrides or [], rounds, vocab, _say), as_json)
 
 
-@bench_app.command("variants")
-def bench_variants(
-    overrides: Overrides = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
-    table: Annotated[Path | None, typer.Option(callback=writable, help="Where a Markdown table goes.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """The loss after a minute of training with each of the optimizer's variants."""
-    from jobs.bench.variants import variants
-
-    _print_result(variants(overrides or [], seeds, table, _say), as_json)
-
-
 @bench_app.command("load")
 def bench_load(
     overrides: Overrides = None,
@@ -179,18 +166,6 @@ def bench_load(
     from jobs.bench.driver_load import driver_load
 
     _print_result(driver_load(overrides or [], steps, workers, actors, _say), as_json)
-
-
-@bench_app.command("curves")
-def bench_curves(
-    overrides: Overrides = None,
-    picture: Annotated[Path, typer.Option(callback=writable, help="Where the PNG goes.")] = Path("curves.png"),
-    as_json: AsJson = False,
-) -> None:
-    """Muon against AdamW on the demo, each at its best of three learning rates, in one picture."""
-    from jobs.bench.curves import curves
-
-    _print_result(curves(picture, overrides or [], _say), as_json)
 
 
 def _say(line: str) -> None:

@@ -20,6 +20,7 @@ from jobs.tell import tell
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, TrackingConfig
 from orchestrator.group.cluster import connected
 from orchestrator.group.handles import Joined
+from orchestrator.group.warm import warm
 from orchestrator.log.lease import Holder, Lease, await_free
 from orchestrator.preflight import in_background, run_store
 from orchestrator.reach import reach_tracking
@@ -88,16 +89,12 @@ def _run(
     """Train what is left, and write the report; the record's status is what came of it."""
     record = state.record
     try:
-        if request.again_failed:
-            record.forget_failures()
-        state.read()
-        state.check()
-        record.keep(state.found)
+        state.go_on(request.again_failed)
         record.status("RUNNING")
         if state.left:
             in_background(lambda: importlib.import_module("jobs.planning.choice"), may_be_torn=True)  # Imports torch.
             screen.say("starting Ray ...")
-            with connected(request.address, stop) as joined:
+            with connected(request.address, stop) as cluster, warm(cluster) as joined:
                 at_once = request.at_once or _room(joined, [*state.configs.values()])
                 engine = Engine(state, data, joined, at_once, stop, screen, lease.check)
                 engine.run()
@@ -228,9 +225,9 @@ def _report(state: StudyState, folder: Path) -> tuple[Answer, Path]:
         raise TrainingError(f"study {study.name}: all {len(done)} trial(s) have failed. {name}: {one.error}")
     from jobs.study.report.write import write_report
 
-    answer = study.question.answer(study, done)
-    where = f"run {state.record.run_id} of {state.record.tracking.uri}"
-    write_report(study, done, answer, folder, where)
+    answer, record = study.question.answer(study, done), state.record
+    links = {one.trial: record.address(one.run_id) for one in done.values()}
+    write_report(study, done, answer, folder, links, record.run_id, next(iter(state.configs.values()), None))
     return answer, folder
 
 
@@ -241,22 +238,18 @@ def _stored(request: Request) -> Iterator[StudyState]:
     Raises:
         ConfigError: there is none.
     """
-    is_file = Path(request.source).is_file() or (SHIPPED / f"{request.source}.yaml").exists()
-    if is_file:
-        found = load_study(request.source, (), request.name)
-        tracking_config = next(iter(_beforehand(found, request.places).values())).tracking
-    else:
-        tracking_config = TrackingConfig(uri=request.tracking_uri or DEFAULT_TRACKING_URI)
-    reach_tracking(tracking_config.uri)
-    from orchestrator.record.tracking import look_up
+    uri, run = request.tracking_uri or DEFAULT_TRACKING_URI, request.source
+    if Path(run).is_file() or (SHIPPED / f"{run}.yaml").exists():
+        found = load_study(run, (), request.name)
+        uri, run = next(iter(_beforehand(found, request.places).values())).tracking.uri, found.study.name
+    reach_tracking(uri)
+    from orchestrator.record.tracking import Tracking, look_up  # MLflow takes seconds to import.
 
-    known = look_up(tracking_config.uri, found.study.name if is_file else request.source)
-    if STUDY not in known.data.tags or "raymuon.study.trial" in known.data.tags:
+    known = look_up(uri, run)
+    if STUDY not in known.data.tags:
         raise ConfigError(f"run {known.info.run_id} is no study; give the run of one, or its file")
-    from orchestrator.record.tracking import Tracking
-
-    record = StudyRecord(Tracking(tracking_config), known.info.run_id)
-    with stored_study(tracking_config.uri, known.info.run_id) as stored:
+    record = StudyRecord(Tracking(TrackingConfig(uri=uri)), known.info.run_id)
+    with stored_study(uri, known.info.run_id) as stored:
         state = StudyState(stored, record, {})
         state.read()
         yield state

@@ -75,7 +75,7 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
-    """Texts, and numbers that the report rounds."""
+    """Texts, numbers and estimates (`fits.estimate`), which the report rounds as they warrant; None for nothing."""
     note: str = ""
 
 
@@ -109,6 +109,8 @@ class Plot:
     log_y: bool = False
     marks: Sequence[float] = ()
     """Values of y at which a line is drawn, such as a ratio of 1."""
+    names: Sequence[str] = ()
+    """Of x at 1, 2 and so on, where it counts things."""
     note: str = ""
 
 

@@ -42,6 +42,8 @@ SAME = ("model.", "data.", "optim.", "train.", "telemetry.every", "seed", "check
 """Keys that decide what a trial comes to, and where its checkpoints are."""
 OTHER = ("data.prepared_url", "data.ledger")
 """Of these, such as do not."""
+BRANCHED = ("train.init", "train.init_state")
+"""Those of a branch, which the engine sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,8 @@ class Begun:
     cost: Cost
     step: int
     """The last one; before the first, that from which it branches."""
+    saved: int
+    """The step of its newest checkpoint; 0 before the first."""
     loss: float | None
     val_loss: float | None
 
@@ -144,12 +148,13 @@ class StudyRecord:
         with self.tracking.reach():
             self.tracking.client.set_terminated(run_id, "FAILED")
 
-    def forget_failures(self) -> None:
-        """Take back that trials would fail again."""
-        for one in self.begun().values():
-            if one.failed:
-                with self.tracking.reach():
-                    self.tracking.client.delete_tag(one.run_id, FAILED)
+    def forget_failures(self) -> bool:
+        """Take back that trials would fail again; tell whether there were any."""
+        failed = [one.run_id for one in self.begun().values() if one.failed]
+        for run_id in failed:
+            with self.tracking.reach():
+                self.tracking.client.delete_tag(run_id, FAILED)
+        return bool(failed)
 
     def attach(self, folder: Path) -> None:
         """Keep the files of a folder as artifacts of the study's run."""
@@ -169,6 +174,11 @@ class StudyRecord:
         """Return what a trial has come to; None where it has not ended."""
         with self.tracking.reach():
             return _outcome(self.tracking.client, self.tracking.client.get_run(run_id))
+
+    def address(self, run_id: str) -> str:
+        """Return the address of a trial's page, or its id where no server shows it."""
+        uri = self.tracking.uri
+        return f"{uri.rstrip('/')}/{self.tracking.page(run_id)}" if uri.startswith("http") else run_id
 
     def losses(self, run_id: str) -> list[tuple[int, float]]:
         """Return the training losses that a trial has so far, `(step, nats per token)`."""
@@ -257,7 +267,7 @@ def _differences(begun: Begun, trial: Trial, config: RunConfig) -> Iterator[str]
             yield f"{key}: it has begun with {had}, the study has {asked.get(key)}"
     now = {key: str(value)[:6000] for key, value in flatten(asdict(config)).items()}
     for key, had in begun.params.items():  # Of an older version, whose keys are fewer.
-        ours = key.startswith(SAME) and key not in OTHER and not (key == "train.init" and trial.branch)
+        ours = key.startswith(SAME) and key not in OTHER and not (key in BRANCHED and trial.branch)
         if ours and key in now and now[key] != had:
             yield f"{key}: it has begun with {had}, the study has {now[key]}"
 
@@ -294,6 +304,7 @@ def _begun(run: "Run") -> Begun:
         size,
         cost,
         int(newest(steps, "loss") or cost.first_step - 1),
+        int(tags.get("raymuon.checkpoint", "@0").rpartition("@")[2]),
         newest(metrics, "loss"),
         newest(metrics, "val_loss"),
     )

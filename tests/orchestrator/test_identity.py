@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.preflight import refuse_other
+from orchestrator.identity import refuse_other
 from workers.common.errors import ConfigError
 
 

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from jobs.study.fits.estimate import Estimate
-from jobs.study.numbers import LEAST_VALUES, mean_of, outside, text_of
-from jobs.study.question import Answer, Curve, Outcome, Plot, Setting, Study, Table, Trial
-from jobs.study.questions.combinations import (
+from jobs.study.combinations import (
     Combination,
     binned,
     check_axes,
@@ -23,6 +20,9 @@ from jobs.study.questions.combinations import (
     mean_series,
     usable,
 )
+from jobs.study.fits.estimate import Estimate
+from jobs.study.numbers import LEAST_VALUES, mean_of, outside, text_of
+from jobs.study.question import Answer, Curve, Outcome, Plot, Setting, Study, Table, Trial
 from workers.common.errors import ConfigError
 
 
@@ -240,9 +240,10 @@ def _plots(base: Variant, compared: Sequence[Compared]) -> list[Plot]:
         high=[one.mean.high for one in ends if one.mean],
         kind="points",
     )
-    names = "; ".join(f"{number}: {one.label}" for number, one in enumerate(ends, 1))
     label = f"loss minus that of {base.label} (nats)"
-    ending = Plot(name="ends", title="At the end", x="variant", y=label, curves=[by_number], marks=[0], note=names)
+    ending = Plot(
+        name="ends", title="At the end", x="", y=label, curves=[by_number], marks=[0], names=[one.label for one in ends]
+    )
     return [*plots, ending] if ends else plots
 
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jobs.study.combinations import Combination, binned, check_axes, combinations
 from jobs.study.fits.estimate import Estimate
 from jobs.study.numbers import LEAST_VALUES, mean_of, outside, text_of
 from jobs.study.question import Answer, Curve, Outcome, Plot, Study, Table, Trial
-from jobs.study.questions.combinations import Combination, binned, check_axes, combinations
-from jobs.study.questions.ranges import Range, read_ranges
-from jobs.study.questions.searching import Plan, Searched, optuna_here
+from jobs.study.ranges import Range, read_ranges
+from jobs.study.searching import Plan, Searched, optuna_here
 from workers.common.errors import ConfigError
 
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from jobs.study.question import Study
-from jobs.study.questions.ranges import read_ranges
 from jobs.study.questions.search import Search
+from jobs.study.ranges import read_ranges
 from tests.jobs.study.synthetic import came_to, run
 from workers.common.errors import ConfigError
 
