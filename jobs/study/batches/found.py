@@ -9,6 +9,7 @@ import numpy as np
 
 from jobs.study.batches.levels import Run, levels_of, runs_of, tokens_until
 from jobs.study.batches.plan import Fork, Plan
+from jobs.study.combinations import usable
 from jobs.study.fits.batch import (
     Growth,
     batch_schedule,
@@ -20,7 +21,6 @@ from jobs.study.fits.batch import (
 from jobs.study.fits.critical import TwoPiece, fit_two_piece
 from jobs.study.fits.estimate import Estimate, Unidentified
 from jobs.study.fits.linear import least_squares
-from jobs.study.questions.combinations import usable
 
 BRANCH_SMOOTHING = 0.5
 """What is left of a branch's average after the largest batch (arXiv 2505.23971)."""
