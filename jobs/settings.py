@@ -14,7 +14,7 @@ from typing import Any
 from jobs.build import hint_of, unknown_key
 from jobs.load import ORIGINS, as_yaml, load_settings, plain_yaml, read, values_of
 from jobs.screen import Screen
-from jobs.study.numbers import text_of
+from jobs.study.numbers import plain, text_of
 from jobs.study.question import Setting, Study
 from orchestrator.config import RunConfig, flatten
 from workers.common.errors import ConfigError
@@ -137,7 +137,7 @@ def settings_yaml(study: Study, settings: Mapping[str, Setting], run_id: str, co
     """
     values: dict[str, Any] = {}
     for key, one in settings.items():
-        _put(values, key, one.value)
+        _put(values, key, plain(one.value))
     known = flatten(asdict(config)) if config else {}
     known |= {key: one.value for key, one in settings.items()}
     source = {
@@ -147,7 +147,7 @@ def settings_yaml(study: Study, settings: Mapping[str, Setting], run_id: str, co
         "found_at": {key: known[key] for key in CONDITIONS if key in known},
         "keys": {key: {"low": one.low, "high": one.high, "why": one.why} for key, one in settings.items()},
     }
-    return f"# Found by a study: raymuon train CONFIG --with FILE\n{as_yaml({**values, ORIGINS: source})}"
+    return f"# Found by a study: raymuon train CONFIG --with FILE\n{as_yaml({**values, ORIGINS: plain(source)})}"
 
 
 def value_of(setting: Setting) -> str:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -161,6 +162,12 @@ def test_commands_take_settings_files(tmp_path):
     assert json.loads(planned.output)["settings"]["optim.lr"] == "0.02 from settings.yaml of study rates, run run-1"
     planned = CliRunner().invoke(app, ["plan", "demo-llama", "--with", file, "--gpu-type", "H100"])
     assert "0.02 from settings.yaml of study rates, run run-1" in planned.output
+
+
+def test_numbers_of_numpys_are_written_as_any_others(tmp_path):
+    file = found(tmp_path, optim__lr=np.float64(0.01), train__steps=np.int64(7))
+    made = configured("demo-llama", [file], []).config
+    assert (made.optim.lr, made.train.steps) == (0.01, 7) and "numpy" not in (tmp_path / "settings.yaml").read_text()
 
 
 def test_values_and_intervals_are_told_shortly():

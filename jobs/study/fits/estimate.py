@@ -27,6 +27,11 @@ class Estimate:
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high
 
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return not math.isnan(self.low + self.high)
+
     def exp(self) -> "Estimate":
         """Return the value whose logarithm this is."""
         return self.through(_exp)
@@ -35,11 +40,6 @@ class Estimate:
         """Return a monotone function of it."""
         low, high = function(self.low), function(self.high)
         return Estimate(function(self.value), *((high, low) if low > high else (low, high)))
-
-    def __str__(self) -> str:
-        if math.isnan(self.low) or math.isnan(self.high):
-            return f"{self.value:.4g} (no interval)"
-        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
 
 
 def _exp(logarithm: float) -> float:

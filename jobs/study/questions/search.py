@@ -14,6 +14,7 @@ from jobs.study.fits.estimate import Estimate
 from jobs.study.numbers import LEAST_VALUES, mean_of, outside, text_of
 from jobs.study.question import Answer, Curve, Outcome, Plot, Study, Table, Trial
 from jobs.study.ranges import Range, read_ranges
+from jobs.study.report.published import both_optimizers, speedups
 from jobs.study.searching import Plan, Searched, optuna_here
 from workers.common.errors import ConfigError
 
@@ -102,10 +103,11 @@ class Search:
         first, *others = searches
         compared = [(one, _difference(one, first, len(others))) for one in others]
         best = _overall(first, compared)
+        context = [speedups()] if both_optimizers(one.combination.settings for one in searches) else []
         return Answer(
             headline=_headline(study, first, compared),
             facts={one.label: one.fact() for one in searches},
-            tables=[_bests(study, first, compared)],
+            tables=[_bests(study, first, compared), *context],
             plots=_plots(searches),
             notes=_notes(self, study, searches),
             settings=best.settings() if best else {},

@@ -4,13 +4,10 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
-import numpy as np
-
 from jobs.settings import interval_of, value_of
-from jobs.study.numbers import text_of
+from jobs.study.numbers import plain, text_of
 from jobs.study.question import Answer, Study, Table
 from jobs.study.report.page import HEADS, about, told_left_out
 from jobs.study.report.rows import FIGURES, Row, axes_of, cells, texts
@@ -25,34 +22,23 @@ def trials_csv(rows: Sequence[Row]) -> str:
     writer.writerow(["trial", *(f"axis.{axis}" for axis in axes), "status", *FIGURES, "error", "run_id", "settings"])
     for row in rows:
         run_id = row.outcome.run_id if row.outcome else None
-        writer.writerow([*cells(row, axes), run_id, json.dumps(_plain(row.trial.settings))])
+        writer.writerow([*cells(row, axes), run_id, json.dumps(plain(row.trial.settings))])
     return file.getvalue()
 
 
 def answer_json(study: Study, answer: Answer, rows: Sequence[Row]) -> str:
     """Return all that was asked, found and tried as one JSON object; NaN and infinity are null."""
     trials = [
-        {"trial": _plain(row.trial), "status": row.status, "outcome": _outcome(row), "link": row.link} for row in rows
+        {"trial": plain(row.trial), "status": row.status, "outcome": _outcome(row), "link": row.link} for row in rows
     ]
-    return json_text({"study": _plain(study), "answer": _plain(answer), "trials": trials}, indent=1) + "\n"
+    return json_text({"study": plain(study), "answer": plain(answer), "trials": trials}, indent=1) + "\n"
 
 
 def _outcome(row: Row) -> Any:
     """Return a trial's outcome without its series, which the run has."""
     if row.outcome is None:
         return None
-    return {key: value for key, value in _plain(row.outcome).items() if key not in ("losses", "validation")}
-
-
-def _plain(value: Any) -> Any:
-    """Return a value in JSON's kinds; a number of numpy's as Python's."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple | set | range):
-        return [_plain(one) for one in value]
-    return value.item() if isinstance(value, np.generic) else value
+    return {key: value for key, value in plain(row.outcome).items() if key not in ("losses", "validation")}
 
 
 def markdown(

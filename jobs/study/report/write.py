@@ -64,5 +64,7 @@ def write_report(
 
 
 def _names(plots: Sequence[Plot]) -> dict[str, str]:
-    """Return the file of each plot, by its name."""
-    return {plot.name: re.sub(r"[^A-Za-z0-9._-]+", "-", plot.name).lstrip(".-") + ".png" for plot in plots}
+    """Return the file of each plot, by its name; plots have different names."""
+    files = {plot.name: re.sub(r"[^A-Za-z0-9._-]+", "-", plot.name).lstrip(".-") + ".png" for plot in plots}
+    assert len({*files.values()}) == len(plots), f"plots of one name: {[plot.name for plot in plots]}"
+    return files

@@ -97,6 +97,9 @@ def test_the_best_is_repeated_with_seeds_that_the_search_has_not_seen_and_these_
     answer = one.question.answer(one, done)
     assert answer.headline == "Within the noise: adamw, muon, each at its best (3 seeds that no choice has seen)"
     assert not answer.settings, "noise does not tell which to use"
+    assert [table.title for table in answer.tables][1:] == [
+        "Published by others, not measured here: Muon against AdamW"
+    ]
     better = run(one, lambda trial: loss(trial) - (0.4 if trial.settings["optim.name"] == "muon" else 0))
     answer = one.question.answer(one, better)
     assert answer.headline.startswith("Each at its best, loss against adamw, nats per token: muon -0.39")

@@ -5,7 +5,7 @@ import pytest
 from jobs.study.file import load_study, shipped
 from jobs.study.question import points
 
-OURS = ["ablation", "muon-adamw", "weight-decay"]
+OURS = ["ablation", "muon-adamw", "weight-decay", "wire"]
 
 
 @pytest.mark.parametrize("name", shipped())
