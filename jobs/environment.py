@@ -46,6 +46,7 @@ def working_directory(files: Mapping[str, str]) -> Iterator[Path]:
                 ROOT / room, Path(folder) / room, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
             )
         for name, text in files.items():
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
             (Path(folder) / name).write_text(text)
         yield Path(folder)
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.load import as_yaml
+from jobs.load import as_yaml, values_of
 from jobs.study.file import StudyFile, last_step, load_study
 from jobs.study.question import Outcome, Trial
 from jobs.study.size import Size, size_of
@@ -36,8 +36,8 @@ NAME, COORDINATES = "raymuon.study.name", "raymuon.study.coordinates"
 """Of a trial: its name, and where it is on each axis, as JSON."""
 PARENT = "mlflow.parentRunId"
 """MLflow's own: its UI nests a run below that one."""
-FILE, BASE, REPORT = "study.yaml", "base.yaml", "report"
-"""Artifacts of a study's run."""
+FILE, BASE, REPORT = "study.yaml", "base", "report"
+"""Artifacts of a study's run: its file, and folders with the config of its trials and its report."""
 PAGE = 100
 """Runs that MLflow is asked for at a time."""
 SAME = ("model.", "data.", "optim.", "train.", "telemetry.every", "seed", "checkpoint.url")
@@ -122,8 +122,8 @@ class StudyRecord:
 
     def keep(self, found: StudyFile) -> None:
         """Keep the study's file and its base: what it is asked again by."""
-        self.tracking.keep(self.run_id, FILE, replace(found, study=replace(found.study, base=BASE)).yaml())
-        self.tracking.keep(self.run_id, BASE, as_yaml(found.base))
+        for name, text in files_of(found, FILE).items():
+            self.tracking.keep(self.run_id, name, text)
 
     def status(self, status: str) -> None:
         """Set it: RUNNING while trials are trained, then FINISHED, FAILED or KILLED."""
@@ -208,6 +208,12 @@ def outcomes(client: "MlflowClient", parent_run_id: str) -> dict[str, Outcome]:
     return {one.trial: one for one in found if one is not None}
 
 
+def files_of(found: StudyFile, name: str) -> dict[str, str]:
+    """Return a study's file under a name, and its base as it is now in a folder beside: all that makes it again."""
+    base = f"{BASE}/{found.study.base_name}.yaml"
+    return {name: replace(found, study=replace(found.study, base=base)).yaml(), base: as_yaml(found.base)}
+
+
 @contextmanager
 def stored_study(uri: str, run_id: str) -> Iterator[StudyFile]:
     """Read a study as its run has it; its base is there while the block lasts.
@@ -219,9 +225,12 @@ def stored_study(uri: str, run_id: str) -> Iterator[StudyFile]:
     from orchestrator.record.tracking import read_artifact
 
     with tempfile.TemporaryDirectory(prefix="raymuon-study-") as folder:
-        for name in (FILE, BASE):
-            Path(folder, name).write_text(read_artifact(uri, run_id, name))
-        yield load_study(f"{folder}/{FILE}")
+        file = Path(folder, FILE)
+        file.write_text(read_artifact(uri, run_id, FILE))
+        base = file.parent / values_of(file)["base"]
+        base.parent.mkdir()
+        base.write_text(read_artifact(uri, run_id, f"{BASE}/{base.name}"))
+        yield load_study(str(file))
 
 
 def asked_of(trial: Trial) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """`raymuon submit FILE --study`: a study as a job on a Ray cluster."""
 
 from contextlib import suppress
-from dataclasses import replace
 
 from jobs.environment import CONFIG
-from jobs.load import as_yaml
 from jobs.ray_jobs import ENDED, Jobs
 from jobs.screen import Screen
 from jobs.study.command import beforehand, find_or_make
 from jobs.study.file import load_study
-from jobs.study.record import BASE
+from jobs.study.record import files_of
 from jobs.submit import Target, Work, check_places, new_job, start_job, tell_job, tracking_of, watch
 from workers.common.errors import ClusterError, ConfigError
 
@@ -36,12 +34,12 @@ def submit_study(source: str, overrides: list[str], target: Target, follow: bool
     running = [job for job in jobs.of_run(record.run_id) if jobs.info(job)["status"] not in ENDED]
     if running:
         raise ConfigError(f"study {found.study.name}: job {running[-1]} leads it; first: raymuon stop {record.run_id}")
-    job, here = new_job(record.run_id), replace(found, study=replace(found.study, base=BASE))
+    job = new_job(record.run_id)
     work = Work(
         run_id=record.run_id,
         name=found.study.name,
         command=f"study run {CONFIG} --address auto",
-        files={CONFIG: here.yaml(), BASE: as_yaml(found.base)},
+        files=files_of(found, CONFIG),
     )
     try:
         record.keep(found)
