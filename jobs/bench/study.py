@@ -74,4 +74,4 @@ def _wall(uri: str, run_id: str) -> float:
     client = open_client(uri)
     experiment = client.get_run(run_id).info.experiment_id
     runs = client.search_runs([experiment], f'tags.`mlflow.parentRunId` = "{run_id}"')
-    return (max(run.info.end_time for run in runs) - min(run.info.start_time for run in runs)) / 1000
+    return (max(run.info.end_time or 0 for run in runs) - min(run.info.start_time for run in runs)) / 1000
