@@ -14,7 +14,7 @@ from jobs.settings import interval_of, value_of
 from jobs.study.numbers import text_of
 from jobs.study.question import Answer, Plot, Study, Table
 from jobs.study.report.plots import draw, left_out
-from jobs.study.report.rows import FIGURES, Row, axes_of, texts
+from jobs.study.report.rows import FIGURES, Row, axes_of, headline, texts
 from workers.common.text import visible
 
 STYLE = """
@@ -50,7 +50,7 @@ def page(study: Study, answer: Answer, rows: Sequence[Row], counted: Sequence[Ta
         counted: tables of what was tuned, and of what it has cost.
     """
     parts = [
-        f"<h1>{_text(answer.headline)}</h1>",
+        f"<h1>{_text(headline(answer, rows))}</h1>",
         f'<p class="quiet">{_text(about(study, rows))}</p>',
         *map(_table, answer.tables),
         *map(_figure, answer.plots),

@@ -129,6 +129,7 @@ def test_every_trial_is_a_row_and_those_that_wait_are_too(tmp_path):
     texts = read(tmp_path).texts
     for trial in Ablation().trials(STUDY, {}):
         assert trial.name.replace("\x1b", "\\x1b") in texts
+    assert texts[1].startswith("Not finished, 2 of 6 trials to go. Within the noise: ")
     assert texts.count("not done") == 2 + 1 and texts.count("the loss is not finite") == 1
     assert f"run-of-{next(iter(done))}".replace("\x1b", "\\x1b") in texts, "without a link the run's id"
 
