@@ -159,6 +159,7 @@ def test_a_browser_shows_it_all_and_asks_nobody(folder, scheme):
             assert dark == (scheme == "dark")
         rows = page.locator("section", has_text="Trials").last.locator("tbody tr")
         assert rows.count() == 6 and all(rows.nth(number).is_visible() for number in range(6))
+        assert all(rows.nth(number).bounding_box()["height"] < 40 for number in range(6)), "a trial is a line"
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert background == ("rgb(22, 24, 29)" if scheme == "dark" else "rgb(255, 255, 255)")
         browser.close()
