@@ -26,6 +26,7 @@ class ProcessHandle:
     """A process that runs one object and answers calls through a pipe."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self.made = make
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
         self.process.start()
@@ -118,6 +119,16 @@ class ProcessCluster:
         seen = copy.copy(self)
         seen.bundle = {"CPU": scaling.cpus_per_worker}
         return seen
+
+    @property
+    def started(self) -> list[ProcessHandle]:
+        """All processes so far."""
+        return [handle for handles in self.processes.values() for handle in handles]
+
+    def free(self) -> dict[str, int]:
+        """Return how many slots nobody has, by node."""
+        taken = list(self._slots.values())
+        return {node: size - taken.count(node) for node, size in self.nodes.items()}
 
     def room(self) -> int:
         return sum(self.nodes.values())

@@ -126,17 +126,6 @@ def leave_process_group() -> None:
     gc.collect()
 
 
-def forget_runs() -> None:
-    """Drop what is left of earlier runs in this process: what was compiled for their models, and memory that is free.
-
-    Torch compiles a layer's code so many times and then runs it as written, silently: models add up.
-    """
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def default_device() -> torch.device:
     """Return this process's GPU where there is one, the CPU otherwise."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -86,15 +86,12 @@ class Member:
         self._cpu = time.process_time(), time.monotonic()
 
     def prepare(self, task: Task | None) -> Ready:
-        """Import everything that training needs; with a task, also rehearse one step, for whoever comes later.
-
-        Who comes from another run has done both.
-        """
+        """Import everything that training needs; with a task, also rehearse one step, for whoever comes later."""
         from workers.training import rehearse  # The slow imports.
 
-        if not self._prepared:
-            if task is not None:
-                rehearse(task)
+        if task is not None:
+            rehearse(task)
+        if not self._prepared:  # What was frozen once is never collected: it must not be another run's.
             gc.collect()
             gc.freeze()  # A million objects of the imports, which every later collection would walk through.
             self._prepared = True
@@ -125,9 +122,9 @@ class Member:
         self._outbox = queue.SimpleQueue()
         self._begin()
         if self._prepared:
-            from workers.engine import forget_runs
+            from workers.training import forget
 
-            forget_runs()
+            forget()
         return True
 
     def open_rendezvous(self, generation: int, world_size: int) -> int:

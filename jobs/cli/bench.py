@@ -168,6 +168,20 @@ def bench_load(
     _print_result(driver_load(overrides or [], steps, workers, actors, _say), as_json)
 
 
+@bench_app.command("study")
+def bench_study(
+    overrides: Overrides = None,
+    trials: Annotated[int, typer.Option(min=2, help="An even number.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Of each trial.")] = 600,
+    slots: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Wall time of a study of equal short trials, over the time that their steps alone would take."""
+    from jobs.bench.study import study
+
+    _print_result(study(overrides or [], trials, steps, slots, _say), as_json)
+
+
 def _say(line: str) -> None:
     typer.echo(line, err=True)
 

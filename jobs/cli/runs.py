@@ -80,9 +80,10 @@ def submit(
     gpu_type: GpuType = "",
     calibration: CalibrationFile = None,
     allow_open_head: AllowOpen = False,
+    study: Annotated[bool, typer.Option("--study", help="CONFIG is a study's file, or the name of one.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Plan a new run, and submit it as a job to a Ray cluster."""
+    """Plan a new run, and submit it as a job to a Ray cluster; or submit a study."""
     from jobs.settings import configured
     from jobs.submit import Target, submit
 
@@ -95,6 +96,13 @@ def submit(
         gpu_type=gpu_type,
         calibration=calibration,
     )
+    if study:
+        from jobs.study.submit import submit_study
+
+        if settings:
+            raise typer.BadParameter("--with: a study's settings stand in its file")
+        submit_study(config, overrides or [], target, follow, as_json)
+        return
     submit(configured(config, settings or [], overrides or []), target, follow, as_json)
 
 

@@ -27,7 +27,7 @@ from orchestrator.living import BranchPoint, Living
 from orchestrator.preflight import run_store
 from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
-from workers.common.errors import ConfigError, Interrupted, RaymuonError, TrainingError
+from workers.common.errors import ClusterError, ConfigError, Interrupted, RaymuonError, TrainingError
 from workers.data.corpus import Corpus
 
 LOOK_S = 0.2
@@ -142,7 +142,7 @@ class Engine:
             watcher.step, watcher.losses = begun.step, self.state.record.losses(begun.run_id)
             watcher.committed_steps = {step for step in branches if step <= begun.saved}
         watcher.start = self._first_loss(trial, watcher)
-        run_id = begun.run_id if begun else self.state.record.begin(trial, config)
+        run_id = self.state.record.begin(trial, config, begun)
         how = f", goes on behind step {begun.step}" if begun and begun.step else ""
         self.display.say(f"{trial.name}: begins{how}")
         living = Living({step: len(names) for step, names in branches.items() if step not in watcher.committed_steps})
@@ -239,6 +239,8 @@ class Engine:
                 self._say_done(name)
             elif one.watcher.hopeless:
                 self._fail(name, one, one.watcher.hopeless)
+            elif not self.stop.requests:
+                self.open[name] = ClusterError(f"ended at step {result.steps}, and nobody has asked for it")
 
     def _fail(self, name: str, one: Running, why: str) -> None:
         self._say_failed(name, why)

@@ -7,6 +7,7 @@ names, and repeats nothing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal, Protocol
 
 Settings = Mapping[str, Any]
@@ -188,6 +189,11 @@ class Study:
     early_stop: Literal["none", "diverged"] = "diverged"
     """`diverged`: a trial that has learned nothing after a quarter of its steps is ended, and counts as failed."""
     question: Question
+
+    @property
+    def base_name(self) -> str:
+        """Of the base, for people: without the folder in which it lies."""
+        return PurePath(self.base).stem
 
 
 def points(axis: Any, name: str) -> dict[str, Settings]:

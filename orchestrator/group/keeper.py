@@ -27,6 +27,7 @@ from orchestrator.group.upload import upload_shard
 from orchestrator.group.usage import Usage
 from workers.checkpoint.manifest import BUFFER, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
+from workers.common.heap import trim
 from workers.common.storage import Store
 from workers.common.uploads import Bandwidth
 from workers.common.wire import Address, Connection, listen
@@ -98,10 +99,7 @@ class Keeper:
         threading.Thread(target=self._accept, args=(self._listener,), name="accept", daemon=True).start()
 
     def renew(self, token: str, storage: StorageConfig) -> bool:
-        """Become another run's keeper, as a new one would be; tell whether that can be: nothing is on its way.
-
-        No call of the earlier run may come any more.
-        """
+        """Become as new for another run, whose calls alone come from now on; return False where a save is on its way."""
         with self._lock:
             every, peers = [*self._own.values(), *self._copies.values()], list(self._peers)
         if any(held.saving for held in every):
@@ -113,6 +111,7 @@ class Keeper:
             one.close()
         self._uploads.shutdown()
         self._begin(token, storage)
+        trim()
         return True
 
     def address(self) -> Address:

@@ -132,7 +132,11 @@ class _Kept:
                     return
             lent.worker.kill()
 
-        self._threads.submit(renew)
+        with self._lock:
+            if not self._closed:
+                self._threads.submit(renew)
+                return
+        lent.kill()
 
     def take_keeper(self, node: str) -> Handle | None:
         """Take a keeper that waits on a node, if there is any."""
@@ -250,11 +254,11 @@ class _Slots:
 
     def release(self, slot: str) -> None:
         """Give a slot back; a worker that was to go on there waits for another run."""
-        if (idle := self._idle.pop(slot, None)) is not None and idle.well.done() and idle.well.result():
+        idle, held = self._idle.pop(slot, None), self._slots.pop(slot, None)
+        if idle is not None:
             self._kept.put_back(idle)
-        elif slot in self._slots:
-            self._cluster.release(self._slots[slot])
-        self._slots.pop(slot, None)
+        elif held is not None:
+            self._cluster.release(held)
 
     def hand_back(self, slot: str, worker: Handle) -> None:
         """Give a slot back with its worker, which waits there for another run."""

@@ -117,7 +117,7 @@ def test_a_branch_with_another_batch_goes_on_at_the_sample_where_its_parent_was(
         (lambda c: replace(c, train=replace(c.train, seq_len=16)), r"\n  train.seq_len: the checkpoint has 32, "),
         (
             lambda c: replace(c, train=replace(c.train, global_batch=12)),
-            r"\n  train.global_batch: .* 6, the config 12\n",
+            r"\n  train.global_batch: .* 6, .* 12\n",
         ),
         (lambda c: replace(c, data=replace(c.data, window=64)), r"\n  data.window: .* None, the config 64\n"),
         (lambda c: replace(c, data=replace(c.data, held_out_fraction=0.3)), r"\n  data: the checkpoint has '"),
@@ -223,7 +223,7 @@ class Parent:
         return [shard for keeper in keepers for shard in keeper.handle.call("held", 1, AT).result(10)]
 
 
-@pytest.mark.parametrize(("workers", "others"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("workers", "others"), [(1, 2), (2, 1)])
 def test_out_of_a_living_runs_memory_it_is_what_it_is_out_of_storage(tmp_path, workers, others):
     """The parent's folder is gone when the branch begins from its memory."""
     stored, living, parent = (tmp_path / name for name in ("stored", "living", "parent"))

@@ -31,7 +31,8 @@ def answer_json(study: Study, answer: Answer, rows: Sequence[Row]) -> str:
     trials = [
         {"trial": plain(row.trial), "status": row.status, "outcome": _outcome(row), "link": row.link} for row in rows
     ]
-    return json_text({"study": plain(study), "answer": plain(answer), "trials": trials}, indent=1) + "\n"
+    asked = {**plain(study), "base": study.base_name}
+    return json_text({"study": asked, "answer": plain(answer), "trials": trials}, indent=1) + "\n"
 
 
 def _outcome(row: Row) -> Any:

@@ -107,7 +107,7 @@ def _figure(plot: Plot) -> str:
 def about(study: Study, rows: Sequence[Row]) -> str:
     """Return what a study is, in a line."""
     seeds = ", ".join(map(str, study.seeds))
-    return f"Study {study.name}: {study.question.name} on {study.base}, {len(rows)} trials, seeds {seeds}"
+    return f"Study {study.name}: {study.question.name} on {study.base_name}, {len(rows)} trials, seeds {seeds}"
 
 
 def told_left_out(plot: Plot) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tests.jobs.study.questions import Branching, Narrowing
 from tests.processes import ProcessCluster
 from tests.workers.test_loop import TEXT
 from workers.common.errors import ConfigError, Interrupted, StorageError
+from workers.reports import Report
 
 STEPS = 24
 BASE = {
@@ -56,11 +57,9 @@ class Shown:
 
     said: list[str] = field(default_factory=list)
     accounts: list[Account] = field(default_factory=list)
-    watch: Callable[[list[TrialWatcher]], object] = lambda running: None
 
     def show(self, now: Account, running: list[TrialWatcher]) -> None:
         self.accounts.append(now)
-        self.watch(running)
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -90,10 +89,10 @@ def database(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lead(tmp_path_factory, database):
+def lead(database):
     """Return what makes an attempt at a study, in the folder of its name."""
 
-    def make(folder: Path, study: Study, at_once: int = 2, again: bool = False, **shown: Any) -> Led:
+    def make(folder: Path, study: Study, at_once: int = 2, again: bool = False) -> Led:
         folder.mkdir(exist_ok=True)
         base = {**BASE, "checkpoint": {**BASE["checkpoint"], "url": f"{folder}/runs"}}
         base["data"] = {**BASE["data"], "prepared_url": f"{database.parent}/data"}
@@ -107,7 +106,7 @@ def lead(tmp_path_factory, database):
         record = StudyRecord.find(tracking, study.name) or StudyRecord.create(tracking, found)
         state = StudyState(found, record, {})
         state.go_on(again)
-        display, stop = Shown(**shown), StopSignal()
+        display, stop = Shown(), StopSignal()
         engine = Engine(state, Data(None, Screen(quiet=True)), Processes(), at_once, stop, display, lambda: None)
         led = Led(state, engine, display, stop)
         led_now.append(led)
@@ -168,44 +167,62 @@ def test_runs_are_nested_and_named(unbroken):
         assert run.info.status == "FINISHED"
 
 
+def test_two_processes_that_begin_a_study_get_one_run(unbroken):
+    record, found = unbroken.state.record, unbroken.state.found
+    assert StudyRecord.create(record.tracking, found).run_id == record.run_id
+    with record.tracking.reach():
+        runs = record.tracking.client.search_runs([record.tracking.experiment_id])
+    assert sum("mlflow.parentRunId" not in run.data.tags for run in runs) == 1
+
+
 def test_outcomes_come_in_pages(unbroken, monkeypatch):
     before = unbroken.outcomes
     monkeypatch.setattr("jobs.study.record.PAGE", 1)
     assert unbroken.outcomes == before and len(before) == 4
 
 
-def test_a_study_that_is_stopped_goes_on_and_comes_to_the_same(lead, unbroken, tmp_path):
-    """Ctrl-C while two are in the middle: they save; then nothing is lost and nothing repeated."""
+@pytest.fixture
+def interrupt(lead, monkeypatch):
+    """Return what has the next attempt see requests to stop when a trial comes to a step."""
+    report = TrialWatcher.report
 
-    def interrupt(running: list[TrialWatcher]) -> None:
-        if sum(one.step >= 10 for one in running) == 2:
-            lead.now[-1].stop.requests = 1
+    def at(number: int, requests: int) -> None:
+        def reported(self: TrialWatcher, told: Report) -> None:
+            report(self, told)
+            if self.step == number:
+                lead.now[-1].stop.requests = self.stop.requests = requests
 
-    first = lead(tmp_path / "broken", RATES, watch=interrupt)
-    reached = {name: one.step for name, one in first.state.record.begun().items()}
-    assert first.state.left and all(10 <= step < STEPS for step in reached.values()), "in the middle"
-    with pytest.raises(Interrupted, match="0 trial.s. done"):
+        monkeypatch.setattr(TrialWatcher, "report", reported)
+
+    yield at
+    monkeypatch.undo()
+
+
+def test_a_study_that_is_stopped_goes_on_and_comes_to_the_same(lead, unbroken, interrupt, monkeypatch, tmp_path):
+    """Ctrl-C in the middle of a trial: all save; then nothing is lost and nothing repeated."""
+    interrupt(10, 1)
+    first = lead(tmp_path / "broken", RATES)
+    before, left = first.state.record.begun(), len(first.state.left)
+    assert any(10 <= one.step < STEPS and one.saved == one.step for one in before.values()), "in the middle, and saved"
+    with pytest.raises(Interrupted, match=rf"done and {left} left"):
         _check_done(first.state, first.engine, first.stop)
+    interrupt(STEPS + 1, 1)
     again = lead(tmp_path / "broken", RATES)
     assert any("goes on behind step" in text for text in again.shown.said)
     assert figures(again.outcomes) == figures(unbroken.outcomes), "bit by bit"
-    assert len(again.state.record.begun()) == len(unbroken.outcomes)
-    assert {one.run_id for one in first.state.record.begun().values()} <= {
-        one.run_id for one in again.outcomes.values()
-    }, "in their own runs"
+    now = again.state.record.begun()
+    assert len(now) == len(unbroken.outcomes) and all(now[name].run_id == one.run_id for name, one in before.items())
     nothing = lead(tmp_path / "broken", RATES)
     assert not any("begins" in text for text in nothing.shown.said), "a study that is done trains nothing"
 
 
-def test_a_second_request_ends_at_once(lead, tmp_path):
-    def interrupt(running: list[TrialWatcher]) -> None:
-        if any(one.step >= 3 for one in running):
-            lead.now[-1].stop.requests = 2
-
+def test_a_second_request_ends_at_once(lead, interrupt, tmp_path):
+    interrupt(3, 2)
     with pytest.raises(Interrupted, match="ended at once"):
-        lead(tmp_path / "at-once", RATES, watch=interrupt)
-    assert threading.active_count() < 50
-    assert not lead(tmp_path / "at-once", RATES).state.left
+        lead(tmp_path / "at-once", replace(RATES, axes={"optim.lr": [1e-2]}))
+    assert not any(thread.name.startswith("trial") for thread in threading.enumerate())
+    interrupt(STEPS + 1, 1)
+    assert not lead(tmp_path / "at-once", replace(RATES, axes={"optim.lr": [1e-2]})).state.left
 
 
 def test_a_study_that_is_another_now_is_refused(lead, unbroken):
@@ -220,12 +237,9 @@ def test_a_study_that_is_another_now_is_refused(lead, unbroken):
 
 def test_seeds_may_come(lead, tmp_path):
     one = Study(name="seeds", axes={"optim.lr": [1e-2, 5e-3]}, question=Ablation())  # type: ignore
-    first = lead(tmp_path / "more", one)
-    more = lead(tmp_path / "more", replace(one, seeds=(0, 1)))
-    assert len(more.outcomes) == len(first.outcomes) + 2
-    assert {name: one.run_id for name, one in first.outcomes.items()}.items() <= {
-        name: one.run_id for name, one in more.outcomes.items()
-    }.items()
+    first = lead(tmp_path / "more", one).outcomes
+    more = lead(tmp_path / "more", replace(one, seeds=(0, 1))).outcomes
+    assert (len(first), len(more)) == (2, 4) and first.items() <= more.items()
 
 
 def test_what_fails_is_an_answer_and_what_the_place_does_leaves_a_trial_open(lead, tmp_path):
@@ -237,12 +251,13 @@ def test_what_fails_is_an_answer_and_what_the_place_does_leaves_a_trial_open(lea
     failed = led.outcomes["optim.lr=0.9,seed=0"]
     assert failed.status == "failed" and failed.val_loss is None and failed.error.startswith("diverged: after step 6 ")
     assert failed.steps < STEPS and led.outcomes["optim.lr=0.01,seed=0"].status == "finished"
-    patient = replace(study, early_stop="none", name="patient")
-    assert lead(tmp_path / "faults", patient).outcomes["optim.lr=0.9,seed=0"].steps == STEPS
-    assert not lead(tmp_path / "faults", study).state.left, "what failed is not tried again"
-    again = lead(tmp_path / "faults", study, again=True)
-    assert again.outcomes["optim.lr=0.9,seed=0"].status == "failed" and any("0.9" in text for text in again.shown.said)
+    assert not any("begins" in text for text in lead(tmp_path / "faults", study).shown.said), "it is not tried again"
+    again = lead(tmp_path / "faults", replace(study, early_stop="none"), again=True)
+    assert again.outcomes["optim.lr=0.9,seed=0"].steps == STEPS and again.shown.said[0].startswith(
+        "optim.lr=0.9,seed=0"
+    )
     bad = replace(study, name="bad", axes={"optim.lr": [0.6]}, early_stop="none")
+    bad = replace(bad, settings={**study.settings, "train.steps": 2})
     refused = lead(tmp_path / "faults", bad).outcomes["optim.lr=1.2,seed=0"]
     assert refused.status == "failed" and "optim.lr must be between" in refused.error
     places = replace(RATES, name="places", settings={"checkpoint.url": f"{tmp_path}/file/runs"})
