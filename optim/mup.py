@@ -176,7 +176,7 @@ def stretches(
         if not borders or borders[-1][1] != step(fragment.name):
             borders.append((fragment.offset if borders else 0, step(fragment.name)))
     found: dict[Step, list[tuple[int, int]]] = {}
-    ends = [first for first, _ in borders[1:]] + [numel]
-    for (first, factors), last in zip(borders, ends, strict=True):
+    ends = [*(first for first, _ in borders[1:]), numel]
+    for (first, factors), last in zip(borders, ends[: len(borders)], strict=True):  # A shard may hold nothing.
         found.setdefault(factors, []).append((first, last))
     return found
