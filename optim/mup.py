@@ -154,6 +154,8 @@ def _spectral_rate(out: float, into: float) -> float:
 def _over_base(
     size: Callable[[float, float], float], ratio: float, grows: tuple[bool, bool], rows: int, columns: int
 ) -> float:
+    if all(grows):
+        return ratio**-0.5  # Of both sizes, whatever the shape.
     base = (dimension / ratio if grew else dimension for dimension, grew in zip((rows, columns), grows, strict=True))
     return size(rows, columns) / size(*base)
 
