@@ -63,6 +63,7 @@ class Attempt:
         log: RunLog | None = None,
         origin: Origin | None = None,
         stretch: Stretch | None = None,
+        until: int = 0,
     ) -> "Attempt":
         """Take a run over, or begin it.
 
@@ -75,6 +76,7 @@ class Attempt:
             log: of the run, where it was read before.
             origin: the weights that a new run begins with.
             stretch: what to train once more of another run.
+            until: the step after which the run ends, though its schedule goes on; 0: the last.
 
         Raises:
             ConfigError: this config would make another run of it.
@@ -96,7 +98,7 @@ class Attempt:
             copy_tokenizer(corpus.store, log.store, corpus.tokenizer_files)
         number = log.take_over(same, inputs.warning)
         task = task_of(config, inputs.corpora, log.store.url, number, manifest, origin)
-        last_step = stretch.last_step if stretch else config.train.steps
+        last_step = stretch.last_step if stretch else until or config.train.steps
         task = replace(task, manifest_url=manifest_url, until=last_step)
         recorder = begin(Journal(log.store, number), task)
         progress = Progress(seen=recorder.marks["train"])

@@ -54,6 +54,8 @@ class Options:
     """The prepared sources; None prepares them here."""
     stretch: Stretch | None = None
     """What to train once more of another run."""
+    until: int = 0
+    """The step after which the run ends, validated and with a checkpoint, though its schedule goes on; 0: the last."""
     kill_after: int | None = None
     """For demonstrations: SIGKILL one worker after this step."""
     decide: Decide = plainly
@@ -161,7 +163,7 @@ def _lead(preflight: Preflight, pool: Pool, watcher: Watcher, options: Options) 
 
     def begin(journal: Journal, task: Task) -> RunRecorder:
         code, (job, dashboard) = provenance(), job_place()
-        links = Links(task.run_url, config.train.steps, code, job, dashboard)
+        links = Links(task.run_url, task.last_step, code, job, dashboard)
         for key, value in {**links.tags(), "raymuon.store_fences": str(not inputs.warning).lower()}.items():
             record.tag(key, value)
         restored, now = task.manifest.step if task.manifest else 0, time.time()
@@ -184,7 +186,8 @@ def _lead(preflight: Preflight, pool: Pool, watcher: Watcher, options: Options) 
 
     try:
         with Lease(run_store(config, run_id), strict=bool(inputs.warning)) as lease:
-            attempt = Attempt.open(config, inputs, lease, begin, watcher.warn, found.log, found.origin, options.stretch)
+            known = found.log, found.origin, options.stretch, options.until
+            attempt = Attempt.open(config, inputs, lease, begin, watcher.warn, *known)
             attempt.train(pool, stop, options.kill_after, options.decide)
             result = attempt.result()
         result.page = page

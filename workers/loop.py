@@ -321,8 +321,8 @@ class Trainer:
 
         After a fault the same question is asked again, so that neither a validation nor a checkpoint gets lost.
         """
-        step, train = self.counters.step, self.task.train
-        if train.validates(step) and step > self.validated:
+        step = self.counters.step
+        if self.task.validates(step) and step > self.validated:
             self._validate()
             self.validated = step
         if self.member.keepers and (save or self.task.saves(step)) and step > max(0, self.saved):

@@ -43,7 +43,7 @@ class Task:
     manifest_url: str = ""
     """The folder of the run whose checkpoint that is, where it is another: a replay begins with the replayed run's."""
     until: int = 0
-    """Step after which a replay ends, with a checkpoint; 0: the last one."""
+    """Step after which a replay, or a run that is cut short, ends, with a checkpoint; 0: the last one."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     origin: Origin | None = None
     """Where the weights of a run that starts anew come from; None draws them."""
@@ -63,6 +63,10 @@ class Task:
     def last_step(self) -> int:
         """The step after which training ends; the schedule's last one is `train.steps`."""
         return self.until or self.train.steps
+
+    def validates(self, step: int) -> bool:
+        """Tell whether a validation belongs to a step; one does to the last, wherever that is."""
+        return self.train.validates(step) or step == self.last_step
 
     def saves(self, step: int) -> bool:
         """Tell whether a checkpoint belongs to a step."""

@@ -180,6 +180,8 @@ class Study:
     """What differs: a key of a config with a list of its values, or a name with named points, each with settings."""
     seeds: tuple[int, ...] = (0,)
     """Of the trials that are repeated with others."""
+    early_stop: Literal["none", "diverged"] = "diverged"
+    """`diverged`: a trial that has learned nothing after a quarter of its steps is ended, and counts as failed."""
     question: Question
 
 

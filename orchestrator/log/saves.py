@@ -199,5 +199,5 @@ class Saves:
 
     def _on_record(self, step: int) -> bool:
         """Tell whether all that belongs to a step has come: that goes on record before its checkpoint counts."""
-        validated = self.progress.validated >= step or not self.config.train.validates(step) or step == self._as_it_is
+        validated = self.progress.validated >= step or not self.task.validates(step) or step == self._as_it_is
         return self.progress.step >= step and validated

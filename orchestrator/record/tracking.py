@@ -73,17 +73,20 @@ class Tracking:
                 )
             yield
 
-    def create(self, name: str, params: Mapping[str, Any], begins: bool = True) -> str:
+    def create(
+        self, name: str, params: Mapping[str, Any], begins: bool = True, tags: Mapping[str, str] | None = None
+    ) -> str:
         """Make a run and return its id; the params are logged once, with the run.
 
         Args:
             name: for people.
             params: of the run.
-            begins: it begins now; otherwise a job will begin it, and it is marked so.
+            begins: it begins now; otherwise a job, or a study, will begin it, and it is marked so.
+            tags: that it has from its first moment on.
         """
         logged = [Param(key, str(value)[:PARAM_LIMIT]) for key, value in params.items()]
         with self.reach():
-            run_id = self.client.create_run(self.experiment_id, run_name=name).info.run_id
+            run_id = self.client.create_run(self.experiment_id, tags=dict(tags or {}), run_name=name).info.run_id
             try:
                 self.client.log_batch(run_id, params=logged)
                 if not begins:

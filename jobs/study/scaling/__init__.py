@@ -1,0 +1,1 @@
+"""What the question `scaling-law` asks for and what it makes of it."""
