@@ -1,6 +1,8 @@
 """How large a model's activations are after a few steps of training, and how far they have moved: with real engines."""
 
-from collections.abc import Callable, Iterator
+import logging
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,13 +22,14 @@ from workers.models.attention import CausalAttention
 from workers.objective import Batch, gradient_weight, summed_loss
 from workers.task import Place
 
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # It warns of an optimizer that is not its own.
 ALONE = Place(generation=1, rank=0, world_size=1, host="", port=0, keepers=False)
 
 Sizes = dict[str, tuple[float, float]]
 """By name: the root mean square of an activation, and of its change since the beginning."""
 
 
-def sizes_after(config: RunConfig, corpora: tuple[Corpus, ...], steps: int) -> Sizes:
+def sizes_after(corpora: tuple[Corpus, ...], steps: int, config: RunConfig) -> Sizes:
     """Train so many steps at the peak of the learning rate, in this process, and return how large what has become.
 
     Raises:
@@ -49,7 +52,7 @@ def sizes_after(config: RunConfig, corpora: tuple[Corpus, ...], steps: int) -> S
         del engine
         leave_process_group()
     found = {name: (_rms(now), _rms(now - before[name])) for name, now in after.items()}
-    if bad := [name for name, sizes in found.items() if not all(map(_finite, sizes))]:
+    if bad := [name for name, sizes in found.items() if not all(map(math.isfinite, sizes))]:
         raise TrainingError(f"{bad[0]} is infinite or NaN after {steps} step(s); lower optim.lr={config.optim.lr:g}")
     return found
 
@@ -110,6 +113,3 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 
 def _rms(values: Tensor) -> float:
     return values.double().square().mean().sqrt().item()
-
-
-_finite: Callable[[float], bool] = lambda value: abs(value) < float("inf")  # noqa: E731

@@ -8,9 +8,16 @@ it is not, that grows or shrinks as a power of it.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
-from orchestrator.config import RunConfig
+from jobs.load import load
+from jobs.planning.widths import scaled
+from jobs.screen import Screen
+from jobs.table import print_table
+from jobs.tell import tell
+from optim.mup import WidthRule
+from orchestrator.config import RunConfig, absolute
 from workers.common.errors import ConfigError
 from workers.config import ModelConfig
 
@@ -80,22 +87,23 @@ def ruled(config: RunConfig, rule: str, width: int, base: int, seed: int) -> Run
     """Return the config of one of the models.
 
     Raises:
-        ConfigError: there is no such rule, or the width is not possible.
+        ConfigError: the width is not possible, or not with the rule.
     """
     try:
         optim = replace(config.optim, width_rule=rule, base_width=base)  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(f"--width {width}: optim.{error}") from error
-    return replace(config, model=at_width(config.model, width), optim=optim, seed=seed)
+    model = at_width(config.model, width)
+    scaled(model, optim)  # What a rule refuses is told before anything trains.
+    return replace(config, model=model, optim=optim, seed=seed)
 
 
 def coordinates(
     config: RunConfig,
     widths: Sequence[int],
     rules: Sequence[str],
-    steps: int,
     seeds: Sequence[int],
-    sizes_after: Callable[[RunConfig, int], Mapping[str, tuple[float, float]]],
+    train: Callable[[RunConfig], Mapping[str, tuple[float, float]]],
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Coordinate]:
     """Train the models and return how large each activation is, rule by rule.
@@ -104,9 +112,8 @@ def coordinates(
         config: of all; its `optim.lr` is that of the base width, `optim.base_width`, or the smallest one.
         widths: two or more.
         rules: of `optim.width_rule`.
-        steps: that each trains.
         seeds: each model is trained once with each.
-        sizes_after: trains one of them so many steps.
+        train: trains one of them, and returns the RMS of each activation and of its change.
         say: told of each.
 
     Raises:
@@ -124,7 +131,7 @@ def coordinates(
     found = {}
     for (rule, width, seed), one in configs.items():
         say(f"{rule}, width {width}, seed {seed}")
-        found[rule, width, seed] = sizes_after(one, steps)
+        found[rule, width, seed] = train(one)
     names = next(iter(found.values()))
 
     def mean(rule: str, name: str, which: int) -> tuple[float, ...]:
@@ -136,6 +143,34 @@ def coordinates(
         for rule in rules
         for name in names
     ]
+
+
+def show(
+    name: str, overrides: list[str], widths: Sequence[int], rules: Sequence[str], steps: int, seeds: int, as_json: bool
+) -> None:
+    """Train the models in this process and print how far their activations have moved.
+
+    Raises:
+        ConfigError: the config or a width is not possible, or there is no such rule.
+        TrainingError: an activation is not finite.
+    """
+    if unknown := sorted(set(rules) - set(get_args(WidthRule))):
+        raise ConfigError(f"--rule {unknown[0]}: is none; known are {', '.join(get_args(WidthRule))}")
+    config = absolute(load(name, overrides))
+    console = Screen(stderr=True)
+    with console.status("reading the text") as status:
+        # Torch and DeepSpeed take seconds to import.
+        from jobs.study.activations import sizes_after
+        from workers.data.prepare import prepare
+
+        corpora = prepare(config.data)
+        train = partial(sizes_after, corpora, steps)
+        found = coordinates(config, widths, rules, range(config.seed, config.seed + seeds), train, status.update)
+    if as_json:
+        tell({"steps": steps, "seeds": seeds, "lr": config.optim.lr, "coordinates": [one.as_dict() for one in found]})
+        return
+    head = ("rule", "change of", *map(str, found[0].widths), "power of the width", "")
+    print_table(Screen(), head, rows(found), f"RMS after {steps} steps, of the change since the beginning")
 
 
 def rows(found: Sequence[Coordinate]) -> list[list[str]]:
