@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 
+from jobs.study.file import load_study
 from jobs.study.question import Answer, Outcome, Study, Trial
 from jobs.study.questions.transfer import Transfer
 from jobs.study.telescope import Axis, telescope
@@ -198,3 +199,16 @@ def test_places_are_exact_and_on_the_lattice_of_their_level():
     for level in levels:
         assert all((place / level.spacing).denominator == 1 for (place,) in level.asked)
     assert axis.value(levels[-1].best[0]) == pytest.approx(3, rel=2**0.25 - 1)
+
+
+def test_the_shipped_study_asks_for_what_its_configs_take():
+    found = load_study("transfer")
+    study = found.study
+    study.question.check(study)
+    trials = study.question.trials(study, {})
+    assert len(trials) == 4 * (6 + 6), "the smallest width's grid, and the largest's"
+    for trial in (trials[0], trials[-1]):
+        config = found.config(trial, {})
+        assert config.model.hidden_size == int(trial.coordinates["width"])
+        assert config.optim.base_width == 32 and config.optim.width_rule == trial.coordinates["optim.width_rule"]
+        assert config.optim.lr == trial.coordinates["optim.lr"]
