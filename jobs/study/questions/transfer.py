@@ -160,9 +160,15 @@ def _headline(sweeps: Sequence[Sweep]) -> str:
     if not known:
         return f"Not known yet: no rule has a best learning rate at both widths {first} and {last}"
     known.sort(key=lambda one: abs(math.log(one[1].value)))
-    told = [f"{text_of(_factor(moved))} under {sweep.rule}" for sweep, moved in known]
+    told = [f"{text_of(_factor(moved))} under {sweep.rule}{_noise(moved)}" for sweep, moved in known]
     open_ = "" if all(sweep.complete for sweep in sweeps) else " (trials are left)"
     return f"From width {first} to {last} the best learning rate moves by a factor of " + ", ".join(told) + open_
+
+
+def _noise(moved: Estimate) -> str:
+    if math.isnan(moved.low + moved.high):
+        return " (no interval: too few points bend)"
+    return " (within the noise)" if 1.0 in moved else ""
 
 
 def _moves(sweeps: Sequence[Sweep], keys: Sequence[str]) -> Table:
