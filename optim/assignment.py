@@ -8,9 +8,10 @@ Invariant: every matrix of the group is orthogonalized exactly once across the r
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from optim.layout import GroupLayout
+from optim.mup import UNSCALED, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,8 @@ class Matrix:
     start: int
     rows: int
     columns: int
+    step: Step = UNSCALED
+    """What the width makes of its rate and decay."""
 
     @property
     def numel(self) -> int:
@@ -39,6 +42,7 @@ class Batch:
     count: int
     rows: int
     columns: int
+    step: Step = UNSCALED
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class Straddler:
     columns: int
     owner: int
     pieces: tuple[Piece, ...]
+    step: Step = UNSCALED
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +160,23 @@ class PlanFigures:
         return {**asdict(self), "imbalance": self.imbalance}
 
 
-def matrices_of(layout: GroupLayout, shapes: Sequence[Sequence[tuple[int, int]]]) -> list[Matrix]:
-    """List the group's matrices; `shapes[i]` are rows and columns of those in parameter i, as they lie there."""
+def matrices_of(
+    layout: GroupLayout,
+    shapes: Sequence[Sequence[tuple[int, int]]],
+    step: Callable[[str, int, int], Step] = lambda name, rows, columns: UNSCALED,
+) -> list[Matrix]:
+    """List the group's matrices.
+
+    Args:
+        layout: of the group.
+        shapes: rows and columns of those in each parameter, as they lie there.
+        step: factors of a matrix of so many rows and columns in a parameter.
+    """
     found = []
-    for start, held in zip(layout.starts, shapes, strict=True):
+    for name, start, held in zip(layout.names, layout.starts, shapes, strict=True):
         at = start
         for rows, columns in held:
-            found.append(Matrix(at, rows, columns))
+            found.append(Matrix(at, rows, columns, step(name, rows, columns)))
             at += rows * columns
     return found
 
@@ -188,7 +203,7 @@ def plan_orthogonalization(
         parts = layout.split(matrix.start, matrix.start + matrix.numel)
         if len(parts) == 1:
             rank, offset, _ = parts[0]
-            local[rank].append(Matrix(offset, matrix.rows, matrix.columns))
+            local[rank].append(replace(matrix, start=offset))
             load[rank] += cost(matrix.rows, matrix.columns)
         else:
             straddling.append((matrix, parts))
@@ -201,21 +216,21 @@ def plan_orthogonalization(
         for rank, offset, length in parts:
             pieces.append(Piece(index, rank, offset, position, length))
             position += length
-        straddlers.append(Straddler(matrix.rows, matrix.columns, owner, tuple(pieces)))
+        straddlers.append(Straddler(matrix.rows, matrix.columns, owner, tuple(pieces), matrix.step))
     return OrthogonalizePlan(tuple(tuple(_batches(held)) for held in local), tuple(straddlers))
 
 
 def _batches(matrices: Sequence[Matrix]) -> Iterator[Batch]:
-    """Join matrices of one shape at equal distances; `start` counts in the partition."""
-    by_shape: dict[tuple[int, int], list[int]] = {}
+    """Join matrices of one shape at equal distances that are scaled alike; `start` counts in the partition."""
+    alike: dict[tuple[int, int, Step], list[int]] = {}
     for matrix in matrices:
-        by_shape.setdefault((matrix.rows, matrix.columns), []).append(matrix.start)
-    for (rows, columns), starts in by_shape.items():
+        alike.setdefault((matrix.rows, matrix.columns, matrix.step), []).append(matrix.start)
+    for (rows, columns, step), starts in alike.items():
         first = 0
         while first < len(starts):
             last = first + 1
             stride = starts[last] - starts[first] if last < len(starts) else rows * columns
             while last < len(starts) and starts[last] - starts[last - 1] == stride:
                 last += 1
-            yield Batch(starts[first], stride, last - first, rows, columns)
+            yield Batch(starts[first], stride, last - first, rows, columns, step)
             first = last

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optim.checks import require, within
+from optim.mup import WidthRule
 from optim.polynomials import CoefficientSet, Form, Products, coefficients, form_of, products, restarts
 from optim.schedule import Curve, Shape
 
@@ -52,6 +53,13 @@ class OptimConfig:
     rms_control: Literal["adjusted_lr", "update_norm"] = "adjusted_lr"
     """How the update gets there: `adjusted_lr` scales by `sqrt(max(A, B))`, as if all singular values were 1
     (Moonlight, equation 4); `update_norm` measures each update and divides by what it finds (the same, table 1)."""
+    width_rule: WidthRule = "none"
+    """How initial scales, rates and decays follow the width of the model, so that lr and weight_decay found at
+    base_width hold at another: `spectral` (Qiu et al., table 1), `essential` (Essential AI's muP), `rms` (initial
+    scales by fan-in, all else the same); `none` changes nothing. See docs/transfer.md."""
+    base_width: int = 0
+    """The model's width at which width_rule changes nothing: where lr, weight_decay and init_std were found; 0 where
+    the rule is `none`."""
     qk_clip: float = 0.0
     """Largest attention logit: a head that exceeds it gets its query and key weights scaled down after the step; Kimi
     K2 has 100, 0 turns it off."""
@@ -88,6 +96,12 @@ class OptimConfig:
             *within(self, "[0, 1)", "momentum", "beta1", "beta2"),
             *within(self, "[1, 50]", "ns_steps"),
             *within(self, "[1e-3, 10]", "update_rms"),
+            *within(self, "[0, inf)", "base_width"),
+            (
+                self.width_rule == "none" or self.base_width > 0,
+                f"base_width must be the width (model.hidden_size) at which lr was found, where "
+                f"width_rule={self.width_rule}; it is {self.base_width}",
+            ),
             *(
                 (value == 0 or value >= least, f"{key} must be 0 (off) or {least:g} or more, not {value}")
                 for key, value, least in (("qk_clip", self.qk_clip, 1), ("grad_clip", self.grad_clip, 1e-3))
@@ -110,6 +124,12 @@ class OptimConfig:
             warmup=units * self.warmup_steps,
             decay_fraction=self.decay_fraction,
         )
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What of it has to be the same for a run to go on, by key; no rule of widths is as if there were no key."""
+        rule = {"optim.width_rule": self.width_rule, "optim.base_width": self.base_width}
+        return {"optim.name": self.name} | (rule if self.width_rule != "none" else {})
 
     @property
     def form(self) -> Form | None:

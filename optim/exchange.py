@@ -53,14 +53,14 @@ class Rule:
         gradient: Tensor,
         momentum: Tensor,
         busy: Tensor,
-        lr: float,
-        weight_decay: float,
+        rate: float,
+        decay: float,
         workspace: Workspace | None = None,
     ) -> None:
         """Do all of it to whole matrices, `[count, A, B]` each; `busy` is 0 for those that are not moved."""
         rows, columns = weights.shape[-2:]
         orthogonal = self.orthogonalize(self.direction(gradient, momentum), workspace).mul_(busy)
-        self.update(weights, orthogonal, rows, columns, lr, weight_decay)
+        self.update(weights, orthogonal, rows, columns, rate, decay)
 
     def direction(self, gradient: Tensor, momentum: Tensor) -> Tensor:
         """Move the momentum on, and return what is orthogonalized: itself, or a look-ahead in the gradient's memory."""
@@ -75,12 +75,10 @@ class Rule:
             orthogonal.mul_(torch.where(norm > 0, min(orthogonal.shape[-2:]) ** 0.5 / norm, 0.0))
         return orthogonal
 
-    def update(
-        self, weights: Tensor, orthogonal: Tensor, rows: int, columns: int, lr: float, weight_decay: float
-    ) -> None:
-        """Move weights, or a piece of them, of a matrix of so many rows and columns."""
+    def update(self, weights: Tensor, orthogonal: Tensor, rows: int, columns: int, rate: float, decay: float) -> None:
+        """Move weights, or a piece of them, of a matrix of so many rows and columns, a share of which decays."""
         scale = self.config.update_rms * max(rows, columns) ** 0.5
-        weights.mul_(1 - lr * weight_decay).add_(orthogonal, alpha=-lr * scale)
+        weights.mul_(1 - decay).add_(orthogonal, alpha=-rate * scale)
 
 
 class Exchange:
@@ -117,6 +115,8 @@ class Exchange:
     def step(self, shard: Tensor, gradient: Tensor, momentum: Tensor, lr: float, weight_decay: float) -> None:
         """Update momentum and weights: `w <- (1 - lr wd) w - lr rms sqrt(max(A, B)) O` (Moonlight, equation 4).
 
+        Each matrix has factors of its own on both, where the model's width has its rule (`optim.mup`).
+
         Args:
             shard: this rank's weights, flat.
             gradient: alike; its memory is used.
@@ -133,7 +133,8 @@ class Exchange:
         for batch, square in zip(self.batches, squares, strict=True):
             weights, own_gradient, own_momentum = (_view(tensor, batch) for tensor in (shard, gradient, momentum))
             busy = (square > least * (batch.rows * batch.columns)).view(-1, 1, 1)
-            self.rule.step(weights, own_gradient, own_momentum, busy, lr, weight_decay, self.workspace)
+            rate, decay = lr * batch.step.rate, lr * weight_decay * batch.step.decay
+            self.rule.step(weights, own_gradient, own_momentum, busy, rate, decay, self.workspace)
         if arrival is None:
             return
 
@@ -175,7 +176,8 @@ class Exchange:
         for p, orthogonal in zip(pieces, slices, strict=True):
             matrix = self.plan.straddlers[p.matrix]
             (weights,) = _pieces(p, shard)
-            self.rule.update(weights, orthogonal, matrix.rows, matrix.columns, lr, weight_decay)
+            rate, decay = lr * matrix.step.rate, lr * weight_decay * matrix.step.decay
+            self.rule.update(weights, orthogonal, matrix.rows, matrix.columns, rate, decay)
 
     def _all_to_all(
         self, pieces: list[Tensor], send_sizes: list[int], receive_sizes: list[int]

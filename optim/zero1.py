@@ -23,6 +23,7 @@ from optim.assignment import PlanFigures, matrices_of, plan_orthogonalization
 from optim.config import OptimConfig
 from optim.exchange import Exchange
 from optim.layout import Fragment, GroupLayout
+from optim.mup import STANDARD, Parametrization, Step, stretches
 from optim.qk_clip import HeadRows, HeadSlice, clip, factors, slices_of
 from optim.routing import parameter_groups
 
@@ -56,6 +57,7 @@ class Zero1Optimizer(torch.optim.Optimizer):
         tables: names of parameters that are tables of vectors, not matrices: AdamW's.
         parts: rows of each matrix of its own within a parameter, by name.
         heads: rows of each attention head, for QK-Clip.
+        parametrization: how rates and decays follow the model's width.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Zero1Optimizer(torch.optim.Optimizer):
         tables: Collection[str],
         parts: Mapping[str, Sequence[int]] | None = None,
         heads: Sequence[HeadRows] = (),
+        parametrization: Parametrization = STANDARD,
     ) -> None:
         if "muon" in type(self).__name__.lower():
             raise LayoutError(f"{type(self).__name__}: DeepSpeed takes a class with muon in its name for its own Muon")
@@ -73,6 +76,8 @@ class Zero1Optimizer(torch.optim.Optimizer):
         self._parameters: list[list[nn.Parameter]] = [list(group["params"]) for group in groups]
         self._layouts: dict[str, GroupLayout] = {}
         self._heads = heads
+        self.parametrization = parametrization
+        self._stretches: dict[Step, list[tuple[int, int]]] = {}
         self._slices: dict[str, list[HeadSlice]] = {}
         self.max_logits: Sequence[float] = ()
         """Largest attention logit of each head in the batch of the next step; set by the caller before each step where
@@ -111,9 +116,10 @@ class Zero1Optimizer(torch.optim.Optimizer):
             self._slices[method] = slices_of(self._heads, layout.fragments(rank), columns)
             self.state[shard].update({key: torch.zeros_like(shard) for key in STATE_KEYS[method]})
             if method == "adamw":
+                self._stretches = stretches(layout.fragments(rank), shard.numel(), self._adamw_step)
                 self.state[shard]["step"] = torch.zeros((), dtype=torch.float32, device=shard.device)
             else:
-                matrices = matrices_of(layout, group["matrices"])
+                matrices = matrices_of(layout, group["matrices"], self._muon_step)
                 plan = plan_orthogonalization(layout, matrices, self.config.operations)
                 self.exchange = Exchange(plan, self.config, process_group, shard.device)
 
@@ -166,24 +172,34 @@ class Zero1Optimizer(torch.optim.Optimizer):
             if "step" in state:
                 state["step"].fill_(steps)
 
+    def _muon_step(self, name: str, rows: int, columns: int) -> Step:
+        return self.parametrization.step(name, "muon", rows, columns)
+
+    def _adamw_step(self, name: str) -> Step:
+        return self.parametrization.step(name, "adamw")
+
     def _adamw(self, group: dict[str, Any], shard: Tensor) -> None:
         config, state = self.config, self.state[shard]
-        adamw(
-            [shard],
-            [shard.grad],  # type: ignore[list-item]
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [state["step"]],
-            fused=True,
-            amsgrad=False,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=config.eps,
-            maximize=False,
-        )
+        flat = (shard, shard.grad, state["exp_avg"], state["exp_avg_sq"])
+        for step, intervals in self._stretches.items():
+            weights, gradients, means, squares = ([of[a:b] for a, b in intervals] for of in flat)  # type: ignore
+            adamw(
+                weights,
+                gradients,
+                means,
+                squares,
+                [],
+                list(state["step"].expand(len(intervals)).clone().unbind()),  # Each call counts its own.
+                fused=True,
+                amsgrad=False,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                lr=group["lr"] * step.rate,
+                weight_decay=group["weight_decay"] * (step.decay / step.rate),
+                eps=config.eps,
+                maximize=False,
+            )
+        state["step"].add_(1)
 
 
 def _check_layout(layout: GroupLayout, rank: int, parameters: list[nn.Parameter], shard: Tensor) -> None:

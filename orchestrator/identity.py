@@ -15,7 +15,7 @@ def identity(config: RunConfig, corpora: tuple[Corpus, ...]) -> dict[str, Any]:
     """Return what has to be the same for a run to go on: otherwise it would be another run, silently."""
     return {
         "model": asdict(config.model),
-        "optim.name": config.optim.name,
+        **config.optim.identity,
         **data_identity(config, corpora),
         "train.seq_len": config.train.seq_len,
         "seed": config.seed,

@@ -173,12 +173,19 @@ def build_engine(
     """
     if seed is not None:
         torch.manual_seed(seed)
-    model = build(model_config, initialize=seed is not None).to(device)
+    model = build(model_config, initialize=seed is not None, optim=optim_config).to(device)
     if train.compile:
         compile_layers(model, watched=optim_config.qk_clip > 0)
     recompute(model, train.recomputed(len(model.blocks)))
     parts = model.matrix_parts(optim_config.split)
-    optimizer = Zero1Optimizer(model.named_parameters(), optim_config, model.tables(), parts, model.head_rows())
+    optimizer = Zero1Optimizer(
+        model.named_parameters(),
+        optim_config,
+        model.tables(),
+        parts,
+        model.head_rows(),
+        model.parametrization(optim_config),
+    )
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

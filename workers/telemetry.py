@@ -190,18 +190,20 @@ class Telemetry:
         return [part.view_as(shape).tolist() for part, shape in zip(parts, mine, strict=True)]
 
     def _squares(self, lr: float) -> Tensor:
-        """Sum the squares of updates (over the learning rate, without decay) and weights: `[kinds, 3]`, with counts."""
+        """Sum the squares of updates (over `lr`, without decay) and weights: `[kinds, 3]`, with counts."""
         device = self.engine.device
         sums = torch.zeros(len(KINDS), 3, dtype=torch.float64, device=device)
         rows = {kind: row for row, kind in enumerate(KINDS)}
-        decay = 1 - lr * self.engine.optimizer.config.weight_decay
+        optimizer = self.engine.optimizer
+        decay = lr * optimizer.config.weight_decay
         for before, state in zip(self._before, self._flat_state(), strict=True):
             for fragment in state.fragments:
                 row = sums[rows[self.kinds[fragment.name]]]
+                kept = 1 - decay * optimizer.parametrization.decay(fragment.name)
                 for first in range(fragment.offset, fragment.offset + fragment.length, CHUNK):
                     last = min(first + CHUNK, fragment.offset + fragment.length)
                     now = state.tensors["weight"][first:last]
-                    update = (before[first:last].to(device) * decay - now) / (lr or 1.0)
+                    update = (before[first:last].to(device) * kept - now) / (lr or 1.0)
                     counted = now.new_tensor(last - first, dtype=torch.float64)
                     row += torch.stack(
                         [update.square().sum(dtype=torch.float64), now.square().sum(dtype=torch.float64), counted]

@@ -8,6 +8,7 @@ from jobs.planning.choice import deepest
 from jobs.planning.estimate import Machines, gigabytes
 from jobs.planning.plan import Plan, Terms, plan_run, with_types
 from jobs.planning.state import num_blocks
+from jobs.planning.widths import scaled
 from jobs.screen import Screen
 from jobs.table import print_table
 from jobs.tell import tell
@@ -148,6 +149,7 @@ def tables(plans: list[Plan]) -> dict[str, dict[str, list[str]]]:
         "the run": run,
         "stages": _stages(plans),
         "matrices": _matrices([one.matrices for one in plans]),
+        _rule(plans[0]): _scaled(plans),
     }
     said = {title: {name: cells for name, cells in rows.items() if any(cells)} for title, rows in found.items()}
     return {title: rows for title, rows in said.items() if rows}
@@ -157,6 +159,19 @@ def _sums(plan: Plan) -> str:
     train = plan.config.train
     in_fp32 = train.gradients == "partitioned" or train.accumulate == "fp32" or plan.device.precision == "fp32"
     return "fp32" if in_fp32 else "bf16"
+
+
+def _rule(plan: Plan) -> str:
+    optim = plan.config.optim
+    return f"width rule {optim.width_rule}, from base width {optim.base_width}"
+
+
+def _scaled(plans: list[Plan]) -> dict[str, list[str]]:
+    rows: dict[str, list[str]] = {}
+    for kind in scaled(plans[0].config.model, plans[0].config.optim):
+        label = kind.label if kind.label not in rows else f"{kind.label}, other parts"
+        rows[label] = [str(kind)] * len(plans)
+    return rows
 
 
 def _stages(plans: list[Plan]) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from jobs.planning.memory import PROCESS_BYTES, Memory
 from jobs.planning.state import layout_of, num_blocks
 from jobs.planning.timing import StepTime
 from jobs.planning.traffic import boundary_bytes
+from jobs.planning.widths import scaled
 from optim.assignment import PlanFigures
 from optim.config import precision_on
 from optim.exchange import dtype_on
@@ -137,6 +138,7 @@ class Plan:
                 "snapshot_per_node": self.snapshot_bytes,
             },
             "matrices": self.matrices and self.matrices.as_dict(),
+            "width_rule": [asdict(kind) for kind in scaled(self.config.model, self.config.optim)],
             "seconds": self.time.as_dict(),
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,

@@ -9,6 +9,7 @@ import torch
 from optim.assignment import OrthogonalizePlan, PlanFigures, matrices_of, plan_orthogonalization
 from optim.config import OptimConfig
 from optim.layout import GroupLayout
+from optim.mup import Parametrization, Step
 from optim.routing import parameter_groups
 from optim.zero1 import kinds_of
 from workers.config import ModelConfig
@@ -95,10 +96,14 @@ def num_blocks(model_config: ModelConfig) -> int:
 
 @lru_cache(maxsize=32)
 def layout_of(model_config: ModelConfig, optim: OptimConfig, world_size: int) -> Layout:
-    """Lay the model's parameters out over so many ranks."""
+    """Lay the model's parameters out over so many ranks.
+
+    Raises:
+        ConfigError: the optimizer's rule of widths does not go with the model.
+    """
     with torch.device("meta"):
         model = build_empty(model_config)
-    groups = []
+    rule, groups = model.parametrization(optim), []
     for group in parameter_groups(
         model.named_parameters(), optim.name, model.tables(), model.matrix_parts(optim.split)
     ):
@@ -112,9 +117,12 @@ def layout_of(model_config: ModelConfig, optim: OptimConfig, world_size: int) ->
         snapshot=ShardMap.of(flat, sizes, rank=0).size,
         flops_per_token=model.flops_per_token,
         expert_loads=model.expert_load().numel(),
-        plan=next((_plan(group, optim) for group in groups if group.method == "muon"), None),
+        plan=next((_plan(group, optim, rule) for group in groups if group.method == "muon"), None),
     )
 
 
-def _plan(group: Group, optim: OptimConfig) -> OrthogonalizePlan:
-    return plan_orthogonalization(group.layout, matrices_of(group.layout, group.matrices), optim.operations)
+def _plan(group: Group, optim: OptimConfig, rule: Parametrization) -> OrthogonalizePlan:
+    def step(name: str, rows: int, columns: int) -> Step:
+        return rule.step(name, "muon", rows, columns)
+
+    return plan_orthogonalization(group.layout, matrices_of(group.layout, group.matrices, step), optim.operations)

@@ -12,6 +12,7 @@ import typer
 
 from jobs.cli import app
 from jobs.load import CONFIGS, load
+from jobs.study.file import load_study
 from workers.data.enough import check_corpus
 from workers.data.prepare import prepare
 
@@ -164,7 +165,11 @@ def test_configs_are_sound_as_they_are_printed(page, tmp_path):
     shown = re.findall(r"^\$ cat \S+\.yaml\n(.*?)^\$ ", "".join(blocks("console", text)), re.DOTALL | re.MULTILINE)
     for config in [*blocks("yaml", text), *shown]:
         (tmp_path / "config.yaml").write_text(config)
-        load(str(tmp_path / "config.yaml"), [])
+        if re.search(r"^question:", config, re.MULTILINE):
+            study = load_study(str(tmp_path / "config.yaml")).study
+            study.question.check(study)
+        else:
+            load(str(tmp_path / "config.yaml"), [])
 
 
 def test_the_tutorials_own_config_finds_its_text_in_an_empty_folder(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from optim.config import OptimConfig
 from orchestrator.identity import refuse_other
 from workers.common.errors import ConfigError
 
@@ -47,6 +48,7 @@ def test_weights_that_held_already_may_not(wanted, reached):
         ("data.document_mask", True),
         ("data.chat_template", "3" * 64),
         ("data.tokenizer", "4" * 64),
+        ("optim.width_rule", "spectral"),
     ],
 )
 def test_what_a_run_had_and_a_config_leaves_out_is_told_as_the_other_way_round(key, value):
@@ -55,6 +57,14 @@ def test_what_a_run_had_and_a_config_leaves_out_is_told_as_the_other_way_round(k
         with pytest.raises(ConfigError, match=rf"{key}: the checkpoint has .*None") as error:
             refuse_other("runs/x", saved, wanted, 20)
         assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_rule_of_widths_makes_another_run_and_none_makes_the_run_that_there_was():
+    plain, ruled = OptimConfig(base_width=64), OptimConfig(width_rule="rms", base_width=64)
+    assert plain.identity == {"optim.name": "muon"}
+    assert ruled.identity == {"optim.name": "muon", "optim.width_rule": "rms", "optim.base_width": 64}
+    with pytest.raises(ConfigError, match="base_width: the checkpoint has 64, the config 32"):
+        refuse_other("runs/x", ruled.identity, OptimConfig(width_rule="rms", base_width=32).identity, 0)
 
 
 def test_a_changed_source_is_told_by_its_name():

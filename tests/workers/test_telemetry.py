@@ -47,6 +47,18 @@ def of_kind(weights: dict, kind: str) -> list[torch.Tensor]:
     return [weight for name, weight in weights.items() if KINDS_OF_MOONLIGHT[name] == kind]
 
 
+def test_updates_are_measured_without_the_decay_that_the_width_gives_each_weight(tmp_path):
+    task = replace(task_of(tmp_path, steps=1), telemetry=TelemetryConfig(every=1, spectra=0))
+
+    def updates(weight_decay: float) -> dict[str, float]:
+        optim = replace(task.optim, weight_decay=weight_decay, width_rule="essential", base_width=8)
+        found = run_ranks(2, measured, replace(task, optim=optim))[0]["rows"][0]["measured"]
+        return {name: rms for name, rms in found.items() if name.startswith("update_rms/")}
+
+    without, decayed = updates(0.0), updates(9.0)
+    assert decayed == pytest.approx(without, rel=1e-3) and without["update_rms/dense"] == pytest.approx(0.05, rel=0.2)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_what_is_measured_is_what_it_says(tmp_path, world_size):
     every = TelemetryConfig(every=3, spectra=2, peak_tflops=0.5)

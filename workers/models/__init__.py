@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optim.config import OptimConfig
+from optim.mup import STANDARD
 from workers.config import MODELS, ModelConfig
 from workers.models.language_model import LanguageModel
 
@@ -16,8 +18,14 @@ def build_empty(config: ModelConfig) -> LanguageModel:
     return getattr(importlib.import_module(module), name)(config)
 
 
-def build(config: ModelConfig, initialize: bool = True) -> LanguageModel:
-    """Make the model with weights drawn from torch's current random state, or, to be filled later, with zeros."""
+def build(config: ModelConfig, initialize: bool = True, optim: OptimConfig | None = None) -> LanguageModel:
+    """Make the model with weights drawn from torch's current random state, or, to be filled later, with zeros.
+
+    Args:
+        config: of the model.
+        initialize: whether to draw them.
+        optim: whose width rule scales them; None: none.
+    """
     if not initialize:
         with torch.device("meta"):
             model = build_empty(config)
@@ -26,7 +34,7 @@ def build(config: ModelConfig, initialize: bool = True) -> LanguageModel:
             nn.init.zeros_(tensor)
         return model
     model = build_empty(config)
-    model.initialize(config.init_std)
+    model.initialize(config.init_std, model.parametrization(optim) if optim else STANDARD)
     return model
 
 

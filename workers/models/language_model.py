@@ -11,7 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from optim.config import MOST_DECAY, OptimConfig
+from optim.mup import STANDARD, Parametrization, Role
 from optim.qk_clip import HeadRows
+from workers.common.errors import ConfigError
 from workers.models.cache import KeyValueCache
 
 MATRICES = ("attention_qo", "attention_kv", "experts", "shared_experts", "router", "dense")
@@ -38,6 +41,11 @@ class LanguageModel(nn.Module, ABC):
     }
     """What is part of the names of the matrices of each of KINDS, the first that fits: Hugging Face's, unless a model
     has others. Vectors are `norms`, whatever they are called."""
+
+    narrowing: ClassVar[tuple[str, ...]] = ("mlp.gate.", "self_attn.kv_a_proj")
+    """What is part of the names of matrices whose rows stay as many at any width: routers, the way to latents."""
+    widening: ClassVar[tuple[str, ...]] = ("self_attn.kv_b_proj",)
+    """And of those whose columns do: the way from latents."""
 
     @abstractmethod
     def forward(self, tokens: Tensor, documents: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
@@ -67,11 +75,52 @@ class LanguageModel(nn.Module, ABC):
     def flops_per_token(self, seq_len: int) -> float:
         """Return the floating-point operations of training on a token; `training_flops` says what is counted."""
 
-    def initialize(self, std: float) -> None:
+    def initialize(self, std: float, parametrization: Parametrization = STANDARD) -> None:
         """Draw the initial weights from torch's random state: matrices and tables here, the rest as it was made."""
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:  # Norm gains start at one.
-                nn.init.normal_(parameter, std=std)
+                nn.init.normal_(parameter, std=std * parametrization.std(name, *parameter.shape[-2:]))
+
+    def roles(self) -> dict[str, Role]:
+        """Return what each parameter is to a rule of widths, by name."""
+        embeddings = self.embeddings()
+
+        def role(name: str, parameter: Tensor) -> Role:
+            if parameter is self.head:
+                return "head"
+            if name in embeddings:
+                return "embedding"
+            if parameter.dim() < 2:
+                return "vector"
+            if any(part in name for part in self.narrowing):
+                return "narrowing"
+            return "widening" if any(part in name for part in self.widening) else "hidden"
+
+        return {name: role(name, parameter) for name, parameter in self.named_parameters()}
+
+    def parametrization(self, config: OptimConfig) -> Parametrization:
+        """Return how the optimizer's rule of widths scales this model.
+
+        Raises:
+            ConfigError: it cannot: the output layer is the embedding, or a step would take too much of the weights.
+        """
+        rule, width = config.width_rule, self.head.shape[1]
+        if rule == "none":
+            return STANDARD
+        roles, parts = self.roles(), self.matrix_parts(config.split)
+        if tied := sorted(name for name in self.embeddings() if roles[name] == "head"):
+            raise ConfigError(
+                f"optim.width_rule={rule}: {tied[0]} is the embedding and the output layer, which a rule scales "
+                "differently; use a model with an output layer of its own, or optim.width_rule=none"
+            )
+        found = Parametrization(rule, width / config.base_width, roles, frozenset(parts))
+        if (taken := config.lr * config.weight_decay * found.largest_decay()) > MOST_DECAY * (1 + 1e-9):
+            raise ConfigError(
+                f"optim.base_width={config.base_width}: at width {width} a step would take {taken:.2g} of the weights, "
+                f"and {MOST_DECAY:g} is the most; lower optim.weight_decay={config.weight_decay:g}, or take a smaller "
+                "base width"
+            )
+        return found
 
     def tables(self) -> set[str]:
         """Return the names of weights that are tables of vectors and not maps between hidden spaces: AdamW's.

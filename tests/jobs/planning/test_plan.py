@@ -318,6 +318,21 @@ def test_both_forms_of_the_command(tmp_path):
     assert told["matrices"]["straddlers"] == 1
 
 
+def test_a_rule_of_widths_is_told_for_each_kind_of_parameter():
+    arguments = ["plan", "demo", "--gpu-type", "H100", "optim.width_rule=spectral", "optim.base_width=32"]
+    output = CliRunner().invoke(app, arguments).output
+    told = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)["width_rule"]
+    by_kind = {(kind["kind"], kind["role"]): kind for kind in told}
+    assert len(by_kind) == len(told) == 10
+    dense, head = by_kind["dense", "hidden"], by_kind["head", "head"]
+    assert (dense["init_std"], dense["lr"], dense["decay"]) == pytest.approx((0.05 / 2, 0.016 / 2, 0.0016 / 4))
+    assert (head["init_std"], head["lr"], head["method"]) == pytest.approx((0.05 / 4, 0.016 / 4, "adamw"))
+    assert "width rule spectral, from base width 32" in output and "std 0.025, muon 0.008, decay 0.0004" in output
+    assert "width rule" not in CliRunner().invoke(app, arguments[:4]).output
+    code, text = refused("demo", *arguments[2:4], "optim.width_rule=spectral", "optim.base_width=16384")
+    assert code == 2 and "optim.base_width=16384: at width 128 a step would take" in text
+
+
 @pytest.mark.parametrize("width", ["20", "80"])
 def test_without_a_type_those_that_hold_the_run_are_planned_and_the_tables_are_whole(width):
     arguments = ["plan", "moonlight-16b", "--gpus", "8", "--gpus", "64", "train.stages=[]", "train.tokens=0"]
