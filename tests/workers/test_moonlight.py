@@ -16,7 +16,8 @@ from workers.config import MoonlightConfig
 from workers.models import build, logits_of
 from workers.models.feed_forward import Routes
 from workers.models.layers import rotary
-from workers.models.moonlight import Experts, Moonlight
+from workers.models.experts import Experts
+from workers.models.moonlight import Moonlight
 
 pytestmark = pytest.mark.numeric
 
