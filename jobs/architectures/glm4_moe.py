@@ -52,15 +52,15 @@ class Glm4Moe(Architecture):
 
     def read(self, keys: Keys) -> LlamaMoeConfig:
         """Return our settings."""
-        _check_turned(keys)
         sizes = read_sizes(keys)
+        _check_turned(keys)
         keys.one_of("use_qk_norm", False)
-        heads = sizes["num_heads"]
+        without = sizes["hidden_size"] // max(sizes["num_heads"], 1)
         return LlamaMoeConfig(
             **sizes,
             **read_experts(keys, sizes["num_layers"]),
-            num_kv_heads=keys.size("num_key_value_heads", heads),
-            head_dim=keys.size("head_dim", sizes["hidden_size"] // max(heads, 1)),
+            num_kv_heads=keys.size("num_key_value_heads"),
+            head_dim=keys.size("head_dim") if "head_dim" in keys.config else without,  # null is no width to transformers.
         )
 
     def write(self, model: LlamaMoeConfig) -> dict[str, Any]:
