@@ -8,7 +8,7 @@ import torch
 from optim.checks import ConfigProblems
 from tests.closeness import assert_close
 from workers.config import LlamaMoeConfig
-from workers.models import build, logits_of
+from workers.models import build
 from workers.models.experts import MixtureOfExperts
 from workers.models.layers import SwiGLU, rotary
 from workers.models.llama_moe import LlamaMoe
@@ -44,15 +44,16 @@ def test_the_first_layers_are_dense_and_the_others_have_experts():
 
 
 def test_a_layer_is_attention_and_what_its_experts_make_of_it():
-    """Against sums in fp64 over each token's experts, one by one."""
-    model = tiny(num_dense_layers=0, num_layers=1).double()
+    """Against sums over each token's experts, one by one, in fp64."""
+    model = tiny(num_dense_layers=0, num_layers=1)
     layer, tokens = model.model.layers[0], torch.randint(256, (2, 9))
     seen = []
     layer.post_attention_layernorm.register_forward_hook(lambda _, x, out: seen.append((x[0], out)))
-    logits_of(model, tokens)
-    (before, x), mlp = seen[0], layer.mlp
-    scores = (x @ mlp.gate.weight.T).sigmoid()
-    gates, chosen = scores.topk(2)
+    rotation = rotary(9, TINY.head_dim, TINY.rope_theta, tokens.device)
+    result = layer(model.model.embed_tokens(tokens), rotation)
+    ((before, x),) = ((one.double() for one in pair) for pair in seen)
+    mlp = layer.mlp.double()
+    gates, chosen = (x @ mlp.gate.weight.T).sigmoid().topk(2)
     gates = 1.5 * gates / gates.sum(-1, keepdim=True)
     swiglu = lambda gate, up, down: (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T  # noqa: E731
     experts, shared = mlp.experts, mlp.shared_experts
@@ -60,8 +61,7 @@ def test_a_layer_is_attention_and_what_its_experts_make_of_it():
     each = torch.stack([swiglu(*one) for one in stacks], -2)
     routed = (gates.unsqueeze(-1) * each.gather(-2, chosen.unsqueeze(-1).expand(*chosen.shape, x.size(-1)))).sum(-2)
     expected = before + routed + swiglu(shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
-    rotation = rotary(9, TINY.head_dim, TINY.rope_theta, tokens.device)
-    assert_close(layer(model.model.embed_tokens(tokens), rotation), expected, 1)
+    assert_close(result, expected, 1)
 
 
 def test_flops_count_the_experts_that_a_token_visits():
