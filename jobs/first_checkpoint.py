@@ -1,4 +1,4 @@
-"""A checkpoint of step 0 that no run has trained, with which one can begin (`train.init`): weights, no optimizer's state.
+"""A checkpoint of step 0 that no run has trained, to begin with (`train.init`): weights, and no optimizer's state.
 
 It is in a folder of its own, as a run's is: it can be shown, verified, generated with and exported as any other.
 """

@@ -23,7 +23,9 @@ def import_model(folder: str, to: str, say: Callable[[str], object] = lambda tex
     with FolderModel(Path(folder), say) as model:
         check_room(store, model.num_bytes)
         with store.whole_or_nothing():
-            tensors = [(kind, name, model.tensor(kind, name)) for kind in (WEIGHT, BUFFER) for name in model.names(kind)]
+            tensors = [
+                (kind, name, model.tensor(kind, name)) for kind in (WEIGHT, BUFFER) for name in model.names(kind)
+            ]
             if model.described.tied:
                 say("the output layer, which was the embedding, becomes one of its own: they may part in training")
             write_first(store, model.manifest, tensors, model.tokenizer)

@@ -21,7 +21,7 @@ class Parts:
     """What the noise scale is the ratio of."""
 
     variance: float
-    """tr(Sigma): of the gradient of one token's loss, summed over all parameters; a mean over n tokens has 1/n of it."""
+    """tr(Sigma): of the gradient of one token's loss, over all parameters; a mean over n tokens has 1/n of it."""
     squared_norm: float
     """|G|^2 of the gradient without noise; an estimate without bias, so it may be negative."""
 
@@ -78,7 +78,7 @@ class MicroBatchNorms:
 
         Args:
             counted: its targets that count.
-            tokens: those of the global batch, by which the loss was divided and which DeepSpeed averages over the ranks.
+            tokens: those of the global batch, by which the loss was divided; DeepSpeed averages over the ranks.
         """
         if counted:
             self._weighted += self._square * (tokens / counted / self.world_size**2)

@@ -60,7 +60,9 @@ class Glm4Moe(Architecture):
             **sizes,
             **read_experts(keys, sizes["num_layers"]),
             num_kv_heads=keys.size("num_key_value_heads"),
-            head_dim=keys.size("head_dim") if "head_dim" in keys.config else without,  # null is no width to transformers.
+            head_dim=keys.size("head_dim")
+            if "head_dim" in keys.config
+            else without,  # null is no width to transformers.
         )
 
     def write(self, model: LlamaMoeConfig) -> dict[str, Any]:

@@ -24,7 +24,9 @@ What = Annotated[
 To = Annotated[str, typer.Option(help="A new folder, or an fsspec URL.")]
 Experts = Annotated[int, typer.Option(help="Routed experts of each layer.")]
 DenseLayers = Annotated[int, typer.Option(help="First layers that stay dense.")]
-Text = Annotated[str, typer.Option(help="Text, as in data.source: a sample of it is used, and both losses are measured.")]
+Text = Annotated[
+    str, typer.Option(help="Text, as in data.source: a sample of it is used, and both losses are measured.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of all that is drawn.")]
 
 

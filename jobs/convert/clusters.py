@@ -1,4 +1,4 @@
-"""Clusters of equal size: k-means in which each cluster takes as many points as any other. Deterministic by its seed."""
+"""Clusters of equal size: k-means in which each takes as many points as any other. Deterministic by its seed."""
 
 import numpy as np
 

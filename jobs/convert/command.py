@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,8 @@ def _sample(asked: Asked, trained: Trained, say: Callable[[str], object]) -> np.
     from jobs.convert.sample import read_sample
 
     sequences = read_sample(asked.text, trained.tokenizer, trained.seq_len, asked.seed, asked.s3_endpoint)
-    say(f"{len(sequences)} sequences of {trained.seq_len} tokens of {asked.text}: half to convert by, half to measure on")
+    told = f"{len(sequences)} sequences of {trained.seq_len} tokens of {asked.text}"
+    say(f"{told}: the first half to convert by, the second to measure on")
     return sequences
 
 

@@ -132,7 +132,7 @@ def _by_weights(dense: Dense, found: Parts, sharpness: float) -> np.ndarray:
 
 
 def _fitted(dense: Dense, found: Parts, sharpness: float, inputs: np.ndarray) -> np.ndarray:
-    """Return the router whose logits tell, as well as a linear map can, how much each expert adds to a token's output."""
+    """Return the router whose logits tell, as a linear map can, how much each expert adds to a token's output."""
     hidden = _hidden(dense, inputs)
     sizes = np.stack([np.linalg.norm(hidden[:, part] @ dense.down[:, part].T, axis=1) for part in found.experts], 1)
     aims = sizes - sizes.mean(1, keepdims=True)

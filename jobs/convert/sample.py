@@ -45,8 +45,8 @@ def read_sample(text: str, tokenizer: Tokenizer, seq_len: int, seed: int, s3_end
                 return np.stack(found[:wanted])
     if len(found) < 2:
         raise ConfigError(
-            f"--text {text}: there are {len(found)} sequences of {seq_len + 1} tokens within its documents, and 2 are the "
-            "least: one to make the experts by, one to measure on; name more text"
+            f"--text {text}: its documents have {len(found)} stretches of {seq_len + 1} tokens, and 2 are the least: "
+            "one to convert by, one to measure on; name more text"
         )
     return np.stack(found)
 

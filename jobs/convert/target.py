@@ -1,6 +1,6 @@
 """Which mixture a dense model becomes: pure, from sizes alone."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from optim.checks import ConfigProblems
@@ -55,28 +55,28 @@ def mixture_of(model: ModelConfig, shape: Shape, where: str) -> MixtureConfig:
         ConfigError: the model is no dense one, or cannot be cut so.
     """
     if not isinstance(model, LlamaConfig | LlamaMoeConfig | MoonlightConfig):
-        raise ConfigError(f"{where}: a {model.name} is not converted; llama and moonlight are (docs/commands/convert.md)")
+        raise ConfigError(
+            f"{where}: a {model.name} is not converted; llama and moonlight are (docs/commands/convert.md)"
+        )
     if not isinstance(model, LlamaConfig) and model.num_dense_layers < model.num_layers:
         raise ConfigError(
             f"{where}: it is a mixture of experts already, in {model.num_layers - model.num_dense_layers} of its "
-            f"{model.num_layers} layers; a dense model is converted (a {model.name} with num_dense_layers={model.num_layers})"
+            f"{model.num_layers} layers; a dense model is converted, as a {model.name} with "
+            f"num_dense_layers={model.num_layers} is"
         )
     _check(model, shape)
     kind = MoonlightConfig if isinstance(model, MoonlightConfig) else LlamaMoeConfig
-    known = {key.name: getattr(model, key.name) for key in fields(kind) if key.name != "name" and hasattr(model, key.name)}
+    same = [key.name for key in fields(kind) if key.name != "name" and hasattr(model, key.name)]
+    experts = {
+        "num_dense_layers": shape.dense_layers,
+        "moe_intermediate_size": _width(model.intermediate_size, shape, where),
+        "num_experts": shape.experts,
+        "num_experts_per_token": shape.chosen,
+        "num_shared_experts": shape.shared,
+        "routed_scaling_factor": float(shape.chosen) if shape.method == "moefy" else 1.0,
+    }
     try:
-        return replace(
-            kind(num_dense_layers=0),
-            **{
-                **known,
-                "num_dense_layers": shape.dense_layers,
-                "moe_intermediate_size": _width(model.intermediate_size, shape, where),
-                "num_experts": shape.experts,
-                "num_experts_per_token": shape.chosen,
-                "num_shared_experts": shape.shared,
-                "routed_scaling_factor": float(shape.chosen) if shape.method == "moefy" else 1.0,
-            },
-        )
+        return kind(**{**{name: getattr(model, name) for name in same}, **experts})
     except ConfigProblems as error:
         raise ConfigError(f"{where}: {error}") from error
 
@@ -86,13 +86,15 @@ def _check(model: MixtureConfig | LlamaConfig, shape: Shape) -> None:
     if shape.experts < 2:
         raise ConfigError(f"--experts {shape.experts}: 2 is the least")
     if not 1 <= shape.chosen <= shape.experts:
-        raise ConfigError(f"--active {shape.chosen}: a token visits 1 to {shape.experts} of the --experts {shape.experts}")
+        raise ConfigError(
+            f"--active {shape.chosen}: a token visits 1 to {shape.experts} of the --experts {shape.experts}"
+        )
     if shape.shared < 0:
         raise ConfigError(f"--shared {shape.shared}: 0 is the least")
     if not 0 <= shape.dense_layers < model.num_layers:
         raise ConfigError(
-            f"--dense-layers {shape.dense_layers}: 0 to {model.num_layers - 1} of the model's {model.num_layers} layers "
-            "may stay dense"
+            f"--dense-layers {shape.dense_layers}: 0 to {model.num_layers - 1} of the {model.num_layers} layers may "
+            "stay dense"
         )
 
 
@@ -105,7 +107,7 @@ def _width(whole: int, shape: Shape, where: str) -> int:
     if shape.method == "upcycle":
         if whole % EXPERT_WIDTH:
             raise ConfigError(
-                f"{where}: its intermediate_size {whole} is no multiple of {EXPERT_WIDTH}, which the width of an expert "
+                f"{where}: its intermediate_size {whole} is no multiple of {EXPERT_WIDTH}, as the width of an expert "
                 "has to be; it cannot be upcycled"
             )
         return whole

@@ -231,7 +231,10 @@ def test_what_would_change_the_arithmetic_is_refused_by_name(folder_of, kind):
                 {"rope_parameters": {"rope_theta": 1e4}, "partial_rotary_factor": GONE},
                 "partial_rotary_factor must be 1.0, not 0.5, transformers' value where it is missing",
             ),
-            ({"rope_parameters": GONE, "partial_rotary_factor": 0.25}, "partial_rotary_factor must be 1.0 or None, not 0.2"),
+            (
+                {"rope_parameters": GONE, "partial_rotary_factor": 0.25},
+                "partial_rotary_factor must be 1.0 or None, not 0.2",
+            ),
             ({"use_qk_norm": True}, "use_qk_norm must be False, not True"),
             ({"n_group": 2}, "n_group must be 1, not 2"),
             ({"norm_topk_prob": False}, "norm_topk_prob must be True"),
@@ -347,7 +350,7 @@ def test_an_import_that_is_ended_takes_away_what_it_wrote(folder_of, tmp_path, m
         raise error
 
     folder, to = folder_of("llama"), tmp_path / "to"
-    monkeypatch.setattr(import_, "write_shard", end)
+    monkeypatch.setattr(first_checkpoint, "write_shard", end)
     with pytest.raises(type(error)):
         import_model(str(folder), str(to))
     assert written and not to.exists()
