@@ -174,13 +174,15 @@ class Telemetry:
         peak = self.config.peak_tflops or peak_tflops(self.engine.device)
         scalars = torch.tensor([self._logits.large.item(), self._logits.queries, peak], dtype=torch.float64)
         sent = torch.tensor([self._traffic.sent[name] for name in COLLECTIVES], dtype=torch.float64)
-        (large, queries, peak), sent, squares, spectra, noise = self._sums(scalars, sent, squares, spectra, norms)
+        (large, queries, peak), sent, squares, spectra, (weighted, micro_batches) = self._sums(
+            scalars, sent, squares, spectra, norms
+        )
 
         found = {f"seconds/{part}": spent for part, spent in seconds.items()}
         found["mfu"] = self._stage.global_batch * self.flops_per_sequence / sum(seconds.values()) / (peak * 1e12)
         found["attention/max_logit"] = max(self.engine.optimizer.max_logits)
         found["attention/share_above_100"] = large / queries
-        found |= self._noise(*noise, tokens)
+        found |= self._noise(weighted, micro_batches, tokens)
         if not self._traffic.uncounted:
             totals = zip(COLLECTIVES, sent, strict=True)
             found |= {f"bytes_sent/{name}": total / self.engine.world_size for name, total in totals if total}

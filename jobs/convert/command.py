@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, np.ndarray]
 FEED_FORWARD = re.compile(r"model\.layers\.(\d+)\.mlp\..+")
-GAIN = "model.layers.{}.post_attention_layernorm.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +85,21 @@ def convert(asked: Asked, say: Callable[[str], object] = lambda text: None) -> C
         raise AssertionError("what was made is not the model")
     with store.whole_or_nothing():
         _write(store, asked, trained, model, {name: made[name] for name in shapes}, buffers)
-    losses = {}
+    before = after = None
     if sample is not None:
-        losses = {"dense_loss": _loss(trained.model("float32"), sample), "loss": _loss(_filled(model, made), sample)}
+        before, after = (_loss(one, sample) for one in (trained.model("float32"), _filled(model, made)))
+    parameters, active = _sizes(model, shapes, buffers)
     return Converted(
         url=store.url,
         made_of=trained.where,
         method=asked.shape.method,
         model=asdict(model),
-        **_sizes(model, shapes, buffers),
+        parameters=parameters,
+        active_parameters=active,
         dense_parameters=sum(tensor.size for tensor in dense.values()),
         bytes=sum(file.size for file in store.files("").values()),
-        **losses,
+        loss=after,
+        dense_loss=before,
     )
 
 
@@ -140,8 +142,8 @@ def _made(
 
 
 def _dense_layer(dense: Tensors, layer: int) -> Dense:
-    names = (f"model.layers.{layer}.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
-    return Dense(*(dense[name] for name in names), dense[GAIN.format(layer)])
+    gate, up, down = (dense[f"model.layers.{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return Dense(gate, up, down, dense[f"model.layers.{layer}.post_attention_layernorm.weight"])
 
 
 def _shapes(model: MixtureConfig) -> tuple[dict[str, list[int]], set[str]]:
@@ -196,14 +198,12 @@ def _kept(trained: Trained) -> dict[str, Any]:
     return kept
 
 
-def _sizes(model: MixtureConfig, shapes: dict[str, list[int]], buffers: set[str]) -> dict[str, int]:
+def _sizes(model: MixtureConfig, shapes: dict[str, list[int]], buffers: set[str]) -> tuple[int, int]:
+    """Return how many parameters there are, and how many of them a token meets."""
     numels = {name: prod(shape) for name, shape in shapes.items() if name not in buffers}
     routed = sum(numel for name, numel in numels.items() if ".experts." in name)
     every = sum(numels.values())
-    return {
-        "parameters": every,
-        "active_parameters": every - routed + routed * model.num_experts_per_token // model.num_experts,
-    }
+    return every, every - routed + routed * model.num_experts_per_token // model.num_experts
 
 
 def _filled(model: MixtureConfig, tensors: Tensors) -> "LanguageModel":

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from fsspec import AbstractFileSystem
 
 from workers.common.errors import ConfigError
 from workers.data.documents import documents, pieces_of
@@ -38,7 +39,7 @@ def read_sample(text: str, tokenizer: Tokenizer, seq_len: int, seed: int, s3_end
     files = list(files_of(text, (), s3_endpoint))
     wanted, found = max(2, 2 * TOKENS // seq_len), list[np.ndarray]()
     for number in np.random.default_rng(seed).permutation(len(files)):
-        for document in _documents(*files[number], s3_endpoint):
+        for document in _documents(files[number], s3_endpoint):
             ids = tokenizer.encode([document])[0].astype(np.int64)
             found += _spread(ids, seq_len + 1)
             if len(found) >= wanted:
@@ -51,8 +52,8 @@ def read_sample(text: str, tokenizer: Tokenizer, seq_len: int, seed: int, s3_end
     return np.stack(found)
 
 
-def _documents(fs, path: str, s3_endpoint: str) -> Iterator[bytes]:  # noqa: ANN001
-    for piece in pieces_of(fs, path, "auto", s3_endpoint):
+def _documents(file: tuple[AbstractFileSystem, str], s3_endpoint: str) -> Iterator[bytes]:
+    for piece in pieces_of(*file, "auto", s3_endpoint):
         yield from (document.text for document in documents(piece, "text", _refuse))
 
 
@@ -75,7 +76,8 @@ def inputs_of(model: LanguageModel, sequences: np.ndarray, layers: Sequence[int]
     def see(layer: int, _: object, given: tuple[torch.Tensor, ...]) -> None:
         seen[layer].append(given[0].flatten(0, 1).float().cpu().numpy())
 
-    handles = [model.blocks[layer].mlp.register_forward_pre_hook(partial(see, layer)) for layer in layers]
+    modules = [model.blocks[layer].get_submodule("mlp") for layer in layers]
+    handles = [one.register_forward_pre_hook(partial(see, layer)) for one, layer in zip(modules, layers, strict=True)]
     for batch in _batches(model, sequences):
         model(batch[:, :-1])
     for handle in handles:

@@ -3,6 +3,8 @@
 Parameter names are Hugging Face's, except that a layer's experts are stacked `[E, out, in]`.
 """
 
+from abc import abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,12 +21,15 @@ from workers.models.recompute import recomputing
 class MixtureModel(LanguageModel):
     """A model of which some layers have a `MixtureOfExperts` as `mlp`, and the first may have a dense one."""
 
-    config: MixtureConfig
+    @property
+    @abstractmethod
+    def mixture(self) -> MixtureConfig:
+        """The settings of its experts."""
 
     def expert_load(self) -> Tensor:
         """Return what the layers with experts have counted."""
         loads = [experts.load for experts in self._experts()]
-        return torch.stack(loads) if loads else torch.zeros(0, self.config.num_experts, dtype=torch.int64)
+        return torch.stack(loads) if loads else torch.zeros(0, self.mixture.num_experts, dtype=torch.int64)
 
     def clear_expert_load(self) -> None:
         """Start counting anew."""
@@ -42,7 +47,7 @@ class MixtureModel(LanguageModel):
             load: tokens per expert, `[MoE layers, experts]`, summed over all ranks.
             rate: of a stage, in the place of `router_bias_rate`.
         """
-        rate = self.config.router_bias_rate if rate is None else rate
+        rate = self.mixture.router_bias_rate if rate is None else rate
         for experts, tokens in zip(self._experts(), load.double(), strict=True):
             direction = torch.sign(tokens.mean() - tokens)
             bias = experts.gate.e_score_correction_bias

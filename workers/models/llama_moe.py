@@ -13,12 +13,16 @@ from workers.models.llama import Llama
 class LlamaMoe(MixtureModel, Llama):
     """The causal language model."""
 
-    config: LlamaMoeConfig
-
     def __init__(self, config: LlamaMoeConfig) -> None:
         super().__init__(config)
         self.visited = config.num_experts_per_token / config.num_experts
 
+    @property
+    def mixture(self) -> LlamaMoeConfig:
+        """The settings of its experts."""
+        assert isinstance(self.config, LlamaMoeConfig)
+        return self.config
+
     def feed_forward(self, layer: int) -> nn.Module:
         """Make what a layer has after its attention."""
-        return feed_forward(self.config, layer)
+        return feed_forward(self.mixture, layer)

@@ -35,6 +35,11 @@ class Moonlight(MixtureModel):
         return self.model(tokens, cache if documents is None else DocumentMask(documents))
 
     @property
+    def mixture(self) -> MoonlightConfig:
+        """The settings of its experts."""
+        return self.config
+
+    @property
     def head(self) -> Tensor:
         """The output layer's weight, a parameter of its own."""
         return self.lm_head.weight
