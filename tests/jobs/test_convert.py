@@ -124,18 +124,16 @@ def test_the_fitted_router_chooses_better_than_another(tmp_path):
     (tmp_path / "text.txt").write_text(text)
     shape = Shape(method="moefy", experts=6, active=2)
     asked = {"sharpness": 0.1, "text": str(tmp_path / "text.txt")}
-    dense, mixture = converted(tmp_path, DENSE["llama"], shape, **asked)
+    _, mixture = converted(tmp_path, DENSE["llama"], shape, **asked)
     tokens = torch.tensor([list(text.encode()[:256])])
     block, seen = mixture.blocks[0], []
     block.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
     with torch.no_grad():
         logits_of(mixture, tokens)
         experts = block.mlp.experts
-        hidden = [
-            torch.nn.functional.silu(seen[0] @ g.T) * (seen[0] @ u.T)
-            for g, u in zip(experts.gate_proj, experts.up_proj)
-        ]
-        sizes = torch.stack([(h @ d.T).norm(dim=1) for h, d in zip(hidden, experts.down_proj)], 1)
+        stacks = zip(experts.gate_proj, experts.up_proj, experts.down_proj, strict=True)
+        silu = torch.nn.functional.silu
+        sizes = torch.stack([((silu(seen[0] @ g.T) * (seen[0] @ u.T)) @ d.T).norm(dim=1) for g, u, d in stacks], 1)
         chosen = block.mlp.gate(seen[0])[1]
     kept, best = sizes.gather(1, chosen).sum(), sizes.topk(2).values.sum()
     assert kept > sizes.mean(1).sum() * 2 * 1.1 and kept > 0.75 * best
