@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-CHUNK = 1 << 24
-"""Elements that are measured at once."""
+PIECE = 1 << 22
+"""Elements that are measured at once: their squares lie beside all that a backward pass keeps."""
 SMOOTHING = 0.9
 """What is left of the parts of the scale at each next measurement: a ratio of two noisy numbers is none of its own."""
 
@@ -93,5 +93,5 @@ class MicroBatchNorms:
         return torch.tensor([self._weighted.item(), self._count], dtype=torch.float64)
 
     def _see(self, gradient: Tensor) -> None:
-        for piece in gradient.detach().reshape(-1).split(CHUNK):
+        for piece in gradient.detach().reshape(-1).split(PIECE):
             self._square += piece.float().square().sum(dtype=torch.float64)

@@ -22,7 +22,7 @@ from optim.spectra import svd_entropy
 from workers.config import ModelConfig
 from workers.engine import Engine
 from workers.gpus import peak_tflops
-from workers.gradient_noise import CHUNK, MicroBatchNorms, NoiseScale, parts_of
+from workers.gradient_noise import MicroBatchNorms, NoiseScale, parts_of
 from workers.models import build
 from workers.models.attention import take_logits, watch
 from workers.models.language_model import KINDS, MATRICES
@@ -31,6 +31,9 @@ from workers.recipe import TrainConfig
 from workers.reports import Profiled
 from workers.task import Task
 from workers.traffic import COLLECTIVES, Traffic
+
+CHUNK = 1 << 24
+"""Elements that are measured at once."""
 
 
 class StepClock:

@@ -179,7 +179,7 @@ def test_yaml_names_it_and_the_plan_lays_it_out(registered):
         load_values({**given, "model": {"name": "gpt", "width": 50}}, [], "mine")
     assert model_config_of({"name": "gpt", "width": 48}) == config.model, "as a checkpoint has it"
     del MODELS[GptConfig]
-    with pytest.raises(ConfigProblems, match="name must be one of moonlight, llama, not 'gpt'"):
+    with pytest.raises(ConfigProblems, match="name must be one of moonlight, llama, llama-moe, not 'gpt'"):
         model_config_of({"name": "gpt", "width": 48})
     MODELS[GptConfig] = PLACE
     with pytest.raises(ConfigError, match="a gpt has no names in Hugging Face's terms"):
