@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +72,9 @@ def convert(asked: Asked, say: Callable[[str], object] = lambda text: None) -> C
         ConfigError: there is no such model, it is no dense one or cannot be cut so, or something is in the folder.
         StorageError: the model is damaged or not finite, or the folder cannot be written.
     """
-    store = new_folder(asked.to, asked.s3_endpoint)
     trained = open_trained(asked.what, asked.tracking_uri, asked.s3_endpoint)
+    asked = replace(asked, s3_endpoint=asked.s3_endpoint or trained.s3_endpoint)
+    store = new_folder(asked.to, asked.s3_endpoint)
     model = mixture_of(trained.model_config, asked.shape, trained.where)
     shapes, buffers = _shapes(model)
     check_room(store, 4 * sum(map(prod, shapes.values())))
