@@ -73,6 +73,8 @@ model = AutoModelForCausalLM.from_pretrained("."){loaded}
 
 
 def _origin(manifest: Manifest) -> str:
+    if how := manifest.identity.get("converted"):
+        return f"Made by raymuon of the dense model {_plain(how)}; not trained since."
     if not trained_here(manifest):
         return "Imported into raymuon and exported again, not trained."
     if manifest.lineage and manifest.lineage.ancestors:
@@ -91,6 +93,8 @@ def _tokens(manifest: Manifest, tokenizer: Tokenizer | None) -> str:
 def _training(manifest: Manifest) -> dict[str, Any]:
     """Return the rows about the training; of an imported model, where it came from."""
     identity = manifest.identity
+    if "converted" in identity:
+        return {"converted from": identity["converted"]}
     if "data" not in identity:
         return {"imported from": identity["imported"]}
     data = identity["data"]

@@ -220,11 +220,6 @@ def _of_commit(log: RunLog, commit: Entry, found: TrackedRun, tracking_uri: str)
         tokenizer = tokenizer_of(log.store, manifest)
     reader, where = CheckpointReader(log.store, manifest), f"{log.store.url}@{commit.step}"
     return Trained(where, reader, model_of(manifest), tokenizer, log, commit, tracking_uri, found)
-    manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
-    reader, where = CheckpointReader(log.store, manifest), f"{log.store.url}@{commit.step}"
-    return Trained(
-        where, reader, model_of(manifest), tokenizer_of(log.store, manifest), log, commit, tracking_uri, found
-    )
 
 
 def model_of(manifest: Manifest) -> ModelConfig:
@@ -241,7 +236,7 @@ def model_of(manifest: Manifest) -> ModelConfig:
 
 
 def trained_here(manifest: Manifest) -> bool:
-    """Tell whether a checkpoint is of a run, and not of an import."""
+    """Tell whether a checkpoint is of a run, and neither of an import nor of a conversion."""
     return "data" in manifest.identity
 
 

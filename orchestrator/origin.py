@@ -67,14 +67,16 @@ def check_state(config: RunConfig, theirs: str | None) -> None:
 
     Args:
         config: of the run.
-        theirs: optimizer of what it begins with; None where that was imported.
+        theirs: optimizer of what it begins with; None where that was imported or converted.
 
     Raises:
         ConfigError: it is not this run's.
     """
     ours, state = config.optim.name, config.train.init_state
     if state != "weights" and theirs != ours:
-        what = f"has that of {theirs}, and optim.name={ours}" if theirs else "has none, for it was imported"
+        what = (
+            f"has that of {theirs}, and optim.name={ours}" if theirs else "has none, for it was imported or converted"
+        )
         raise ConfigError(
             f"train.init_state={state} takes the optimizer's state along, and {config.train.init} {what}; set "
             "train.init_state=weights to begin the state anew"

@@ -95,36 +95,13 @@ class MoonlightConfig:
     """Standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
-        sizes = (
-            *("hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim"),
-            *("qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size", "num_experts"),
-            *("num_experts_per_token",),
-        )
+        sizes = ("hidden_size", "num_layers", "num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
         require(
             self,
-            *within(self, "[1, inf)", *sizes),
+            *within(self, "[1, inf)", *sizes, "v_head_dim", "intermediate_size"),
             *within(self, "[256, inf)", "vocab_size", lowest="bytes"),
             (self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim must be even, not {self.qk_rope_head_dim}"),
-            (
-                0 <= self.num_dense_layers <= self.num_layers,
-                f"num_dense_layers must be between 0 and num_layers ({self.num_layers}), not {self.num_dense_layers}",
-            ),
-            (
-                self.num_experts_per_token <= self.num_experts,
-                f"num_experts_per_token must be at most num_experts ({self.num_experts}), "
-                f"not {self.num_experts_per_token}",
-            ),
-            *(
-                (
-                    self.num_dense_layers >= self.num_layers or getattr(self, key) % EXPERT_WIDTH == 0,
-                    f"{key} must be a multiple of {EXPERT_WIDTH} where there are experts, whose grouped products need "
-                    f"rows of whole 16 bytes, not {getattr(self, key)}",
-                )
-                for key in ("hidden_size", "moe_intermediate_size")
-            ),
-            *within(self, "[0, inf)", "num_shared_experts"),
-            *within(self, "[0, 1]", "router_bias_rate"),
-            *within(self, "[1e-6, 1000]", "routed_scaling_factor"),
+            *_experts(self),
             *_sane(self),
         )
 
@@ -168,18 +145,7 @@ class LlamaConfig:
     """Standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
-        require(
-            self,
-            *within(self, "[1, inf)", *sizes),
-            *within(self, "[256, inf)", "vocab_size", lowest="bytes"),
-            (self.head_dim % 2 == 0, f"head_dim must be even, not {self.head_dim}"),
-            (
-                self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads == 0,
-                f"num_heads must be a multiple of num_kv_heads ({self.num_kv_heads}), not {self.num_heads}",
-            ),
-            *_sane(self),
-        )
+        require(self, *_grouped_queries(self), *_sane(self))
 
     def shallow(self) -> "LlamaConfig":
         """Return it with one layer."""
@@ -188,6 +154,100 @@ class LlamaConfig:
     def training_keys(self) -> set[str]:
         """Return what the initial weights come from."""
         return {"init_std"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlamaMoeConfig:
+    """A Llama with experts: grouped-query attention, and DeepSeek-V3's experts and router, as Moonlight has them.
+
+    The default sizes are small, one million parameters, so that they train anywhere; the output layer is its own.
+    """
+
+    name: Literal["llama-moe"] = "llama-moe"
+    """Architecture."""
+    vocab_size: int = 256
+    """Tokens; 256 is the byte-level vocabulary."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Transformer layers."""
+    num_heads: int = 8
+    """Query heads."""
+    num_kv_heads: int = 2
+    """Key and value heads; divides num_heads."""
+    head_dim: int = 16
+    """Width per head; even."""
+    rope_theta: float = 500000.0
+    """Base of the rotary positions."""
+    intermediate_size: int = 480
+    """Width of the dense layers' SwiGLU."""
+    num_dense_layers: int = 0
+    """The first layers have a dense SwiGLU instead of experts."""
+    moe_intermediate_size: int = 64
+    """Width of one expert's SwiGLU; where there are experts it and hidden_size are multiples of 8."""
+    num_experts: int = 8
+    """Routed experts per layer."""
+    num_experts_per_token: int = 2
+    """Routed experts that a token visits. With 1 the renormalized gate is always 1, and the router does not learn."""
+    num_shared_experts: int = 0
+    """Experts' worth of SwiGLU that every token visits."""
+    routed_scaling_factor: float = 1.0
+    """Scale of the renormalized gates."""
+    router_bias_rate: float = 1e-3
+    """Step of the balancing bias after each training step; 0 freezes it."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        require(self, *_grouped_queries(self), *_experts(self), *_sane(self))
+
+    def shallow(self) -> "LlamaMoeConfig":
+        """Return it with one layer, a dense one."""
+        return replace(self, num_layers=1, num_dense_layers=1, vocab_size=256)
+
+    def training_keys(self) -> set[str]:
+        """Return what the initial weights and the balance of experts come from."""
+        return {"init_std", "router_bias_rate"}
+
+
+MixtureConfig = MoonlightConfig | LlamaMoeConfig
+"""Of the models with experts."""
+
+
+def _grouped_queries(model: LlamaConfig | LlamaMoeConfig) -> Iterator[Check]:
+    """Yield the checks of Llama's sizes."""
+    sizes = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+    yield from within(model, "[1, inf)", *sizes)
+    yield from within(model, "[256, inf)", "vocab_size", lowest="bytes")
+    yield model.head_dim % 2 == 0, f"head_dim must be even, not {model.head_dim}"
+    yield (
+        model.num_kv_heads < 1 or model.num_heads % model.num_kv_heads == 0,
+        f"num_heads must be a multiple of num_kv_heads ({model.num_kv_heads}), not {model.num_heads}",
+    )
+
+
+def _experts(model: MixtureConfig) -> Iterator[Check]:
+    """Yield the checks of experts' numbers and sizes."""
+    yield from within(model, "[1, inf)", "moe_intermediate_size", "num_experts", "num_experts_per_token")
+    yield (
+        0 <= model.num_dense_layers <= model.num_layers,
+        f"num_dense_layers must be between 0 and num_layers ({model.num_layers}), not {model.num_dense_layers}",
+    )
+    yield (
+        model.num_experts_per_token <= model.num_experts,
+        f"num_experts_per_token must be at most num_experts ({model.num_experts}), not {model.num_experts_per_token}",
+    )
+    for key in ("hidden_size", "moe_intermediate_size"):
+        yield (
+            model.num_dense_layers >= model.num_layers or getattr(model, key) % EXPERT_WIDTH == 0,
+            f"{key} must be a multiple of {EXPERT_WIDTH} where there are experts, whose grouped products need "
+            f"rows of whole 16 bytes, not {getattr(model, key)}",
+        )
+    yield from within(model, "[0, inf)", "num_shared_experts")
+    yield from within(model, "[0, 1]", "router_bias_rate")
+    yield from within(model, "[1e-6, 1000]", "routed_scaling_factor")
 
 
 def _sane(model: ModelConfig) -> Iterator[Check]:
@@ -200,6 +260,7 @@ def _sane(model: ModelConfig) -> Iterator[Check]:
 MODELS: dict[type[ModelConfig], str] = {
     MoonlightConfig: "workers.models.moonlight.Moonlight",
     LlamaConfig: "workers.models.llama.Llama",
+    LlamaMoeConfig: "workers.models.llama_moe.LlamaMoe",
 }
 """The architectures: the class of each one's settings, and where its model is; docs/models.md says how to add one. The
 model is imported where it is built: the driver, which reads the settings, has no torch."""

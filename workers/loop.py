@@ -150,7 +150,7 @@ class Trainer:
         part("reduce")
         with self.telemetry.counting():
             engine.step()
-        measured = self.telemetry.after_update(lr)
+        measured = self.telemetry.after_update(lr, self.tokens)
         cost, self.snapshot_seconds = self.snapshot_seconds, 0.0
         save = self.task.saves(step)
         keeps_up = not save or self.snapshots.idle()
@@ -211,6 +211,7 @@ class Trainer:
             part("backward")
             engine.accumulates(last=slot is self.upcoming[-1])
             engine.engine.backward(loss_sum * weight, scale_wrt_gas=False)
+            self.telemetry.after_backward(slot.batch, self.tokens)
             total += loss_sum.detach()
             if slot.counts:
                 self.feed.trained(step, slot)

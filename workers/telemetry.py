@@ -22,10 +22,11 @@ from optim.spectra import svd_entropy
 from workers.config import ModelConfig
 from workers.engine import Engine
 from workers.gpus import peak_tflops
+from workers.gradient_noise import MicroBatchNorms, NoiseScale, parts_of
 from workers.models import build
 from workers.models.attention import take_logits, watch
 from workers.models.language_model import KINDS, MATRICES
-from workers.objective import batch_of, summed_loss
+from workers.objective import Batch, batch_of, summed_loss
 from workers.recipe import TrainConfig
 from workers.reports import Profiled
 from workers.task import Task
@@ -92,6 +93,7 @@ class Telemetry:
         self.recipe, self._stage = task.recipe, task.recipe.at(1)
         self.flops_per_sequence = task.train.seq_len * engine.model.flops_per_token(task.train.seq_len)
         self._logits = take_logits(engine.model)
+        self._norms, self._noise_scale = MicroBatchNorms(engine.model, engine.world_size), NoiseScale()
         self._before: list[Tensor] = []
         self._traffic, self._counts = Traffic(), False
         watch(engine.model, self.clips)
@@ -109,9 +111,15 @@ class Telemetry:
         if self.due:
             self.clock.start()
             watch(self.engine.model, True)
+            self._norms.start()
         if self.engine.rank == 0 and step == config.profile_step:
             self.profiler = torch.profiler.profile()
             self.profiler.start()
+
+    def after_backward(self, batch: Batch, tokens: int) -> None:
+        """Take note of a micro-batch's gradient; `tokens` are the targets that count in the global batch."""
+        if self.due:
+            self._norms.add(batch.counted, tokens)
 
     def before_update(self) -> None:
         """Agree on the attention logits, for QK-Clip, and keep what the update will be measured by."""
@@ -128,14 +136,19 @@ class Telemetry:
         """Count what is sent within, in one step: it is the same in each, and counting slows everything within."""
         return self._traffic if self._counts else nullcontext()
 
-    def after_update(self, lr: float) -> dict[str, float]:
-        """Return what was measured of the step, the same on every rank; nothing where it was not due, or skipped."""
-        due, self.due = self.due, False
-        seconds = self.clock.stop()
+    def after_update(self, lr: float, tokens: int) -> dict[str, float]:
+        """Return what was measured of the step, the same on every rank; nothing where it was not due, or skipped.
+
+        Args:
+            lr: of the step.
+            tokens: targets that count in its global batch.
+        """
+        if not self.due:
+            return {}
+        self.due = False
+        seconds, norms = self.clock.stop(), self._norms.stop()
         try:
-            if not due or self.engine.zero.overflow:
-                return {}
-            return self._measured(seconds, lr)
+            return {} if self.engine.zero.overflow else self._measured(seconds, norms, lr, tokens)
         finally:
             self._before = []
             watch(self.engine.model, self.clips)
@@ -157,19 +170,22 @@ class Telemetry:
             profiler.stop()
         return profiler
 
-    def _measured(self, seconds: dict[str, float], lr: float) -> dict[str, float]:
+    def _measured(self, seconds: dict[str, float], norms: Tensor, lr: float, tokens: int) -> dict[str, float]:
         self.tick()
         self.engine.settle()
         squares, spectra = self._squares(lr), self._spectra()
         peak = self.config.peak_tflops or peak_tflops(self.engine.device)
         scalars = torch.tensor([self._logits.large.item(), self._logits.queries, peak], dtype=torch.float64)
         sent = torch.tensor([self._traffic.sent[name] for name in COLLECTIVES], dtype=torch.float64)
-        (large, queries, peak), sent, squares, spectra = self._sums(scalars, sent, squares, spectra)
+        (large, queries, peak), sent, squares, spectra, (weighted, micro_batches) = self._sums(
+            scalars, sent, squares, spectra, norms
+        )
 
         found = {f"seconds/{part}": spent for part, spent in seconds.items()}
         found["mfu"] = self._stage.global_batch * self.flops_per_sequence / sum(seconds.values()) / (peak * 1e12)
         found["attention/max_logit"] = max(self.engine.optimizer.max_logits)
         found["attention/share_above_100"] = large / queries
+        found |= self._noise(weighted, micro_batches, tokens)
         if not self._traffic.uncounted:
             totals = zip(COLLECTIVES, sent, strict=True)
             found |= {f"bytes_sent/{name}": total / self.engine.world_size for name, total in totals if total}
@@ -182,6 +198,15 @@ class Telemetry:
             if count:
                 found[f"svd_entropy/{kind}"] = entropy / count
         return found
+
+    def _noise(self, weighted: float, micro_batches: float, tokens: int) -> dict[str, float]:
+        """Return the gradient's noise; nothing where there is one micro-batch."""
+        parts = parts_of(weighted, micro_batches, float(self.engine.zero._global_grad_norm) ** 2, tokens)
+        if parts is None:
+            return {}
+        scale = self._noise_scale.of(parts)
+        found = {"variance": parts.variance, "squared_norm": parts.squared_norm, "scale": scale}
+        return {f"gradient_noise/{name}": value for name, value in found.items() if value is not None}
 
     def _sums(self, *mine: Tensor) -> list[Any]:
         """Sum tensors over all ranks at once, and return them as nested lists."""

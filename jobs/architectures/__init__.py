@@ -2,11 +2,16 @@
 
 from jobs.architectures.architecture import Architecture
 from jobs.architectures.deepseek_v3 import DeepseekV3
+from jobs.architectures.glm4_moe import Glm4Moe
 from jobs.architectures.llama import Llama
 from workers.common.errors import ConfigError
-from workers.config import LlamaConfig, ModelConfig, MoonlightConfig
+from workers.config import LlamaConfig, LlamaMoeConfig, ModelConfig, MoonlightConfig
 
-ARCHITECTURES: dict[type[ModelConfig], Architecture] = {MoonlightConfig: DeepseekV3(), LlamaConfig: Llama()}
+ARCHITECTURES: dict[type[ModelConfig], Architecture] = {
+    MoonlightConfig: DeepseekV3(),
+    LlamaConfig: Llama(),
+    LlamaMoeConfig: Glm4Moe(),
+}
 """By the class of our settings. A model that is not here trains; it is neither exported nor imported."""
 
 

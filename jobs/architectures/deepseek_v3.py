@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jobs.architectures.architecture import Architecture
+from jobs.architectures.experts import empty_shared_experts, experts_load, read_experts, written_experts
 from jobs.architectures.keys import Keys
 from jobs.architectures.shared import read_sizes, written_sizes
 from optim.checks import Check
@@ -53,31 +54,21 @@ class DeepseekV3(Architecture):
         """Return our settings."""
         sizes = read_sizes(keys)
         keys.one_of("q_lora_rank", None)
-        keys.one_of("n_group", 1)
-        keys.one_of("topk_group", 1)
-        keys.one_of("norm_topk_prob", True)
         keys.one_of("rope_interleave", True)
         keys.one_of("scoring_func", "sigmoid")
         keys.one_of("topk_method", "noaux_tc")
         keys.one_of("moe_layer_freq", 1)
         keys.one_of("num_key_value_heads", sizes["num_heads"], None)
         nope, rope = keys.size("qk_nope_head_dim"), keys.size("qk_rope_head_dim")
-        experts = keys.size("n_routed_experts")
         keys.one_of("head_dim", rope)  # transformers turns as many numbers of each head.
         keys.one_of("qk_head_dim", nope + rope)
-        keys.one_of("num_local_experts", experts)  # Another name of the same.
         return MoonlightConfig(
             **sizes,
+            **read_experts(keys, sizes["num_layers"]),
             kv_lora_rank=keys.size("kv_lora_rank"),
             qk_nope_head_dim=nope,
             qk_rope_head_dim=rope,
             v_head_dim=keys.size("v_head_dim"),
-            num_dense_layers=min(keys.size("first_k_dense_replace"), sizes["num_layers"]),
-            moe_intermediate_size=keys.size("moe_intermediate_size"),
-            num_experts=experts,
-            num_experts_per_token=keys.size("num_experts_per_tok"),
-            num_shared_experts=keys.size("n_shared_experts"),
-            routed_scaling_factor=keys.number("routed_scaling_factor"),
         )
 
     def write(self, model: MoonlightConfig) -> dict[str, Any]:
@@ -91,39 +82,19 @@ class DeepseekV3(Architecture):
             "qk_rope_head_dim": model.qk_rope_head_dim,
             "v_head_dim": model.v_head_dim,
             "rope_interleave": True,
-            "moe_intermediate_size": model.moe_intermediate_size,
-            "first_k_dense_replace": model.num_dense_layers,
             "moe_layer_freq": 1,
-            "n_routed_experts": model.num_experts,
-            "n_shared_experts": model.num_shared_experts,
-            "num_experts_per_tok": model.num_experts_per_token,
-            "routed_scaling_factor": float(model.routed_scaling_factor),
             "scoring_func": "sigmoid",
             "topk_method": "noaux_tc",
-            "norm_topk_prob": True,
-            "n_group": 1,
-            "topk_group": 1,
+            **written_experts(model),
         }
 
     def loads(self, model: MoonlightConfig) -> list[Check]:
         """Return what transformers' router needs."""
-        experts = model.num_layers > model.num_dense_layers
-        return [(not experts or model.num_experts >= 2, "its num_experts is 2 or more")]
+        return [experts_load(model)]
 
     def empty(self, model: MoonlightConfig) -> dict[str, tuple[int, ...]]:
         """Return shared experts where there are none."""
-        if model.num_shared_experts:
-            return {}
-        shapes = {
-            "gate_proj": (0, model.hidden_size),
-            "up_proj": (0, model.hidden_size),
-            "down_proj": (model.hidden_size, 0),
-        }
-        return {
-            f"model.layers.{layer}.mlp.shared_experts.{name}.weight": shape
-            for layer in range(model.num_dense_layers, model.num_layers)
-            for name, shape in shapes.items()
-        }
+        return empty_shared_experts(model)
 
     def rotary(self, model: MoonlightConfig) -> tuple[int, float]:
         """Return that a part of each head turns."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from jobs.architectures.keys import Keys, finite, said
 from workers.common.errors import ConfigError
-from workers.config import LlamaConfig, MoonlightConfig
+from workers.config import LlamaConfig, MixtureConfig
 
 ROPE_THETA = 10000.0
 """transformers' base of the rotary positions where none is given."""
@@ -29,7 +29,7 @@ def read_sizes(keys: Keys) -> dict[str, Any]:
     }
 
 
-def written_sizes(model: LlamaConfig | MoonlightConfig) -> dict[str, Any]:
+def written_sizes(model: LlamaConfig | MixtureConfig) -> dict[str, Any]:
     """Return the same under Hugging Face's names."""
     return {
         "vocab_size": model.vocab_size,

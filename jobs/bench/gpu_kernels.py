@@ -25,8 +25,8 @@ from jobs.bench.gpu_rows import (
 )
 from optim.newton_schulz import Workspace, newton_schulz
 from optim.polynomials import coefficients
+from workers.models.experts import MixtureOfExperts
 from workers.models.masks import causal_blocks, compiled_flex
-from workers.models.moonlight import MixtureOfExperts
 from workers.objective import summed_loss
 
 BACK_ENDS = {

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from jobs.__main__ import on_signals
-from jobs.cli import before, bench, checkpoints, data, evaluate, generate, prepare, runs, study, tokenizer
+from jobs.cli import before, bench, checkpoints, convert, data, evaluate, generate, prepare, runs, study, tokenizer
 from jobs.cli.options import BUILT_IN
 from jobs.output import outlive_output
 from optim.checks import ConfigProblems
@@ -32,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help=HELP.format(configs=", ".join(BUILT_IN)),
 )
-for commands in (runs, prepare, data, tokenizer, before, checkpoints, generate, evaluate, study, bench):
+for commands in (runs, prepare, data, tokenizer, before, checkpoints, convert, generate, evaluate, study, bench):
     app.add_typer(commands.app)
 
 

@@ -182,7 +182,9 @@ def export(
 
 @app.command(name="import")
 def import_(
-    folder: Annotated[str, typer.Argument(help="With config.json and *.safetensors, of DeepSeek-V3 or Llama.")],
+    folder: Annotated[
+        str, typer.Argument(help="With config.json and *.safetensors, of DeepSeek-V3, Llama or GLM-4 MoE.")
+    ],
     to: Annotated[str, typer.Option(help="A new folder, or an fsspec URL.")],
     s3_endpoint: S3Endpoint = "",
 ) -> None:

@@ -10,7 +10,7 @@ from tests.jobs.test_export import TEXT
 from workers.common.errors import ConfigError
 from workers.models import build, logits_of
 
-KINDS = {"llama": "llama", "deepseek_v3": "moonlight"}
+KINDS = {"llama": "llama", "deepseek_v3": "moonlight", "glm4_moe": "llama-moe"}
 """Our name of each `model_type`."""
 TOKENS = torch.tensor([list(TEXT.encode())])
 GONE = object()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from jobs import import_
+from jobs import first_checkpoint
 from jobs.architectures import ARCHITECTURES
 from jobs.checkpoints import open_checkpoint
 from jobs.cli import app
@@ -93,6 +93,10 @@ SAID = [
 ]
 
 
+WHOLE_HEADS = {"glm4_moe": {"partial_rotary_factor": 1.0}}
+"""What has to be said of an architecture, as transformers turns half of its heads where nothing is."""
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_accepted_has_transformers_logits(folder_of, kind):
     own = {
@@ -102,8 +106,13 @@ def test_what_is_accepted_has_transformers_logits(folder_of, kind):
             {"num_key_value_heads": None, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
             {"routed_scaling_factor": 0.5, "aux_loss_alpha": 0.1, "seq_aux": True, "ep_size": 1},
         ],
+        "glm4_moe": [
+            {"head_dim": GONE, "num_local_experts": 6, "routed_scaling_factor": 0.5, "use_qk_norm": GONE},
+            {"rope_parameters": {"rope_theta": 777.0, "partial_rotary_factor": 1.0}, "partial_rotary_factor": GONE},
+        ],
     }
-    assert [change for change in (SAID + own[kind]) if not difference(folder_of(kind, change)) < 1e-4] == []
+    changes = [WHOLE_HEADS.get(kind, {}) | change for change in SAID + own[kind]]
+    assert [change for change in changes if not difference(folder_of(kind, change)) < 1e-4] == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,8 +192,8 @@ def test_what_would_change_the_arithmetic_is_refused_by_name(folder_of, kind):
         ({"bos_token_id": [1]}, "bos_token_id must be a token's number, not [1]"),
         ({"pad_token_id": 256}, "pad_token_id must be below vocab_size, not 256"),
         ({"tie_word_embeddings": None}, "tie_word_embeddings must be True or False"),
-        ({"model_type": "gpt2"}, "model_type must be deepseek_v3 or llama, not 'gpt2'"),
-        ({"model_type": GONE}, "model_type must be deepseek_v3 or llama, not None"),
+        ({"model_type": "gpt2"}, "model_type must be deepseek_v3 or llama or glm4_moe, not 'gpt2'"),
+        ({"model_type": GONE}, "model_type must be deepseek_v3 or llama or glm4_moe, not None"),
         ({"model_type": ["llama"]}, "model_type"),
     ]
     own: dict[str, list[tuple[dict, str]]] = {
@@ -215,6 +224,23 @@ def test_what_would_change_the_arithmetic_is_refused_by_name(folder_of, kind):
                 {"n_routed_experts": 5, "num_local_experts": GONE},
                 "gate.weight has shape [6, 32], config.json says [5, 32]",
             ),
+            ({"first_k_dense_replace": 0}, "there is no tensor model.layers.0.mlp"),
+        ],
+        "glm4_moe": [
+            (
+                {"rope_parameters": {"rope_theta": 1e4}, "partial_rotary_factor": GONE},
+                "partial_rotary_factor must be 1.0, not 0.5, transformers' value where it is missing",
+            ),
+            (
+                {"rope_parameters": GONE, "partial_rotary_factor": 0.25},
+                "partial_rotary_factor must be 1.0 or None, not 0.2",
+            ),
+            ({"use_qk_norm": True}, "use_qk_norm must be False, not True"),
+            ({"n_group": 2}, "n_group must be 1, not 2"),
+            ({"norm_topk_prob": False}, "norm_topk_prob must be True"),
+            ({"num_key_value_heads": None}, "num_key_value_heads must be a whole number, not None"),
+            ({"head_dim": None}, "head_dim must be a whole number, not None"),
+            ({"num_local_experts": 3}, "num_local_experts must be 6"),
             ({"first_k_dense_replace": 0}, "there is no tensor model.layers.0.mlp"),
         ],
     }
@@ -324,11 +350,11 @@ def test_an_import_that_is_ended_takes_away_what_it_wrote(folder_of, tmp_path, m
         raise error
 
     folder, to = folder_of("llama"), tmp_path / "to"
-    monkeypatch.setattr(import_, "write_shard", end)
+    monkeypatch.setattr(first_checkpoint, "write_shard", end)
     with pytest.raises(type(error)):
         import_model(str(folder), str(to))
     assert written and not to.exists()
-    monkeypatch.setattr(import_.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    monkeypatch.setattr(first_checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     with pytest.raises(StorageError, match=r"takes 0\.0 GB in float32, and the disk has 0\.0 GB left"):
         import_model(str(folder), str(to))
     assert not to.exists()

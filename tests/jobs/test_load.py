@@ -52,7 +52,7 @@ def test_every_key_is_documented():
 def test_the_models_name_chooses_its_keys():
     config = load("demo-llama", ["model.num_kv_heads=4"])
     assert isinstance(config.model, LlamaConfig) and config.model.num_kv_heads == 4
-    with pytest.raises(ConfigError, match=r"model.name: must be one of moonlight, llama, not 'lama'"):
+    with pytest.raises(ConfigError, match=r"model.name: must be one of moonlight, llama, llama-moe, not 'lama'"):
         load("demo-llama", ["model.name=lama"])
     with pytest.raises(ConfigError, match="model.kv_lora_rank: unknown key where model.name=llama"):
         load("demo-llama", ["model.kv_lora_rank=4"])

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from optim.routing import matrices_in, parameter_groups
-from tests.workers import test_llama, test_moonlight
+from tests.workers import test_llama, test_llama_moe, test_moonlight
 from workers.models import build_empty
 
-MODELS = {"moonlight": test_moonlight.TINY, "llama": test_llama.TINY}
+MODELS = {"moonlight": test_moonlight.TINY, "llama": test_llama.TINY, "llama-moe": test_llama_moe.TINY}
 
 
 @pytest.mark.parametrize("split", ["none", "fused", "heads"])

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.closeness import assert_close
+from workers.models.experts import MixtureOfExperts
 from workers.models.feed_forward import Routes, grouped_product, lean_swiglu_product, plain_swiglu, swiglu_product
-from workers.models.moonlight import MixtureOfExperts
 from workers.models.recompute import recompute
 
 pytestmark = pytest.mark.numeric

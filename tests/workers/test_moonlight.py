@@ -14,9 +14,10 @@ from optim.routing import is_matrix
 from tests.closeness import EPS, assert_close
 from workers.config import MoonlightConfig
 from workers.models import build, logits_of
+from workers.models.experts import Experts
 from workers.models.feed_forward import Routes
 from workers.models.layers import rotary
-from workers.models.moonlight import Experts, Moonlight
+from workers.models.moonlight import Moonlight
 
 pytestmark = pytest.mark.numeric
 

@@ -173,13 +173,13 @@ def test_yaml_names_it_and_the_plan_lays_it_out(registered):
     given = {"run": {"name": "mine"}, "data": {"source": "texts"}, "optim": {"split": "heads"}}
     config = load_values({**given, "model": {"name": "gpt", "width": 48}}, [], "mine")
     assert config.model == GptConfig(width=48) and "# Of the residual stream" in documented_yaml(config)
-    with pytest.raises(ConfigError, match="model.name: must be one of moonlight, llama, gpt, not 'gtp'"):
+    with pytest.raises(ConfigError, match="model.name: must be one of moonlight, llama, llama-moe, gpt, not 'gtp'"):
         load_values({**given, "model": {"name": "gtp"}}, [], "mine")
     with pytest.raises(ConfigError, match="model.width must be a multiple of num_heads, not 50"):
         load_values({**given, "model": {"name": "gpt", "width": 50}}, [], "mine")
     assert model_config_of({"name": "gpt", "width": 48}) == config.model, "as a checkpoint has it"
     del MODELS[GptConfig]
-    with pytest.raises(ConfigProblems, match="name must be one of moonlight, llama, not 'gpt'"):
+    with pytest.raises(ConfigProblems, match="name must be one of moonlight, llama, llama-moe, not 'gpt'"):
         model_config_of({"name": "gpt", "width": 48})
     MODELS[GptConfig] = PLACE
     with pytest.raises(ConfigError, match="a gpt has no names in Hugging Face's terms"):

@@ -70,6 +70,6 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., hidden]` to the same."""
+    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
+        """Map `[..., hidden]` to the same; the mask is for experts, which count by it, in the same place."""
         return swiglu_product(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)

@@ -3,11 +3,13 @@
 Parameter names are Hugging Face's.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from optim.qk_clip import HeadRows
-from workers.config import LlamaConfig
+from workers.config import LlamaConfig, LlamaMoeConfig
 from workers.models.attention import CausalAttention
 from workers.models.cache import KeyValueCache, Mask
 from workers.models.language_model import LanguageModel
@@ -18,15 +20,22 @@ from workers.models.masks import DocumentMask
 class Llama(LanguageModel):
     """The causal language model."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    visited = 1.0
+    """Share of a stack of experts that a token visits."""
+
+    def __init__(self, config: LlamaConfig | LlamaMoeConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Trunk(config)
+        self.model = Trunk(config, self.feed_forward)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Return the hidden states."""
         return self.model(tokens, cache if documents is None else DocumentMask(documents))
+
+    def feed_forward(self, layer: int) -> nn.Module:
+        """Make what a layer has after its attention."""
+        return SwiGLU(self.config.hidden_size, self.config.intermediate_size)
 
     @property
     def head(self) -> Tensor:
@@ -52,7 +61,7 @@ class Llama(LanguageModel):
     def flops_per_token(self, seq_len: int) -> float:
         """Return the operations of all layers and heads."""
         config = self.config
-        return training_flops(self, 1.0, config.num_layers * config.num_heads * 2 * config.head_dim, seq_len)
+        return training_flops(self, self.visited, config.num_layers * config.num_heads * 2 * config.head_dim, seq_len)
 
     def head_rows(self) -> list[HeadRows]:
         """Return what QK-Clip may scale: a key that several heads share is left alone."""
@@ -70,11 +79,11 @@ class Llama(LanguageModel):
 class Trunk(nn.Module):
     """Embedding, layers and the last norm."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig | LlamaMoeConfig, feed_forward: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, feed_forward(i)) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, tokens: Tensor, mask: Mask | None) -> Tensor:
@@ -89,17 +98,17 @@ class Trunk(nn.Module):
 class Layer(nn.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig | LlamaMoeConfig, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = GroupedQueryAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp = mlp
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask | None = None) -> Tensor:
         """Map `[batch, time, hidden]` to the same."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), mask)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -112,7 +121,7 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 class GroupedQueryAttention(nn.Module):
     """Attention in which several query heads share a key and value head."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig | LlamaMoeConfig) -> None:
         super().__init__()
         self.dim = config.head_dim
         hidden, queries, keys = config.hidden_size, config.num_heads * self.dim, config.num_kv_heads * self.dim
