@@ -99,7 +99,7 @@ class Keeper:
         threading.Thread(target=self._accept, args=(self._listener,), name="accept", daemon=True).start()
 
     def renew(self, token: str, storage: StorageConfig) -> bool:
-        """Become as new for another run, whose calls alone come from now on; return False where a save is on its way."""
+        """Become as new for another run, whose calls alone come from now on; False where a save is still on its way."""
         with self._lock:
             every, peers = [*self._own.values(), *self._copies.values()], list(self._peers)
         if any(held.saving for held in every):

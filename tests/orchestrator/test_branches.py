@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.load import load
 from optim.config import OptimConfig
 from orchestrator.config import RunConfig
 from orchestrator.living import BranchPoint, Living
@@ -140,6 +141,22 @@ def test_a_balance_of_experts_of_its_own_is_no_other_model(muon, tmp_path):
     config = replace(config, model=replace(config.model, router_bias_rate=0.0, init_std=0.5))
     notes = led(config, tmp_path)
     assert notes.losses[0] == whole.losses[AT] and notes.losses[-1] != whole.losses[-1]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("checkpoint.at=[0]", r"checkpoint\.at must be steps, 1 or more, not \[0\]"),
+        ("checkpoint.at=[5,2000]", r"checkpoint\.at: step 2000 is behind the last one, 400"),
+        ("checkpoint.at=soon", r"checkpoint\.at: must be .* not 'soon'"),
+        ("train.init_state=run", r"train\.init_state=run goes on after a step .* as RUN@STEP, not ''"),
+        ("train.init_state=once", "train.init_state: must be one of weights, all, run, not 'once'"),
+    ],
+)
+def test_a_config_says_what_is_wrong_with_it(override, told):
+    assert load("demo", ["train.steps=400", "checkpoint.at=[5,10]"]).checkpoint.at == (5, 10)
+    with pytest.raises(ConfigError, match=told):
+        load("demo", ["train.steps=400", override])
 
 
 class Crash(BaseException):
