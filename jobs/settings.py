@@ -15,16 +15,17 @@ from jobs.build import hint_of, unknown_key
 from jobs.load import ORIGINS, as_yaml, load_settings, plain_yaml, read, values_of
 from jobs.screen import Screen
 from jobs.study.numbers import plain, text_of
-from jobs.study.question import Setting, Study
+from jobs.study.question import Answer, Setting, Study
 from orchestrator.config import RunConfig, flatten
 from workers.common.errors import ConfigError
 
 COMMAND_LINE = "command line"
 RULE, BASE_WIDTH, WIDTH = "optim.width_rule", "optim.base_width", "model.hidden_size"
-CONDITIONS = (RULE, BASE_WIDTH, WIDTH)
-"""Keys that say at which width others were found."""
-OF_WIDTH = ("optim.lr", "optim.weight_decay")
-"""Keys whose best values follow the width."""
+OPTIMIZER = "optim.name"
+CONDITIONS = (RULE, BASE_WIDTH, WIDTH, OPTIMIZER)
+"""Keys that say at which width, and with which optimizer, others were found."""
+CONDITIONED = ("optim.lr", "optim.weight_decay")
+"""Keys whose best values depend on that."""
 MOST_TOLD = 4000
 """Characters of a tag."""
 
@@ -91,7 +92,7 @@ def configured_values(values: Any, files: Iterable[str], overrides: Sequence[str
     named = f"{name} with {', '.join(one.file for one in found)}" if found else name
     config = load_settings(values, [one.settings for one in found], named, list(overrides))
     changed = {override.partition("=")[0] for override in overrides}
-    warnings = [text for one in found for text in _check_width(one, config, changed)]
+    warnings = [text for one in found for text in _check_conditions(one, config, changed)]
     return Configured(config, _origins(values, found, changed), tuple(warnings))
 
 
@@ -126,28 +127,33 @@ def read_settings(file: str) -> Found:
     return Found(file, settings, source["study"], str(source.get("run") or ""), dict(source.get("found_at") or {}))
 
 
-def settings_yaml(study: Study, settings: Mapping[str, Setting], run_id: str, config: RunConfig | None = None) -> str:
+def settings_yaml(study: Study, answer: Answer, run_id: str, conditions: Mapping[str, Any] = {}) -> str:
     """Return a settings file.
 
     Args:
-        study: that has found them.
-        settings: by key.
+        study: that has been answered.
+        answer: with settings.
         run_id: of the study in MLflow; may be empty.
-        config: of its trials, for the widths at which the settings hold.
+        conditions: values of CONDITIONS that all trials had.
     """
     values: dict[str, Any] = {}
-    for key, one in settings.items():
+    for key, one in answer.settings.items():
         _put(values, key, plain(one.value))
-    known = flatten(asdict(config)) if config else {}
-    known |= {key: one.value for key, one in settings.items()}
+    known = {**conditions, **answer.found_at, **{key: one.value for key, one in answer.settings.items()}}
     source = {
         "study": study.name,
         "run": run_id,
         "question": study.question.name,
         "found_at": {key: known[key] for key in CONDITIONS if key in known},
-        "keys": {key: {"low": one.low, "high": one.high, "why": one.why} for key, one in settings.items()},
+        "keys": {key: {"low": one.low, "high": one.high, "why": one.why} for key, one in answer.settings.items()},
     }
     return f"# Found by a study: raymuon train CONFIG --with FILE\n{as_yaml({**values, ORIGINS: plain(source)})}"
+
+
+def conditions_of(config: RunConfig, varied: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the CONDITIONS of a study's trials: those that none of them has settings of its own for."""
+    own = {key for settings in varied for key in settings}
+    return {key: value for key, value in flatten(asdict(config)).items() if key in CONDITIONS and key not in own}
 
 
 def value_of(setting: Setting) -> str:
@@ -195,28 +201,38 @@ def _origins(values: Any, found: Sequence[Found], changed: set[str]) -> dict[str
     return origins
 
 
-def _check_width(found: Found, config: RunConfig, changed: set[str]) -> Iterable[str]:
-    """Yield what may not hold at this config's width.
+def _check_conditions(found: Found, config: RunConfig, changed: set[str]) -> Iterable[str]:
+    """Yield what may not hold in this config.
 
     Raises:
-        ConfigError: a value is relative to another base than the config's.
+        ConfigError: a value was found with another optimizer, or is relative to another base width.
     """
-    keys = [key for key in OF_WIDTH if key in found.settings and key not in changed]
-    if not keys or WIDTH not in found.found_at:
+    keys = [key for key in CONDITIONED if key in found.settings and key not in changed]
+    known, named = flatten(asdict(config)), " and ".join(keys)
+    if not keys:
         return
-    known = flatten(asdict(config))
-    (rule, width), (its_rule, its_width) = _width_of(known), _width_of(found.found_at)
+    if found.found_at.get(OPTIMIZER, known[OPTIMIZER]) != known[OPTIMIZER]:
+        raise ConfigError(
+            f"--with {found.file}: {named} was found with {OPTIMIZER}={found.found_at[OPTIMIZER]}, and this config has "
+            f"{OPTIMIZER}={known[OPTIMIZER]}; set {named} on the command line"
+        )
+    if WIDTH in found.found_at or str(found.found_at.get(RULE, "none")) != "none":
+        yield from _check_width(found, named, _width_of(known), _width_of(found.found_at))
+
+
+def _check_width(found: Found, named: str, ours: tuple[str, Any], its: tuple[str, Any]) -> Iterable[str]:
+    (rule, width), (its_rule, its_width) = ours, its
     if rule == "none" == its_rule:
         if width != its_width:
             yield (
-                f"{found.file}: {' and '.join(keys)} was found at {WIDTH}={its_width} and without a rule of widths; at "
-                f"{width} another value may be better"
+                f"{found.file}: {named} was found at {WIDTH}={its_width} and without a rule of widths; at {width} "
+                "another value may be better"
             )
     elif width != its_width or its_rule not in ("none", rule):
-        named, its = " and ".join(keys), "" if its_rule == "none" else f" {RULE}={its_rule}"
+        also = "" if its_rule == "none" else f" {RULE}={its_rule}"
         raise ConfigError(
             f"--with {found.file}: {named} was found at a width of {its_width} with {RULE}={its_rule}, and this config "
-            f"has {RULE}={rule} from a width of {width}; take {BASE_WIDTH}={its_width}{its}, or set {named} on the "
+            f"has {RULE}={rule} from a width of {width}; take {BASE_WIDTH}={its_width}{also}, or set {named} on the "
             "command line"
         )
 

@@ -141,6 +141,9 @@ class Answer:
     """What was tuned and how often, what was assumed, what could not be told."""
     settings: Mapping[str, Setting] = field(default_factory=dict)
     """By key of a config."""
+    found_at: Settings = field(default_factory=dict)
+    """Of the trials that the settings are from, where trials differ in it: the size for instance. A settings file tells
+    at which width and with which optimizer a rate was found, and whoever uses it elsewhere is told."""
 
 
 class Question(Protocol):

@@ -7,7 +7,7 @@ import mlflow
 import yaml
 
 from jobs.settings import settings_yaml
-from jobs.study.question import Setting, Study
+from jobs.study.question import Answer, Setting, Study
 from jobs.study.questions.ablation import Ablation
 from orchestrator.record.tracking import read_artifact
 from tests.e2e.conftest import RAYMUON
@@ -15,7 +15,8 @@ from tests.e2e.conftest import RAYMUON
 
 def test_the_record_of_a_run_tells_where_its_settings_come_from(place):
     found = {"optim.lr": Setting(value=0.0123, why=""), "optim.momentum": Setting(value=0.9, why="")}
-    (place.folder / "found.yaml").write_text(settings_yaml(Study(name="rates", question=Ablation()), found, "run-1"))
+    answer = Answer(headline="found", facts={}, settings=found)
+    (place.folder / "found.yaml").write_text(settings_yaml(Study(name="rates", question=Ablation()), answer, "run-1"))
     done = place.run("--with", "found.yaml", "train.steps=4", "optim.momentum=0.8", "--json")
     result = json.loads(done.stdout.splitlines()[-1])
     (further,) = [line for line in done.stderr.splitlines() if "train it further" in line]

@@ -12,13 +12,14 @@ from jobs.cli import app
 from jobs.load import load, load_values, read
 from jobs.settings import (
     COMMAND_LINE,
+    conditions_of,
     configured,
     interval_of,
     read_settings,
     settings_yaml,
     value_of,
 )
-from jobs.study.question import Setting, Study
+from jobs.study.question import Answer, Setting, Study
 from jobs.study.questions.ablation import Ablation
 from orchestrator.config import flatten
 from workers.common.errors import ConfigError
@@ -30,13 +31,13 @@ STAGES = [
 ]
 
 
-def found(tmp_path, name="settings.yaml", config=None, **settings) -> str:
+def found(tmp_path, name="settings.yaml", conditions=None, **settings) -> str:
     """Write a settings file of a study; __ in a name stands for a dot."""
     made = {
         key.replace("__", "."): Setting(value=value, low=None, high=2.0, why="w") for key, value in settings.items()
     }
     path = tmp_path / name
-    path.write_text(settings_yaml(STUDY, made, "run-1", config))
+    path.write_text(settings_yaml(STUDY, Answer(headline="h", facts={}, settings=made), "run-1", conditions or {}))
     return str(path)
 
 
@@ -127,8 +128,25 @@ def with_width(tmp_path, rule, base, width, **settings) -> str:
 
 def test_the_width_at_which_settings_were_found_is_in_their_file(tmp_path):
     config = load("demo-llama", [])
-    found_at = read_settings(found(tmp_path, config=config, optim__lr=0.1)).found_at
-    assert found_at["model.hidden_size"] == 128
+    file = found(tmp_path, conditions=conditions_of(config, [{"optim.lr": 1}]), optim__lr=0.1)
+    known = read_settings(file).found_at
+    assert known["model.hidden_size"] == 128 and known["optim.name"] == "muon"
+    assert "model.hidden_size" not in conditions_of(config, [{}, {"model.hidden_size": 64}]), "nobody knows of which"
+    made = {"optim.lr": Setting(value=0.1, why=""), "optim.name": Setting(value="adamw", why="")}
+    answer = Answer(headline="h", facts={}, settings=made, found_at={"model.hidden_size": 96})
+    (tmp_path / "s.yaml").write_text(settings_yaml(STUDY, answer, "", conditions_of(config, [])))
+    known = read_settings(str(tmp_path / "s.yaml")).found_at
+    assert known["model.hidden_size"] == 96 and known["optim.name"] == "adamw"
+
+
+def test_a_rate_found_with_another_optimizer_is_refused(tmp_path):
+    file = found(tmp_path, conditions={"optim.name": "muon"}, optim__lr=0.02)
+    with pytest.raises(
+        ConfigError, match=r"optim.lr was found with optim.name=muon, and this config has optim.name=adamw"
+    ):
+        configured("demo-llama", [file], ["optim.name=adamw"])
+    assert configured("demo-llama", [file], ["optim.name=adamw", "optim.lr=0.1"]).config.optim.lr == 0.1
+    assert configured("demo-llama", [file], []).config.optim.lr == 0.02
 
 
 def test_a_rate_found_at_another_width_without_a_rule_is_a_warning(tmp_path):
@@ -182,5 +200,5 @@ def test_every_key_of_a_config_can_be_set_by_a_file(tmp_path):
     config = load("demo", [])
     keys = {key: value for key, value in flatten(asdict(config)).items() if value is not None}
     made = {key: Setting(value=value, why="") for key, value in keys.items()}
-    (tmp_path / "all.yaml").write_text(settings_yaml(STUDY, made, ""))
+    (tmp_path / "all.yaml").write_text(settings_yaml(STUDY, Answer(headline="h", facts={}, settings=made), ""))
     assert configured("demo", [str(tmp_path / "all.yaml")], []).config == config

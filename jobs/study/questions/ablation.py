@@ -191,8 +191,8 @@ def _along(base: Variant, compared: Sequence[Compared]) -> list[Table]:
             title=f"Difference to {base.label} along the run",
             columns=["variant", *(f"step {step:,}" for step in shown)],
             rows=rows,
-            note="Only the end of a schedule compares what a run is good for: while the learning rate is high, orders "
-            "turn round.",
+            note="Intervals hold for all variants together at a step, not for all steps. Only the end of a schedule "
+            "compares what a run is good for: while the learning rate is high, orders turn round.",
         )
     ]
 

@@ -10,7 +10,7 @@ from jobs.settings import interval_of, value_of
 from jobs.study.numbers import plain, text_of
 from jobs.study.question import Answer, Study, Table
 from jobs.study.report.page import HEADS, about, told_left_out
-from jobs.study.report.rows import FIGURES, Row, axes_of, cells, texts
+from jobs.study.report.rows import FIGURES, Row, axes_of, cells, headline, texts
 from jobs.tell import json_text
 from workers.common.text import visible
 
@@ -55,7 +55,7 @@ def markdown(
         pictures: files of the plots, by name.
     """
     axes = axes_of(rows)
-    told = [f"# {_text(answer.headline)}", _about(study, rows)]
+    told = [f"# {_text(headline(answer, rows))}", _about(study, rows)]
     told += [_table(table) for table in answer.tables]
     for plot in answer.plots:
         note = " ".join(filter(None, (plot.note, told_left_out(plot))))

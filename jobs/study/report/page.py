@@ -14,7 +14,7 @@ from jobs.settings import interval_of, value_of
 from jobs.study.numbers import text_of
 from jobs.study.question import Answer, Plot, Study, Table
 from jobs.study.report.plots import draw, left_out
-from jobs.study.report.rows import FIGURES, Row, axes_of, texts
+from jobs.study.report.rows import FIGURES, Row, axes_of, headline, texts
 from workers.common.text import visible
 
 STYLE = """
@@ -32,7 +32,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
-code { overflow-wrap: anywhere; }
+td:first-child, td code, #trials td { white-space: nowrap; }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Nothing is fetched, whatever a text should hold."""
@@ -50,7 +50,7 @@ def page(study: Study, answer: Answer, rows: Sequence[Row], counted: Sequence[Ta
         counted: tables of what was tuned, and of what it has cost.
     """
     parts = [
-        f"<h1>{_text(answer.headline)}</h1>",
+        f"<h1>{_text(headline(answer, rows))}</h1>",
         f'<p class="quiet">{_text(about(study, rows))}</p>',
         *map(_table, answer.tables),
         *map(_figure, answer.plots),
@@ -143,7 +143,8 @@ def _trials(rows: Sequence[Row]) -> str:
     axes = axes_of(rows)
     columns = ["trial", *axes, "status", *HEADS, "error", "run"]
     found = [[*(_text(cell) for cell in texts(row, axes)), _link(row.link)] for row in rows]
-    return _section("Trials", _rows(columns, found), "Loss at the end, on held-out text, in nats per token.")
+    table = f'<div id="trials">{_rows(columns, found)}</div>'
+    return _section("Trials", table, "Loss at the end, on held-out text, in nats per token.")
 
 
 def _link(link: str) -> str:

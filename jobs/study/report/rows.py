@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.study.numbers import text_of
-from jobs.study.question import Outcome, Study, Table, Trial
+from jobs.study.question import Answer, Outcome, Study, Table, Trial
 
 PENDING = "not done"
 
@@ -54,6 +54,12 @@ def _own_share(trial: Trial, outcome: Outcome | None, outcomes: Mapping[str, Out
         return max(0.0, 1 - trial.branch.step / outcome.steps) if outcome.steps else 1.0
     inherited = parent.tokens * trial.branch.step / parent.steps
     return min(1.0, max(0.0, 1 - inherited / outcome.tokens))
+
+
+def headline(answer: Answer, rows: Sequence[Row]) -> str:
+    """Return the first line of a report: while trials are missing that there are, and then the answer so far."""
+    waiting = sum(row.outcome is None for row in rows)
+    return f"Not finished, {waiting} of {len(rows)} trials to go. {answer.headline}" if waiting else answer.headline
 
 
 def axes_of(rows: Sequence[Row]) -> list[str]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jobs.settings import settings_yaml
+from jobs.settings import conditions_of, settings_yaml
 from jobs.study.question import Answer, Outcome, Plot, Study
 from jobs.study.report.files import answer_json, markdown, trials_csv
 from jobs.study.report.page import page
@@ -49,7 +49,8 @@ def write_report(
         ANSWER: answer_json(study, answer, rows),
     }
     if answer.settings:
-        texts[SETTINGS] = settings_yaml(study, answer.settings, run_id, config)
+        conditions = conditions_of(config, [row.trial.settings for row in rows]) if config else {}
+        texts[SETTINGS] = settings_yaml(study, answer, run_id, conditions)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():

@@ -129,6 +129,7 @@ def test_every_trial_is_a_row_and_those_that_wait_are_too(tmp_path):
     texts = read(tmp_path).texts
     for trial in Ablation().trials(STUDY, {}):
         assert trial.name.replace("\x1b", "\\x1b") in texts
+    assert texts[1].startswith("Not finished, 2 of 6 trials to go. Within the noise: ")
     assert texts.count("not done") == 2 + 1 and texts.count("the loss is not finite") == 1
     assert f"run-of-{next(iter(done))}".replace("\x1b", "\\x1b") in texts, "without a link the run's id"
 
@@ -158,6 +159,7 @@ def test_a_browser_shows_it_all_and_asks_nobody(folder, scheme):
             assert dark == (scheme == "dark")
         rows = page.locator("section", has_text="Trials").last.locator("tbody tr")
         assert rows.count() == 6 and all(rows.nth(number).is_visible() for number in range(6))
+        assert all(rows.nth(number).bounding_box()["height"] < 40 for number in range(6)), "a trial is a line"
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert background == ("rgb(22, 24, 29)" if scheme == "dark" else "rgb(255, 255, 255)")
         browser.close()

@@ -176,13 +176,18 @@ def test_a_value_is_what_its_name_shows():
         ({"ranges": {"a": {"low": 0.0, "high": math.inf}}}, "must be a finite number, not inf"),
         ({"ranges": {"a": 3}}, "must be a list of values or"),
         ({"sampler": "grid"}, "a grid needs points: N"),
+        (
+            {"ranges": {"optim.lr": {"low": 0.1, "high": 5.0}}},
+            r"ranges.optim.lr: 5.0 cannot be tried: .*lr must be .* not 5",
+        ),
+        ({"ranges": {"optim.lrr": [0.1]}}, r"ranges.optim.lrr: 0.1 cannot be tried: .*did you mean optim.lr"),
         ({"trials_each": 0}, r"question.trials_each must be 1 or more, not 0"),
         ({"ranges_by_point": {"muon": {}}}, r"ranges_by_point.muon: no axis has a point of this name"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(question, message):
     one = study(**question)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
         one.question.check(one)
 
 
