@@ -80,10 +80,11 @@ def _with_interval(estimate: Estimate, sign: str) -> str:
     low, high = estimate.low, estimate.high
     if math.isnan(low + high):
         return f"{number(estimate.value, sign)} (no interval)"
-    reach = max((abs(end - estimate.value) for end in (low, high) if math.isfinite(end)), default=0.0)
-    if not reach > 0:
+    reaches = [abs(end - estimate.value) for end in (low, high) if math.isfinite(end) and end != estimate.value]
+    if not reaches:
         return f"{number(estimate.value, sign)} ({number(low, sign)} to {number(high, sign)})"
-    places = 1 - math.floor(math.log10(reach))  # Two digits of how far the interval reaches.
+    # Two digits of how far the interval reaches, to its nearer end: that of a ratio may be a thousand times as far up.
+    places = 1 - math.floor(math.log10(min(reaches)))
     value, low, high = (_rounded(one, places, sign) for one in (estimate.value, low, high))
     return f"{value} ({low} to {high})"
 
@@ -92,6 +93,8 @@ def _rounded(value: float, places: int, sign: str) -> str:
     if not math.isfinite(value):
         return f"{value:{sign}}"
     rounded = round(value, places) + 0.0  # Without a minus before 0.
+    if value and not rounded:
+        return f"{value:{sign}.2g}"
     if rounded and not 1e-4 <= abs(rounded) < 1e6:
         return f"{rounded:{sign}.{max(0, math.floor(math.log10(abs(rounded))) + places)}e}"
     return f"{rounded:{sign},.{max(0, places)}f}" if rounded else f"{0:{sign}}"

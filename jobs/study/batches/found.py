@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from statistics import geometric_mean
 
 import numpy as np
@@ -109,9 +109,10 @@ def _branches(plan: Plan, optimizer: str) -> Branches:
         forks = [Fork(tokens, factor) for factor in plan.question.branch_factors]
         ends = {fork.factor * plan.sequences(plan.smallest): _end(plan, optimizer, fork) for fork in forks}
         known = {float(batch): loss for batch, loss in ends.items() if loss is not None}
-        if len(known) == len(forks):
+        if len(known) == len(forks) and isfinite(min(known.values())):
             losses[tokens] = known
-    critical = {at: branched_critical(of, plan.question.epsilon) for at, of in losses.items()}
+    found = {at: branched_critical(of, plan.question.epsilon) for at, of in losses.items()}
+    critical = {at: batch for at, batch in found.items() if batch is not None}
     return Branches(losses, critical, batch_schedule(critical, plan.sequences(plan.smallest)))
 
 

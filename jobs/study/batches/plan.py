@@ -122,6 +122,9 @@ class Plan:
         settings = {**self._settings(optimizer, batch, rate), "train.steps": steps}
         if question.validations:
             settings["train.validate_every"] = max(1, steps // question.validations)
+        if batch == self.smallest and seed == self.first_seed and question.branch_at:
+            # Which rate is the best is known when all have ended: each may be the trunk.
+            settings["checkpoint.at"] = sorted({self.fork_step(optimizer, fork) for fork in self.forks})
         coordinates = _coordinates(optimizer, batch, rate, seed)
         return Trial(name=trial_name(**coordinates), settings=settings, coordinates=coordinates, seed=seed)
 

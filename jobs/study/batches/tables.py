@@ -60,7 +60,7 @@ def _critical(levels: Sequence[Level]) -> Table:
 
 def _branches(branches: dict[str, Branches]) -> Table:
     rows = [
-        [name, at, int(batch), f"{loss:.4f}", "critical" if batch == one.critical[at] else ""]
+        [name, at, int(batch), f"{loss:.4f}", "critical" if batch == one.critical.get(at) else ""]
         for name, one in branches.items()
         for at, losses in sorted(one.losses.items())
         for batch, loss in sorted(losses.items())

@@ -7,7 +7,7 @@ first at L with batch B, S_L(B) = T_L(B) / B steps, the token ratio R_L(B) (equa
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, nan, sqrt
+from math import exp, isfinite, nan, sqrt
 
 import numpy as np
 from scipy.special import stdtrit
@@ -131,18 +131,23 @@ def pareto(places: Sequence[Place]) -> list[Place]:
     return found
 
 
-def branched_critical(losses: Mapping[float, float], epsilon: float = EPSILON) -> float:
+def branched_critical(losses: Mapping[float, float], epsilon: float = EPSILON) -> float | None:
     """Return the critical batch out of branches with more and more batch, all trained on the same tokens.
 
     It is the largest whose loss is at most epsilon above the best of the smaller ones, as are all below it: one that
     comes back by chance behind one that does not counts for nothing.
 
     Args:
-        losses: at the end of each branch, by batch; NaN or infinite where it diverged.
+        losses: at the end of each branch, by batch; NaN or infinite where it failed.
         epsilon: nats.
+
+    Returns:
+        None where the smallest failed: there is nothing to compare with.
     """
     ordered = sorted(losses)
     critical, best = ordered[0], losses[ordered[0]]
+    if not isfinite(best):
+        return None
     for batch in ordered[1:]:
         if not losses[batch] <= best + epsilon:
             break

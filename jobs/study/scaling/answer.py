@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from math import sqrt
+from math import isinf, sqrt
 from typing import Any
 
 from jobs.study.fits.estimate import Unidentified
@@ -46,10 +46,7 @@ def headline(plan: Plan, cells: list[Cell], laws: Laws) -> str:
 
 def _finding(found: Ratios, baseline: str) -> str:
     if not found.measured:
-        return (
-            f"{found.optimizer} and {baseline} have no loss in common: the fewest FLOPs of the one reach what the most "
-            "of the other do not; only a projection is there"
-        )
+        return _bound(found, baseline)
     lowest = found.measured[-1]
     ratio, at = (
         lowest.value,
@@ -62,6 +59,16 @@ def _finding(found: Ratios, baseline: str) -> str:
     if ratio.value > 1:
         return f"{found.optimizer} needs {text_of(ratio)} times fewer FLOPs than {baseline}: {at}"
     return f"{found.optimizer} needs more FLOPs than {baseline}: {at}, is {text_of(ratio)}"
+
+
+def _bound(found: Ratios, baseline: str) -> str:
+    """Say what is known where the cheapest run of one comes lower than the dearest of the other."""
+    first, second = found.first.points, found.second.points
+    if second.y.max() < first.y.min():
+        least = first.costs[-1] / second.costs[0]
+        return f"{found.optimizer} needs less than 1/{least:.3g} of {baseline}'s FLOPs: no loss is known of both"
+    least = second.costs[-1] / first.costs[0]
+    return f"{found.optimizer} needs more than {least:.3g} times {baseline}'s FLOPs: no loss is known of both"
 
 
 def _facts(cells: list[Cell], laws: Laws) -> dict[str, Any]:
@@ -167,7 +174,7 @@ def _tuned(value: float, losses: Mapping[float, float], noise: float | None, why
         at = minimum([*losses], [*losses.values()], noise, NEAREST).at
     except Unidentified:
         return Setting(value=value, why=why)
-    if not at.known:
+    if not at.known or isinf(at.high) or value not in at:
         return Setting(value=value, why=why)
     return Setting(value=value, low=at.low, high=at.high, why=f"{why}; the parabola's minimum is {at.value:.3g}")
 

@@ -33,6 +33,9 @@ class Ratios:
 
     optimizer: str
     cost: str
+    first: Fit
+    """Of the baseline."""
+    second: Fit
     measured: list[Ratio]
     """By falling loss; empty where no loss is known of both."""
     projected: list[Ratio]
@@ -100,7 +103,9 @@ def _ratios(optimizer: str, cost: str, first: Fit, second: Fit) -> Ratios:
     beyond = [min(fit.law.loss(times * largest) for fit in (first, second)) for times in BEYOND]
     if not common:  # From where the one ends to where the other begins, and beyond.
         beyond = [reached, *beyond]
-    return Ratios(optimizer, cost, measured, projected(first, second, [one for one in beyond if one <= reached]))
+    return Ratios(
+        optimizer, cost, first, second, measured, projected(first, second, [one for one in beyond if one <= reached])
+    )
 
 
 def _between(high: float, low: float) -> list[float]:

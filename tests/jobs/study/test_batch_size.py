@@ -172,10 +172,12 @@ def test_branches_have_the_trunk_as_their_first_stage():
     done, trials = run(study, partial(train, study))
     branches = [trial for trial in trials if trial.branch]
     assert len(branches) == 2 * 4 * 2
+    assert sum("checkpoint.at" in trial.settings for trial in trials) == 2
     named = {trial.name: trial for trial in trials}
     for trial in branches:
         trunk, config = named[trial.branch.trial], config_of(study, trial.settings)
         factor = trial.coordinates["factor"]
+        assert trial.branch.step in trunk.settings["checkpoint.at"]  # The branch begins when the trunk has ended.
         assert trial.branch.step == trial.coordinates["branch_at"] / (4 * SEQ) == config.train.lengths[0]
         assert config.train.batches == (4, 4 * factor) and trunk.settings["train.global_batch"] == 4
         theirs = config_of(study, trunk.settings).recipe
@@ -208,6 +210,9 @@ def test_a_branch_that_failed_is_beyond_the_critical_batch():
     answer = study.question.answer(study, done)
     assert answer.facts["branches"]["muon"]["critical_batch"] == {f"{2.0**18:g}": 4}
     assert "train.stages" not in answer.settings
+    none = {name: replace(one, val_loss=None) if "branch_at" in name else one for name, one in done.items()}
+    answer = study.question.answer(study, none)  # Nothing is told by branches that all failed.
+    assert not answer.facts["branches"] and "train.stages" not in answer.settings
 
 
 def test_simulated_times():
@@ -271,6 +276,7 @@ def test_questions_that_check_themselves(question, reason):
     "study, reason",
     [
         (study_of(rates={"muon": 1e-3}), "needs a learning rate above 0 for adamw"),
+        (study_of(seeds=(0, 0)), "seeds: must be one or more, each once"),
         (study_of(batches=[4]), "two batches or more"),
         (study_of(batches=[4, 4]), "each of another size"),
         (study_of(batches=["many", 4]), "a whole number of sequences"),

@@ -127,7 +127,8 @@ def test_critical_batch_by_branches():
     assert branched_critical({8: 3.0, 16: 3.005, 32: 3.009, 64: 3.02, 128: 3.2}) == 32
     assert branched_critical({8: 3.0, 16: 2.9, 32: 2.905, 64: 2.92}) == 32  # The best of the smaller ones is 2.9.
     assert branched_critical({8: 3.0, 16: 3.1, 32: 3.0}) == 8  # That 32 is back is chance.
-    assert branched_critical({8: 3.0, 16: nan, 32: inf}) == 8 and branched_critical({8: nan, 16: 3.0}) == 8
+    assert branched_critical({8: 3.0, 16: nan, 32: inf}) == 8
+    assert branched_critical({8: inf, 16: inf}) is None and branched_critical({8: nan, 16: 3.0}) is None
     assert branched_critical({64: 3.0, 8: 3.0}) == 64
 
 

@@ -105,6 +105,19 @@ def test_noise_has_intervals_and_no_difference_is_within_it():
     assert study.question.answer(study, done).headline.startswith("Within the noise")
 
 
+def test_without_a_loss_in_common_there_is_a_bound():
+    study = study_of(seeds=(0,), sizes=dict(list(SIZES.items())[:2]))
+
+    def outcome(trial):
+        found = train(study, trial)
+        return replace(found, val_loss=found.val_loss * (0.5 if trial.settings["optim.name"] == "muon" else 1))
+
+    done, _ = run(study, outcome)
+    flops = {one.flops for one in done.values()}
+    headline = study.question.answer(study, done).headline
+    assert headline.startswith(f"muon needs less than 1/{max(flops) / min(flops):.3g} of adamw's FLOPs")
+
+
 def test_a_best_at_the_border_gives_each_optimizer_one_more():
     study = study_of(rates={"adamw": 4e-3, "muon": 2e-3}, sizes=dict(list(SIZES.items())[:2]), seeds=(0,), extend=2)
     done, trials = run(study, partial(train, study))
@@ -229,6 +242,8 @@ def test_questions_that_check_themselves(question, reason):
     "study, reason",
     [
         (study_of(rates={"adamw": 1e-3}), "question.rates: needs a learning rate above 0 for muon"),
+        (study_of(seeds=(0, 1, 0)), "seeds: must be one or more, each once"),
+        (study_of(seeds=()), "seeds: must be one or more"),
         (study_of(baseline="sgd"), "question.baseline: must be one of adamw, muon"),
         (study_of(reuse="sgd"), "question.reuse"),
         (study_of(sizes=dict(list(SIZES.items())[:1])), "two sizes or more"),
