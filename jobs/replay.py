@@ -83,7 +83,7 @@ def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
     log = RunLog(found.store)
     first, last = stretch_of(request.steps, record, log)
     url, manifest = found.url, _checkpoint_before(log, first)
-    if manifest is None and (parent := _parent(record, first, request.s3_endpoint)) is not None:
+    if manifest is None and (parent := branched_from(record, first, request.s3_endpoint)) is not None:
         url, manifest = parent.run_url, parent.manifest
     begin = manifest.step + 1 if manifest else 1
     attempt = attempt_of(record, begin, last)
@@ -169,7 +169,7 @@ def _checkpoint_before(log: RunLog, first: int) -> Manifest | None:
     return newest and Manifest.read(log.store, newest.manifest, newest.sha256)
 
 
-def _parent(record: Record, first: int, endpoint: str) -> Origin | None:
+def branched_from(record: Record, first: int, endpoint: str) -> Origin | None:
     """Return the checkpoint from which a branch's first steps go on; None where the run is no branch.
 
     Raises:

@@ -1,5 +1,6 @@
 """`raymuon submit FILE --study`: a study as a job on a Ray cluster."""
 
+import shlex
 from contextlib import suppress
 
 from jobs.environment import CONFIG
@@ -8,6 +9,7 @@ from jobs.screen import Screen
 from jobs.study.command import beforehand, find_or_make
 from jobs.study.file import load_study
 from jobs.study.record import files_of
+from jobs.study.state import StudyState
 from jobs.submit import Target, Work, check_places, new_job, start_job, tell_job, tracking_of, watch
 from workers.common.errors import ClusterError, ConfigError
 
@@ -38,11 +40,12 @@ def submit_study(source: str, overrides: list[str], target: Target, follow: bool
     work = Work(
         run_id=record.run_id,
         name=found.study.name,
-        command=f"study run {CONFIG} --address auto",
+        # Its own, whatever the nodes' environment names: the study's run is there.
+        command=shlex.join(["study", "run", CONFIG, "--address", "auto", "--tracking-uri", first.tracking.uri]),
         files=files_of(found, CONFIG),
     )
     try:
-        record.keep(found)
+        StudyState(found, record, {}).go_on()
         start_job(jobs, job, target, work, tracking)
     except BaseException:
         with suppress(ClusterError):

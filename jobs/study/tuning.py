@@ -102,6 +102,13 @@ def at_border(losses: Losses) -> bool:
     return min(rates, key=lambda rate: (losses[rate], rate)) in (rates[0], rates[-1])
 
 
+def seed_problems(seeds: Sequence[int]) -> list[str]:
+    """Return what is wrong with a study's seeds: one that is there twice would pass for two that agree."""
+    if seeds and len(set(seeds)) == len(seeds):
+        return []
+    return [f"seeds: must be one or more, each once, not {[*seeds]}"]
+
+
 def rounded(rate: float) -> float:
     """Return a rate as names of trials have it."""
     return float(f"{rate:.6g}")

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from jobs.load import load
+from jobs.record import Attempt, Record
+from jobs.replay import branched_from
 from optim.config import OptimConfig
 from orchestrator.config import RunConfig
 from orchestrator.living import BranchPoint, Living
 from orchestrator.log.run_log import RunLog
+from orchestrator.record.provenance import provenance as provenance_here
 from tests.closeness import ADAMW_EPS
 from tests.faults import FaultyMember
 from tests.leading import Lead, Notes, config_of, tensors_of
@@ -61,21 +64,22 @@ def differing(one: Path, other: Path) -> list:
     return [key for key, tensor in first.items() if tensor.tobytes() != second[key].tobytes()]
 
 
-@pytest.fixture(scope="module", params=[config_in, llama_in], ids=["moonlight-muon", "llama-adamw-bf16"])
-def parent(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parent")
-    return folder, request.param, led(request.param(folder), folder)
-
-
 @pytest.fixture(scope="module")
 def muon(tmp_path_factory):
-    """A parent, for what does not depend on the model."""
+    """A parent: its folder, and what it told."""
     folder = tmp_path_factory.mktemp("muon")
     return folder, led(config_in(folder), folder)
 
 
-def test_a_branch_of_the_same_config_is_bitwise_its_parent(parent, tmp_path):
-    folder, config_in, whole = parent
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return folder, led(llama_in(folder), folder)
+
+
+@pytest.mark.parametrize(("name", "config_in"), [("muon", config_in), ("llama", llama_in)])
+def test_a_branch_of_the_same_config_is_bitwise_its_parent(name, config_in, tmp_path, request):
+    folder, whole = request.getfixturevalue(name)
     kept = [commit.step for commit in RunLog(Store(f"{folder}/run")).commits]
     assert kept == [AT, STEPS], "the branch point is kept, though but one checkpoint is"
     notes = led(branch_of(config_in(tmp_path), folder), tmp_path)
@@ -157,6 +161,21 @@ def test_a_config_says_what_is_wrong_with_it(override, told):
     assert load("demo", ["train.steps=400", "checkpoint.at=[5,10]"]).checkpoint.at == (5, 10)
     with pytest.raises(ConfigError, match=told):
         load("demo", ["train.steps=400", override])
+
+
+def test_a_replay_begins_where_the_branch_began(muon):
+    """Of its first steps; those before are its parent's. A run that is no branch has no such place."""
+    folder, _ = muon
+    provenance = provenance_here()
+    begun = {"train": {"init": f"{folder}/run@{AT}", "init_state": "run"}}
+    record = Record(attempts={1: Attempt(1, begun, provenance, {})})
+    origin = branched_from(record, AT + 1, "")
+    assert origin is not None and (origin.run_url, origin.manifest.step) == (f"{folder}/run", AT)
+    with pytest.raises(ConfigError, match="step 6 is before the first of this branch, 7; replay its parent, run"):
+        branched_from(record, AT, "")
+    for train in ({"init": f"{folder}/run", "init_state": "weights"}, {}):
+        assert branched_from(Record(attempts={1: Attempt(1, {"train": train}, provenance, {})}), 1, "") is None
+    assert branched_from(Record(), 1, "") is None
 
 
 class Crash(BaseException):

@@ -163,7 +163,7 @@ def test_a_keeper_forgets_its_run():
     Connection.open(keeper.address()).close()
 
 
-@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_dies_or_hangs_while_it_waits_is_not_used(tmp_path, monkeypatch, harm):
     monkeypatch.setattr(warm_module, "RENEW_S", 0.3)
     cluster = ProcessCluster({"a": 1})

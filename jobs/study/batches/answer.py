@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isfinite
 from statistics import geometric_mean
 from typing import Any
 
@@ -171,11 +172,13 @@ def _settings(
     run = next(run for run in runs if run.optimizer == winner and run.tokens_per_step == found.optimal)
     sequences, rate = plan.sequences(run.batch), plan.best(winner, run.batch)
     unit = run.tokens_per_step / sequences
-    low, high = (found.critical.critical.low, found.critical.critical.high) if found.critical else (None, None)
     why = f"{at}: the largest batch within {plan.question.tolerance:.0%} of the fewest tokens"
+    ends: dict[str, float] = {}
     if found.critical:
-        why += f"; interval of the two-piece model, whose B* is {found.critical.critical.value / unit:.3g}"
-    ends = {"low": None if low is None else low / unit, "high": None if high is None else high / unit}
+        critical = found.critical.critical.through(lambda tokens: tokens / unit)
+        why += f"; the two-piece model's B* is {text_of(critical)}"
+        if sequences in critical and isfinite(critical.high):
+            ends = {"low": critical.low, "high": critical.high}
     settings = {key: Setting(value=value, why=at) for key, value in plan.optimizers[winner].items()}
     settings["train.global_batch"] = Setting(value=sequences, why=why, **ends)
     settings["optim.lr"] = Setting(value=rate, why=f"{at}: the best at this batch")

@@ -8,6 +8,7 @@ from jobs.study.batches.answer import answer_of
 from jobs.study.batches.plan import AXES, Plan
 from jobs.study.fits.batch import EPSILON, TOLERANCE
 from jobs.study.question import Answer, Outcome, Study, Trial, points
+from jobs.study.tuning import seed_problems
 from optim.checks import require, within
 from workers.common.errors import ConfigError
 
@@ -94,7 +95,7 @@ class BatchSize:
         Raises:
             ConfigError: axes, rates or lengths with which nothing can be compared.
         """
-        problems = [*_axes(self, study)]
+        problems = [*seed_problems(study.seeds), *_axes(self, study)]
         problems = problems or [*_lengths(Plan(self, study, {}))]
         if problems:
             told = "\n".join(f"  {problem}" for problem in problems)

@@ -7,6 +7,7 @@ from typing import Literal
 from jobs.study.question import Answer, Outcome, Study, Trial, points
 from jobs.study.scaling.answer import answer_of
 from jobs.study.scaling.plan import Plan
+from jobs.study.tuning import seed_problems
 from optim.checks import require, within
 from orchestrator.config import RunConfig
 from workers.common.errors import ConfigError
@@ -96,7 +97,7 @@ class ScalingLaw:
         Raises:
             ConfigError: axes, rates or budgets with which nothing can be compared.
         """
-        problems = _axes(self, study)
+        problems = seed_problems(study.seeds) + _axes(self, study)
         problems = problems or _lengths(Plan(self, study, {}))
         if problems:
             told = "\n".join(f"  {problem}" for problem in problems)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from math import sqrt
+from math import isinf, sqrt
 from typing import Any
 
 from jobs.study.fits.estimate import Unidentified
@@ -174,7 +174,7 @@ def _tuned(value: float, losses: Mapping[float, float], noise: float | None, why
         at = minimum([*losses], [*losses.values()], noise, NEAREST).at
     except Unidentified:
         return Setting(value=value, why=why)
-    if not at.known:
+    if not at.known or isinf(at.high) or value not in at:
         return Setting(value=value, why=why)
     return Setting(value=value, low=at.low, high=at.high, why=f"{why}; the parabola's minimum is {at.value:.3g}")
 

@@ -276,6 +276,7 @@ def test_questions_that_check_themselves(question, reason):
     "study, reason",
     [
         (study_of(rates={"muon": 1e-3}), "needs a learning rate above 0 for adamw"),
+        (study_of(seeds=(0, 0)), "seeds: must be one or more, each once"),
         (study_of(batches=[4]), "two batches or more"),
         (study_of(batches=[4, 4]), "each of another size"),
         (study_of(batches=["many", 4]), "a whole number of sequences"),

@@ -242,6 +242,8 @@ def test_questions_that_check_themselves(question, reason):
     "study, reason",
     [
         (study_of(rates={"adamw": 1e-3}), "question.rates: needs a learning rate above 0 for muon"),
+        (study_of(seeds=(0, 1, 0)), "seeds: must be one or more, each once"),
+        (study_of(seeds=()), "seeds: must be one or more"),
         (study_of(baseline="sgd"), "question.baseline: must be one of adamw, muon"),
         (study_of(reuse="sgd"), "question.reuse"),
         (study_of(sizes=dict(list(SIZES.items())[:1])), "two sizes or more"),
