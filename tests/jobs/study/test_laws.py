@@ -45,7 +45,7 @@ def test_moonlights_ratio_out_of_points():
 def test_exponents_and_ratios_cover_the_truth(seeds: int, points: int, noise: float):
     draws, costs, loss = np.random.default_rng(seeds), np.geomspace(1e12, 5e13, points), 2.1
     hits = {"exponent": 0, "scale": 0, "ratio": 0, "projected": 0}
-    for _ in range(150):
+    for _ in range(100):
         first, second = (fit_power_law(measured(law, draws, noise, seeds, costs)) for law in (ADAMW, MUON))
         hits["exponent"] += ADAMW.exponent in first.exponent
         hits["scale"] += MUON.scale in second.scale
@@ -53,7 +53,7 @@ def test_exponents_and_ratios_cover_the_truth(seeds: int, points: int, noise: fl
         # Between points the curves are straight in logarithms, so that what is read off is exact but for the noise.
         hits["ratio"] += ratio_of(ADAMW, MUON, loss) in between.value
         hits["projected"] += ratio_of(ADAMW, MUON, 1.9) in beyond.value
-    assert min(hits.values()) >= 0.9 * 150, hits
+    assert min(hits.values()) >= 90, hits
 
 
 def test_intervals_shrink_with_seeds():

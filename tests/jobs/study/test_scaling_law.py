@@ -165,7 +165,8 @@ def test_weight_decay_is_tuned_with_each_rate():
 
 def test_several_budgets_out_of_one_run():
     settings = {"optim.schedule": "wsd", "optim.final_lr_fraction": 0.0}
-    study = study_of(tokens_per_parameter=(5.0, 10.0, 40.0), branched=True, settings=settings)
+    sizes = dict(list(SIZES.items())[:3])
+    study = study_of((0, 1), sizes, settings, tokens_per_parameter=(5.0, 10.0, 40.0), branched=True)
     study.question.check(study)
     done, trials = run(study, partial(train, study))
     named = {trial.name: trial for trial in trials}
