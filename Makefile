@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
-.PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format curves studies moonlight bench bench-recovery bench-optimizer bench-model bench-gpu bench-checkpoint bench-data bench-load lock clean
+.PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format studies moonlight bench bench-recovery bench-optimizer bench-model bench-gpu bench-checkpoint bench-data bench-load lock clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,17 +56,20 @@ format: $(INSTALLED) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-curves: $(INSTALLED) ## Muon and AdamW, each at the best of three learning rates, in one picture (15 minutes)
-	$(BIN)/raymuon bench curves --picture docs/curves.png $(ARGS)
-
 moonlight: $(INSTALLED) ## the Moonlight paper's way at the demo's size, from text to table (25 minutes); ARGS="--out FOLDER"
 	$(BIN)/raymuon study moonlight $(ARGS)
 
 bench: $(INSTALLED) ## raymuon against plain torchrun (10 minutes)
 	$(BIN)/raymuon bench overhead --json $(ARGS)
 
-studies: $(INSTALLED) ## what the optimizer's variants do to the loss, from three seeds (40 minutes)
-	$(BIN)/raymuon bench variants --table docs/variants.md --json $(ARGS)
+STUDIES ?= $(basename $(notdir $(wildcard jobs/study/shipped/*.yaml)))
+studies: $(INSTALLED) ## every shipped study in turn, its report into docs/studies/ (half an hour to an hour each); STUDIES=ablation
+	for name in $(STUDIES); do \
+		$(BIN)/raymuon study run $$name $(ARGS) && \
+		$(BIN)/raymuon study report $$name --out build/studies/$$name && \
+		mkdir -p docs/studies/$$name && \
+		cp build/studies/$$name/report.md build/studies/$$name/*.png build/studies/$$name/trials.csv docs/studies/$$name/ || exit; \
+	done
 
 bench-recovery: $(INSTALLED) ## seconds from a fault to the next new step, against Ray Train V2 (50 minutes)
 	$(BIN)/raymuon bench recovery --json $(ARGS)

@@ -152,8 +152,9 @@ def _meant(name: str, known: Mapping[str, Any]) -> str:
     """Return the question which key may have been meant; empty where none is like it."""
     same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     sections = {key.rpartition(".")[0] for key in known}
-    close = same_leaf or difflib.get_close_matches(name, [*known, *sections], n=1, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    close = difflib.get_close_matches(name, [*known, *sections], n=1, cutoff=0.9 if same_leaf else 0.5)
+    meant = dict.fromkeys([*close, *same_leaf])
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def converted(hint: Any, value: Any) -> Any:

@@ -47,6 +47,8 @@ def status(found: TrackedRun, address: str, allow_open: bool, as_json: bool) -> 
         told["steps"] = int(found.tags.get("raymuon.steps") or found.params["train.steps"])
     if stage := found.tags.get("raymuon.stage"):
         told["stage"] = stage
+    if settings := found.tags.get("raymuon.settings"):
+        told["settings"] = settings
     metrics = {key: newest(found.metrics, key) for key in SHOWN}
     told |= {key: int(value) if key in COUNTS else value for key, value in metrics.items() if value is not None}
     if recoveries := found.tags.get("raymuon.recoveries"):

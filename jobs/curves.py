@@ -1,23 +1,18 @@
 """Pictures of losses."""
 
-import logging
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from jobs.drawing import FAINT, name_lines, new_figure, save
 from orchestrator.record.events import Recovery
-from workers.common.text import visible
 
 Series = list[tuple[int, float]]
 BEGINNING = 0.1
 """Share of the steps whose losses may lie above the picture: all runs fall alike from what chance gives."""
 MARGIN = 0.05
 """Of the height, above and below."""
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It tells of caches and fonts, which nobody can mend here.
 
 
 def plot_losses(runs: Mapping[str, tuple[Series, Series]], path: Path, changes: Sequence[Recovery] = ()) -> None:
@@ -28,7 +23,7 @@ def plot_losses(runs: Mapping[str, tuple[Series, Series]], path: Path, changes: 
         path: of the PNG.
         changes: of the group of workers (`RunResult.changes`): a line at each, red after a fault, with the new size.
     """
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = new_figure(7, 4.2)
     axes = figure.subplots()
     labelled = []
     for index, (label, (training, validation)) in enumerate(runs.items()):
@@ -37,20 +32,16 @@ def plot_losses(runs: Mapping[str, tuple[Series, Series]], path: Path, changes: 
             axes.plot(*zip(*training, strict=True), color=color, linewidth=0.8, alpha=0.5)
         if validation:
             labelled += axes.plot(*zip(*validation, strict=True), color=color, marker="o", markersize=4)
-            labelled[-1].set_label(visible(label))
+            labelled[-1].set_label(label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     if limits := height([point for series in runs.values() for one in series for point in one]):
         axes.set_ylim(*limits)
     _mark(axes, changes)
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=FAINT)
     if labelled:
-        legend = axes.legend(labelled, [line.get_label() for line in labelled], title="dots: validation")
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # A name is no formula.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # The picture shows a box in its place.
-        figure.savefig(path, dpi=130)
+        name_lines(axes, labelled, title="dots: validation")
+    save(figure, path)
 
 
 def height(points: Sequence[tuple[int, float]]) -> tuple[float, float] | None:

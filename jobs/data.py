@@ -12,8 +12,9 @@ from jobs.load import load_values
 from jobs.record import read_record
 from jobs.runs import TrackedRun
 from orchestrator.config import RunConfig
+from orchestrator.identity import data_identity, of_data, refuse_other
 from orchestrator.log.run_log import RunLog
-from orchestrator.preflight import corpora_of, data_identity, of_data, refuse_other
+from orchestrator.preflight import corpora_of
 from orchestrator.record.journal import read_journal
 from workers.common.errors import ConfigError
 from workers.common.storage import Store, absolute_url

@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -34,18 +34,20 @@ def variables(**values: str) -> Iterator[None]:
 
 
 @contextmanager
-def working_directory(config: str) -> Iterator[Path]:
-    """Yield a folder with the code of this installation and a config: what Ray sends to the cluster.
+def working_directory(files: Mapping[str, str]) -> Iterator[Path]:
+    """Yield a folder with the code of this installation and some files: what Ray sends to the cluster.
 
     Args:
-        config: the resolved config as YAML.
+        files: texts by name.
     """
     with TemporaryDirectory(prefix="raymuon-job-") as folder:
         for room in ROOMS:
             shutil.copytree(
                 ROOT / room, Path(folder) / room, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
             )
-        (Path(folder) / CONFIG).write_text(config)
+        for name, text in files.items():
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            (Path(folder) / name).write_text(text)
         yield Path(folder)
 
 

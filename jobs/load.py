@@ -5,7 +5,7 @@ All problems of a file are gathered and told at once.
 
 import ast
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from itertools import pairwise
@@ -22,6 +22,8 @@ from orchestrator.config import RunConfig
 from workers.common.errors import ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"
+ORIGINS = "from"
+"""Section of a file that is no part of the config: it tells where values come from (`jobs.settings`)."""
 
 
 def load(config: str, overrides: list[str]) -> RunConfig:
@@ -44,16 +46,21 @@ def load_values(values: Any, overrides: list[str], name: str) -> RunConfig:
     Raises:
         ConfigError: with every problem that was found.
     """
-    return build(RunConfig, _merge(values, overrides, name), f"config {name}")
+    merged = _merge(values, overrides, name)
+    merged.pop(ORIGINS, None)
+    return build(RunConfig, merged, f"config {name}")
 
 
-def load_settings(values: Any, layers: Iterable[Mapping[str, Any]], name: str) -> RunConfig:
+def load_settings(
+    values: Any, layers: Iterable[Mapping[str, Any]], name: str, overrides: Sequence[str] = ()
+) -> RunConfig:
     """Return the RunConfig of nested values with layers of settings on top, each over those before it.
 
     Args:
         values: as `read` returns them.
         layers: by key (`optim.lr`), with values of any type.
         name: of the config, for messages.
+        overrides: `key=value`, over all of them.
 
     Raises:
         ConfigError: with every problem that was found.
@@ -64,7 +71,7 @@ def load_settings(values: Any, layers: Iterable[Mapping[str, Any]], name: str) -
         for key, value in settings.items():
             with _refused(f"{name}: {key}"):
                 OmegaConf.update(merged, key, value, merge=get_origin(hint_of(key)) is not dict)
-    return load_values(merged, [], name)
+    return load_values(merged, list(overrides), name)
 
 
 def values_of(source: str | Path) -> dict[str, Any]:
@@ -76,8 +83,13 @@ def values_of(source: str | Path) -> dict[str, Any]:
     return _merge(_opened(Path(source), str(source)), [], str(source))
 
 
-def documented_yaml(config: RunConfig) -> str:
-    """Return the config as YAML with every key's documentation above it."""
+def documented_yaml(config: RunConfig, origins: Mapping[str, str] = {}) -> str:
+    """Return the config as YAML with the documentation of every key above it, and where its value comes from if told.
+
+    Args:
+        config: of a run.
+        origins: of some keys (`optim.lr`).
+    """
     lines = []
     for section in fields(config):
         value = getattr(config, section.name)
@@ -88,6 +100,8 @@ def documented_yaml(config: RunConfig) -> str:
         lines.append(f"{section.name}:")
         for key in fields(value):
             lines.append(f"  # {_docs(type(value))[key.name]}")
+            if origin := origins.get(f"{section.name}.{key.name}"):
+                lines.append(f"  # From {origin}.")
             lines.append(indent(_yaml(key.name, getattr(value, key.name)), "  "))
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from jobs.config_json import model_folder
 from jobs.runs import find
 from orchestrator.config import RunConfig
 from orchestrator.log.run_log import RunLog, split_step
-from orchestrator.preflight import check_state
+from orchestrator.origin import check_state
 from workers.common.errors import ConfigError
 from workers.common.storage import Store, is_remote, shared_url
 

@@ -3,7 +3,6 @@
 import time
 from typing import Any
 
-from jobs.load import load
 from jobs.screen import Screen
 from jobs.tell import tell
 from orchestrator.config import RunConfig, absolute, database_files
@@ -17,13 +16,13 @@ TELL_S = 2.0
 """Between two lines."""
 
 
-def prepare(config: str, overrides: list[str], address: str | None, stop: StopSignal, as_json: bool) -> None:
+def prepare(config: RunConfig, address: str | None, stop: StopSignal, as_json: bool) -> None:
     """Prepare all sources of a config, and say what they hold.
 
     Raises:
         RaymuonError: with its exit code.
     """
-    run_config, console = absolute(load(config, overrides)), Screen(stderr=as_json)
+    run_config, console = absolute(config), Screen(stderr=as_json)
     corpora = prepared(run_config, address, stop, console)
     check_data(run_config, corpora)
     found = [summary(corpus) for corpus in corpora]

@@ -24,8 +24,10 @@ from optim.config import precision_on
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, absolute
 from orchestrator.driver import Options, run
 from orchestrator.group.cluster import is_local
+from orchestrator.identity import identity, refuse_other
 from orchestrator.log.run_log import RunLog
-from orchestrator.preflight import corpora_of, identity, refuse_other
+from orchestrator.origin import read_origin
+from orchestrator.preflight import corpora_of
 from orchestrator.record.events import Event, Membership
 from orchestrator.record.journal import read_journal
 from orchestrator.record.provenance import changes, provenance
@@ -38,6 +40,7 @@ from workers.data.corpus import Corpus
 from workers.data.prepare import prepare
 from workers.recipe import TrainConfig
 from workers.reports import Report, StepDone, Validated
+from workers.task import Origin
 
 if TYPE_CHECKING:
     from orchestrator.record.tracking import RunRecord
@@ -79,10 +82,14 @@ def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
     record = read_record(read_journal(found.store, warn))
     log = RunLog(found.store)
     first, last = stretch_of(request.steps, record, log)
-    manifest = _checkpoint_before(log, first)
+    url, manifest = found.url, _checkpoint_before(log, first)
+    if manifest is None and (parent := _parent(record, first, request.s3_endpoint)) is not None:
+        url, manifest = parent.run_url, parent.manifest
     begin = manifest.step + 1 if manifest else 1
     attempt = attempt_of(record, begin, last)
     config = _config(request, found, record, attempt, begin)
+    if manifest is not None:  # What the run began with may be gone by now.
+        config = replace(config, train=replace(config.train, init="", init_state="weights"))
     corpora = _corpora(config, attempt, warn)
     if log.identity is not None:
         refuse_other(found.url, log.identity, identity(config, corpora), last)
@@ -114,7 +121,7 @@ def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
 
     options = Options(
         decide=as_recorded,
-        stretch=Stretch(run_url=found.url, manifest=manifest, corpora=corpora, last_step=last),
+        stretch=Stretch(run_url=url, manifest=manifest, corpora=corpora, last_step=last),
         artifacts=keep,
     )
     with _Listener(replayed) as watcher:
@@ -162,6 +169,25 @@ def _checkpoint_before(log: RunLog, first: int) -> Manifest | None:
     return newest and Manifest.read(log.store, newest.manifest, newest.sha256)
 
 
+def _parent(record: Record, first: int, endpoint: str) -> Origin | None:
+    """Return the checkpoint from which a branch's first steps go on; None where the run is no branch.
+
+    Raises:
+        ConfigError: it is gone, or the steps are before it.
+    """
+    begun = next(iter(record.attempts.values()), None)
+    train = begun.config["train"] if begun else {}
+    if train.get("init_state") != "run":
+        return None
+    origin = read_origin(train["init"], endpoint)
+    if first <= origin.manifest.step:
+        raise ConfigError(
+            f"--steps: step {first} is before the first of this branch, {origin.manifest.step + 1}; replay its parent, "
+            f"{origin.manifest.run_id}"
+        )
+    return origin
+
+
 def _config(request: Request, found: TrackedRun, record: Record, attempt: Attempt, begin: int) -> RunConfig:
     """Return the run's config with places, workers and record of this machine."""
     config = load_values(attempt.config, list(request.overrides), f"of run {found.run_id}")
@@ -183,7 +209,7 @@ def _config(request: Request, found: TrackedRun, record: Record, attempt: Attemp
                 accelerator="auto",
                 cpus_per_worker=cpus,
             ),
-            checkpoint=replace(config.checkpoint, url=FOLDER, every=0),
+            checkpoint=replace(config.checkpoint, url=FOLDER, every=0, at=()),
             storage=replace(config.storage, s3_endpoint=endpoint),
             tracking=replace(config.tracking, uri=DEFAULT_TRACKING_URI, experiment=EXPERIMENT),
         )

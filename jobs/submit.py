@@ -7,6 +7,7 @@ the job goes on with that very run however often a cluster starts it again.
 
 import secrets
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from jobs.environment import CONFIG, pins, working_directory
-from jobs.load import load, load_values, plain_yaml
 from jobs.output import nobody_reads
 from jobs.ray_jobs import ENDED, RUN_ID, Jobs
 from jobs.runs import TrackedRun
 from jobs.screen import Screen, mlflow_page
+from jobs.settings import Configured, configured_values, warn
 from jobs.tell import json_text, tell
 from orchestrator.config import RunConfig, absolute, flatten
 from orchestrator.preflight import run_store
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 STOP_WAIT_S = 600
 """How long a job that is asked to stop may take: it finishes its step and saves. Ray would kill it after 3 s."""
+STUDY = "raymuon.study"
+"""Tag of a study's run: its name."""
 JOB, ADDRESS = "raymuon.job_id", "raymuon.job_address"
 """Tags of a run: its newest job, and where that was submitted."""
 
@@ -71,7 +74,21 @@ class Target:
             raise ConfigError("--pin and --image: an image has its own versions; give one of the two")
 
 
-def submit(config: str, overrides: list[str], target: Target, follow: bool, as_json: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a job does."""
+
+    run_id: str
+    """Of the MLflow run that it leads."""
+    name: str
+    """Of that run."""
+    command: str
+    """Of raymuon."""
+    files: Mapping[str, str]
+    """Texts by name, in its working directory; an image takes CONFIG alone."""
+
+
+def submit(found: Configured, target: Target, follow: bool, as_json: bool) -> None:
     """Submit a new run, say where everything is, and follow its log where that is asked for.
 
     Raises:
@@ -79,16 +96,17 @@ def submit(config: str, overrides: list[str], target: Target, follow: bool, as_j
         ClusterError: the cluster cannot be reached, or refuses the job.
         StorageError: the tracking server does not answer.
     """
-    run_config = load(config, overrides)
+    warn(found)
+    run_config = found.config
     check_places(run_config)
     plan = _plan(run_config, target)
     jobs = Jobs(target.address, target.allow_open)
-    tracking = _tracking(target.tracking_uri or run_config.tracking.uri, run_config)
+    tracking = tracking_of(target.tracking_uri or run_config.tracking.uri, run_config)
     run_id = tracking.create(run_config.run.name, flatten(asdict(run_config)), begins=False)
-    job = _new_job(run_id)
+    job = new_job(run_id)
     try:
         tracking.keep(run_id, "plan.json", plan)
-        _start(jobs, job, target, run_config, run_id, tracking)
+        _start(jobs, job, target, found, run_id, tracking)
     except BaseException:
         with suppress(ClusterError):
             jobs.stop(job)  # It may be there, and only the answer lost.
@@ -108,10 +126,13 @@ def resume(found: TrackedRun, overrides: list[str], target: Target, follow: bool
     """
     if not found.tracking_uri:
         raise ConfigError(f"run {found.run_id}: name it by its id in MLflow, not by its folder; its job is known there")
+    if STUDY in found.tags:
+        raise ConfigError(f"run {found.run_id} is a study: raymuon submit FILE --study goes on with it")
     from orchestrator.record.tracking import read_artifact
 
     values = OmegaConf.create(read_artifact(found.tracking_uri, found.run_id, CONFIG))
-    run_config = load_values(values, overrides, f"of run {found.run_id}")
+    now = configured_values(values, [], overrides, f"of run {found.run_id}")
+    run_config = now.config
     # As MLflow knows it: storage may be out of reach from here.
     at = found.tags.get("raymuon.checkpoint", "").rpartition("@")[2]
     finished = found.status == "FINISHED"
@@ -120,11 +141,11 @@ def resume(found: TrackedRun, overrides: list[str], target: Target, follow: bool
         sys.stderr.write(f"{notice}\n")
     check_places(run_config)
     jobs = Jobs(target.address, target.allow_open)
-    tracking = _tracking(found.tracking_uri, run_config)
+    tracking = tracking_of(found.tracking_uri, run_config)
     if running := [job for job in jobs.of_run(found.run_id) if jobs.info(job)["status"] not in ENDED]:
         raise ConfigError(f"run {found.run_id}: job {running[-1]} leads it; first: raymuon stop {found.run_id}")
-    job = _new_job(found.run_id)
-    _start(jobs, job, target, run_config, found.run_id, tracking)
+    job = new_job(found.run_id)
+    _start(jobs, job, target, now, found.run_id, tracking)
     _tell(jobs, run_config, found.run_id, job, tracking, as_json)
     if follow:
         watch(jobs, job, found.run_id)
@@ -218,38 +239,47 @@ def _plan(config: RunConfig, target: Target) -> str:
     return json_text(plan.as_dict(), indent=1)
 
 
-def _new_job(run_id: str) -> str:
+def new_job(run_id: str) -> str:
+    """Return a job's submission id."""
     return f"raymuon-{run_id[:12]}-{secrets.token_hex(3)}"
 
 
-def _start(jobs: Jobs, job: str, target: Target, config: RunConfig, run_id: str, tracking: "Tracking") -> None:
+def _start(jobs: Jobs, job: str, target: Target, found: Configured, run_id: str, tracking: "Tracking") -> None:
     """Submit a job that trains the run, or goes on with it. Last of all, so that no job is there without a record."""
-    code, resolved = provenance(), plain_yaml(config)
+    resolved = found.yaml()
     tracking.keep(run_id, CONFIG, resolved)
-    tracking.tag(
-        run_id,
-        {
-            JOB: job,
-            ADDRESS: jobs.address,
-            "raymuon.commit": code.commit or "unknown",
-            "raymuon.code": code.digest,
-            "raymuon.checkpoint_url": run_store(config, run_id).url,
-        },
+    tracking.tag(run_id, {**found.tags, "raymuon.checkpoint_url": run_store(found.config, run_id).url})
+    work = Work(
+        run_id=run_id,
+        name=found.config.run.name,
+        command=f"train {CONFIG} --resume {run_id} --address auto",
+        files={CONFIG: resolved},
     )
+    start_job(jobs, job, target, work, tracking)
+
+
+def start_job(jobs: Jobs, job: str, target: Target, work: Work, tracking: "Tracking") -> None:
+    """Submit a job under an id, which the run's tags have from then on.
+
+    Raises:
+        ClusterError: it is refused.
+    """
+    code = provenance()
+    known = {"raymuon.commit": code.commit or "unknown", "raymuon.code": code.digest}
+    tracking.tag(work.run_id, {JOB: job, ADDRESS: jobs.address, **known})
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
-    command = f"train {CONFIG} --resume {run_id} --address auto"
-    metadata = {RUN_ID: run_id, "name": config.run.name}
+    metadata = {RUN_ID: work.run_id, "name": work.name}
     if target.image:
-        variables[CONFIG_VARIABLE] = resolved
-        jobs.submit(job, FROM_IMAGE + command, image_env(target.image, variables), metadata)
+        variables[CONFIG_VARIABLE] = work.files[CONFIG]
+        jobs.submit(job, FROM_IMAGE + work.command, image_env(target.image, variables), metadata)
         return
     if code.commit:
         variables[COMMIT_VARIABLE] = code.commit
-    with working_directory(resolved) as folder:
+    with working_directory(work.files) as folder:
         runtime_env: dict[str, Any] = {"working_dir": str(folder), "env_vars": variables}
         if target.pin:
             runtime_env["pip"] = {"packages": pins(), "pip_check": False}
-        jobs.submit(job, WITH_OUR_CODE + command, runtime_env, metadata)
+        jobs.submit(job, WITH_OUR_CODE + work.command, runtime_env, metadata)
 
 
 def image_env(image: str, variables: dict[str, str]) -> dict[str, Any]:
@@ -260,7 +290,8 @@ def image_env(image: str, variables: dict[str, str]) -> dict[str, Any]:
     return {"image_uri": image, "env_vars": variables}
 
 
-def _tracking(uri: str, config: RunConfig) -> "Tracking":
+def tracking_of(uri: str, config: RunConfig) -> "Tracking":
+    """Open the tracking of a config, which this machine may know by another URI."""
     reach_tracking(uri)
     from orchestrator.record.tracking import Tracking  # MLflow takes seconds to import.
 
@@ -268,12 +299,19 @@ def _tracking(uri: str, config: RunConfig) -> "Tracking":
 
 
 def _tell(jobs: Jobs, config: RunConfig, run_id: str, job: str, tracking: "Tracking", as_json: bool) -> None:
+    tell_job(jobs, job, run_id, run_store(config, run_id).url, tracking, as_json)
+    if not as_json:
+        see = f"raymuon logs {run_id} --follow; see also raymuon status, stop, resume, replay"
+        Screen().print(f"\nwatch it with: {see}")
+
+
+def tell_job(jobs: Jobs, job: str, run_id: str, checkpoints: str, tracking: "Tracking", as_json: bool) -> None:
     """Say where everything is."""
     told = {
         "run_id": run_id,
         "job": job,
         "dashboard": f"{jobs.address}/#/jobs/{job}",
-        "checkpoints": run_store(config, run_id).url,
+        "checkpoints": checkpoints,
         "mlflow": mlflow_page(tracking.uri, tracking.page(run_id)),
     }
     if as_json:
@@ -282,4 +320,3 @@ def _tell(jobs: Jobs, config: RunConfig, run_id: str, job: str, tracking: "Track
     console = Screen()
     for key, text in told.items():
         console.print(f"{key.replace('_', ' '):12} {text}")
-    console.print(f"\nwatch it with: raymuon logs {run_id} --follow; see also raymuon status, stop, resume, replay")

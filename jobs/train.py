@@ -11,17 +11,17 @@ from typing import Any
 
 import psutil
 
-from jobs.load import load, plain_yaml
 from jobs.origin import with_checkpoint
 from jobs.prepare import prepared
 from jobs.screen import Screen, command, mlflow_page
+from jobs.settings import Configured
 from jobs.tell import tell
 from jobs.watch import TerminalWatcher
 from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, run
 from orchestrator.generation import Decide
 from orchestrator.group.cluster import JOB_VARIABLE, is_local
-from orchestrator.preflight import find_origin
+from orchestrator.origin import find_origin
 from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError
@@ -30,8 +30,8 @@ from workers.recipe import TrainConfig
 
 
 def train(
-    config: str,
-    overrides: list[str],
+    found: Configured,
+    given: Sequence[str],
     resume: str,
     address: str | None,
     stop: StopSignal,
@@ -42,23 +42,37 @@ def train(
 ) -> None:
     """Train, then say what came out of it; with `as_json` as one JSON object on the last line of stdout.
 
+    Args:
+        found: the config of the run.
+        given: the arguments that it is from, for commands that can be pasted.
+        resume: see `run`.
+        address: see `run`.
+        stop: tells when a person wants it to end.
+        as_json: see above.
+        kill_worker: for demonstrations: SIGKILL one after this step.
+        take_over: take the run from a driver that leads it.
+        look: refuse what does not fit into this machine.
+
     Raises:
         RaymuonError: with its exit code; Interrupted after a clean stop, too, with the way on.
     """
-    run_config = load(config, overrides)
+    run_config = found.config
     if kill_worker is not None:
         _check_kill(kill_worker, run_config)
     plots: list[Path | None] = []
     options = Options(
         artifacts=lambda result, record: plots.append(_keep_curve(run_config, result, record)),
+        tags=found.tags,
         take_over=take_over,
         kill_after=kill_worker,
         decide=_decider(),
         meanwhile=_plan,
     )
     with TerminalWatcher() as watcher:
+        for warning in found.warnings:
+            watcher.warn(warning)
         run_config = _begun(run_config, resume, stop, watcher)
-        options = replace(options, files={"config.yaml": plain_yaml(run_config).encode()})
+        options = replace(options, files={"config.yaml": replace(found, config=run_config).yaml().encode()})
         for left_out in run_config.recipe.cut_short():
             watcher.warn(left_out)
         if look and is_local(address):
@@ -71,7 +85,7 @@ def train(
     _print(summary, console)
     if result.status == "finished" and JOB_VARIABLE not in os.environ:
         again = ["--address", address] if address else []
-        _print_what_next(console, [config, *overrides, *again], run_config, result)
+        _print_what_next(console, [*given, *again], run_config, result)
     if as_json:
         tell(summary)
     if result.status == "interrupted":

@@ -14,11 +14,13 @@ from orchestrator.config import RunConfig, task_of
 from orchestrator.controller import Controller
 from orchestrator.generation import Decide, plainly
 from orchestrator.group.pool import Pool
+from orchestrator.identity import check_identity, identity
+from orchestrator.living import BranchPoint, Living
 from orchestrator.log.commits import Commits
 from orchestrator.log.lease import Lease
 from orchestrator.log.retention import Janitor
 from orchestrator.log.run_log import FencedError, RunLog
-from orchestrator.preflight import Inputs, check_identity, identity
+from orchestrator.preflight import Inputs
 from orchestrator.record.journal import Journal
 from orchestrator.record.progress import Progress, Recorder
 from orchestrator.record.provenance import code_of
@@ -26,6 +28,7 @@ from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
 from workers.checkpoint.lineage import Lineage, descend, go_on
+from workers.checkpoint.manifest import Manifest
 from workers.data.json_tokenizer import copy_tokenizer
 from workers.task import Origin, Task
 
@@ -92,6 +95,8 @@ class Attempt:
         manifest, manifest_url = log.newest_good(), ""
         if manifest is None and stretch is not None:
             manifest, manifest_url = stretch.manifest, stretch.run_url
+        elif manifest is None and origin is not None and config.train.init_state == "run":
+            manifest, manifest_url, origin = origin.manifest, origin.run_url, None
         for text in log.damaged:
             warn(f"{text}; it does not count")
         for corpus in inputs.corpora:
@@ -108,7 +113,15 @@ class Attempt:
             progress.validated = min(recorder.marks["validation"], manifest.step)
         return cls(config, lease, log, same, task, recorder, progress)
 
-    def train(self, pool: Pool, stop: StopSignal, kill_after: int | None = None, decide: Decide = plainly) -> None:
+    def train(
+        self,
+        pool: Pool,
+        stop: StopSignal,
+        kill_after: int | None = None,
+        decide: Decide = plainly,
+        living: Living | None = None,
+        branch: BranchPoint | None = None,
+    ) -> None:
         """Lead the run with the pool's workers until its last step, or until a stop.
 
         Args:
@@ -116,6 +129,8 @@ class Attempt:
             stop: tells when a person wants it to end.
             kill_after: for demonstrations: SIGKILL one worker after this step.
             decide: decides what is automatic, for each number of workers.
+            living: where its branches begin.
+            branch: where it begins itself, if that is in a living run.
 
         Raises:
             RaymuonError: with the exit code of what went wrong.
@@ -128,9 +143,8 @@ class Attempt:
             self.recorder.before_commit,
             partial(lineage_of, self.task),
         )
-        ends = self.config.train.ends if self.config.train.stages else ()
-        with Janitor(self.log, self.config.checkpoint, commits.bad, self.recorder.notice, ends) as janitor:
-            commits.after = janitor.wake
+        with Janitor(self.log, self.config.checkpoint, commits.bad, self.recorder.notice, self._kept_steps) as janitor:
+            commits.after = partial(self._committed, janitor, living)
             self.controller = Controller(
                 self.config,
                 pool,
@@ -142,7 +156,10 @@ class Attempt:
                 stop,
                 kill_after,
                 decide,
+                branch,
             )
+            if living is not None:
+                living.begin(pool, self.task.manifest.step if self.task.manifest else 0)
             try:
                 with stop.during_training():
                     self.status = self.controller.run()
@@ -151,7 +168,22 @@ class Attempt:
             except BaseException:
                 self.recorder.close(time.monotonic())
                 raise
+            finally:
+                if living is not None:
+                    living.end()
             self.recorder.close(time.monotonic())
+
+    @property
+    def _kept_steps(self) -> tuple[int, ...]:
+        """Steps whose checkpoints are always kept: those that are asked for, and the last ones of stages."""
+        train = self.config.train
+        return (*self.config.checkpoint.at, *(train.ends if train.stages else ()))
+
+    def _committed(self, janitor: Janitor, living: Living | None, manifest: Manifest) -> None:
+        janitor.wake()
+        if living is not None and (held := living.committed(self.log.store.url, manifest)):
+            what = f"step {manifest.step}: {held / 1e6:.1f} MB of it stay in the keepers' memory"
+            self.recorder.notice(f"{what} until its branches have begun")
 
     def result(self) -> RunResult:
         """Return what the run has come to."""
@@ -176,7 +208,7 @@ def lineage_of(task: Task, step: int) -> Lineage:
     code, manifest, origin = code_of(), task.manifest, task.origin
     if manifest is not None and not task.manifest_url:
         found = go_on(code, manifest)
-    elif manifest is not None:  # The replayed run's.
+    elif manifest is not None:  # The replayed run's, or a branch's parent's.
         found = descend(code, manifest, task.manifest_url)
     else:
         found = descend(code, origin.manifest, origin.run_url) if origin else descend(code)

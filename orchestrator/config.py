@@ -170,6 +170,10 @@ class RunConfig:
             self,
             (0 <= self.seed < 2**63, f"seed must be 0 or more, and less than 2**63, not {self.seed}"),
             *self._weight_checks(),
+            *(
+                (step <= self.train.steps, f"checkpoint.at: step {step} is behind the last one, {self.train.steps}")
+                for step in self.checkpoint.at
+            ),
         )
         require(self, *self._decay_checks())
 

@@ -13,9 +13,11 @@ from dataclasses import replace
 
 from orchestrator.config import RunConfig
 from orchestrator.generation import Change, Decide, Generation, plainly
-from orchestrator.group.pool import Pool, PoolKeeper, PoolWorker
+from orchestrator.group.pool import Pool
+from orchestrator.group.processes import PoolKeeper, PoolWorker
 from orchestrator.group.worker_group import WorkerGroup
 from orchestrator.intake import Intake
+from orchestrator.living import BranchPoint
 from orchestrator.log.commits import Commits
 from orchestrator.log.lease import Lease
 from orchestrator.policy import FaultKind, GiveUp, buddies, choose_members, diagnose, restart, should_grow
@@ -45,6 +47,7 @@ class Controller:
         stop: tells when a person wants it to end.
         kill_after: for demonstrations: SIGKILL one worker after this step.
         decide: decides what is automatic, for each generation anew: fewer workers need more memory each.
+        branch: where the run begins, if that is in a living run.
     """
 
     def __init__(
@@ -59,9 +62,11 @@ class Controller:
         stop: StopSignal,
         kill_after: int | None = None,
         decide: Decide = plainly,
+        branch: BranchPoint | None = None,
     ) -> None:
         self.config, self.pool, self.lease, self.stop = config, pool, lease, stop
         self.progress, self.recorder, self.kill_after, self.decide = progress, recorder, kill_after, decide
+        self.branch = branch
         self.intake = Intake(config, pool, commits, task, progress, recorder)
         self.policy, self.saves = self.intake.policy, self.intake.saves
         self.watchdog = Watchdog(config.recovery.hang_s)
@@ -126,8 +131,10 @@ class Controller:
         reason = self.intake.change.reason if self.intake.change else "start"
         self.generation.number += 1
         nodes = [member.node for member in members]
-        begin = restart(self.intake.newest_snapshot(), self.saves.task.manifest)
-        if begin.snapshot is not None:
+        # In a living run's memory it is looked for once: whatever fails there, the same is in storage.
+        living = self.branch.in_memory if self.branch and self.generation.number == 1 else None
+        begin = restart(living or self.intake.newest_snapshot(), self.saves.task.manifest)
+        if begin.snapshot is not None and begin.snapshot is not living:
             for keeper in self.pool.keepers.values():
                 keeper.handle.call("drop", begin.snapshot.generation)
         self.intake.generation = generation = Generation(
@@ -225,6 +232,8 @@ class Controller:
             for suspect in self.watchdog.suspects(self.pool.look()):
                 self._end_hung(group, suspect)
             self.intake.take(reports)
+            if self.branch is not None and self.generation.in_step:
+                self.branch.done()
             group.told = self.progress.step
             self.pool.refresh()
             self._look_after()

@@ -18,6 +18,7 @@ from orchestrator.group.cluster import connected, job_place
 from orchestrator.group.handles import Joined
 from orchestrator.group.keeper import new_token
 from orchestrator.group.pool import Pool
+from orchestrator.living import BranchPoint, Living
 from orchestrator.log.lease import Lease
 from orchestrator.log.run_log import FencedError
 from orchestrator.preflight import Preflight, run_store
@@ -46,6 +47,8 @@ class Options:
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Become artifacts of the run at its beginning, by name."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Of the run, set at its beginning."""
     artifacts: Callable[[RunResult, Any], None] = lambda result, record: None
     """Called with the result and the MLflow record before the record is closed."""
     take_over: bool = False
@@ -56,6 +59,10 @@ class Options:
     """What to train once more of another run."""
     until: int = 0
     """The step after which the run ends, validated and with a checkpoint, though its schedule goes on; 0: the last."""
+    living: Living | None = None
+    """Where branches begin while it trains."""
+    branch: BranchPoint | None = None
+    """Where it begins itself, as a branch of a living run: in the place of train.init."""
     kill_after: int | None = None
     """For demonstrations: SIGKILL one worker after this step."""
     decide: Decide = plainly
@@ -103,12 +110,21 @@ def run_on(
     options: Options = Options(),
 ) -> RunResult:
     """Do the same on a cluster that is joined already, perhaps beside other runs in other threads."""
-    return _run(joined, _preflight(config, resume, watcher, stop, options), watcher, options)
+    try:
+        return _run(joined, _preflight(config, resume, watcher, stop, options), watcher, options)
+    finally:
+        if options.branch:
+            options.branch.done()
 
 
 def _preflight(config: RunConfig, resume: str, watcher: Watcher, stop: StopSignal, options: Options) -> Preflight:
     corpora = options.stretch.corpora if options.stretch else options.corpora
-    return Preflight(config, resume, stop, watcher.warn, corpora, options.take_over)
+    known = options.branch.origin if options.branch else None
+    if options.branch:
+        config = replace(config, train=replace(config.train, init=options.branch.init, init_state="run"))
+    if options.living:
+        options.living.check(config)
+    return Preflight(config, resume, stop, watcher.warn, corpora, options.take_over, known)
 
 
 def _run(joined: Joined, preflight: Preflight, watcher: Watcher, options: Options) -> RunResult:
@@ -164,13 +180,14 @@ def _lead(preflight: Preflight, pool: Pool, watcher: Watcher, options: Options) 
     def begin(journal: Journal, task: Task) -> RunRecorder:
         code, (job, dashboard) = provenance(), job_place()
         links = Links(task.run_url, task.last_step, code, job, dashboard)
-        for key, value in {**links.tags(), "raymuon.store_fences": str(not inputs.warning).lower()}.items():
+        fences = {"raymuon.store_fences": str(not inputs.warning).lower()}
+        for key, value in {**options.tags, **links.tags(), **fences}.items():
             record.tag(key, value)
         restored, now = task.manifest.step if task.manifest else 0, time.time()
         tally, events = go_on_with(config, record, journal, restored, now, watcher.warn)
         recorder = RunRecorder(config, record, journal, watcher, links, task.last_step, tally, events)
         if task.manifest:
-            recorder.checkpoint = f"{task.run_url}@{restored}"
+            recorder.checkpoint = f"{task.manifest_url or task.run_url}@{restored}"
         recorder.event(
             DriverStarted(
                 time=now,
@@ -188,7 +205,7 @@ def _lead(preflight: Preflight, pool: Pool, watcher: Watcher, options: Options) 
         with Lease(run_store(config, run_id), strict=bool(inputs.warning)) as lease:
             known = found.log, found.origin, options.stretch, options.until
             attempt = Attempt.open(config, inputs, lease, begin, watcher.warn, *known)
-            attempt.train(pool, stop, options.kill_after, options.decide)
+            attempt.train(pool, stop, options.kill_after, options.decide, options.living, options.branch)
             result = attempt.result()
         result.page = page
         try:

@@ -7,23 +7,22 @@ beside Ray's start and the workers' own imports.
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-from orchestrator.config import RunConfig, database, database_files, flatten
+from orchestrator.config import RunConfig, database, database_files
+from orchestrator.identity import check_identity, identity
 from orchestrator.log.lease import await_free
-from orchestrator.log.run_log import RunLog, find_commit
+from orchestrator.log.run_log import RunLog
+from orchestrator.origin import beginning, other_tokens
 from orchestrator.reach import reach_tracking
 from orchestrator.resumption import check_steps, new_beside
 from orchestrator.stop import StopSignal
-from workers.checkpoint.manifest import Manifest
 from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
-from workers.config import ModelConfig
 from workers.data.corpus import Corpus, load
 from workers.data.enough import check_corpora
-from workers.data.packing import PACKING
 from workers.data.prepare import prepare
 from workers.task import Origin
 
@@ -87,6 +86,7 @@ class Preflight:
         warn: told of what does not end the run.
         corpora: to train on; None prepares what the config names.
         take_over: do not wait until no other driver leads the run.
+        known: the checkpoint that `train.init` names, where somebody has it already.
 
     Raises:
         RaymuonError: something is refused.
@@ -100,12 +100,13 @@ class Preflight:
         warn: Callable[[str], object],
         corpora: tuple[Corpus, ...] | None = None,
         take_over: bool = False,
+        known: Origin | None = None,
     ) -> None:
         self.config, self.stop, self.warn = config, stop, warn
         self.inputs = self._await(in_background(lambda: check_inputs(config, corpora), may_be_torn=True))
         if self.inputs.warning:
             warn(self.inputs.warning)
-        self._found = in_background(lambda: find_run(config, self.inputs.corpora, resume), may_be_torn=False)
+        self._found = in_background(lambda: find_run(config, self.inputs.corpora, resume, known), may_be_torn=False)
         if resume != "never" and self.found.notice:  # Told, or refused, before Ray starts.
             warn(self.found.notice)
         self._free = in_background(lambda: take_over or await_free_run(config, self._found.result()), may_be_torn=True)
@@ -138,70 +139,6 @@ class Preflight:
         return answer.result()
 
 
-def find_origin(config: RunConfig) -> Origin | None:
-    """Return the checkpoint that `train.init` names.
-
-    Raises:
-        ConfigError: there is none, it is of another model, or its optimizer's state is not this run's.
-        StorageError: it cannot be read.
-    """
-    if not config.train.init:
-        return None
-    try:
-        log, commit = find_commit(config.train.init, config.storage.s3_endpoint)
-    except ConfigError as error:
-        raise ConfigError(f"train.init={error}") from error
-    manifest = Manifest.read(log.store, commit.manifest, commit.sha256)
-    theirs, ours = (_what_it_is(config.model, one) for one in (manifest.identity["model"], asdict(config.model)))
-    if differences := _differences({"model": theirs}, {"model": ours}):
-        raise ConfigError(f"train.init={config.train.init} is another model:\n" + "\n".join(differences))
-    check_state(config, manifest.identity.get("optim.name"))
-    return Origin(run_url=log.store.url, manifest=manifest)
-
-
-def _what_it_is(model: ModelConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if key not in model.training_keys()}
-
-
-def check_state(config: RunConfig, theirs: str | None) -> None:
-    """Refuse to take an optimizer's state along that is not there, or another's, where `train.init_state` says so.
-
-    Args:
-        config: of the run.
-        theirs: optimizer of what it begins with; None where that was imported.
-
-    Raises:
-        ConfigError: it is not this run's.
-    """
-    ours = config.optim.name
-    if config.train.init_state == "all" and theirs != ours:
-        what = f"has that of {theirs}, and optim.name={ours}" if theirs else "has none, for it was imported"
-        raise ConfigError(
-            f"train.init_state=all takes the optimizer's state along, and {config.train.init} {what}; set "
-            "train.init_state=weights to begin the state anew"
-        )
-
-
-def other_tokens(identity: dict[str, Any], tokenizer: str) -> str:
-    """Return that the weights to begin with know other tokens than a run's; empty where they do not.
-
-    Args:
-        identity: of their checkpoint. An import that came without a tokenizer has the ids of its special tokens; the
-            end of a document in bytes is 0.
-        tokenizer: hash of the run's; empty for bytes.
-    """
-    known = identity.get("data.tokenizer")
-    bytes_ = "data" in identity or identity.get("hugging_face", {}).get("eos_token_id") == 0
-    if known == tokenizer or (known is None and bytes_ and not tokenizer):
-        return ""
-    theirs = "bytes" if known is None and bytes_ else f"tokenizer {known[:12]}" if known else "a tokenizer of its own"
-    ours = f"tokenizer {tokenizer[:12]}" if tokenizer else "bytes"
-    return (
-        f"train.init: {identity.get('imported', 'it')} was trained with {theirs}, and this run's tokens are of {ours}: "
-        "its embeddings and its head mean something else, and are learned anew"
-    )
-
-
 @dataclass(frozen=True)
 class Found:
     """The tracking store, the run to go on with, if any, and the weights to begin with, if it has none yet."""
@@ -215,7 +152,7 @@ class Found:
     """For the person."""
 
 
-def find_run(config: RunConfig, corpora: tuple[Corpus, ...], resume: str) -> Found:
+def find_run(config: RunConfig, corpora: tuple[Corpus, ...], resume: str, known: Origin | None = None) -> Found:
     """Open the tracking store and find the run that `resume` means: `never`, `auto`, or a run's id or name.
 
     Raises:
@@ -223,7 +160,8 @@ def find_run(config: RunConfig, corpora: tuple[Corpus, ...], resume: str) -> Fou
             `train.init` cannot be used.
         StorageError: the tracking store or the run's files cannot be read.
     """
-    origin = find_origin(config) if resume == "never" else None  # Told at once: MLflow takes seconds to import.
+    begin = partial(beginning, config, corpora, known)
+    origin = begin() if resume == "never" else None  # Told at once: MLflow takes seconds to import.
     from orchestrator.record.tracking import Tracking
 
     tracking = Tracking(config.tracking)
@@ -233,7 +171,7 @@ def find_run(config: RunConfig, corpora: tuple[Corpus, ...], resume: str) -> Fou
     if run_id is None:
         finished = tracking.newest_finished(config.run.name)
         notice = new_beside(finished, config.run.name) if finished else ""
-        return Found(tracking, origin=find_origin(config), notice=notice)
+        return Found(tracking, origin=begin(), notice=notice)
     log = RunLog(run_store(config, run_id))
     if log.identity is None:
         if resume == "auto":  # Its files are elsewhere: it is not ours to go on with.
@@ -241,15 +179,15 @@ def find_run(config: RunConfig, corpora: tuple[Corpus, ...], resume: str) -> Fou
                 f"a new run begins: nothing of the unfinished one named {config.run.name}, {run_id}, is under "
                 f"checkpoint.url={config.checkpoint.url}"
             )
-            return Found(tracking, origin=find_origin(config), notice=notice)
+            return Found(tracking, origin=begin(), notice=notice)
         if tracking.submitted(run_id):
-            return Found(tracking, run_id, find_origin(config))
+            return Found(tracking, run_id, begin())
         raise ConfigError(f"--resume {resume}: nothing of run {run_id} is under checkpoint.url={config.checkpoint.url}")
     check_identity(log, identity(config, corpora))
     reached = log.reached
     notice = check_steps(run_id, reached, config.train.steps, tracking.is_finished(run_id))
     # A run with checkpoints has no more need of its origin, which may be gone by now.
-    return Found(tracking, log.run_id, None if log.commits else find_origin(config), log, notice)
+    return Found(tracking, log.run_id, None if log.commits else begin(), log, notice)
 
 
 def await_free_run(config: RunConfig, found: Found) -> None:
@@ -265,49 +203,6 @@ def await_free_run(config: RunConfig, found: Found) -> None:
 def run_store(config: RunConfig, run_id: str) -> Store:
     """Return the folder of a run's files."""
     return Store(config.checkpoint.url, config.storage.s3_endpoint).child(run_id)
-
-
-def identity(config: RunConfig, corpora: tuple[Corpus, ...]) -> dict[str, Any]:
-    """Return what has to be the same for a run to go on: otherwise it would be another run, silently."""
-    return {
-        "model": asdict(config.model),
-        **config.optim.identity,
-        **data_identity(config, corpora),
-        "train.seq_len": config.train.seq_len,
-        "seed": config.seed,
-    }
-
-
-def data_identity(run: RunConfig, corpora: tuple[Corpus, ...]) -> dict[str, Any]:
-    """Return the part of it that `of_data` tells; of one source without a name the hash alone."""
-    config, recipe = run.data, run.recipe
-    batches = [[stage.first, stage.global_batch] for stage in recipe.stages]
-    grown = [after for before, after in pairwise(batches) if after[1] != before[1]]
-    if not config.sources:
-        (corpus,) = corpora
-        found: dict[str, Any] = {"data": corpus.content_hash}
-    else:
-        mixtures = [[step, *shares] for step, shares in recipe.mixtures(config)]
-        found = {"data": {corpus.name: corpus.content_hash for corpus in corpora}, "data.mixture": mixtures}
-    found["train.global_batch"] = batches[0][1]
-    if grown:
-        found["train.growth"] = grown
-    if tokenizer := corpora[0].tokenizer:
-        found["data.tokenizer"] = tokenizer
-    if config.window:
-        found["data.window"] = config.window
-    if config.masks_documents:
-        found["data.document_mask"] = True
-    if templates := {corpus.chat_template for corpus in corpora if corpus.chat_template}:
-        (found["data.chat_template"],) = templates
-        found["data.packing"] = PACKING
-    return found
-
-
-def of_data(identity: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of an identity that decides which tokens a step has."""
-    batches = ("train.global_batch", "train.growth")
-    return {key: value for key, value in identity.items() if key in batches or key.partition(".")[0] == "data"}
 
 
 def corpora_of(urls: Mapping[str, str], s3_endpoint: str) -> tuple[Corpus, ...]:
@@ -337,49 +232,6 @@ def in_background(work: Callable[[], T], may_be_torn: bool) -> Future[T]:
 
     threading.Thread(target=settle, name="preflight", daemon=may_be_torn).start()
     return future
-
-
-def check_identity(log: RunLog, wanted: dict[str, Any]) -> None:
-    """Refuse a run of another model, other data or another batch; name every difference.
-
-    Raises:
-        ConfigError: going on would make another run of it, silently.
-    """
-    refuse_other(log.store.url, log.identity or {}, wanted, log.reached)
-
-
-def refuse_other(url: str, saved: dict[str, Any], wanted: dict[str, Any], step: int) -> None:
-    """Refuse to go on from what had another identity up to a step; name every difference.
-
-    Weights and batches that hold from a later step on may be other ones: they move nothing before it.
-
-    Raises:
-        ConfigError: it has.
-    """
-    if differences := _differences(_until(saved, step), _until(wanted, step)):
-        raise ConfigError(
-            f"the run at {url} cannot go on with this config:\n"
-            + "\n".join(differences)
-            + "\nmake them equal, or start a new run with --resume never"
-        )
-
-
-def _until(identity: dict[str, Any], step: int) -> dict[str, Any]:
-    found = dict(identity)
-    for key in ("data.mixture", "train.growth"):
-        if since := [change for change in found.pop(key, ()) if change[0] <= max(1, step)]:
-            found[key] = since
-    return found
-
-
-def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Return a line for each key that only one of a checkpoint and a config has, or that differs."""
-    has, wants = flatten(saved), flatten(wanted)
-    return [
-        f"  {key}: the checkpoint has {has.get(key)!r}, the config {wants.get(key)!r}"
-        for key in {**wants, **has}
-        if has.get(key) != wants.get(key)
-    ]
 
 
 def _make_folder(uri: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import psutil
 
-from orchestrator.group import keeper
+from orchestrator.group import upload
 from orchestrator.group.keeper import Keeper
 from workers import member
 from workers.member import Member, Ready
@@ -79,7 +79,7 @@ class QuickKeeper(Keeper):
     """One that tries a failed upload again after moments."""
 
     def __init__(self, *arguments) -> None:
-        keeper.UPLOAD_BACKOFF_S = 0.02  # In its own process.
+        upload.UPLOAD_BACKOFF_S = 0.02  # In its own process.
         super().__init__(*arguments)
 
 

@@ -13,17 +13,19 @@ from optim.config import OptimConfig
 from orchestrator.attempt import Attempt
 from orchestrator.config import RecoveryConfig, RunConfig, ScalingConfig
 from orchestrator.controller import Controller
+from orchestrator.group.handles import Cluster
 from orchestrator.group.keeper import new_token
 from orchestrator.group.pool import Pool
+from orchestrator.living import BranchPoint, Living
 from orchestrator.log.lease import Lease
 from orchestrator.log.run_log import RunLog
-from orchestrator.preflight import Inputs, find_origin
+from orchestrator.origin import beginning
+from orchestrator.preflight import Inputs
 from orchestrator.record.events import Event, Fault, Membership, Recovery, Tally
 from orchestrator.record.metrics import NodeUsage
 from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from tests.closeness import ADAMW_EPS
-from tests.processes import ProcessCluster
 from tests.workers.test_loop import TEXT
 from tests.workers.test_moonlight import TINY
 from workers.checkpoint.manifest import Manifest
@@ -141,12 +143,23 @@ class Lead:
     The run's folder is `folder/run`, or a folder `run` at `url`.
     """
 
-    def __init__(self, config: RunConfig, cluster: ProcessCluster, folder: Path, url: str = "") -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        cluster: Cluster,
+        folder: Path,
+        url: str = "",
+        living: Living | None = None,
+        branch: BranchPoint | None = None,
+    ) -> None:
+        self.living, self.branch = living, branch
+        if branch:
+            config = replace(config, train=replace(config.train, init=branch.init, init_state="run"))
         self.config, self.cluster, self.notes = config, cluster, Notes()
         self.corpora = prepare(config.data, s3_endpoint=config.storage.s3_endpoint)
         self.lease = Lease(Store(f"{url or folder}/run", config.storage.s3_endpoint), strict=False)
         self.log = RunLog(self.lease.store)
-        origin = None if self.log.commits else find_origin(config)
+        origin = None if self.log.commits else beginning(config, self.corpora, branch and branch.origin)
         warn, inputs = self.notes.notices.append, Inputs(self.corpora, warning="")
         self.attempt = Attempt.open(config, inputs, self.lease, lambda *_: self.notes, warn, self.log, origin)
         self.pool = Pool(cluster, config.scaling, config.storage, new_token(), config.recovery.hang_s, warn)
@@ -184,6 +197,6 @@ class Lead:
         try:
             with self.lease, self.pool:
                 self.pool.wait(lambda: self.pool.num_slots >= least and not self.pool.num_starting, self.stop.check)
-                self.attempt.train(self.pool, self.stop)
+                self.attempt.train(self.pool, self.stop, living=self.living, branch=self.branch)
         except BaseException as error:
             self.error = error

@@ -1,6 +1,7 @@
 """The record of who trained on which samples (`data.ledger`), held against the run's whole order."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
     """Return all lines; a killed process may have cut its last one."""
     texts = [text for file in sorted(folder.glob("*.jsonl")) for text in file.read_text().splitlines()]
     return [json.loads(text) for text in texts if text.endswith("}")]
+
+
+def samples_in_order(folder: Path, steps: Iterable[int]) -> list[int]:
+    """Return the samples of some steps of one undisturbed attempt, in the order of their slots."""
+    lines = sorted(ledger(folder), key=lambda line: (line["step"], line["slot"]))
+    return [sample for line in lines if line["step"] in set(steps) for sample in line["samples"]]
 
 
 def assert_every_sample_once(

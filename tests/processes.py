@@ -3,6 +3,8 @@
 A node is a name; killing it kills all that runs there.
 """
 
+import copy
+import itertools
 import os
 import signal
 import threading
@@ -12,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from orchestrator.config import ScalingConfig
 from orchestrator.group.handles import Gone
 from orchestrator.group.keeper import Keeper
 from tests.forked import context
@@ -23,6 +26,7 @@ class ProcessHandle:
     """A process that runs one object and answers calls through a pipe."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self.made = make
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
         self.process.start()
@@ -106,11 +110,31 @@ class ProcessCluster:
         self.member, self.keeper = member, keeper
         self.going: dict[str, float] = {}
         self.processes: dict[str, list[ProcessHandle]] = {}
+        self.bundle = {"CPU": 1.0}
         self._slots: dict[str, str | None] = {}
-        self._next = 0
+        self._next = itertools.count()
+
+    def slots(self, scaling: ScalingConfig) -> "ProcessCluster":
+        """Return it as it is for runs that reserve so much; the nodes are the same."""
+        seen = copy.copy(self)
+        seen.bundle = {"CPU": scaling.cpus_per_worker}
+        return seen
+
+    @property
+    def started(self) -> list[ProcessHandle]:
+        """All processes so far."""
+        return [handle for handles in self.processes.values() for handle in handles]
+
+    def free(self) -> dict[str, int]:
+        """Return how many slots nobody has, by node."""
+        taken = list(self._slots.values())
+        return {node: size - taken.count(node) for node, size in self.nodes.items()}
+
+    def room(self) -> int:
+        return sum(self.nodes.values())
 
     def reserve(self) -> str:
-        slot, self._next = f"slot-{self._next}", self._next + 1
+        slot = f"slot-{next(self._next)}"
         self._slots[slot] = None
         return slot
 
@@ -123,11 +147,18 @@ class ProcessCluster:
     def release(self, slot: str) -> None:
         self._slots.pop(slot, None)
 
+    def hand_back(self, slot: str, worker: ProcessHandle) -> None:
+        worker.kill()
+        self.release(slot)
+
     def start_worker(self, slot: str) -> ProcessHandle:
         return self._start(self._slots[slot], self.member)
 
     def start_keeper(self, node: str, token: str, storage: StorageConfig) -> ProcessHandle:
         return self._start(node, self.keeper, "127.0.0.1", token, storage)
+
+    def hand_back_keeper(self, node: str, keeper: ProcessHandle) -> None:
+        keeper.kill()
 
     def alive(self, node: str) -> bool:
         return node in self.nodes

@@ -251,6 +251,8 @@ class CheckpointConfig:
     """Folder (fsspec URL, for instance s3://bucket/prefix) under which each run has its own."""
     every: int = 100
     """Steps between checkpoints; the last step always makes one. 0: the last only."""
+    at: tuple[int, ...] = ()
+    """Steps that make one, too, which is always kept: other runs may branch off there (train.init_state=run)."""
     snapshot_every: int = 0
     """Steps between snapshots into the keepers' memory, from which a fault is recovered. 0: as often as
     snapshot_share allows, every step where it can be."""
@@ -273,6 +275,7 @@ class CheckpointConfig:
             *filled(self, url="a folder"),
             *no_password(self, "url"),
             *within(self, "[0, inf)", "every", lowest="the last step only"),
+            (all(step >= 1 for step in self.at), f"at must be steps, 1 or more, not {list(self.at)}"),
             *within(self, "[0, inf)", "snapshot_every", lowest="automatic"),
             *within(self, "(0, 1)", "snapshot_share"),
             *within(self, "[0, inf)", "keep_last", "keep_every", "keep_best", "grace_s"),

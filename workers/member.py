@@ -62,12 +62,21 @@ class Member:
         # oneDNN's AMX kernels end the process on CPUs that announce AMX and do not grant it.
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
         self._host = host
+        self._terminating = self._prepared = False
         self._outbox: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._begin()
+        # In C, so that it works while the interpreter hangs; see Keeper.end.
+        self._stacks = os.fdopen(os.memfd_create(STACK_FILE), "w")
+        faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
+        with suppress(ValueError):  # Only a process's main thread can.
+            signal.signal(signal.SIGTERM, lambda *_: self._terminate())
+
+    def _begin(self) -> None:
+        """Know of no run."""
         self._thread: threading.Thread | None = None
         self._engine: Engine | None = None
         self._store: TCPStore | None = None
         self._generation, self._rank = 0, -1
-        self._terminating = False
         # With the generation that they are for: calls may overtake the one that starts it.
         self._pause = (0, Pause())
         self._links = (0, KeeperLinks())
@@ -75,11 +84,6 @@ class Member:
         self._mark: tuple[int, int, Phase, float] = (0, -1, Phase.IDLE, time.monotonic())
         self._busy_s = 0.0
         self._cpu = time.process_time(), time.monotonic()
-        # In C, so that it works while the interpreter hangs; see Keeper.end.
-        self._stacks = os.fdopen(os.memfd_create(STACK_FILE), "w")
-        faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
-        with suppress(ValueError):  # Only a process's main thread can.
-            signal.signal(signal.SIGTERM, lambda *_: self._terminate())
 
     def prepare(self, task: Task | None) -> Ready:
         """Import everything that training needs; with a task, also rehearse one step, for whoever comes later."""
@@ -87,8 +91,10 @@ class Member:
 
         if task is not None:
             rehearse(task)
-        gc.collect()
-        gc.freeze()  # A million objects of the imports, which every later collection would walk through.
+        if not self._prepared:  # What was frozen once is never collected: it must not be another run's.
+            gc.collect()
+            gc.freeze()  # A million objects of the imports, which every later collection would walk through.
+            self._prepared = True
         import torch
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -97,6 +103,29 @@ class Member:
     def ping(self) -> bool:
         """Tell whether the training thread is out of its generation."""
         return self._thread is None or not self._thread.is_alive()
+
+    def renew(self, timeout_s: float) -> bool:
+        """Forget the run that this process was of, so that another one finds it as one that has just been prepared.
+
+        No call of the earlier run may come any more: its generations have the numbers of the next one's.
+
+        Args:
+            timeout_s: how long the training thread may take to leave.
+
+        Returns:
+            Whether it can be used again; else it is to be killed.
+        """
+        if (thread := self._thread) is not None:
+            thread.join(timeout_s)
+        if self._terminating or not self.ping():
+            return False
+        self._outbox = queue.SimpleQueue()
+        self._begin()
+        if self._prepared:
+            from workers.training import forget
+
+            forget()
+        return True
 
     def open_rendezvous(self, generation: int, world_size: int) -> int:
         """Hold a generation's store in this process, which will be its rank 0, and return the port."""
@@ -124,11 +153,12 @@ class Member:
         """
         self._told = max(self._told, told)
         found: list[Report] = []
+        outbox = self._outbox
         with suppress(queue.Empty):
-            found.append(self._outbox.get(timeout=timeout_s))
+            found.append(outbox.get(timeout=timeout_s))
             deadline = time.monotonic() + LINGER_S
             while isinstance(found[-1], StepDone):
-                found.append(self._outbox.get(timeout=max(0.0, deadline - time.monotonic())))
+                found.append(outbox.get(timeout=max(0.0, deadline - time.monotonic())))
         generation, step, phase, since = self._mark
         now = time.monotonic()
         (used, at), self._cpu = self._cpu, (time.process_time(), now)

@@ -5,6 +5,7 @@ on alike whether the run came to it or went on from it, and whatever the world s
 """
 
 import operator
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -123,8 +124,9 @@ class TrainConfig:
     init: str = ""
     """With whose weights a new run begins: a checkpoint (FOLDER or FOLDER@STEP), a run (id or name in MLflow, or with
     @STEP), or a local folder of Hugging Face's, which is imported; empty for random ones."""
-    init_state: Literal["weights", "all"] = "weights"
-    """What is taken of it: the weights, with the optimizer's state begun anew, or its state, too; steps begin at 1."""
+    init_state: Literal["weights", "all", "run"] = "weights"
+    """What is taken of it: the weights, with the optimizer's state begun anew, or `all`, its state, too; steps begin at
+    1. `run`: all that it had, and the new run goes on at the step after, with the data where they were: a branch."""
     max_skipped_in_a_row: int = 10
     """Steps in a row that may be skipped because their gradient is not finite; one more ends the run."""
     recompute: str = "auto"
@@ -144,6 +146,11 @@ class TrainConfig:
         require(
             self,
             *no_password(self, "init"),
+            (
+                self.init_state != "run" or bool(re.search(r"@\d+$", self.init)),
+                f"init_state=run goes on after a step of another run: init must name both, as RUN@STEP, not "
+                f"{self.init!r}",
+            ),
             (
                 self.recompute in ("auto", "none", "all") or self.recompute.isdecimal(),
                 f"recompute must be auto, none, all or a number of layers, not {self.recompute!r}",

@@ -41,7 +41,8 @@ class Task:
     manifest: Manifest | None
     """The newest checkpoint: where to go on from if no snapshot is at hand; None starts anew."""
     manifest_url: str = ""
-    """The folder of the run whose checkpoint that is, where it is another: a replay begins with the replayed run's."""
+    """The folder of the run whose checkpoint that is, where it is another: a replay begins with the replayed run's, a
+    branch with its parent's."""
     until: int = 0
     """Step after which a replay, or a run that is cut short, ends, with a checkpoint; 0: the last one."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
@@ -73,8 +74,8 @@ class Task:
         return self.always_saves(step) or bool((every := self.checkpoint.every) and step % every == 0)
 
     def always_saves(self, step: int) -> bool:
-        """Tell whether one does that is never left out: at the end, and at the end of a stage."""
-        return step in (self.last_step, *self.train.ends)
+        """Tell whether one does that is never left out: at the end of the run or a stage, and where it is asked for."""
+        return step in (self.last_step, *self.train.ends, *self.checkpoint.at)
 
 
 @dataclass(frozen=True, kw_only=True)

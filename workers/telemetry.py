@@ -254,6 +254,11 @@ def warm_up(task: Task, engine: Engine) -> None:
         _compile_attention(task.model, task.train, dtype, engine.device, masked, watched=False)
 
 
+def cool_down() -> None:
+    """Forget what was compiled ahead, with what torch has compiled."""
+    _compile_attention.cache_clear()
+
+
 @functools.cache
 def _compile_attention(
     config: ModelConfig, train: TrainConfig, dtype: torch.dtype, device: torch.device, masked: bool, watched: bool

@@ -1,5 +1,6 @@
 """One generation in one process: join the group, build the engine, take the state, train."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from torch.distributed import HashStore, TCPStore
 
 from workers.checkpoint.shards import CheckpointReader
 from workers.common.errors import DamagedError, StorageError, TrainingError
+from workers.common.heap import trim
 from workers.config import MoonlightConfig
 from workers.controls import Controls
 from workers.engine import Engine, build_engine, default_device, join_process_group, leave_process_group
@@ -20,7 +22,7 @@ from workers.reports import CheckpointDamaged, Planned, Restored
 from workers.snapshots.reader import SnapshotReader
 from workers.state import Counters, WeightsOnly, first_not_finite, load_state, shard_map
 from workers.task import Place, Task
-from workers.telemetry import warm_up
+from workers.telemetry import cool_down, warm_up
 
 
 def join(member: Place, task: Task, rendezvous: dist.Store | None = None) -> Engine:
@@ -109,6 +111,19 @@ def take_state(
         load_state(engine, reader, counters)
         return counters, origin.bytes_read
     return Counters(), 0
+
+
+def forget() -> None:
+    """Drop what is left of earlier runs in this process: what was compiled for their models, and memory that is free.
+
+    Torch compiles the code of a layer so many times and no more, whatever the model: those of all runs would add up.
+    """
+    torch.compiler.reset()
+    cool_down()
+    gc.collect()
+    trim()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def rehearse(task: Task) -> None:

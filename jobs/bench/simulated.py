@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import ScalingConfig
+from orchestrator.group.handles import Handle
 from orchestrator.group.usage import Usage
 from workers.checkpoint.manifest import SHARDS, WEIGHT, ShardFile, TensorSlice, place_of
 from workers.common.source import training_code
@@ -98,6 +99,10 @@ class SimulatedCluster:
     def release(self, slot: str) -> None:
         """Take a slot back."""
 
+    def hand_back(self, slot: str, worker: Handle) -> None:
+        """Take a slot back with its worker."""
+        worker.kill()
+
     def start_worker(self, slot: str) -> "_Worker":
         """Return a worker."""
         return _Worker(self, self.node_of(slot))
@@ -106,6 +111,10 @@ class SimulatedCluster:
         """Return a keeper."""
         self._keepers[node] = _Keeper(self.timer, token)
         return self._keepers[node]
+
+    def hand_back_keeper(self, node: str, keeper: Handle) -> None:
+        """End it."""
+        keeper.kill()
 
     def alive(self, node: str) -> bool:
         """All nodes live."""

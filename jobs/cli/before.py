@@ -12,6 +12,7 @@ from jobs.cli.options import (
     GpuType,
     Overrides,
     RayAddress,
+    SettingsFiles,
     greater_than_0,
     writable,
 )
@@ -20,11 +21,14 @@ app = typer.Typer()
 
 
 @app.command(name="config")
-def config_(config: Config = "demo", overrides: Overrides = None) -> None:
+def config_(config: Config = "demo", overrides: Overrides = None, settings: SettingsFiles = None) -> None:
     """Print a config with all its keys, resolved and documented."""
-    from jobs.load import documented_yaml, load
+    from jobs.load import documented_yaml
+    from jobs.settings import configured, warn
 
-    typer.echo(documented_yaml(load(config, overrides or [])))
+    found = configured(config, settings or [], overrides or [])
+    warn(found)
+    typer.echo(documented_yaml(found.config, found.origins))
 
 
 @app.command()
@@ -49,16 +53,18 @@ def plan(
     largest: Annotated[
         bool, typer.Option("--largest", help="Find the most layers with which the model still fits, all else as it is.")
     ] = False,
+    settings: SettingsFiles = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a run needs before it is started: memory, traffic, time, money; refuse what cannot fit."""
-    from jobs.load import load
     from jobs.planning.command import read_calibration, show
     from jobs.planning.estimate import Machines
     from jobs.planning.plan import Terms
+    from jobs.settings import configured, warn
 
-    loaded = load(config, overrides or [])
-    counts = gpus or [loaded.scaling.max_workers]
+    found = configured(config, settings or [], overrides or [])
+    warn(found)
+    counts = gpus or [found.config.scaling.max_workers]
     machines = Machines(
         gpus=counts[0],
         gpus_per_node=gpus_per_node,
@@ -67,7 +73,7 @@ def plan(
         network_gbit=network,
     )
     terms = Terms(price=price, tokens=tokens, mtbf_hours=mtbf)
-    show(loaded, counts, machines, terms, as_json, largest)
+    show(found.config, counts, machines, terms, as_json, largest, found.told())
 
 
 @app.command()

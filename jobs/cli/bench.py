@@ -154,19 +154,6 @@ def bench_data(
     _print_result(data(overrides or [], rounds, vocab, _say), as_json)
 
 
-@bench_app.command("variants")
-def bench_variants(
-    overrides: Overrides = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
-    table: Annotated[Path | None, typer.Option(callback=writable, help="Where a Markdown table goes.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """The loss after a minute of training with each of the optimizer's variants."""
-    from jobs.bench.variants import variants
-
-    _print_result(variants(overrides or [], seeds, table, _say), as_json)
-
-
 @bench_app.command("load")
 def bench_load(
     overrides: Overrides = None,
@@ -181,16 +168,18 @@ def bench_load(
     _print_result(driver_load(overrides or [], steps, workers, actors, _say), as_json)
 
 
-@bench_app.command("curves")
-def bench_curves(
+@bench_app.command("study")
+def bench_study(
     overrides: Overrides = None,
-    picture: Annotated[Path, typer.Option(callback=writable, help="Where the PNG goes.")] = Path("curves.png"),
+    trials: Annotated[int, typer.Option(min=2, help="An even number.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Of each trial.")] = 600,
+    slots: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Muon against AdamW on the demo, each at its best of three learning rates, in one picture."""
-    from jobs.bench.curves import curves
+    """Wall time of a study of equal short trials, over the time that their steps alone would take."""
+    from jobs.bench.study import study
 
-    _print_result(curves(picture, overrides or [], _say), as_json)
+    _print_result(study(overrides or [], trials, steps, slots, _say), as_json)
 
 
 def _say(line: str) -> None:

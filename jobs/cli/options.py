@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,11 @@ def at_least_0(value: float | None) -> float | None:
     if value is not None and not 0 <= value < math.inf:
         raise typer.BadParameter(f"must be a finite number of 0 or more, not {value:g}")
     return value
+
+
+def with_files(settings: Sequence[str]) -> list[str]:
+    """Return the options that name settings files, for a command that can be pasted."""
+    return [part for file in settings for part in ("--with", file)]
 
 
 def writable(file: Path | None) -> Path | None:
@@ -45,6 +51,12 @@ Config = Annotated[
     typer.Argument(help=f"A YAML file, or a built-in config: {', '.join(BUILT_IN)}.", autocompletion=lambda: BUILT_IN),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for instance optim.lr=1e-2.")]
+SettingsFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with", help="A study's settings.yaml, over CONFIG and under key=value; may be given several times."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on the last line of stdout.")]
 Run = Annotated[str, typer.Argument(help="A run's id or name in MLflow, or the URL of its folder.")]
 TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Of the MLflow that has the run.")]

@@ -24,8 +24,10 @@ from jobs.cli.options import (
     RayAddress,
     Run,
     RunEndpoint,
+    SettingsFiles,
     TrackingUri,
     at_least_0,
+    with_files,
 )
 from orchestrator.config import DEFAULT_TRACKING_URI
 from orchestrator.stop import StopSignal
@@ -37,6 +39,7 @@ app = typer.Typer()
 def train(
     config: Config,
     overrides: Overrides = None,
+    settings: SettingsFiles = None,
     resume: Annotated[
         str,
         typer.Option(help="auto: go on with the unfinished run of that name; RUN: with that one; never: a new run."),
@@ -54,17 +57,21 @@ def train(
     ] = False,
 ) -> None:
     """Train a run from its start, or go on with one."""
-    stop = StopSignal(partial(way_on, config, overrides or [], address))
+    given = [config, *(overrides or []), *with_files(settings or [])]
+    stop = StopSignal(partial(way_on, given, address))
     stop.listen()  # Before the slow imports.
+    from jobs.settings import configured
     from jobs.train import train
 
-    train(config, overrides or [], resume, address, stop, as_json, kill_worker, takeover, not no_look)
+    found = configured(config, settings or [], overrides or [])
+    train(found, given, resume, address, stop, as_json, kill_worker, takeover, not no_look)
 
 
 @app.command()
 def submit(
     config: Config,
     overrides: Overrides = None,
+    settings: SettingsFiles = None,
     address: Head = DEFAULT_HEAD,
     follow: Follow = False,
     tracking_uri: ClientTracking = "",
@@ -73,9 +80,11 @@ def submit(
     gpu_type: GpuType = "",
     calibration: CalibrationFile = None,
     allow_open_head: AllowOpen = False,
+    study: Annotated[bool, typer.Option("--study", help="CONFIG is a study's file, or the name of one.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Plan a new run, and submit it as a job to a Ray cluster."""
+    """Plan a new run, and submit it as a job to a Ray cluster; or submit a study."""
+    from jobs.settings import configured
     from jobs.submit import Target, submit
 
     target = Target(
@@ -87,7 +96,14 @@ def submit(
         gpu_type=gpu_type,
         calibration=calibration,
     )
-    submit(config, overrides or [], target, follow, as_json)
+    if study:
+        from jobs.study.submit import submit_study
+
+        if settings:
+            raise typer.BadParameter("--with: a study's settings stand in its file")
+        submit_study(config, overrides or [], target, follow, as_json)
+        return
+    submit(configured(config, settings or [], overrides or []), target, follow, as_json)
 
 
 @app.command()
@@ -184,8 +200,14 @@ def replay(
     replay(request, stop, as_json)
 
 
-def way_on(config: str, overrides: list[str], address: str | None, run_id: str) -> str:
-    """Return how to go on with a run that was ended, or, where none has begun, how to begin again."""
+def way_on(given: list[str], address: str | None, run_id: str) -> str:
+    """Return how to go on with a run that was ended, or, where none has begun, how to begin again.
+
+    Args:
+        given: the config and what else says how the run is trained, as arguments.
+        address: of the cluster, if one was named.
+        run_id: of the run; empty where none has begun.
+    """
     if not run_id:
         return f"nothing has begun; begin again with: {_same()}"
     from jobs.screen import command
@@ -194,7 +216,7 @@ def way_on(config: str, overrides: list[str], address: str | None, run_id: str) 
     if JOB_VARIABLE in os.environ:  # Not here: from where it was submitted.
         return f"go on with: raymuon resume {run_id}"
     place = [] if address is None else ["--address", address]
-    return f"go on with: {command('raymuon', 'train', config, *overrides, *place, '--resume', run_id)}"
+    return f"go on with: {command('raymuon', 'train', *given, *place, '--resume', run_id)}"
 
 
 def _same() -> str:

@@ -57,6 +57,70 @@ def study_coordinates(
     show(config, overrides or [], width or (32, 64, 128, 256, 512), rule or ("spectral", "none"), steps, seeds, as_json)
 
 
+Source = Annotated[str, typer.Argument(help="A study's file, or the name of a shipped one.")]
+RunOrSource = Annotated[str, typer.Argument(help="A study's run (id or name), its file, or the name of a shipped one.")]
+Name = Annotated[str, typer.Option(help="Of the study, in the place of the file's.")]
+StudyTracking = Annotated[
+    str, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="In the place of the config's tracking.uri.")
+]
+
+
+@study_app.command("run")
+def study_run(
+    source: Source,
+    overrides: Overrides = None,
+    at_once: Annotated[int, typer.Option(min=0, help="Trials at a time; 0: as many as there is room for.")] = 0,
+    name: Name = "",
+    again_failed: Annotated[bool, typer.Option("--again-failed", help="Train failed trials again.")] = False,
+    address: RayAddress = None,
+    tracking_uri: StudyTracking = "",
+    as_json: AsJson = False,
+) -> None:
+    """Run a study, or go on with it: its trials, several at a time, and its report."""
+    stop = StopSignal(lambda run_id: f"{'go on' if run_id else 'begin again'} with: {_same()}")
+    stop.listen()  # Before the slow imports.
+    from jobs.study.command import Request, run
+
+    request = Request(
+        source=source,
+        overrides=tuple(overrides or ()),
+        name=name,
+        tracking_uri=tracking_uri,
+        address=address,
+        at_once=at_once,
+        again_failed=again_failed,
+    )
+    run(request, stop, as_json)
+
+
+@study_app.command("status")
+def study_status(
+    source: RunOrSource, name: Name = "", tracking_uri: StudyTracking = "", as_json: AsJson = False
+) -> None:
+    """Show how far a study is: its trials, what it has cost and what is left."""
+    from jobs.study.command import Request, status
+
+    status(Request(source=source, name=name, tracking_uri=tracking_uri), as_json)
+
+
+@study_app.command("report")
+def study_report(
+    source: RunOrSource,
+    out: Annotated[str, typer.Option(help="A folder; else one under runs/studies.")] = "",
+    name: Name = "",
+    tracking_uri: StudyTracking = "",
+    as_json: AsJson = False,
+) -> None:
+    """Write a study's report again, from MLflow alone."""
+    from jobs.study.command import Request, report
+
+    report(Request(source=source, name=name, tracking_uri=tracking_uri), out, as_json)
+
+
+def _same() -> str:
+    return command("raymuon", *sys.argv[1:])
+
+
 @study_app.command("moonlight")
 def study_moonlight(
     out: Annotated[Path, typer.Option(help="For everything: a new folder, or an interrupted study's.")] = Path(
@@ -72,7 +136,7 @@ def study_moonlight(
     try:
         found = moonlight(out.absolute(), seeds, partial(typer.echo, err=True), quick)
     except (KeyboardInterrupt, Interrupted):
-        raise Interrupted(f"interrupted; go on with: {command('raymuon', *sys.argv[1:])}") from None
+        raise Interrupted(f"interrupted; go on with: {_same()}") from None
     typer.echo(report(found))
     typer.echo(f"{out}/report.md, {out}/spectra/, {found['seconds'] / 60:.1f} minutes")
     if as_json:

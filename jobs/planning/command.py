@@ -1,6 +1,6 @@
 """`raymuon plan`: plans for a person to read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,13 @@ from workers.common.errors import ConfigError
 
 
 def show(
-    config: RunConfig, counts: list[int], machines: Machines, terms: Terms, as_json: bool, largest: bool = False
+    config: RunConfig,
+    counts: list[int],
+    machines: Machines,
+    terms: Terms,
+    as_json: bool,
+    largest: bool = False,
+    settings: Mapping[str, str] = {},
 ) -> None:
     """Print the plan for each number of GPUs, a column for each; without a device, for types that would do.
 
@@ -30,6 +36,7 @@ def show(
         terms: what is known besides.
         as_json: as JSON on the last line of stdout.
         largest: with as many layers as fit.
+        settings: values that a settings file has set, by key, each with where it comes from.
 
     Raises:
         ConfigError: one of them does not fit, or `largest` without a device.
@@ -46,7 +53,9 @@ def show(
             model = deepest(config, case) if largest else config
             plans.append(plan_run(model, case, terms))
     if as_json:
-        tell([one.as_dict() for one in plans] if len(plans) > 1 else plans[0].as_dict())
+        own = {"settings": dict(settings)} if settings else {}
+        told = [one.as_dict() | own for one in plans]
+        tell(told if len(told) > 1 else told[0])
     else:
         console = Screen()
         if not machines.known:
@@ -55,6 +64,8 @@ def show(
         heads = [f"{one.machines.gpus:,} x {one.device.device}" for one in plans]
         for title, rows in tables(plans).items():
             print_table(console, ("", *heads), [(name, *cells) for name, cells in rows.items()], title)
+        if settings:
+            print_table(console, ("", "value"), list(settings.items()), "settings that a study has found")
         console.print(accuracy(plans[0].device))
     for one in plans:
         one.require_fit()

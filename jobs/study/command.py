@@ -5,27 +5,32 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.screen import Screen, mlflow_page
 from jobs.study.engine import Data, Engine
 from jobs.study.file import SHIPPED, StudyFile, configs_of, load_study, refuse
 from jobs.study.progress import hours, told
 from jobs.study.question import Answer, Outcome
-from jobs.study.record import STUDY, StudyRecord, stored_study, workers_of
+from jobs.study.record import StudyRecord, stored_study, workers_of
 from jobs.study.screen import StudyScreen
 from jobs.study.state import StudyState
+from jobs.submit import STUDY, tracking_of
 from jobs.table import print_table
 from jobs.tell import tell
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, TrackingConfig
-from orchestrator.group.cluster import connected
+from orchestrator.group.cluster import connected, is_local
 from orchestrator.group.handles import Joined
+from orchestrator.group.warm import warm
 from orchestrator.log.lease import Holder, Lease, await_free
 from orchestrator.preflight import in_background, run_store
 from orchestrator.reach import reach_tracking
 from orchestrator.stop import StopSignal
 from workers.common.errors import ClusterError, ConfigError, RaymuonError, StorageError, TrainingError
 from workers.common.storage import Store
+
+if TYPE_CHECKING:
+    from orchestrator.record.tracking import Tracking
 
 REPORTS = Path("runs/studies")
 
@@ -62,14 +67,15 @@ def run(request: Request, stop: StopSignal, as_json: bool) -> None:
         RaymuonError: a trial is not done, with the exit code of what went wrong; the others are.
     """
     found = load_study(request.source, request.overrides, request.name)
-    configs = _beforehand(found, request.places)
+    configs = beforehand(found, request.places)
     first = next(iter(configs.values()))
     with StudyScreen() as screen:
         data = Data(request.address, screen.console)
         for config in configs.values():
             data.of(config, stop)
         with stop.abruptly():
-            record, is_new = _record(found, first)
+            reach_tracking(first.tracking.uri, first.tracking.experiment)
+            record, is_new = find_or_make(found, tracking_of(first.tracking.uri, first))
         stop.run_id = record.run_id
         screen.say(f"study {found.study.name}, run {record.run_id}")
         screen.say(f"MLflow:     {mlflow_page(record.tracking.uri, record.tracking.page(record.run_id))}")
@@ -78,6 +84,7 @@ def run(request: Request, stop: StopSignal, as_json: bool) -> None:
             _await_free(store, found.study.name, screen, stop)
         with Lease(store, strict=False) as lease:
             state = StudyState(found, record, request.places)
+            state.configs |= configs
             answer, folder = _run(state, request, data, lease, screen, stop)
     _tell_answer(state, answer, folder, as_json)
 
@@ -88,22 +95,19 @@ def _run(
     """Train what is left, and write the report; the record's status is what came of it."""
     record = state.record
     try:
-        if request.again_failed:
-            record.forget_failures()
-        state.read()
-        state.check()
-        record.keep(state.found)
+        state.go_on(request.again_failed)
         record.status("RUNNING")
         if state.left:
             in_background(lambda: importlib.import_module("jobs.planning.choice"), may_be_torn=True)  # Imports torch.
             screen.say("starting Ray ...")
-            with connected(request.address, stop) as joined:
-                at_once = request.at_once or _room(joined, [*state.configs.values()])
+            with connected(request.address, stop) as cluster, warm(cluster) as joined:
+                at_once = _at_once(request, joined, [*state.configs.values()])
                 engine = Engine(state, data, joined, at_once, stop, screen, lease.check)
                 engine.run()
             _check_done(state, engine, stop)
         answer, folder = _report(state, REPORTS / record.run_id)
         record.attach(folder)
+        record.answered(answer.headline)
         record.status("FINISHED")
     except BaseException as error:
         with suppress(StorageError):  # The first error is the one to tell.
@@ -136,7 +140,7 @@ def report(request: Request, out: str, as_json: bool) -> None:
         _tell_answer(state, answer, folder, as_json)
 
 
-def _beforehand(found: StudyFile, places: Mapping[str, Any]) -> dict[str, RunConfig]:
+def beforehand(found: StudyFile, places: Mapping[str, Any]) -> dict[str, RunConfig]:
     """Return the config of each trial that is known before anything runs.
 
     Raises:
@@ -152,12 +156,8 @@ def _beforehand(found: StudyFile, places: Mapping[str, Any]) -> dict[str, RunCon
     return configs
 
 
-def _record(found: StudyFile, config: RunConfig) -> tuple[StudyRecord, bool]:
+def find_or_make(found: StudyFile, tracking: "Tracking") -> tuple[StudyRecord, bool]:
     """Return the study's run, and whether it is a new one."""
-    reach_tracking(config.tracking.uri, config.tracking.experiment)
-    from orchestrator.record.tracking import Tracking  # MLflow takes seconds to import.
-
-    tracking = Tracking(config.tracking)
     if (known := StudyRecord.find(tracking, found.study.name)) is not None:
         return known, False
     return StudyRecord.create(tracking, found), True
@@ -180,14 +180,14 @@ def _await_free(store: Store, name: str, screen: StudyScreen, stop: StopSignal) 
             raise ClusterError(f"study {name}: {who} it; wait for it, or end that one first") from error
 
 
-def _room(joined: Joined, configs: list[RunConfig]) -> int:
-    """Return how many trials the cluster has room for at a time.
+def _at_once(request: Request, joined: Joined, configs: list[RunConfig]) -> int:
+    """Return how many trials to train at a time: more than there is room for only where nodes may come.
 
     Raises:
-        ClusterError: not even for one.
+        ClusterError: a local Ray has no room for one.
     """
-    room = min(joined.slots(config.scaling).room() // workers_of(config) for config in _sizes(configs))
-    return max(1, room)
+    room = max(1, min(joined.slots(config.scaling).room() // workers_of(config) for config in _sizes(configs)))
+    return min(request.at_once or room, room) if is_local(request.address) else request.at_once or room
 
 
 def _sizes(configs: list[RunConfig]) -> list[RunConfig]:
@@ -228,9 +228,9 @@ def _report(state: StudyState, folder: Path) -> tuple[Answer, Path]:
         raise TrainingError(f"study {study.name}: all {len(done)} trial(s) have failed. {name}: {one.error}")
     from jobs.study.report.write import write_report
 
-    answer = study.question.answer(study, done)
-    where = f"run {state.record.run_id} of {state.record.tracking.uri}"
-    write_report(study, done, answer, folder, where)
+    answer, record = study.question.answer(study, done), state.record
+    links = {one.trial: record.address(one.run_id) for one in done.values()}
+    write_report(study, done, answer, folder, links, record.run_id, next(iter(state.configs.values()), None))
     return answer, folder
 
 
@@ -241,22 +241,18 @@ def _stored(request: Request) -> Iterator[StudyState]:
     Raises:
         ConfigError: there is none.
     """
-    is_file = Path(request.source).is_file() or (SHIPPED / f"{request.source}.yaml").exists()
-    if is_file:
-        found = load_study(request.source, (), request.name)
-        tracking_config = next(iter(_beforehand(found, request.places).values())).tracking
-    else:
-        tracking_config = TrackingConfig(uri=request.tracking_uri or DEFAULT_TRACKING_URI)
-    reach_tracking(tracking_config.uri)
-    from orchestrator.record.tracking import look_up
+    uri, run = request.tracking_uri or DEFAULT_TRACKING_URI, request.source
+    if Path(run).is_file() or (SHIPPED / f"{run}.yaml").exists():
+        found = load_study(run, (), request.name)
+        uri, run = next(iter(beforehand(found, request.places).values())).tracking.uri, found.study.name
+    reach_tracking(uri)
+    from orchestrator.record.tracking import Tracking, look_up  # MLflow takes seconds to import.
 
-    known = look_up(tracking_config.uri, found.study.name if is_file else request.source)
-    if STUDY not in known.data.tags or "raymuon.study.trial" in known.data.tags:
+    known = look_up(uri, run)
+    if STUDY not in known.data.tags:
         raise ConfigError(f"run {known.info.run_id} is no study; give the run of one, or its file")
-    from orchestrator.record.tracking import Tracking
-
-    record = StudyRecord(Tracking(tracking_config), known.info.run_id)
-    with stored_study(tracking_config.uri, known.info.run_id) as stored:
+    record = StudyRecord(Tracking(TrackingConfig(uri=uri)), known.info.run_id)
+    with stored_study(uri, known.info.run_id) as stored:
         state = StudyState(stored, record, {})
         state.read()
         yield state

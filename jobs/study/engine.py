@@ -7,7 +7,7 @@ go on. Everything that decides what begins is in MLflow: a study that was killed
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from jobs.load import plain_yaml
@@ -17,15 +17,17 @@ from jobs.screen import Screen
 from jobs.study.file import last_step
 from jobs.study.progress import Account
 from jobs.study.question import Trial
-from jobs.study.schedule import next_trial, orphan
+from jobs.study.schedule import branch_steps, next_trial, orphan
 from jobs.study.state import StudyState
 from jobs.study.trial import TrialWatcher, decider
 from orchestrator.config import RunConfig
 from orchestrator.driver import Options, run_on
 from orchestrator.group.handles import Joined
+from orchestrator.living import BranchPoint, Living
+from orchestrator.preflight import run_store
 from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
-from workers.common.errors import ConfigError, Interrupted, RaymuonError, TrainingError
+from workers.common.errors import ClusterError, ConfigError, Interrupted, RaymuonError, TrainingError
 from workers.data.corpus import Corpus
 
 LOOK_S = 0.2
@@ -66,6 +68,8 @@ class Running:
 
     run_id: str
     watcher: TrialWatcher
+    living: Living
+    """Where others branch off while it trains."""
     future: "Future[RunResult]"
 
 
@@ -130,16 +134,36 @@ class Engine:
         return running is not None and step in running.watcher.committed_steps
 
     def _start(self, trial: Trial, threads: ThreadPoolExecutor) -> None:
-        config, begun = self.state.configs[trial.name], self.state.begun.get(trial.name)
+        begun, branches = self.state.begun.get(trial.name), branch_steps(self.state.trials, trial.name)
+        config = self._placed(trial, [*branches])
         early = self.state.found.study.early_stop == "diverged"
         watcher = TrialWatcher(trial.name, self.display.say, last_step(trial, config), early)
         if begun:
             watcher.step, watcher.losses = begun.step, self.state.record.losses(begun.run_id)
+            watcher.committed_steps = {step for step in branches if step <= begun.saved}
         watcher.start = self._first_loss(trial, watcher)
-        run_id = begun.run_id if begun else self.state.record.begin(trial, config)
+        run_id = self.state.record.begin(trial, config, begun)
         how = f", goes on behind step {begun.step}" if begun and begun.step else ""
         self.display.say(f"{trial.name}: begins{how}")
-        self.running[trial.name] = Running(run_id, watcher, threads.submit(self._train, trial, config, run_id, watcher))
+        living = Living({step: len(names) for step, names in branches.items() if step not in watcher.committed_steps})
+        work = threads.submit(self._train, trial, config, run_id, watcher, living if living.steps else None)
+        self.running[trial.name] = Running(run_id, watcher, living, work)
+
+    def _placed(self, trial: Trial, branch_at: list[int]) -> RunConfig:
+        """Return the config of a trial with where it begins, and checkpoints at the steps where others branch off."""
+        config = self.state.configs[trial.name]
+        if branch_at:
+            at = tuple(sorted({*config.checkpoint.at, *branch_at}))
+            config = replace(config, checkpoint=replace(config.checkpoint, at=at))
+        if trial.branch is None:
+            return config
+        url = run_store(self.state.configs[trial.branch.trial], self._run_id(trial.branch.trial)).url
+        return replace(config, train=replace(config.train, init=f"{url}@{trial.branch.step}", init_state="run"))
+
+    def _run_id(self, name: str) -> str:
+        if name in self.running:
+            return self.running[name].run_id
+        return self.state.done[name].run_id
 
     def _first_loss(self, trial: Trial, watcher: TrialWatcher) -> float | None:
         """Return the loss with which a trial, or what it branches from, has begun; None before its first step."""
@@ -154,16 +178,33 @@ class Engine:
             return losses[0][1] if losses else None
         return self.running[root.name].watcher.start if root.name in self.running else None
 
-    def _train(self, trial: Trial, config: RunConfig, run_id: str, watcher: TrialWatcher) -> RunResult:
+    def _train(
+        self, trial: Trial, config: RunConfig, run_id: str, watcher: TrialWatcher, living: Living | None
+    ) -> RunResult:
         """Train a trial, in its thread."""
-        config = with_checkpoint(config, watcher.warn)
-        options = Options(
-            files={"config.yaml": plain_yaml(config).encode()},
-            corpora=self.data.of(config, watcher.stop),
-            decide=decider(),
-            until=trial.stop_at,
-        )
-        return run_on(self.joined, config, run_id, watcher, watcher.stop, options)
+        stop, point = watcher.stop, self._branch_point(trial, watcher.stop)
+        try:
+            config = with_checkpoint(config, watcher.warn)
+            options = Options(
+                files={"config.yaml": plain_yaml(config).encode()},
+                corpora=self.data.of(config, stop),
+                decide=decider(),
+                take_over=True,  # Whoever led it was a thread of the study's last process, whose lease is ours now.
+                until=trial.stop_at,
+                living=living,
+                branch=point,
+            )
+            return run_on(self.joined, config, run_id, watcher, stop, options)
+        finally:
+            if point is not None:
+                point.done()
+
+    def _branch_point(self, trial: Trial, stop: StopSignal) -> BranchPoint | None:
+        """Return where a trial begins in the memory of a living one; None where it begins elsewhere."""
+        parent = self.running.get(trial.branch.trial) if trial.branch else None
+        if trial.branch is None or parent is None or trial.branch.step not in parent.living.steps:
+            return None
+        return parent.living.wait(trial.branch.step, stop.check)
 
     def _wait(self) -> None:
         """Wait for the next that ends, or a little while; hand on what a person wants."""
@@ -198,6 +239,8 @@ class Engine:
                 self._say_done(name)
             elif one.watcher.hopeless:
                 self._fail(name, one, one.watcher.hopeless)
+            elif not self.stop.requests:
+                self.open[name] = ClusterError(f"ended at step {result.steps}, and nobody has asked for it")
 
     def _fail(self, name: str, one: Running, why: str) -> None:
         self._say_failed(name, why)

@@ -11,7 +11,7 @@ from typing import Any
 from jobs.build import ARCHITECTURES, build, unknown_key
 from jobs.load import as_yaml, load_settings, parsed, read, values_of
 from jobs.study import questions
-from jobs.study.question import Question, Study, Trial
+from jobs.study.question import Question, Study, Trial, points
 from orchestrator.config import RunConfig, absolute, flatten
 from workers.common.errors import ConfigError
 
@@ -77,9 +77,18 @@ def load_study(source: str, overrides: Iterable[str] = (), name: str = "") -> St
     study = build(Study, values, f"study {source}", {**ARCHITECTURES, Question: kinds})
     study = replace(study, settings={**study.settings, **dict(map(parsed, overrides))})
     _check_keys(study, source)
-    base = Path(study.base)
-    beside = path.parent / base  # A file is named from where the study's is.
-    return StudyFile(study, read(str(beside if beside.is_file() else base)))
+    if (beside := path.parent / study.base).is_file():  # A file is named from where the study's is.
+        study = replace(study, base=str(beside.absolute()))
+    return StudyFile(study, read(study.base))
+
+
+def config_of(study: Study, trial: Trial) -> RunConfig:
+    """Return the config of a trial, for a question that asks how large it is.
+
+    Raises:
+        ConfigError: with every problem that was found.
+    """
+    return StudyFile(study, read(study.base)).config(trial, {})
 
 
 def shipped() -> list[str]:
@@ -154,22 +163,29 @@ def _wrong_ends(trial: Trial, trials: Mapping[str, Trial], configs: Mapping[str,
         return ""
     if (parent := trials.get(branch.trial)) is None:
         return f"branches from {branch.trial}@{branch.step}, and no trial has that name"
-    theirs = configs.get(parent.name)
-    if theirs and not 1 <= branch.step <= (ends := last_step(parent, theirs)):
-        return f"branches from step {branch.step} of {parent.name}, which has steps 1 to {ends}"
-    if branch.step >= (ends := last_step(trial, configs[trial.name])):
-        return f"branches from step {branch.step}, and ends at step {ends}: no step is its own"
-    return ""
+    if theirs := configs.get(parent.name):
+        ends = last_step(parent, theirs)
+        if not 1 <= branch.step <= ends:
+            return f"branches from step {branch.step} of {parent.name}, which has steps 1 to {ends}"
+    ends = last_step(trial, configs[trial.name])
+    own = f"branches from step {branch.step}, and ends at step {ends}: no step is its own"
+    return own if branch.step >= ends else ""
 
 
 def _check_keys(study: Study, source: str) -> None:
     """Refuse settings and axes whose keys no config has."""
     problems = [unknown_key(key, "settings.") for key in study.settings]
+    problems += [] if study.seeds else ["seeds: has none; 0 is the usual one"]
     for axis, values in study.axes.items():
         where = f"axes.{axis}."
         if isinstance(values, list | tuple):
             problems.append(unknown_key(axis, "axes."))
             problems += [f"axes.{axis}: has no value"] if not values else []
+            alike = [*map(str, points([*values], axis))]
+            twice = (
+                f"axes.{axis}: {len(values)} values have {len(alike)} labels, of six digits each: {', '.join(alike)}"
+            )
+            problems += [twice] if len(alike) < len(values) else []
         elif isinstance(values, dict) and values:
             for label, settings in values.items():
                 if isinstance(settings, dict):

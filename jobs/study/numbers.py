@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from jobs.study.fits.estimate import CONFIDENCE, Estimate
@@ -52,6 +53,18 @@ def text_of(value: Any, sign: str = "") -> str:
         case Estimate():
             return _with_interval(value, sign)
     return str(value)
+
+
+def plain(value: Any) -> Any:
+    """Return a value in JSON's kinds: dataclasses as dicts, tuples as lists, numbers of numpy's as Python's."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set | range):
+        return [plain(one) for one in value]
+    item = getattr(value, "item", None)
+    return item() if callable(item) else value
 
 
 def number(value: float, sign: str = "") -> str:

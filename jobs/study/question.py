@@ -7,6 +7,7 @@ names, and repeats nothing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal, Protocol
 
 Settings = Mapping[str, Any]
@@ -75,7 +76,7 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
-    """Texts, and numbers that the report rounds."""
+    """Texts, numbers and estimates (`fits.estimate`), which the report rounds as they warrant; None for nothing."""
     note: str = ""
 
 
@@ -109,6 +110,8 @@ class Plot:
     log_y: bool = False
     marks: Sequence[float] = ()
     """Values of y at which a line is drawn, such as a ratio of 1."""
+    names: Sequence[str] = ()
+    """Of x at 1, 2 and so on, where it counts things."""
     note: str = ""
 
 
@@ -138,6 +141,9 @@ class Answer:
     """What was tuned and how often, what was assumed, what could not be told."""
     settings: Mapping[str, Setting] = field(default_factory=dict)
     """By key of a config."""
+    found_at: Settings = field(default_factory=dict)
+    """Of the trials that the settings are from, where trials differ in it: the size for instance. A settings file tells
+    at which width and with which optimizer a rate was found, and whoever uses it elsewhere is told."""
 
 
 class Question(Protocol):
@@ -183,6 +189,11 @@ class Study:
     early_stop: Literal["none", "diverged"] = "diverged"
     """`diverged`: a trial that has learned nothing after a quarter of its steps is ended, and counts as failed."""
     question: Question
+
+    @property
+    def base_name(self) -> str:
+        """Of the base, for people: without the folder in which it lies."""
+        return PurePath(self.base).stem
 
 
 def points(axis: Any, name: str) -> dict[str, Settings]:

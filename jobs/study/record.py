@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.load import as_yaml
+from jobs.load import as_yaml, values_of
 from jobs.study.file import StudyFile, last_step, load_study
 from jobs.study.question import Outcome, Trial
 from jobs.study.size import Size, size_of
+from jobs.submit import STUDY
 from orchestrator.config import RunConfig, flatten
 from orchestrator.record.metrics import newest, read_history
+from orchestrator.record.report import DESCRIPTION
 from workers.common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,22 +28,24 @@ if TYPE_CHECKING:
 
     from orchestrator.record.tracking import Tracking
 
-STUDY, QUESTION = "raymuon.study", "raymuon.study.question"
-"""Tags of a study's run: its name and what it asks."""
+QUESTION = "raymuon.study.question"
+"""Tag of a study's run, beside its name: what it asks."""
 TRIAL, FAILED, SIZE = "raymuon.study.trial", "raymuon.study.failed", "raymuon.study.size"
 """Tags of a trial's run: what was asked for, as JSON; why it would fail again; what it costs, as JSON."""
 NAME, COORDINATES = "raymuon.study.name", "raymuon.study.coordinates"
 """Of a trial: its name, and where it is on each axis, as JSON."""
 PARENT = "mlflow.parentRunId"
 """MLflow's own: its UI nests a run below that one."""
-FILE, BASE, REPORT = "study.yaml", "base.yaml", "report"
-"""Artifacts of a study's run."""
+FILE, BASE, REPORT = "study.yaml", "base", "report"
+"""Artifacts of a study's run: its file, and folders with the config of its trials and its report."""
 PAGE = 100
 """Runs that MLflow is asked for at a time."""
 SAME = ("model.", "data.", "optim.", "train.", "telemetry.every", "seed", "checkpoint.url")
 """Keys that decide what a trial comes to, and where its checkpoints are."""
 OTHER = ("data.prepared_url", "data.ledger")
 """Of these, such as do not."""
+BRANCHED = ("train.init", "train.init_state")
+"""Those of a branch, which the engine sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,8 @@ class Begun:
     cost: Cost
     step: int
     """The last one; before the first, that from which it branches."""
+    saved: int
+    """The step of its newest checkpoint; 0 before the first."""
     loss: float | None
     val_loss: float | None
 
@@ -93,29 +99,31 @@ class StudyRecord:
 
     @staticmethod
     def find(tracking: "Tracking", name: str) -> "StudyRecord | None":
-        """Return the newest study of a name; None where there is none."""
+        """Return the study of a name, the first where there are several; None where there is none."""
         quoted = name.replace('"', "")
         with tracking.reach():
             found = tracking.client.search_runs(
-                [tracking.experiment_id],
-                f'attributes.run_name = "{quoted}" and tags.`{STUDY}` = "{quoted}"',
-                max_results=1,
-                order_by=["attributes.start_time DESC"],
+                [tracking.experiment_id], f'attributes.run_name = "{quoted}" and tags.`{STUDY}` = "{quoted}"'
             )
-        return StudyRecord(tracking, found[0].info.run_id) if found else None
+        first = min(found, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
+        return first and StudyRecord(tracking, first.info.run_id)
 
     @staticmethod
     def create(tracking: "Tracking", found: StudyFile) -> "StudyRecord":
-        """Make the run of a study."""
+        """Make the run of a study; of two processes that do it at the same time both get the same one."""
         study = found.study
         tags = {STUDY: study.name, QUESTION: study.question.name}
-        run_id = tracking.create(study.name, flatten(asdict(study)), begins=False, tags=tags)
-        return StudyRecord(tracking, run_id)
+        ours = tracking.create(study.name, flatten(asdict(study)), begins=False, tags=tags)
+        first = StudyRecord.find(tracking, study.name)
+        if first is None or first.run_id == ours:
+            return StudyRecord(tracking, ours)
+        tracking.discard(ours)
+        return first
 
     def keep(self, found: StudyFile) -> None:
         """Keep the study's file and its base: what it is asked again by."""
-        self.tracking.keep(self.run_id, FILE, replace(found, study=replace(found.study, base=BASE)).yaml())
-        self.tracking.keep(self.run_id, BASE, as_yaml(found.base))
+        for name, text in files_of(found, FILE).items():
+            self.tracking.keep(self.run_id, name, text)
 
     def status(self, status: str) -> None:
         """Set it: RUNNING while trials are trained, then FINISHED, FAILED or KILLED."""
@@ -125,11 +133,14 @@ class StudyRecord:
             else:
                 self.tracking.client.set_terminated(self.run_id, status)
 
-    def begin(self, trial: Trial, config: RunConfig) -> str:
-        """Make the run of a trial, and return its id."""
-        size, cost = size_of(config), cost_of(trial, config)
-        tags = self._tags(trial) | {SIZE: json.dumps({**asdict(size), **asdict(cost)})}
-        return self.tracking.create(config.run.name, flatten(asdict(config)), begins=False, tags=tags)
+    def begin(self, trial: Trial, config: RunConfig, begun: Begun | None = None) -> str:
+        """Return the id of a trial's run, which is made if there is none yet."""
+        size = {SIZE: json.dumps({**asdict(size_of(config)), **asdict(cost_of(trial, config))})}
+        if begun is None:
+            tags = {**self._tags(trial), **size}
+            return self.tracking.create(config.run.name, flatten(asdict(config)), begins=False, tags=tags)
+        self.tracking.tag(begun.run_id, size)  # One that could not begin before has none.
+        return begun.run_id
 
     def refuse(self, trial: Trial, study: str, why: str) -> str:
         """Put down a trial that cannot begin, and return the id of its run."""
@@ -138,18 +149,23 @@ class StudyRecord:
         self.fail(run_id, why)
         return run_id
 
+    def answered(self, headline: str) -> None:
+        """Show what the study has found on its page in MLflow."""
+        self.tracking.tag(self.run_id, {DESCRIPTION: headline})
+
     def fail(self, run_id: str, why: str) -> None:
         """Put down that a trial would fail again."""
         self.tracking.tag(run_id, {FAILED: why[:2000]})
         with self.tracking.reach():
             self.tracking.client.set_terminated(run_id, "FAILED")
 
-    def forget_failures(self) -> None:
-        """Take back that trials would fail again."""
-        for one in self.begun().values():
-            if one.failed:
-                with self.tracking.reach():
-                    self.tracking.client.delete_tag(one.run_id, FAILED)
+    def forget_failures(self) -> bool:
+        """Take back that trials would fail again; tell whether there were any."""
+        failed = [one.run_id for one in self.begun().values() if one.failed]
+        for run_id in failed:
+            with self.tracking.reach():
+                self.tracking.client.delete_tag(run_id, FAILED)
+        return bool(failed)
 
     def attach(self, folder: Path) -> None:
         """Keep the files of a folder as artifacts of the study's run."""
@@ -170,6 +186,11 @@ class StudyRecord:
         with self.tracking.reach():
             return _outcome(self.tracking.client, self.tracking.client.get_run(run_id))
 
+    def address(self, run_id: str) -> str:
+        """Return the address of a trial's page, or its id where no server shows it."""
+        uri = self.tracking.uri
+        return f"{uri.rstrip('/')}/{self.tracking.page(run_id)}" if uri.startswith("http") else run_id
+
     def losses(self, run_id: str) -> list[tuple[int, float]]:
         """Return the training losses that a trial has so far, `(step, nats per token)`."""
         with self.tracking.reach():
@@ -187,6 +208,12 @@ def outcomes(client: "MlflowClient", parent_run_id: str) -> dict[str, Outcome]:
     return {one.trial: one for one in found if one is not None}
 
 
+def files_of(found: StudyFile, name: str) -> dict[str, str]:
+    """Return a study's file under a name, and its base as it is now in a folder beside: all that makes it again."""
+    base = f"{BASE}/{found.study.base_name}.yaml"
+    return {name: replace(found, study=replace(found.study, base=base)).yaml(), base: as_yaml(found.base)}
+
+
 @contextmanager
 def stored_study(uri: str, run_id: str) -> Iterator[StudyFile]:
     """Read a study as its run has it; its base is there while the block lasts.
@@ -198,9 +225,12 @@ def stored_study(uri: str, run_id: str) -> Iterator[StudyFile]:
     from orchestrator.record.tracking import read_artifact
 
     with tempfile.TemporaryDirectory(prefix="raymuon-study-") as folder:
-        for name in (FILE, BASE):
-            Path(folder, name).write_text(read_artifact(uri, run_id, name))
-        yield load_study(f"{folder}/{FILE}")
+        file = Path(folder, FILE)
+        file.write_text(read_artifact(uri, run_id, FILE))
+        base = file.parent / values_of(file)["base"]
+        base.parent.mkdir()
+        base.write_text(read_artifact(uri, run_id, f"{BASE}/{base.name}"))
+        yield load_study(str(file))
 
 
 def asked_of(trial: Trial) -> dict[str, Any]:
@@ -257,7 +287,7 @@ def _differences(begun: Begun, trial: Trial, config: RunConfig) -> Iterator[str]
             yield f"{key}: it has begun with {had}, the study has {asked.get(key)}"
     now = {key: str(value)[:6000] for key, value in flatten(asdict(config)).items()}
     for key, had in begun.params.items():  # Of an older version, whose keys are fewer.
-        ours = key.startswith(SAME) and key not in OTHER and not (key == "train.init" and trial.branch)
+        ours = key.startswith(SAME) and key not in OTHER and not (key in BRANCHED and trial.branch)
         if ours and key in now and now[key] != had:
             yield f"{key}: it has begun with {had}, the study has {now[key]}"
 
@@ -294,6 +324,7 @@ def _begun(run: "Run") -> Begun:
         size,
         cost,
         int(newest(steps, "loss") or cost.first_step - 1),
+        int(tags.get("raymuon.checkpoint", "@0").rpartition("@")[2]),
         newest(metrics, "loss"),
         newest(metrics, "val_loss"),
     )

@@ -37,10 +37,10 @@ def orphan(trials: Sequence[Trial], done: Mapping[str, Outcome]) -> tuple[Trial,
     return None
 
 
-def branch_steps(trials: Sequence[Trial]) -> dict[str, list[int]]:
-    """Return the steps at which others branch off, of each trial that has such."""
-    found: dict[str, set[int]] = {}
+def branch_steps(trials: Sequence[Trial], name: str) -> dict[int, list[str]]:
+    """Return the names of those that branch off a trial, by step."""
+    found: dict[int, list[str]] = {}
     for trial in trials:
-        if trial.branch is not None:
-            found.setdefault(trial.branch.trial, set()).add(trial.branch.step)
-    return {name: sorted(steps) for name, steps in found.items()}
+        if trial.branch is not None and trial.branch.trial == name:
+            found.setdefault(trial.branch.step, []).append(trial.name)
+    return dict(sorted(found.items()))

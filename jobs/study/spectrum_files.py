@@ -1,17 +1,15 @@
 """What `raymuon study spectrum` leaves behind: tables of all matrices, and pictures of their groups."""
 
 import csv
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from jobs.drawing import FAINT, name_lines, new_figure, save
 from jobs.study.spectra import Measured
-from workers.common.text import visible
 from workers.spectra import Spectrum
 
 HEAD = ("run", "step", "tokens", "group", "layer", "parameter", "expert", "part", "rows", "columns")
@@ -121,26 +119,22 @@ def _draw(
     """Draw a panel for each group, a line in it for each subject."""
     columns = min(COLUMNS, len(groups))
     rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(columns * PANEL[0], rows * PANEL[1] + 0.4), layout="constrained")
+    figure = new_figure(columns * PANEL[0], rows * PANEL[1] + 0.4)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: list[Any] = []
     for axes, group in zip(panels, groups, strict=False):
-        drawn = [axes.plot(*line, label=visible(label), linewidth=1.2, **style)[0] for label, line in lines(group)]
+        drawn = [axes.plot(*line, label=label, linewidth=1.2, **style)[0] for label, line in lines(group)]
         handles = handles or drawn
         axes.set_title(group, fontsize=10)
         axes.set_xlabel(x, fontsize=8)
         axes.set_ylabel(y, fontsize=8)
         axes.tick_params(which="both", labelsize=8)
-        axes.grid(alpha=0.3)
+        axes.grid(alpha=FAINT)
         if logarithmic:
             axes.set_yscale("log")
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels[len(groups) :]:
         axes.remove()
-    legend = figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # A name is no formula.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # The picture shows a box in its place.
-        figure.savefig(path, dpi=130)
+    name_lines(figure, handles, loc="outside upper center", ncols=4, fontsize=9)
+    save(figure, path)

@@ -36,16 +36,23 @@ class StudyState:
         self.begun, self.done = self.record.begun(), self.record.outcomes()
         self._problems = self._ask()
 
-    def check(self) -> None:
-        """Refuse a study that cannot be gone on with; what the question has come to and cannot be is put down.
+    def go_on(self, again_failed: bool = False) -> None:
+        """Read it, and see that it can be begun or gone on with; what it asks for and cannot be is put down.
+
+        Args:
+            again_failed: forget that trials have failed, so that they are trained again.
 
         Raises:
             ConfigError: it is not the one that has begun, or something is wrong with a trial.
         """
+        self.read()
         study = self.found.study
         beforehand = {trial.name for trial in study.question.trials(study, {})}
         refuse(study, {name: text for name, text in self._problems.items() if name in beforehand})
         check_same(self.begun, self.trials, self.configs)
+        self.record.keep(self.found)
+        if again_failed and self.record.forget_failures():
+            self.read()
         self._put_down(self._problems)
 
     def ended(self, run_id: str) -> None:

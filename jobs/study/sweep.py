@@ -7,11 +7,11 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+from jobs.study.combinations import usable
 from jobs.study.fits.drift import Drift, drift
 from jobs.study.fits.estimate import Estimate, Unidentified
 from jobs.study.fits.minimum import minimum
 from jobs.study.question import Outcome, Settings, Study, Trial, points, trial_name
-from jobs.study.questions.combinations import usable
 from jobs.study.telescope import At, Axis, Level, first_level, telescope
 from optim.config import MOST_DECAY, OptimConfig
 

@@ -29,7 +29,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from orchestrator.config import ScalingConfig
-from orchestrator.group.handles import Gone
+from orchestrator.group.handles import Gone, Handle
 from orchestrator.group.keeper import Keeper
 from orchestrator.group.local_ray import ready_for_local_ray
 from orchestrator.reach import reach
@@ -228,6 +228,11 @@ class RayCluster:
         with suppress(Exception):  # With the cluster gone there is nothing to give back.
             remove_placement_group(self._groups.pop(slot))
 
+    def hand_back(self, slot: str, worker: Handle) -> None:
+        """Give a slot back, and end the worker in it."""
+        worker.kill()
+        self.release(slot)
+
     def start_worker(self, slot: str) -> RayHandle:
         """Start a worker actor in a slot."""
         return self.start_in_slot(slot, Worker)
@@ -237,6 +242,10 @@ class RayCluster:
         self._look()
         host = self._alive.get(node, "127.0.0.1")
         return self.start_on_node(node, ray.remote(max_restarts=0, max_task_retries=0)(Keeper), host, token, storage)
+
+    def hand_back_keeper(self, node: str, keeper: Handle) -> None:
+        """End a keeper."""
+        keeper.kill()
 
     def start_in_slot(self, slot: str, actor: Any) -> RayHandle:
         """Start an actor with all that a slot reserves; `actor` is a class that `ray.remote` has made."""

@@ -48,12 +48,20 @@ class Cluster(Protocol):
         """Give a slot back, pending or not."""
         ...
 
+    def hand_back(self, slot: str, worker: Handle) -> None:
+        """Give a slot back together with the worker in it, which is ready and needed no more."""
+        ...
+
     def start_worker(self, slot: str) -> Handle:
-        """Start a `Member` in a slot."""
+        """Start a `Member` in a slot, or have one go on there that another run has handed back."""
         ...
 
     def start_keeper(self, node: str, token: str, storage: StorageConfig) -> Handle:
-        """Start a `Keeper` on a node."""
+        """Start a `Keeper` on a node, or have one begin anew there that another run has handed back."""
+        ...
+
+    def hand_back_keeper(self, node: str, keeper: Handle) -> None:
+        """Give back a keeper that is well and needed no more."""
         ...
 
     def alive(self, node: str) -> bool:

@@ -10,26 +10,29 @@ What it holds is found by looking into the regions themselves, so a worker's dea
 import json
 import queue
 import secrets
-import signal
 import socket
 import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 
 import psutil
 
+from orchestrator.group.held import HeldSteps
+from orchestrator.group.stack import doings
+from orchestrator.group.upload import upload_shard
 from orchestrator.group.usage import Usage
 from workers.checkpoint.manifest import BUFFER, TensorSlice, place_of
 from workers.checkpoint.shards import write_shard
+from workers.common.heap import trim
 from workers.common.storage import Store
 from workers.common.uploads import Bandwidth
 from workers.common.wire import Address, Connection, listen
 from workers.config import StorageConfig
-from workers.member import STACK_FILE
-from workers.reports import Report, SaveFailed, SaveRetried, ShardWritten
+from workers.reports import Report, SaveFailed
 from workers.snapshots import messages
 from workers.snapshots.kept import KeptShard
 from workers.snapshots.region import HALVES, NONE, NOTES_BYTES, Region, RegionSize
@@ -38,15 +41,11 @@ UPLOADS = 2
 """Shards that are written to storage at the same time, each in several parts."""
 MAX_SAVING = 2
 """Copies of a worker's snapshots that may be on their way to storage before further checkpoints are left out."""
-UPLOAD_TRIES = 4
-UPLOAD_BACKOFF_S = 1.0
-"""Before the second try; it doubles."""
 ACCEPT_AGAIN_S = 0.1
 """Before connections are accepted again where that has failed."""
+WOKEN = Report(generation=0, rank=-1, time=0.0)  # No report: it wakes whoever polls.
 NOTES = {"counters", "rows", "validation"}
 """Of every agreed snapshot."""
-STACK_S = 0.3
-"""How long a worker that is made to show its stack may take."""
 
 
 @dataclass(eq=False)
@@ -79,18 +78,41 @@ class Keeper:
     """
 
     def __init__(self, host: str, token: str, storage: StorageConfig) -> None:
+        self._host = host
+        self._usage = Usage()
+        self._begin(token, storage)
+
+    def _begin(self, token: str, storage: StorageConfig) -> None:
+        """Hold nothing, and listen at a port of its own to those who have the token."""
         self._s3_endpoint = storage.s3_endpoint
-        self._listener = listen(host)
-        self._address = Address(host, self._listener.getsockname()[1], token)
+        self._listener = listen(self._host)
+        self._address = Address(self._host, self._listener.getsockname()[1], token)
         self._lock = threading.Lock()
+        self._peers: set[Connection] = set()
         self._own: dict[tuple[int, int], _Held] = {}
         self._copies: dict[tuple[int, int], _Held] = {}
+        self._steps = HeldSteps()
         self._fence = 0
-        self._usage = Usage()
         self._outbox: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._bandwidth = Bandwidth(storage.max_upload_mb_per_s * 1e6 if storage.max_upload_mb_per_s else None)
         self._uploads = ThreadPoolExecutor(UPLOADS, thread_name_prefix="upload")
-        threading.Thread(target=self._accept, name="accept", daemon=True).start()
+        threading.Thread(target=self._accept, args=(self._listener,), name="accept", daemon=True).start()
+
+    def renew(self, token: str, storage: StorageConfig) -> bool:
+        """Become as new for another run, whose calls alone come from now on; False where a save is still on its way."""
+        with self._lock:
+            every, peers = [*self._own.values(), *self._copies.values()], list(self._peers)
+        if any(held.saving for held in every):
+            return False
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # Closed alone, it would not wake whoever accepts.
+        self._listener.close()
+        for one in (*peers, *(held.region for held in every)):
+            one.close()
+        self._uploads.shutdown()
+        self._begin(token, storage)
+        trim()
+        return True
 
     def address(self) -> Address:
         """Return where it listens."""
@@ -103,7 +125,11 @@ class Keeper:
             found.append(self._outbox.get(timeout=timeout_s))
             while True:
                 found.append(self._outbox.get_nowait())
-        return found
+        return [report for report in found if report is not WOKEN]
+
+    def wake(self) -> None:
+        """Have whoever polls get an answer at once."""
+        self._outbox.put(WOKEN)
 
     def usage(self) -> dict[str, float]:
         """Return how busy the node is, by the names of MLflow's system metrics."""
@@ -117,22 +143,35 @@ class Keeper:
             for held in (*self._own.values(), *self._copies.values()):
                 for half in range(HALVES):
                     if held.region.sealed(half) != NONE:
-                        agreed = held.region.agreed(half) != NONE
-                        found.append(
-                            KeptShard(
-                                generation=held.generation,
-                                rank=held.rank,
-                                world_size=held.world_size,
-                                step=held.region.sealed(half),
-                                agreed=agreed,
-                                keeper=self._address,
-                                path=held.path,
-                                half=half,
-                                size=held.region.size,
-                                notes=held.region.notes(half) if agreed else {},
-                            )
-                        )
+                        found.append(self._kept(held, half))
         return found
+
+    def _kept(self, held: _Held, half: int) -> KeptShard:
+        agreed = held.region.agreed(half) != NONE
+        return KeptShard(
+            generation=held.generation,
+            rank=held.rank,
+            world_size=held.world_size,
+            step=held.region.sealed(half),
+            agreed=agreed,
+            keeper=self._address,
+            path=held.path,
+            half=half,
+            size=held.region.size,
+            notes=held.region.notes(half) if agreed else {},
+        )
+
+    def hold(self, steps: Collection[int]) -> None:
+        """Let what is saved of these steps stay in memory."""
+        self._steps.want(steps)
+
+    def held(self, generation: int, step: int) -> list[KeptShard]:
+        """Return what stays of a step."""
+        return self._steps.of(generation, step)
+
+    def release(self, step: int) -> None:
+        """Let go of what stays of a step."""
+        self._steps.release(step)
 
     def save(self, generation: int, step: int, counters: dict[str, int], run_url: str, attempt: int) -> list[int]:
         """Write the parts of a snapshot that this node's workers have left here to storage; no worker is there to ask.
@@ -159,14 +198,10 @@ class Keeper:
                     regions.pop(key).region.close()
 
     def end(self, pid: int, evidence: bool) -> str:
-        """Kill a process of this node; with `evidence`, return its state and stack first.
-
-        The worker has registered SIGUSR1 with faulthandler, whose handler needs neither the interpreter nor its lock;
-        a stopped process is woken for as long as that takes.
-        """
+        """Kill a process of this node; with `evidence`, return its state and stack first."""
         try:
             process = psutil.Process(pid)
-            told = _stack(process) if evidence else ""
+            told = doings(process) if evidence else ""
             process.kill()
         except psutil.Error:
             return ""
@@ -174,10 +209,10 @@ class Keeper:
 
     # -- what workers and other keepers ask ----------------------------------------------------------------------------
 
-    def _accept(self) -> None:
-        while True:
+    def _accept(self, listener: socket.socket) -> None:
+        while listener.fileno() >= 0:
             try:
-                sock, _ = self._listener.accept()
+                sock, _ = listener.accept()
                 threading.Thread(target=self._serve, args=(sock,), name="peer", daemon=True).start()
             except (OSError, RuntimeError):  # No file or no thread is left for it; whoever holds them may let go.
                 time.sleep(ACCEPT_AGAIN_S)
@@ -185,9 +220,10 @@ class Keeper:
     def _serve(self, sock: socket.socket) -> None:
         held: _Held | None = None
         buddy: Connection | None = None
-        peer = Connection(sock)
+        peer, token = Connection(sock), self._address.token
+        self._peers.add(peer)
         try:
-            if not peer.admit(self._address.token):
+            if not peer.admit(token):
                 return
             while True:
                 answer, content = messages.Done(), b""
@@ -223,6 +259,7 @@ class Keeper:
         finally:
             _close(buddy)
             peer.close()
+            self._peers.discard(peer)
 
     def _open(self, message: messages.Open) -> _Held:
         """Make a region for a worker, or find the one that it has already.
@@ -308,6 +345,8 @@ class Keeper:
             self.drop(held.generation)
 
     def _read(self, message: messages.Read) -> memoryview:
+        if (found := self._steps.read(message)) is not None:
+            return found
         with self._lock:
             every = (*self._own.values(), *self._copies.values())
         region = next((held.region for held in every if held.path == message.path), None)
@@ -319,36 +358,19 @@ class Keeper:
         """Copy the snapshot, so that its half is free again, and write the copy to storage in a thread of its own."""
         values = held.region.floats(half).copy()
         tensors = {entry: values[offset : offset + entry.length] for entry, offset in held.entries}
-        step = held.region.sealed(half)
+        step, outbox = held.region.sealed(half), self._outbox
         about = {"generation": held.generation, "rank": held.rank, "step": step}
-        place = place_of(step, attempt, held.generation)
-
-        def write() -> Report:
-            for tries in range(1, UPLOAD_TRIES + 1):
-                try:
-                    shard = write_shard(Store(run_url, self._s3_endpoint), place, held.rank, tensors, self._bandwidth)
-                    return ShardWritten(
-                        **about,
-                        time=time.time(),
-                        world_size=held.world_size,
-                        shard=shard,
-                        counters=counters,
-                        shapes=held.shapes,
-                    )
-                except Exception as error:  # Whatever it is, the driver has to know that this shard will not come.
-                    if tries == UPLOAD_TRIES:
-                        return SaveFailed(**about, time=time.time(), error=str(error))
-                    self._outbox.put(SaveRetried(**about, time=time.time(), error=str(error)))
-                    time.sleep(UPLOAD_BACKOFF_S * 2 ** (tries - 1))
-            raise AssertionError
+        self._steps.add(self._kept(held, half), values)
+        where = Store(run_url, self._s3_endpoint), place_of(step, attempt, held.generation)
 
         def upload() -> None:
-            report = write()
+            write = partial(write_shard, *where, held.rank, tensors, self._bandwidth)
+            report = upload_shard(write, about, held.world_size, counters, held.shapes, outbox.put)
             with self._lock:
                 held.saving -= 1
                 if isinstance(report, SaveFailed):
                     held.saved.discard(step)
-            self._outbox.put(report)
+            outbox.put(report)
 
         with self._lock:
             held.saving += 1
@@ -375,21 +397,3 @@ def new_token() -> str:
 def _close(connection: Connection | None) -> None:
     if connection is not None:
         connection.close()
-
-
-def _stack(process: psutil.Process) -> str:
-    """Return what a process is doing, as far as it can be made to tell."""
-    told = f"state: {process.status()}, processor time: {sum(process.cpu_times()[:2]):.1f} s\n"
-    path = Path(f"/proc/{process.pid}/fd")
-    with suppress(OSError):
-        stacks = [fd for fd in path.iterdir() if STACK_FILE in str(fd.readlink())]
-        if not stacks:
-            return told
-        process.send_signal(signal.SIGUSR1)
-        process.send_signal(signal.SIGCONT)
-        deadline = time.monotonic() + STACK_S
-        while time.monotonic() < deadline and not stacks[0].stat().st_size:
-            time.sleep(0.01)
-        time.sleep(0.05)
-        told += stacks[0].read_text(errors="replace")
-    return told

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.config import ScalingConfig
-from orchestrator.group.handles import Cluster, Gone, Handle
+from orchestrator.group.handles import Cluster, Gone
+from orchestrator.group.processes import PoolKeeper, PoolWorker
 from orchestrator.policy import Candidate, backoff
 from orchestrator.record.metrics import NodeUsage
 from orchestrator.watchdog import Attention
@@ -25,7 +26,6 @@ from workers.common.errors import ClusterError
 from workers.common.source import training_code
 from workers.common.wire import Address
 from workers.config import StorageConfig
-from workers.member import Ready
 from workers.reports import Report
 from workers.task import Task
 
@@ -44,36 +44,6 @@ STRETCH_S = 0.05
 """Between two looks of whoever waits for what no news tells: a slot that gets its node, a request to stop."""
 BARREN_S, MOST_BARREN_S = 10.0, 600.0
 """How long a slot is left empty after that, where others are enough; then twice as long each time."""
-
-
-@dataclass(eq=False)
-class PoolWorker:
-    """A worker process, from its start on."""
-
-    number: int
-    slot: str
-    node: str
-    handle: Handle
-    preparing: Future[Ready]
-    ready: Ready | None = None
-    leaving: bool = False
-    """It was asked to end, and trains on until the group leaves it behind."""
-
-
-@dataclass(eq=False)
-class PoolKeeper:
-    """A node's keeper, from its start on."""
-
-    node: str
-    handle: Handle
-    starting: Future[Address]
-    address: Address | None = None
-    polling: Future[list[Report]] | None = None
-    heard: float = 0.0
-    """On the driver's clock of attention."""
-    measuring: Future[dict[str, float]] | None = None
-    measured: float = -math.inf
-    """When its node's usage was asked for last."""
 
 
 @dataclass
@@ -131,6 +101,8 @@ class Pool:
         self._stillborn: dict[str, int] = {}
         self._barren: dict[str, float] = {}
         """Slots that are left empty, and until when."""
+        self._held: tuple[int, ...] = ()
+        """Steps of which the keepers hold what is saved, for branches."""
         self._code = training_code()
         self._told = Told()
 
@@ -138,11 +110,21 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End all processes and give all slots back."""
-        for process in (*self.workers.values(), *self.keepers.values()):
-            process.handle.kill()
+        """Give all slots and processes back, and end those that are not well."""
+        well = {worker.slot: worker for worker in self.free}
+        for worker in self.workers.values():
+            if worker.slot not in well:
+                worker.handle.kill()
         for slot in self.slots:
-            self.cluster.release(slot)
+            if slot in well:
+                self.cluster.hand_back(slot, well[slot].handle)
+            else:
+                self.cluster.release(slot)
+        for keeper in self.keepers.values():
+            if keeper.address is not None:
+                self.cluster.hand_back_keeper(keeper.node, keeper.handle)
+            else:
+                keeper.handle.kill()
 
     def look(self) -> float:
         """Return the time by which the silence of processes is measured: it leaves the driver's own pauses out."""
@@ -192,6 +174,17 @@ class Pool:
         """Return where a node's keeper listens, None while it has none."""
         keeper = self.keepers.get(node or "")
         return keeper.address if keeper else None
+
+    def hold(self, steps: tuple[int, ...]) -> None:
+        """Have all keepers, those that are yet to come too, hold what is saved of these steps."""
+        self._held = steps
+        for keeper in self.keepers.values():
+            keeper.handle.call("hold", steps)
+
+    def release_held(self, step: int) -> None:
+        """Have all keepers let go of what they hold of a step; from any thread."""
+        for keeper in list(self.keepers.values()):
+            keeper.handle.call("release", step)
 
     def take(self) -> Told:
         """Return what there is to tell since the last call."""
@@ -263,6 +256,8 @@ class Pool:
         starting = handle.call("address")
         starting.add_done_callback(self._wake)
         self.keepers[node] = PoolKeeper(node, handle, starting, heard=self.look())
+        if self._held:
+            handle.call("hold", self._held)
 
     def _revive(self, node: str, now: float) -> None:
         if not self.cluster.alive(node):

@@ -6,7 +6,8 @@ from dataclasses import replace
 from queue import SimpleQueue
 
 from orchestrator.group.handles import Gone
-from orchestrator.group.pool import Pool, PoolWorker
+from orchestrator.group.pool import Pool
+from orchestrator.group.processes import PoolWorker
 from orchestrator.watchdog import Suspect, Watchdog
 from workers.reports import Ended, Pulse, Report
 from workers.task import KeeperLinks, Place, Task

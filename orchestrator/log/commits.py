@@ -33,7 +33,7 @@ class Commits:
         lineage: Callable[[int], Lineage | None] = lambda step: None,
     ) -> None:
         self.log, self.attempt, self.identity, self.before, self.lineage = log, attempt, identity, before, lineage
-        self.after: Callable[[], object] = lambda: None
+        self.after: Callable[[Manifest], object] = lambda manifest: None
         """Called after each commit."""
         self.waiting: dict[tuple[int, int], dict[int, ShardWritten]] = {}
         self.newest = 0, restored.step if restored else -1
@@ -68,7 +68,7 @@ class Commits:
         self.log.commit(manifest, self.before(report.step))
         self.newest = report.generation, report.step
         self.waiting = {key: shards for key, shards in self.waiting.items() if key[1] > report.step}
-        self.after()
+        self.after(manifest)
         return manifest
 
     def fall_back(self, damaged: Manifest) -> Manifest | None:

@@ -155,7 +155,8 @@ def kill_node(shell: Shell) -> None:
 def finished(shell, request) -> str:
     """A run that has lost a worker and a node, was stopped, and went on to its end."""
     steps = request.config.getoption("--e2e-steps")
-    run_id = shell.json("submit", "demo-llama", *shell.overrides, *OPTIONS)["run_id"]
+    (shell.folder / "found.yaml").write_text("optim: {momentum: 0.9}\nfrom: {study: momenta, run: abc}\n")
+    run_id = shell.json("submit", "demo-llama", "--with", "found.yaml", *shell.overrides, *OPTIONS)["run_id"]
     wait_for(shell, run_id, max(15, steps // 6), workers=2)
     shell.workers()[0].kill()
     wait_for(shell, run_id, steps // 3, recoveries=1, workers=2)
@@ -174,6 +175,8 @@ def test_a_submitted_run_survives_and_is_on_record_once(shell, finished):
     steps = told["steps"]
     assert told["status"] == "FINISHED" and told["step"] == steps < 10_000 and told["recoveries"] >= 2
     assert told["checkpoint"] == f"s3://raymuon/runs/{finished}@{steps}"
+    assert told["settings"] == "optim.momentum=0.9 from found.yaml of study momenta, run abc", "through stop and resume"
+    assert shell.mlflow.get_run(finished).data.params["optim.momentum"] == "0.9"
     history = shell.mlflow.get_metric_history(finished, "loss/train")
     assert sorted(metric.step for metric in history) == list(range(1, steps + 1))
 

@@ -20,8 +20,7 @@ from workers.common.errors import StorageError
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["bench", "variants", "--table", "{folder}"], "{folder} cannot be written (it is a folder)"),
-        (["bench", "curves", "--picture", "{file}/curves.png"], "{file}/curves.png cannot be written"),
+        (["bench", "gpu", "--table", "{folder}"], "{folder} cannot be written (it is a folder)"),
         (["doctor", "--calibration", "{file}/x/calibration.json"], "{file}/x/calibration.json cannot be written"),
     ],
 )
@@ -124,10 +123,10 @@ def test_a_command_asks_the_s3_store_that_it_is_told(exported, monkeypatch, argu
 def test_the_way_on_is_a_command_that_can_be_pasted(monkeypatch):
     monkeypatch.setattr("sys.argv", ["raymuon", "train", "my run.yaml", "--json"])
     raymuon = command("raymuon")  # With its path, where it is not on PATH.
-    assert way_on("my run.yaml", [], None, "") == (
+    assert way_on(["my run.yaml"], None, "") == (
         f"nothing has begun; begin again with: {raymuon} train 'my run.yaml' --json"
     )
-    told = way_on("my run.yaml", ["data.source=a b"], "10.0.0.1:6379", "abc")
+    told = way_on(["my run.yaml", "data.source=a b"], "10.0.0.1:6379", "abc")
     assert told == f"go on with: {raymuon} train 'my run.yaml' 'data.source=a b' --address 10.0.0.1:6379 --resume abc"
     monkeypatch.setenv(JOB_VARIABLE, "{}")
-    assert way_on("config.yaml", [], "auto", "abc") == "go on with: raymuon resume abc", "a job's folder goes with it"
+    assert way_on(["config.yaml"], "auto", "abc") == "go on with: raymuon resume abc", "a job's folder goes with it"

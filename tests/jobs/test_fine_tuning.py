@@ -17,7 +17,7 @@ from jobs.export import export
 from jobs.origin import with_checkpoint
 from optim.config import OptimConfig
 from orchestrator.config import RunConfig
-from orchestrator.preflight import find_origin
+from orchestrator.origin import find_origin
 from tests.chats import CHATML, LLAMA_3, many, tokenizer, write
 from tests.closeness import ADAMW_EPS
 from tests.jobs.test_export import MODELS, trained

@@ -21,7 +21,7 @@ from jobs.load import load
 from jobs.screen import Screen
 from jobs.tokenizer import train_tokenizer
 from jobs.trained import model_of
-from orchestrator.preflight import other_tokens
+from orchestrator.origin import other_tokens
 from tests.jobs.folders import GONE, KINDS, TOKENS, difference, refused
 from tests.jobs.test_export import MODELS, trained
 from workers.common.errors import ConfigError, StorageError

@@ -3,7 +3,7 @@
 import pytest
 
 from optim.config import OptimConfig
-from orchestrator.preflight import refuse_other
+from orchestrator.identity import refuse_other
 from workers.common.errors import ConfigError
 
 

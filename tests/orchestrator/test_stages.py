@@ -8,7 +8,7 @@ import pytest
 
 from optim.config import OptimConfig
 from orchestrator.config import RunConfig
-from orchestrator.preflight import identity, refuse_other
+from orchestrator.identity import identity, refuse_other
 from tests.faults import FaultyMember
 from tests.leading import Lead, Notes, config_of, tensors_of
 from tests.ledger import assert_every_sample_once

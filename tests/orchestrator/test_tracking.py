@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from orchestrator.config import RunConfig, RunInfo, TrackingConfig, absolute, database_files
+from orchestrator.identity import identity
 from orchestrator.log.run_log import RunLog
-from orchestrator.preflight import Found, find_run, identity, run_store
+from orchestrator.preflight import Found, find_run, run_store
 from orchestrator.reach import reach_tracking
 from orchestrator.record import mlflow_client
 from orchestrator.record.events import Fallback, Membership, Tally

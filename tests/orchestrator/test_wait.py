@@ -44,11 +44,18 @@ class Cluster:
     def node_of(self, slot: str) -> str:
         return "a"
 
+    def hand_back_keeper(self, node: str, keeper: Handle) -> None:
+        keeper.kill()
+
     def alive(self, node: str) -> bool:
         return True
 
     def draining(self) -> dict[str, float]:
         return {}
+
+    def hand_back(self, slot: str, worker: Handle) -> None:
+        worker.kill()
+        self.release(slot)
 
     def start_worker(self, slot: str) -> Handle:
         return self._start(Ready(host="", pid=0, code=training_code()))

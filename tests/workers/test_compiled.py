@@ -100,3 +100,14 @@ def test_a_mask_of_documents_is_kept_to():
     compile_layers(compiled)
     for exact, close in zip(trained(plain, 2, documents=True), trained(compiled, 2, documents=True), strict=True):
         assert_close(close, exact, 2)
+
+
+def test_a_process_that_goes_on_with_another_run_compiles_anew():
+    """What was compiled for the models of all runs would come to the limit, behind which code runs as written."""
+    from workers.training import forget
+
+    double = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
+    for expected in (1, 1, 2):
+        if expected == 2:
+            forget()
+        assert double(torch.ones(3)).tolist() == [2, 2, 2] and counters["stats"]["unique_graphs"] == expected

@@ -16,7 +16,8 @@ from jobs.prepare import prepared
 from jobs.screen import Screen
 from jobs.tokenizer import train_tokenizer
 from orchestrator.config import RunConfig
-from orchestrator.preflight import data_identity, other_tokens, refuse_other
+from orchestrator.identity import data_identity, refuse_other
+from orchestrator.origin import other_tokens
 from orchestrator.stop import StopSignal
 from tests.workers.test_tiktoken_file import strings
 from workers.common.errors import ConfigError, StorageError

@@ -46,13 +46,17 @@ def smoothed(curve: Curve, keep: float, every: float) -> list[tuple[float, float
 
 
 def tokens_to(curve: Curve, loss: float) -> float | None:
-    """Return the tokens at which a curve first is at a loss, on the line between two records; None: it never is."""
+    """Return the tokens at which a curve first is at a loss, on the line between two records; None: it never is.
+
+    The line is over the logarithm of the tokens, in which losses are nearly straight: validations lie far apart.
+    """
     before: tuple[float, float] | None = None
     for tokens, at in curve:
         if at <= loss:
             if before is None:
                 return tokens
-            return before[0] + (tokens - before[0]) * (before[1] - loss) / (before[1] - at)
+            share = (before[1] - loss) / (before[1] - at)
+            return before[0] * (tokens / before[0]) ** share if before[0] else share * tokens
         before = tokens, at
     return None
 

@@ -19,7 +19,7 @@ from jobs.study.fits.measured import interval
 from jobs.study.fits.power_law import HUBER
 
 LEAST_POINTS = 6
-DRAWS = 200
+DRAWS = 100
 _STARTS = tuple(product((0.2, 0.5), (0.2, 0.5), (0.3, 0.8), (0.2, 0.6)))
 """alpha, beta, the share of E in the lowest loss, and the share of the rest that N has."""
 
@@ -115,4 +115,4 @@ def _solved(x: Array, y: Array, start: Array) -> Any:
     bounds = ([0, 0, 0, -np.inf, -np.inf], [np.exp(y.min()), 5, 5, np.inf, np.inf])
     inside = np.clip(start, np.add(bounds[0], 1e-9), np.subtract(bounds[1], 1e-9))
     # Its own annotations take no function for the derivative.
-    return least_squares(residuals, inside, jacobian, bounds=bounds, loss="huber", max_nfev=200)  # type: ignore[arg-type]
+    return least_squares(residuals, inside, jacobian, bounds=bounds, loss="huber", max_nfev=50)  # type: ignore[arg-type]

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from jobs.study.fits.estimate import Estimate
-from jobs.study.numbers import LEAST_VALUES, mean_of, outside, text_of
-from jobs.study.question import Answer, Curve, Outcome, Plot, Setting, Study, Table, Trial
-from jobs.study.questions.combinations import (
+from jobs.study.combinations import (
     Combination,
     binned,
     check_axes,
@@ -23,6 +20,9 @@ from jobs.study.questions.combinations import (
     mean_series,
     usable,
 )
+from jobs.study.fits.estimate import Estimate
+from jobs.study.numbers import LEAST_VALUES, mean_of, outside, text_of
+from jobs.study.question import Answer, Curve, Outcome, Plot, Setting, Study, Table, Trial
 from workers.common.errors import ConfigError
 
 
@@ -98,6 +98,11 @@ class Compared:
         return mean_of(self.differences, self.number) if self.differences else None
 
     @property
+    def told(self) -> bool:
+        """Whether there are seeds enough for an interval."""
+        return len(self.seeds) >= LEAST_VALUES
+
+    @property
     def found(self) -> bool:
         """Whether it differs from the base by more than noise."""
         return self.mean is not None and outside(self.mean)
@@ -126,31 +131,33 @@ class Compared:
 
 
 def _headline(base: Variant, compared: Sequence[Compared]) -> str:
-    """Say first what differs, and that the rest is noise."""
+    """Say first what differs, then that the rest is noise, then what nobody can tell."""
     known = [one for one in compared if one.mean is not None]
     if not known:
         return f"Nothing to compare yet: no seed has both a variant and the base {base.label}"
-    fewest = min(len(one.seeds) for one in known)
-    most = max(len(one.seeds) for one in known)
-    seeds = f"{fewest} seeds" if fewest == most else f"{fewest} to {most} seeds"
-    lost = sum(len(one.variant.failed) for one in compared)
-    lost_text = f"; {lost} trial(s) of variants failed" if lost else ""
-    if most < LEAST_VALUES:
-        return f"No interval with fewer than {LEAST_VALUES} seeds: no difference to {base.label} can be told from noise"
-    found = sorted((one for one in known if one.found), key=lambda one: one.mean.value if one.mean else 0.0)
+    told = [one for one in known if one.told]
+    failed = sum(len(one.failed) for one in (base, *(one.variant for one in compared)))
+    ending = f"; {failed} trial(s) failed" if failed else ""
+    if not told:
+        few = f"No interval with fewer than {LEAST_VALUES} seeds"
+        return f"{few}: no difference to {base.label} can be told from noise{ending}"
+    if unknown := len(compared) - len(told):
+        ending = f"; {unknown} with fewer than {LEAST_VALUES} seeds cannot be told{ending}"
+    fewest, most = (pick(len(one.seeds) for one in told) for pick in (min, max))
+    seeds = f"{most} seeds" if fewest == most else f"{fewest} to {most} seeds"
+    found = sorted((one for one in told if one.found), key=lambda one: one.mean.value if one.mean else 0.0)
     if not found:
-        least = "the variant" if len(known) == 1 else f"all {len(known)} variants"
-        return f"Within the noise: {least} against {base.label}, validation loss of {seeds}{lost_text}"
-    told = "; ".join(f"{one.label} {text_of(one.mean, '+')}" for one in found)
-    rest = len(known) - len(found)
-    rest_text = f"; the other {rest} within the noise" if rest else ""
-    return f"Loss against {base.label}, nats per token: {told}{rest_text} ({seeds}){lost_text}"
+        which = told[0].label if len(told) == 1 else f"{len(told)} variants"
+        return f"Within the noise: {which} against {base.label}, validation loss, {seeds}{ending}"
+    differ = "; ".join(f"{one.label} {text_of(one.mean, '+')}" for one in found)
+    noise = f"; {len(told) - len(found)} within the noise" if len(told) > len(found) else ""
+    return f"Loss against {base.label}, nats per token, {seeds}: {differ}{noise}{ending}"
 
 
 def _losses(base: Variant, compared: Sequence[Compared]) -> Table:
     rows: list[list[Any]] = [[base.label, *_spread(base), "the base", "-"]]
     for one in compared:
-        verdict = "-" if one.mean is None else "yes" if one.found else "within the noise"
+        verdict = ("yes" if one.found else "within the noise") if one.told else "too few seeds"
         difference = None if one.mean is None else text_of(one.mean, "+")
         rows.append([one.label, *_spread(one.variant), difference, verdict])
     return Table(
@@ -184,8 +191,8 @@ def _along(base: Variant, compared: Sequence[Compared]) -> list[Table]:
             title=f"Difference to {base.label} along the run",
             columns=["variant", *(f"step {step:,}" for step in shown)],
             rows=rows,
-            note="Only the end of a schedule compares what a run is good for: while the learning rate is high, orders "
-            "turn round.",
+            note="Intervals hold for all variants together at a step, not for all steps. Only the end of a schedule "
+            "compares what a run is good for: while the learning rate is high, orders turn round.",
         )
     ]
 
@@ -240,9 +247,10 @@ def _plots(base: Variant, compared: Sequence[Compared]) -> list[Plot]:
         high=[one.mean.high for one in ends if one.mean],
         kind="points",
     )
-    names = "; ".join(f"{number}: {one.label}" for number, one in enumerate(ends, 1))
     label = f"loss minus that of {base.label} (nats)"
-    ending = Plot(name="ends", title="At the end", x="variant", y=label, curves=[by_number], marks=[0], note=names)
+    ending = Plot(
+        name="ends", title="At the end", x="", y=label, curves=[by_number], marks=[0], names=[one.label for one in ends]
+    )
     return [*plots, ending] if ends else plots
 
 
@@ -275,6 +283,13 @@ def _notes(study: Study, base: Variant, compared: Sequence[Compared]) -> list[st
         for one in compared
         if one.seeds and len(one.seeds) < len(study.seeds)
     ]
+    for name in ("tokens", "parameters"):
+        its = mean_cost([*base.usable.values()], name)
+        other = [one.label for one in compared if mean_cost([*one.variant.usable.values()], name) not in (its, None)]
+        if its is not None and other:
+            notes.append(
+                f"Another number of {name} than {base.label}: {', '.join(other)}. That is in the difference, too."
+            )
     return notes
 
 

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jobs.study.combinations import Combination, binned, check_axes, combinations
+from jobs.study.configs import config_of
 from jobs.study.fits.estimate import Estimate
 from jobs.study.numbers import LEAST_VALUES, mean_of, outside, text_of
-from jobs.study.question import Answer, Curve, Outcome, Plot, Study, Table, Trial
-from jobs.study.questions.combinations import Combination, binned, check_axes, combinations
-from jobs.study.questions.ranges import Range, read_ranges
-from jobs.study.questions.searching import Plan, Searched, optuna_here
+from jobs.study.question import Answer, Curve, Outcome, Plot, Settings, Study, Table, Trial
+from jobs.study.ranges import Range, read_ranges
+from jobs.study.report.published import both_optimizers, speedups
+from jobs.study.searching import Plan, Searched, optuna_here
 from workers.common.errors import ConfigError
 
 
@@ -68,6 +70,10 @@ class Search:
                 raise ConfigError(f"{where}.{one.key}: the point {combination.label} of axes sets it, too")
             if self.sampler == "grid" and not (one.values or one.points):
                 raise ConfigError(f"{where}.{one.key}: a grid needs points: N, or a list of values")
+        lowest = {one.key: one.grid()[0] if one.values else one.low for one in ranges}
+        for one in ranges:
+            for value in one.values or (one.low, one.high):
+                _check_value(study, {**combination.settings, **lowest, one.key: value}, f"{where}.{one.key}: {value}")
 
     def ranges_of(self, study: Study, combination: Combination) -> list[Range]:
         """Return what is searched for a combination."""
@@ -102,14 +108,23 @@ class Search:
         first, *others = searches
         compared = [(one, _difference(one, first, len(others))) for one in others]
         best = _overall(first, compared)
+        context = [speedups()] if both_optimizers(one.combination.settings for one in searches) else []
         return Answer(
             headline=_headline(study, first, compared),
             facts={one.label: one.fact() for one in searches},
-            tables=[_bests(study, first, compared)],
+            tables=[_bests(study, first, compared), *context],
             plots=_plots(searches),
             notes=_notes(self, study, searches),
             settings=best.settings() if best else {},
         )
+
+
+def _check_value(study: Study, settings: Settings, what: str) -> None:
+    """Refuse what every trial would fail with; where ranges limit one another some may all the same."""
+    try:
+        config_of(study, settings)
+    except ConfigError as error:
+        raise ConfigError(f"{what} cannot be tried: {error}") from error
 
 
 def _difference(one: Searched, first: Searched, number: int) -> Estimate | None:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from jobs.study.combinations import usable
 from jobs.study.fits.measured import Measured
 from jobs.study.question import Outcome
-from jobs.study.questions.combinations import usable
 from jobs.study.scaling.plan import Plan
 from jobs.study.tuning import Choice
 

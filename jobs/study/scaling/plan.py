@@ -10,9 +10,9 @@ from functools import cached_property
 from math import floor, inf
 from typing import TYPE_CHECKING
 
+from jobs.study.combinations import usable
 from jobs.study.configs import config_of
 from jobs.study.question import Branch, Outcome, Study, Trial, points, trial_name
-from jobs.study.questions.combinations import usable
 from jobs.study.tuning import Choice, Grid, Tuned, tune
 from orchestrator.config import RunConfig
 

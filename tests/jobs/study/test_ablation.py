@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from scipy.stats import t
@@ -50,8 +51,8 @@ def test_what_the_seeds_do_is_not_in_a_difference_and_what_a_variant_does_is_fou
     good, nothing = (answer.facts["variants"][name] for name in ("good", "nothing"))
     assert good["outside_the_noise"] and good["difference"]["low"] < -0.05 < good["difference"]["high"] < -0.03
     assert not nothing["outside_the_noise"]
-    assert answer.headline.startswith("Loss against base, nats per token: good -0.0")
-    assert answer.headline.endswith("; the other 1 within the noise (4 seeds)")
+    assert answer.headline.startswith("Loss against base, nats per token, 4 seeds: good -0.0")
+    assert answer.headline.endswith("; 1 within the noise")
     assert {key: one.value for key, one in answer.settings.items()} == {"optim.ns_steps": 6}
     assert "good: -0.0" in answer.settings["optim.ns_steps"].why
 
@@ -75,7 +76,7 @@ def test_of_many_variants_that_do_nothing_hardly_a_study_finds_one():
     for number in range(100):
         one = study(axes, seeds=(0, 1, 2, 3))
         done = run(one, lambda trial, key=str(number): noisy(trial, key=key))
-        found += not Ablation().answer(one, done).headline.startswith("Within the noise: all 10 variants")
+        found += not Ablation().answer(one, done).headline.startswith("Within the noise: 10 variants")
     assert found <= 12  # 5 expected; more than 12 has a chance of 0.2 %.
 
 
@@ -95,10 +96,20 @@ def test_failed_trials_are_told_and_pairs_are_of_what_both_have():
     good = answer.facts["variants"]["good"]
     assert good["seeds"] == [0, 3] and good["failed"] == [1] and good["difference"]["low"] != good["difference"]["low"]
     assert answer.facts["variants"]["nothing"]["seeds"] == [0, 1, 3]
-    assert answer.headline.endswith("(2 to 3 seeds); 1 trial(s) of variants failed") or "failed" in answer.headline
+    told = "Within the noise: nothing against base, validation loss, 3 seeds; 1 with fewer than 3 seeds cannot be told"
+    assert answer.headline == f"{told}; 2 trial(s) failed"
+    assert [row[-1] for row in answer.tables[0].rows] == ["-", "too few seeds", "within the noise"]
     assert any("good failed with seed(s) 1: the loss is not finite" in note for note in answer.notes)
     assert any("base failed with seed(s) 2" in note for note in answer.notes)
     assert not answer.settings, "what failed once is no winner"
+
+
+def test_variants_with_more_tokens_are_told_to_have_them():
+    done = run(study(), noisy)
+    more = {name: replace(one, tokens=2 * one.tokens) if "good" in name else one for name, one in done.items()}
+    (note,) = [note for note in Ablation().answer(study(), more).notes if "tokens" in note]
+    assert note == "Another number of tokens than base: good. That is in the difference, too."
+    assert not any("tokens" in note for note in Ablation().answer(study(), done).notes)
 
 
 def test_a_study_that_has_only_begun_is_answered_as_far_as_it_is():

@@ -31,8 +31,9 @@ def drawn(truth: TwoPiece, rng: np.random.Generator, noise: float, seeds: int, b
 
 def test_a_loss_is_reached_on_the_line_between_two_records():
     curve = [(100, 4.0), (200, 3.0), (300, 3.5), (400, 2.0)]
-    assert tokens_to(curve, 3.25) == 175  # For the first time.
-    assert tokens_to(curve, 2.9) == pytest.approx(300 + 100 * 0.6 / 1.5)
+    assert tokens_to(curve, 3.25) == pytest.approx(100 * 2**0.75)  # For the first time.
+    assert tokens_to(curve, 2.9) == pytest.approx(300 * (4 / 3) ** (0.6 / 1.5))
+    assert tokens_to([(0, 5.0), *curve], 4.5) == 50
     assert (tokens_to(curve, 3.0), tokens_to(curve, 2.0)) == (200, 400)
     assert (tokens_to(curve, 5.0), tokens_to(curve, 1.9), tokens_to([], 1.0)) == (100, None, None)
 

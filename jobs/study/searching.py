@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from jobs.study.combinations import Combination, usable
 from jobs.study.numbers import LEAST_VALUES
 from jobs.study.question import Outcome, Setting, Settings, Trial
-from jobs.study.questions.combinations import Combination, usable
-from jobs.study.questions.ranges import Range, combinations_of
+from jobs.study.ranges import Range, combinations_of
 from workers.common.errors import ConfigError
 
 NOISE = 2.0

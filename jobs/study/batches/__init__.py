@@ -1,0 +1,1 @@
+"""What the question `batch-size` asks for and what it makes of it."""
