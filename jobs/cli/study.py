@@ -41,6 +41,22 @@ def study_spectrum(
     spectrum(request, stop, as_json)
 
 
+@study_app.command("coordinates")
+def study_coordinates(
+    config: Config,
+    overrides: Overrides = None,
+    width: Annotated[list[int] | None, typer.Option(min=1, help="Two or more; 32 to 512 without it.")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="Of optim.width_rule; spectral and none without it.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="That each model trains.")] = 8,
+    seeds: Annotated[int, typer.Option(min=1, help="Each model is trained once with each.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Whether activations stay as large as they are when a model gets wider, under each rule of widths."""
+    from jobs.study.coordinates import show
+
+    show(config, overrides or [], width or (32, 64, 128, 256, 512), rule or ("spectral", "none"), steps, seeds, as_json)
+
+
 Source = Annotated[str, typer.Argument(help="A study's file, or the name of a shipped one.")]
 RunOrSource = Annotated[str, typer.Argument(help="A study's run (id or name), its file, or the name of a shipped one.")]
 Name = Annotated[str, typer.Option(help="Of the study, in the place of the file's.")]
@@ -103,22 +119,6 @@ def study_report(
 
 def _same() -> str:
     return command("raymuon", *sys.argv[1:])
-
-
-@study_app.command("coordinates")
-def study_coordinates(
-    config: Config,
-    overrides: Overrides = None,
-    width: Annotated[list[int] | None, typer.Option(min=1, help="Two or more; 32 to 512 without it.")] = None,
-    rule: Annotated[list[str] | None, typer.Option(help="Of optim.width_rule; spectral and none without it.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="That each model trains.")] = 8,
-    seeds: Annotated[int, typer.Option(min=1, help="Each model is trained once with each.")] = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Whether activations stay as large as they are when a model gets wider, under each rule of widths."""
-    from jobs.study.coordinates import show
-
-    show(config, overrides or [], width or (32, 64, 128, 256, 512), rule or ("spectral", "none"), steps, seeds, as_json)
 
 
 @study_app.command("moonlight")

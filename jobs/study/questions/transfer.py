@@ -166,8 +166,6 @@ def _headline(sweeps: Sequence[Sweep]) -> str:
 
 
 def _noise(moved: Estimate) -> str:
-    if math.isnan(moved.low + moved.high):
-        return " (no interval: too few points bend)"
     return " (within the noise)" if 1.0 in moved else ""
 
 
@@ -275,6 +273,7 @@ def _notes(question: Transfer, study: Study, sweeps: Sequence[Sweep]) -> list[st
     tuned = " and ".join(f"{axis.key} ({axis.points} values)" for axis in sweeps[0].axes)
     notes = [
         f"Tuned under every rule, at the smallest width over a full grid: {tuned}; {len(study.seeds)} seed(s) of each.",
+        "An interval needs two seeds, or more than three points around the optimum.",
         "Rates are those of the config; a rule multiplies them for each weight, and not at all at the smallest width.",
     ]
     failed = sum(one.status == "failed" for one in sweeps[0].done.values())
