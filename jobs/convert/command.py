@@ -86,9 +86,7 @@ def convert(asked: Asked, say: Callable[[str], object] = lambda text: None) -> C
         raise AssertionError("what was made is not the model")
     with store.whole_or_nothing():
         _write(store, asked, trained, model, {name: made[name] for name in shapes}, buffers)
-    before = after = None
-    if sample is not None:
-        before, after = (_loss(one, sample) for one in (trained.model("float32"), _filled(model, made)))
+    dense_loss, loss = _losses(trained, model, made, sample)
     parameters, active = _sizes(model, shapes, buffers)
     return Converted(
         url=store.url,
@@ -99,8 +97,8 @@ def convert(asked: Asked, say: Callable[[str], object] = lambda text: None) -> C
         active_parameters=active,
         dense_parameters=sum(tensor.size for tensor in dense.values()),
         bytes=sum(file.size for file in store.files("").values()),
-        loss=after,
-        dense_loss=before,
+        loss=loss,
+        dense_loss=dense_loss,
     )
 
 
@@ -109,10 +107,11 @@ def _sample(asked: Asked, trained: Trained, say: Callable[[str], object]) -> np.
         return None
     if trained.tokenizer is None:
         raise ConfigError(f"--text {asked.text}: {trained.where} has no tokenizer that could read it; leave --text out")
-    from jobs.convert.sample import read_sample
+    from jobs.convert.sample import LONGEST, read_sample
 
-    sequences = read_sample(asked.text, trained.tokenizer, trained.seq_len, asked.seed, asked.s3_endpoint)
-    told = f"{len(sequences)} sequences of {trained.seq_len} tokens of {asked.text}"
+    seq_len = min(trained.seq_len, LONGEST)
+    sequences = read_sample(asked.text, trained.tokenizer, seq_len, asked.seed, asked.s3_endpoint)
+    told = f"{len(sequences)} sequences of {seq_len} tokens of {asked.text}"
     say(f"{told}: the first half to convert by, the second to measure on")
     return sequences
 
@@ -217,7 +216,13 @@ def _filled(model: MixtureConfig, tensors: Tensors) -> "LanguageModel":
     return filled.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def _loss(model: "LanguageModel", sample: np.ndarray) -> float:
+def _losses(
+    trained: Trained, model: MixtureConfig, made: Tensors, sample: np.ndarray | None
+) -> tuple[float | None, float | None]:
+    """Return the losses of the dense model and of the mixture on the sample's second half."""
+    if sample is None:
+        return None, None
     from jobs.convert.sample import loss_of
 
-    return loss_of(model, sample[len(sample) // 2 :])
+    rest = sample[len(sample) // 2 :]
+    return loss_of(trained.model("float32"), rest), loss_of(_filled(model, made), rest)

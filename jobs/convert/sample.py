@@ -16,6 +16,8 @@ from workers.objective import batch_of, summed_loss
 
 TOKENS = 16_384
 """Of each half of a sample: by the first the experts are made, on the second the losses are measured."""
+LONGEST = 2_048
+"""Tokens of a sequence at most: an imported model has as many as it has positions, and few documents are so long."""
 OF_DOCUMENT = 4
 """Sequences of a document at most, so that many of them are seen."""
 BATCH_TOKENS = 4_096
@@ -28,7 +30,7 @@ def read_sample(text: str, tokenizer: Tokenizer, seq_len: int, seed: int, s3_end
     Args:
         text: files, folders and globs, as `data.source` has them.
         tokenizer: of the model.
-        seq_len: that it was trained with.
+        seq_len: tokens of a sequence that the model looks at.
         seed: of the order.
         s3_endpoint: of an S3 store that is not AWS.
 
