@@ -20,13 +20,15 @@ HOPELESS_AFTER = 0.25
 """Share of a trial's steps after which its loss is looked at."""
 SMOOTHED = 0.05
 """Share of them over which it is averaged."""
+WORSE = 1.1
+"""Times the loss at the start: what learns slowly, in a long warm-up for instance, stays below."""
 
 
 def diverged(losses: Series, start: float, steps: int) -> str:
     """Tell why a trial is hopeless; empty where it is not.
 
     It is where a loss is not finite, and where, a quarter of the steps having gone, their last twentieth has a mean
-    above the loss with which it all began: nothing has been learned. Such a trial is never the best of several.
+    that is a tenth above the loss with which it all began. Such a trial is never the best of several.
 
     Args:
         losses: of the training, so far.
@@ -42,7 +44,7 @@ def diverged(losses: Series, start: float, steps: int) -> str:
     if step < max(HOPELESS_AFTER * steps, window) or len(losses) < window:
         return ""
     mean = sum(value for _, value in losses[-window:]) / window
-    if mean <= start:
+    if mean <= WORSE * start:
         return ""
     return f"diverged: after step {step} of {steps} the loss is {mean:.4g}, and it began at {start:.4g}"
 

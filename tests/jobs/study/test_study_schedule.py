@@ -82,10 +82,15 @@ def test_a_trial_that_learns_is_left_alone():
         assert not diverged(falling(steps), 5.0, 100)
 
 
+def test_a_trial_that_has_hardly_begun_to_learn_is_left_alone():
+    warming_up = [(step, 5.537 + 0.016 * (step % 2)) for step in range(1, 41)]
+    assert not any(diverged(warming_up[:step], 5.537, 40) for step in range(1, 41))
+
+
 def test_a_loss_above_the_start_ends_a_trial_after_a_quarter_of_its_steps_and_not_before():
-    rising = falling(100, by=-0.01)
+    rising = falling(100, by=-0.1)
     assert not diverged(rising[:24], 5.0, 100)
-    assert "after step 25 of 100 the loss is 5.23, and it began at 5" in diverged(rising[:25], 5.0, 100)
+    assert "after step 25 of 100 the loss is 7.3, and it began at 5" in diverged(rising[:25], 5.0, 100)
     spike = [*falling(29), (30, 6.0)]
     assert not diverged(spike, 5.0, 100), "one high loss is noise: five are averaged"
     assert diverged([*falling(25), *((step, 6.0) for step in range(26, 31))], 5.0, 100)
@@ -98,7 +103,7 @@ def test_a_loss_that_is_not_finite_ends_a_trial_at_once(loss):
 
 def test_the_shortest_trial_is_judged_by_what_it_has():
     assert not diverged([(1, 5.0)], 5.0, 1)
-    assert diverged([(1, 5.5)], 5.0, 4)
+    assert diverged([(1, 5.6)], 5.0, 4)
 
 
 def test_a_branch_goes_by_the_beginning_of_all():
