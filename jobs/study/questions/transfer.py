@@ -81,6 +81,7 @@ class Transfer:
             plots=[*(_drifts(sweeps, key) for key in keys), *(_losses(sweep, keys[0]) for sweep in sweeps)],
             notes=_notes(self, study, sweeps),
             settings=_settings(sweeps),
+            found_at={HIDDEN: sweeps[0].sizes[-1]},
         )
 
 

@@ -24,13 +24,15 @@ def answer_of(plan: Plan) -> Answer:
     """Return what the outcomes come to, as far as they are."""
     cells = cells_of(plan)
     laws = laws_of(cells, [*plan.optimizers], plan.question.baseline)
+    best = _best(plan, cells)
     return Answer(
         headline=headline(plan, cells, laws),
         facts=_facts(cells, laws),
         tables=tables_of(plan, cells, laws),
         plots=plots_of(plan, cells, laws),
         notes=_notes(plan, cells, laws),
-        settings=_settings(plan, cells),
+        settings=_settings(plan, cells, best) if best else {},
+        found_at=plan.sizes[best.size] if best else {},
     )
 
 
@@ -147,15 +149,17 @@ def _notes(plan: Plan, cells: list[Cell], laws: Laws) -> list[str]:
     return [*notes, *laws.refusals]
 
 
-def _settings(plan: Plan, cells: list[Cell]) -> dict[str, Setting]:
-    """Return rate and decay of the optimizer that is best at the largest size, with the most tokens."""
+def _best(plan: Plan, cells: list[Cell]) -> Cell | None:
+    """Return the best optimizer's at the largest size, with the most tokens; None until all are there."""
     if not cells:
-        return {}
+        return None
     largest = max(cells, key=lambda cell: (cell.parameters, cell.tokens))
     among = [cell for cell in cells if (cell.size, cell.budget) == (largest.size, largest.budget)]
-    if len(among) < len(plan.optimizers):
-        return {}
-    best = min(among, key=lambda cell: cell.loss)
+    return min(among, key=lambda cell: cell.loss) if len(among) == len(plan.optimizers) else None
+
+
+def _settings(plan: Plan, cells: list[Cell], best: Cell) -> dict[str, Setting]:
+    """Return optimizer, rate and decay of the best."""
     rate, decay = best.choice
     losses = tuning_losses(plan, best.size, plan.question.reuse or best.optimizer, best.budget)
     why = f"{best.optimizer} at size {best.size}, {best.parameters:,} parameters, {best.tokens:,} tokens"
