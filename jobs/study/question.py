@@ -187,7 +187,7 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     """Of the trials that are repeated with others."""
     early_stop: Literal["none", "diverged"] = "diverged"
-    """`diverged`: a trial whose loss is not finite, or a tenth above its start after a quarter of its steps, is ended."""
+    """`diverged`: a trial ends whose loss is not finite, or a tenth above its start after a quarter of its steps."""
     question: Question
 
     @property
