@@ -236,7 +236,7 @@ class Engine:
         else:
             if (
                 one.watcher.hopeless
-            ):  # Also where it was faster than the request to stop: the rule decides, not the clock.
+            ):  # The rule decides, not who was faster: it or the request to stop.
                 self._fail(name, one, one.watcher.hopeless)
             elif result.status == "finished":
                 self.state.ended(one.run_id)
