@@ -234,9 +234,7 @@ class Engine:
             self.open[name] = error
             self.display.say(f"{name}: not done, and can go on: {error}")
         else:
-            if (
-                one.watcher.hopeless
-            ):  # The rule decides, not who was faster: it or the request to stop.
+            if one.watcher.hopeless:  # The rule decides, not who was faster: it or the request to stop.
                 self._fail(name, one, one.watcher.hopeless)
             elif result.status == "finished":
                 self.state.ended(one.run_id)
