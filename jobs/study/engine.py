@@ -234,11 +234,11 @@ class Engine:
             self.open[name] = error
             self.display.say(f"{name}: not done, and can go on: {error}")
         else:
-            if result.status == "finished":
+            if one.watcher.hopeless:  # The rule decides, not who was faster: it or the request to stop.
+                self._fail(name, one, one.watcher.hopeless)
+            elif result.status == "finished":
                 self.state.ended(one.run_id)
                 self._say_done(name)
-            elif one.watcher.hopeless:
-                self._fail(name, one, one.watcher.hopeless)
             elif not self.stop.requests:
                 self.open[name] = ClusterError(f"ended at step {result.steps}, and nobody has asked for it")
 

@@ -250,7 +250,7 @@ def test_what_fails_is_an_answer_and_what_the_place_does_leaves_a_trial_open(lea
     led = lead(tmp_path / "faults", study)
     failed = led.outcomes["optim.lr=0.9,seed=0"]
     assert failed.status == "failed" and failed.val_loss is None and failed.error.startswith("diverged: after step 6 ")
-    assert failed.steps < STEPS and led.outcomes["optim.lr=0.01,seed=0"].status == "finished"
+    assert led.outcomes["optim.lr=0.01,seed=0"].status == "finished"
     assert not any("begins" in text for text in lead(tmp_path / "faults", study).shown.said), "it is not tried again"
     again = lead(tmp_path / "faults", replace(study, early_stop="none"), again=True)
     assert again.outcomes["optim.lr=0.9,seed=0"].steps == STEPS and again.shown.said[0].startswith(
