@@ -16,7 +16,7 @@ from jobs.export import export
 from jobs.import_ import import_model
 from jobs.load import load
 from jobs.trained import open_trained
-from orchestrator.preflight import find_origin
+from orchestrator.origin import find_origin
 from tests.closeness import assert_close
 from tests.jobs.test_export import TEXT, trained
 from tests.workers import test_llama, test_llama_moe, test_moonlight
