@@ -13,11 +13,11 @@ import yaml
 from mlflow import MlflowClient
 
 from jobs.study.record import outcomes
-from orchestrator.record.metrics import read_history
+from orchestrator.record.metrics import published, read_history
 from tests.e2e.conftest import RAYMUON, Place, marked
 from tests.e2e.test_resume import workers_of
 
-STEPS = 60
+STEPS = 150
 STUDY = {
     "name": "rates",
     "base": "tiny.yaml",
@@ -78,6 +78,12 @@ class Store:
             assert process.poll() is None, process.communicate()
             time.sleep(0.2)
 
+    def recovered(self, process: subprocess.Popen) -> None:
+        """Wait until a trial has survived a fault."""
+        while not any(published("recovery_seconds") in run.data.metrics for run in self.runs()):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.2)
+
     def figures(self) -> dict:
         found = outcomes(self.client, self.parent)
         assert all(one.status == "finished" for one in found.values())
@@ -120,10 +126,7 @@ def test_a_study_that_is_killed_loses_no_trial_and_repeats_none(unbroken, place)
     workers = workers_of(place)
     assert len(workers) == 2
     workers[0].send_signal(signal.SIGKILL)
-    store.reached(25, 2, first)
-    second = start(place)
-    _, err = finish(second, code=3)
-    assert "study rates: process" in err and "runs it; wait for it, or end that one first" in err
+    store.recovered(first)
     os.killpg(first.pid, signal.SIGKILL)
     _, err = first.communicate(timeout=30)
     assert "training again after" in err, "the worker's death was survived"
@@ -138,9 +141,12 @@ def test_a_study_that_is_killed_loses_no_trial_and_repeats_none(unbroken, place)
     assert not marked("killed-study")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(place):
-    store, process = Store(place), start(place)
+def test_one_process_runs_it_and_ctrl_c_saves_and_says_how_to_go_on(place):
+    endless = "train.steps=100000"  # A second process waits for the lease of what may have been killed.
+    store, process = Store(place), start(place, endless)
     store.reached(8, 1, process)
+    _, err = finish(start(place, endless), code=3)
+    assert "study rates: process" in err and "runs it; wait for it, or end that one first" in err
     process.send_signal(signal.SIGINT)
     _, err = finish(process, code=130)
     assert "stopped with 0 trial(s) done and 3 left; go on with:" in err and "study run study.yaml" in err
