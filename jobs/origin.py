@@ -36,13 +36,19 @@ def with_checkpoint(config: RunConfig, say: Callable[[str], object]) -> RunConfi
             raise ConfigError(f"train.init={config.train.init}: a Hugging Face folder has no steps; leave @{step} out")
         check_state(config, None)  # An import of many gigabytes that would be refused is not made.
         found = _imported(folder, config, say)
-    elif "/" not in base and not Path(base).exists():
+    elif names_run(config.train.init):
         run = _run(base, config)
         found = run if step is None else f"{run}@{step}"
         say(f"train.init={config.train.init}: the checkpoint {found}")
     else:
         return config
     return replace(config, train=replace(config.train, init=found))
+
+
+def names_run(init: str) -> bool:
+    """Tell whether a value of `train.init` is the name or id of a run of MLflow, rather than a place."""
+    base, _ = split_step(init)
+    return bool(base) and not is_remote(base) and "/" not in base and not Path(base).exists()
 
 
 def _run(name: str, config: RunConfig) -> str:

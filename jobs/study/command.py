@@ -1,12 +1,13 @@
 """`raymuon study run`, `status` and `report`: a study from its file to its report, and what MLflow has of it."""
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.origin import with_checkpoint
 from jobs.screen import Screen, mlflow_page
 from jobs.study.engine import Data, Engine
 from jobs.study.file import SHIPPED, StudyFile, configs_of, load_study, refuse
@@ -18,11 +19,12 @@ from jobs.study.state import StudyState
 from jobs.submit import STUDY, tracking_of
 from jobs.table import print_table
 from jobs.tell import tell
-from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, TrackingConfig
+from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, TrackingConfig, absolute
 from orchestrator.group.cluster import connected, is_local
 from orchestrator.group.handles import Joined
 from orchestrator.group.warm import warm
 from orchestrator.log.lease import Holder, Lease, await_free
+from orchestrator.origin import find_origin
 from orchestrator.preflight import in_background, run_store
 from orchestrator.reach import reach_tracking
 from orchestrator.stop import StopSignal
@@ -75,7 +77,7 @@ def run(request: Request, stop: StopSignal, as_json: bool) -> None:
             data.of(config, stop)
         with stop.abruptly():
             reach_tracking(first.tracking.uri, first.tracking.experiment)
-            record, is_new = find_or_make(found, tracking_of(first.tracking.uri, first))
+            record, is_new = find_or_make(found, tracking_of(first.tracking.uri, first), configs.values())
         stop.run_id = record.run_id
         screen.say(f"study {found.study.name}, run {record.run_id}")
         screen.say(f"MLflow:     {mlflow_page(record.tracking.uri, record.tracking.page(record.run_id))}")
@@ -156,10 +158,16 @@ def beforehand(found: StudyFile, places: Mapping[str, Any]) -> dict[str, RunConf
     return configs
 
 
-def find_or_make(found: StudyFile, tracking: "Tracking") -> tuple[StudyRecord, bool]:
-    """Return the study's run, and whether it is a new one."""
+def find_or_make(found: StudyFile, tracking: "Tracking", configs: Iterable[RunConfig]) -> tuple[StudyRecord, bool]:
+    """Return the study's run, and whether it is a new one.
+
+    Raises:
+        ConfigError: a trial of a new one begins with a checkpoint that is not there, or not its own kind.
+    """
     if (known := StudyRecord.find(tracking, found.study.name)) is not None:
         return known, False
+    for config in {config.train.init: config for config in configs}.values():
+        find_origin(absolute(with_checkpoint(config, lambda text: None)))
     return StudyRecord.create(tracking, found), True
 
 

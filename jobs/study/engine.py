@@ -20,7 +20,7 @@ from jobs.study.question import Trial
 from jobs.study.schedule import branch_steps, next_trial, orphan
 from jobs.study.state import StudyState
 from jobs.study.trial import TrialWatcher, decider
-from orchestrator.config import RunConfig
+from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, run_on
 from orchestrator.group.handles import Joined
 from orchestrator.living import BranchPoint, Living
@@ -184,7 +184,7 @@ class Engine:
         """Train a trial, in its thread."""
         stop, point = watcher.stop, self._branch_point(trial, watcher.stop)
         try:
-            config = with_checkpoint(config, watcher.warn)
+            config = absolute(with_checkpoint(config, watcher.warn))
             options = Options(
                 files={"config.yaml": plain_yaml(config).encode()},
                 corpora=self.data.of(config, stop),

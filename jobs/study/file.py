@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.build import ARCHITECTURES, build, unknown_key
 from jobs.load import as_yaml, load_settings, parsed, read, values_of
+from jobs.origin import names_run
 from jobs.study import questions
 from jobs.study.question import Question, Study, Trial, points
 from orchestrator.config import RunConfig, absolute, flatten
@@ -126,13 +127,19 @@ def configs_of(
     configs, problems = dict[str, RunConfig](), dict[str, str]()
     for trial in trials:
         try:
-            configs[trial.name] = known.get(trial.name) or absolute(found.config(trial, places))
+            configs[trial.name] = known.get(trial.name) or _absolute(found.config(trial, places))
         except ConfigError as error:
             problems[trial.name] = (str(error).partition("problem(s)\n")[2] or str(error)).strip()
     for trial in trials:
         if trial.name in configs and (text := _wrong_ends(trial, by_name, configs)):
             problems[trial.name] = text
     return {name: config for name, config in configs.items() if name not in problems}, problems
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Make paths absolute; a run that a trial begins with keeps its name, and is looked up when it begins."""
+    made, init = absolute(config), config.train.init
+    return replace(made, train=replace(made.train, init=init)) if names_run(init) else made
 
 
 def refuse(study: Study, problems: Mapping[str, str]) -> None:

@@ -27,12 +27,13 @@ def submit_study(source: str, overrides: list[str], target: Target, follow: bool
     if target.image:
         raise ConfigError("--image: a study takes two files along, and a container takes a config alone; leave it out")
     found = load_study(source, overrides)
-    first = next(iter(beforehand(found, {}).values()))
+    configs = beforehand(found, {})
+    first = next(iter(configs.values()))
     for trial in found.study.question.trials(found.study, {}):
         check_places(found.config(trial, {}))  # As it is written: the job makes its paths absolute where it runs.
     jobs = Jobs(target.address, target.allow_open)
     tracking = tracking_of(target.tracking_uri or first.tracking.uri, first)
-    record, is_new = find_or_make(found, tracking)
+    record, is_new = find_or_make(found, tracking, configs.values())
     running = [job for job in jobs.of_run(record.run_id) if jobs.info(job)["status"] not in ENDED]
     if running:
         raise ConfigError(f"study {found.study.name}: job {running[-1]} leads it; first: raymuon stop {record.run_id}")

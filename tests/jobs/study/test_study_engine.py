@@ -12,7 +12,7 @@ import yaml
 
 from jobs.load import read
 from jobs.screen import Screen
-from jobs.study.command import _check_done
+from jobs.study.command import _check_done, find_or_make
 from jobs.study.engine import Data, Engine
 from jobs.study.file import StudyFile
 from jobs.study.progress import Account
@@ -173,6 +173,26 @@ def test_two_processes_that_begin_a_study_get_one_run(unbroken):
     with record.tracking.reach():
         runs = record.tracking.client.search_runs([record.tracking.experiment_id])
     assert sum("mlflow.parentRunId" not in run.data.tags for run in runs) == 1
+
+
+def test_a_study_begins_with_a_run_that_is_named(lead, unbroken):
+    done = next(one for one in unbroken.outcomes.values() if one.status == "finished")
+    begins = {"train.init": f"{done.run_id}@{STEPS}"}
+    study = replace(RATES, name="tuned", axes={"optim.lr": [1e-3, 2e-3]}, settings={**RATES.settings, **begins})
+    tuned = lead(Path(unbroken.state.found.study.base).parent, study)
+    first = min(one.validation for one in tuned.outcomes.values())[0]
+    assert first == (0, pytest.approx(done.val_loss, abs=1e-6)), "the weights are those of the run's end"
+    assert {config.train.init for config in tuned.state.configs.values()} == {begins["train.init"]}
+
+
+def test_a_checkpoint_that_is_nowhere_is_told_before_a_study_has_a_run(unbroken):
+    state = unbroken.state
+    config = next(iter(state.configs.values()))
+    config = replace(config, train=replace(config.train, init="nowhere@7"))
+    found = replace(state.found, study=replace(state.found.study, name="new"))
+    with pytest.raises(ConfigError, match="train.init=nowhere: there is no such folder, and as a run"):
+        find_or_make(found, state.record.tracking, [config])
+    assert StudyRecord.find(state.record.tracking, "new") is None
 
 
 def test_outcomes_come_in_pages(unbroken, monkeypatch):
