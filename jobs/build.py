@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass, make_dataclass
 from functools import cache
 from types import UnionType
@@ -39,10 +39,20 @@ def build(cls: type[T], values: dict[str, Any], what: str, choices: Choices = AR
     """
     builder = _Builder(cls, choices)
     result = builder.build(cls, values, "")
-    if builder.problems or result is None:
-        told = "\n".join(f"  {problem}" for problem in builder.problems)
-        raise ConfigError(f"{what}: {len(builder.problems)} problem(s)\n{told}")
+    refuse_all(what, builder.problems)
+    assert result is not None, "what cannot be built has a problem"
     return result
+
+
+def refuse_all(what: str, problems: Sequence[str]) -> None:
+    """Refuse what has problems, with all of them.
+
+    Raises:
+        ConfigError: there are any.
+    """
+    if problems:
+        told = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(f"{what}: {len(problems)} problem(s)\n{told}")
 
 
 def unknown_key(key: str, prefix: str = "") -> str:

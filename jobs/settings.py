@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs.build import hint_of, unknown_key
+from jobs.build import hint_of, refuse_all, unknown_key
 from jobs.load import ORIGINS, as_yaml, load_settings, plain_yaml, read, values_of
 from jobs.screen import Screen
 from jobs.study.numbers import plain, text_of
@@ -119,9 +119,7 @@ def read_settings(file: str) -> Found:
             "CONFIG's place, and single keys are written as key=value"
         )
     settings = dict(_leaves(values))
-    problems = [unknown_key(key, "  ") for key in settings]
-    if problems := list(filter(None, problems)):
-        raise ConfigError(f"{where}: {len(problems)} problem(s)\n" + "\n".join(problems))
+    refuse_all(where, [problem for key in settings if (problem := unknown_key(key))])
     if not settings:
         raise ConfigError(f"{where}: has no key of a config beside the section {ORIGINS}")
     return Found(file, settings, source["study"], str(source.get("run") or ""), dict(source.get("found_at") or {}))

@@ -70,6 +70,11 @@ def usable(outcome: Outcome) -> bool:
     return outcome.status == "finished" and outcome.val_loss is not None and math.isfinite(outcome.val_loss)
 
 
+def final_loss(outcome: Outcome) -> float:
+    """Return the loss that a trial has come to; infinite where it has come to none."""
+    return outcome.val_loss if usable(outcome) and outcome.val_loss is not None else math.inf
+
+
 def mean_series(series: Iterable[Series]) -> Iterator[tuple[int, list[float]]]:
     """Yield the steps that all of these series have, each with its finite values."""
     known = [dict(one) for one in series]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.build import ARCHITECTURES, build, unknown_key
+from jobs.build import ARCHITECTURES, build, refuse_all, unknown_key
 from jobs.load import as_yaml, load_settings, parsed, read, values_of
 from jobs.origin import names_run
 from jobs.study import questions
@@ -201,9 +201,7 @@ def _check_keys(study: Study, source: str) -> None:
                     problems.append(f"{where}{label}: is a point with settings, not {settings!r}")
         else:
             problems.append(f"axes.{axis}: is a list of values, or points by name with settings, not {values!r}")
-    if problems := list(filter(None, problems)):
-        told = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"study {source}: {len(problems)} problem(s)\n{told}")
+    refuse_all(f"study {source}", [problem for problem in problems if problem])
 
 
 def _question(name: Any) -> Any:

@@ -33,7 +33,7 @@ def mean_of(values: Sequence[float], parts: int = 1) -> Estimate:
 
 def outside(estimate: Estimate, value: float = 0.0) -> bool:
     """Tell whether there is an interval, and it has not a value in it."""
-    return not math.isnan(estimate.low + estimate.high) and value not in estimate
+    return estimate.known and value not in estimate
 
 
 def text_of(value: Any, sign: str = "") -> str:
@@ -78,7 +78,7 @@ def number(value: float, sign: str = "") -> str:
 
 def _with_interval(estimate: Estimate, sign: str) -> str:
     low, high = estimate.low, estimate.high
-    if math.isnan(low + high):
+    if not estimate.known:
         return f"{number(estimate.value, sign)} (no interval)"
     reaches = [abs(end - estimate.value) for end in (low, high) if math.isfinite(end) and end != estimate.value]
     if not reaches:

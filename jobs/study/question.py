@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal, Protocol
 
+from jobs.study.fits.estimate import Estimate
+
 Settings = Mapping[str, Any]
 """Keys of a config (`optim.lr`) and their values."""
 Series = Sequence[tuple[int, float]]
@@ -93,6 +95,12 @@ class Curve:
     kind: Literal["line", "points", "both"] = "both"
     context: bool = False
     """Published by others, not measured here: drawn apart and labelled so."""
+
+    @classmethod
+    def of(cls, label: str, x: Sequence[float], y: Sequence[Estimate], bounded: bool = True, **more: Any) -> "Curve":
+        """Return the curve of estimates, with their intervals where these are bounded."""
+        low, high = ([one.low for one in y], [one.high for one in y]) if bounded else ((), ())
+        return cls(label=label, x=x, y=[one.value for one in y], low=low, high=high, **more)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,13 @@ generations in the order in which they were suggested; so the same outcomes give
 first and however often the study was killed.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from jobs.study.combinations import Combination, usable
+from jobs.study.combinations import Combination, final_loss, usable
 from jobs.study.numbers import LEAST_VALUES
 from jobs.study.question import Outcome, Setting, Settings, Trial
 from jobs.study.ranges import Range, combinations_of
@@ -54,7 +53,7 @@ class Searched:
     def _loss(self, settings: Settings) -> float | None:
         """Return what settings came to, infinity where they failed; None where they are not done."""
         outcome = self.done.get(self._trial(settings).name)
-        return None if outcome is None else _loss(outcome)
+        return None if outcome is None else final_loss(outcome)  # Infinite: a sampler takes it for very bad.
 
     @property
     def complete(self) -> bool:
@@ -66,7 +65,7 @@ class Searched:
         """What was searched of each trial that came to a loss, and the loss."""
         keys = [one.key for one in self.ranges]
         found = [(trial, self.done[trial.name]) for trial in self.asked if trial.name in self.done]
-        return [({key: trial.settings[key] for key in keys}, _loss(one)) for trial, one in found if usable(one)]
+        return [({key: trial.settings[key] for key in keys}, final_loss(one)) for trial, one in found if usable(one)]
 
     @property
     def failed(self) -> int:
@@ -92,7 +91,7 @@ class Searched:
     def repeated(self) -> dict[int, float]:
         """The loss of the best settings by seed, where it was trained once more."""
         found = {one.seed: self.done[one.name] for one in self.repeats if one.name in self.done}
-        return {seed: _loss(one) for seed, one in found.items() if usable(one)} if self.finished else {}
+        return {seed: final_loss(one) for seed, one in found.items() if usable(one)} if self.finished else {}
 
     @property
     def deviation(self) -> float | None:
@@ -145,11 +144,6 @@ class Searched:
             "repeated": {str(seed): loss for seed, loss in self.repeated.items()},
             "at_the_edge": [one.key for one in self.at_the_edge],
         }
-
-
-def _loss(outcome: Outcome) -> float:
-    """Return what a trial came to; infinity where that is no loss, which a sampler takes for very bad."""
-    return outcome.val_loss if usable(outcome) and outcome.val_loss is not None else math.inf
 
 
 def _sampled(plan: Plan, loss: Callable[[Settings], float | None]) -> list[Settings]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from jobs.study.combinations import usable
+from jobs.study.combinations import final_loss
 from jobs.study.fits.drift import Drift, drift
 from jobs.study.fits.estimate import Estimate, Unidentified
 from jobs.study.fits.minimum import minimum
@@ -84,7 +84,7 @@ class Sweep:
         outcomes = self.outcomes(width, at)
         if len(outcomes) < len(self.study.seeds):
             return None
-        return fmean(_loss(one) for one in outcomes)
+        return fmean(final_loss(one) for one in outcomes)
 
     @property
     def trials(self) -> Iterator[Trial]:
@@ -123,7 +123,7 @@ class Sweep:
             least.setdefault(at[number], at)
         best = min(least.values(), key=lambda at: (losses[at], at))
         near = [at for place, at in sorted(least.items()) if abs(place - best[number]) <= WINDOW]
-        runs = [(axis.value(at[number]), _loss(one)) for at in near for one in self.outcomes(label, at)]
+        runs = [(axis.value(at[number]), final_loss(one)) for at in near for one in self.outcomes(label, at)]
         border = best[number] in (min(least), max(least))
         found = _minimum(runs)
         if found is None or not min(runs)[0] / axis.ratio <= found.value <= max(runs)[0] * axis.ratio:
@@ -153,10 +153,6 @@ class Sweep:
         names = {trial.name for level in levels for at in level.asked for trial in self.of(level.width, at)}
         done = [self.done[name] for name in names if name in self.done]
         return len(done), sum(one.flops + one.optimizer_flops for one in done), sum(one.seconds for one in done)
-
-
-def _loss(outcome: Outcome) -> float:
-    return outcome.val_loss if usable(outcome) and outcome.val_loss is not None else math.inf
 
 
 def _minimum(runs: Sequence[tuple[float, float]]) -> Estimate | None:

@@ -5,14 +5,40 @@ one is at the end of its grid, that one gets a trial beyond it, and the others o
 neighbour, where a trial helps them most.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field
 from math import inf, sqrt
+from typing import Any, ClassVar, Protocol
+
+from optim.checks import Check, within
 
 Choice = tuple[float, float | None]
 """Learning rate and weight decay; None: as the config has it."""
 Losses = Mapping[float, float]
 """By learning rate; infinite where the trial failed."""
+LEAST_STEPS = 10
+"""Of a trial: fewer compare nothing."""
+
+
+class Tunes(Protocol):
+    """A question that compares optimizers, each at the best rate of a grid."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Learning rates to begin with, by optimizer."""
+        ...
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Times these rates: the grid."""
+        ...
+
+    @property
+    def baseline(self) -> str:
+        """The optimizer to which the others are compared."""
+        ...
 
 
 @dataclass
@@ -107,6 +133,30 @@ def seed_problems(seeds: Sequence[int]) -> list[str]:
     if seeds and len(set(seeds)) == len(seeds):
         return []
     return [f"seeds: must be one or more, each once, not {[*seeds]}"]
+
+
+def tuning_checks(question: "Tunes") -> Iterator[Check]:
+    """Yield the checks of a question's grid and warm-up."""
+    text = "factors must be 1 (no tuning) or 3 and more, so that a best can lie inside"
+    yield len(question.factors) != 2, text
+    yield from within(question, "[0, 8]", "extend")
+    yield from within(question, "[0, 0.5]", "warmup")
+
+
+def optimizer_problems(question: "Tunes", optimizers: Collection[str], tuned: Iterable[str]) -> Iterator[str]:
+    """Yield what is wrong with the optimizers that are compared.
+
+    Args:
+        question: that compares them.
+        optimizers: their names on the axis.
+        tuned: those that need a learning rate to begin with.
+    """
+    if len(optimizers) < 2:
+        yield "axes.optimizer: a ratio needs two optimizers or more"
+    if question.baseline not in optimizers:
+        yield f"question.baseline: must be one of {', '.join(optimizers)}, not {question.baseline!r}"
+    if missing := [name for name in tuned if not question.rates.get(name, 0) > 0]:
+        yield f"question.rates: needs a learning rate above 0 for {', '.join(missing)}"
 
 
 def rounded(rate: float) -> float:

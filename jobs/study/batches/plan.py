@@ -7,10 +7,10 @@ rate, for the same tokens each (arXiv 2505.23971). As a run knows its batch by s
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf, sqrt
+from math import sqrt
 from typing import TYPE_CHECKING
 
-from jobs.study.combinations import usable
+from jobs.study.combinations import final_loss, usable
 from jobs.study.configs import config_of
 from jobs.study.question import Branch, Outcome, Study, Trial, points, trial_name
 from jobs.study.tuning import Choice, Grid, Tuned, rounded, tune
@@ -74,9 +74,7 @@ class Plan:
     def _tune(self, batch: str, grid: Grid) -> Tuned:
         def loss_of(optimizer: str, choice: Choice, budget: float) -> float | None:
             outcome = self.outcome(optimizer, batch, choice[0], self.first_seed)
-            if outcome is None:
-                return None
-            return outcome.val_loss if usable(outcome) and outcome.val_loss is not None else inf
+            return None if outcome is None else final_loss(outcome)
 
         return tune(grid, {name: self.start(name, batch) for name in self.optimizers}, [WHOLE], loss_of)
 

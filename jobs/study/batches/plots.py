@@ -20,13 +20,7 @@ def _ratio(plan: Plan, levels: Sequence[Level]) -> Plot:
     for level in levels:
         for name, ratios in level.ratios.items():
             known = all(one.known for one in ratios.values())
-            curve = Curve(
-                label=f"{name}, {level.loss:.4g} nats",
-                x=[*ratios],
-                y=[one.value for one in ratios.values()],
-                low=[one.low for one in ratios.values()] if known else (),
-                high=[one.high for one in ratios.values()] if known else (),
-            )
+            curve = Curve.of(f"{name}, {level.loss:.4g} nats", [*ratios], [*ratios.values()], bounded=known)
             curves += [curve] if ratios else []
     return Plot(
         name="token-ratio",

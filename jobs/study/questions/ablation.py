@@ -225,32 +225,17 @@ def _plots(base: Variant, compared: Sequence[Compared]) -> list[Plot]:
         )
     ]
     along = [
-        Curve(
-            label=one.label,
-            x=[step for step, _ in one.along],
-            y=[estimate.value for _, estimate in one.along],
-            low=[estimate.low for _, estimate in one.along],
-            high=[estimate.high for _, estimate in one.along],
-        )
+        Curve.of(one.label, [step for step, _ in one.along], [estimate for _, estimate in one.along])
         for one in compared
         if len(one.along) > 1
     ]
     if along:
         label = f"validation loss minus that of {base.label} (nats)"
         plots.append(Plot(name="differences", title="Paired differences", x="step", y=label, curves=along, marks=[0]))
-    ends = [one for one in compared if one.mean is not None]
-    by_number = Curve(
-        label="at the end",
-        x=list(range(1, len(ends) + 1)),
-        y=[one.mean.value for one in ends if one.mean],
-        low=[one.mean.low for one in ends if one.mean],
-        high=[one.mean.high for one in ends if one.mean],
-        kind="points",
-    )
+    ends = {one.label: one.mean for one in compared if one.mean is not None}
+    by_number = Curve.of("at the end", list(range(1, len(ends) + 1)), [*ends.values()], kind="points")
     label = f"loss minus that of {base.label} (nats)"
-    ending = Plot(
-        name="ends", title="At the end", x="", y=label, curves=[by_number], marks=[0], names=[one.label for one in ends]
-    )
+    ending = Plot(name="ends", title="At the end", x="", y=label, curves=[by_number], marks=[0], names=[*ends])
     return [*plots, ending] if ends else plots
 
 

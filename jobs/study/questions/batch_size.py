@@ -4,16 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jobs.build import refuse_all
 from jobs.study.batches.answer import answer_of
 from jobs.study.batches.plan import AXES, Plan
 from jobs.study.fits.batch import EPSILON, TOLERANCE
 from jobs.study.question import Answer, Outcome, Study, Trial, points
-from jobs.study.tuning import seed_problems
+from jobs.study.tuning import LEAST_STEPS, optimizer_problems, seed_problems, tuning_checks
 from optim.checks import require, within
-from workers.common.errors import ConfigError
-
-LEAST_STEPS = 10
-"""Of a trial or a branch: fewer compare nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +68,7 @@ class BatchSize:
             *within(self, "[0, inf)", "rate_batch", lowest="the smallest"),
             *within(self, "[0, 2]", "rate_exponent"),
             (bool(self.factors) and min(self.factors) > 0, f"factors must be above 0, not {[*self.factors]}"),
-            (len(self.factors) != 2, "factors must be 1 (no tuning) or 3 and more, so that a best can lie inside"),
-            *within(self, "[0, 8]", "extend"),
-            *within(self, "[0, 0.5]", "warmup"),
+            *tuning_checks(self),
             *within(self, "[0, inf)", "validations", lowest="as the config has it"),
             *within(self, "[0, 1)", "smoothing"),
             *within(self, "[1, 20]", "levels"),
@@ -96,10 +91,7 @@ class BatchSize:
             ConfigError: axes, rates or lengths with which nothing can be compared.
         """
         problems = [*seed_problems(study.seeds), *_axes(self, study)]
-        problems = problems or [*_lengths(Plan(self, study, {}))]
-        if problems:
-            told = "\n".join(f"  {problem}" for problem in problems)
-            raise ConfigError(f"study {study.name}: {len(problems)} problem(s)\n{told}")
+        refuse_all(f"study {study.name}", problems or [*_lengths(Plan(self, study, {}))])
 
     def trials(self, study: Study, done: Mapping[str, Outcome]) -> Sequence[Trial]:
         """Return the tuning of each batch, when that is done the best with each seed, and the branches."""
@@ -122,12 +114,7 @@ def _axes(question: BatchSize, study: Study) -> Iterator[str]:
         yield f"axes.{axes[0]}: each point needs train.global_batch, a whole number of sequences"
     if len({*sizes}) < max(2, len(sizes)):
         yield f"axes.{axes[0]}: needs two batches or more, each of another size"
-    if len(optimizers) < 2:
-        yield "axes.optimizer: a ratio needs two optimizers or more"
-    if question.baseline not in optimizers:
-        yield f"question.baseline: must be one of {', '.join(optimizers)}, not {question.baseline!r}"
-    if missing := [name for name in optimizers if not question.rates.get(name, 0) > 0]:
-        yield f"question.rates: needs a learning rate above 0 for {', '.join(missing)}"
+    yield from optimizer_problems(question, optimizers, optimizers)
 
 
 def _lengths(plan: Plan) -> Iterator[str]:

@@ -4,16 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jobs.build import refuse_all
 from jobs.study.question import Answer, Outcome, Study, Trial, points
 from jobs.study.scaling.answer import answer_of
 from jobs.study.scaling.plan import Plan
-from jobs.study.tuning import seed_problems
-from optim.checks import require, within
+from jobs.study.tuning import LEAST_STEPS, optimizer_problems, seed_problems, tuning_checks
+from optim.checks import require
 from orchestrator.config import RunConfig
-from workers.common.errors import ConfigError
-
-LEAST_STEPS = 10
-"""Of a trial: fewer compare nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +59,8 @@ class ScalingLaw:
                 bool(self.factors) and self.factors[0] > 0 and ordered,
                 f"factors must be above 0 and rise, not {[*self.factors]}",
             ),
-            (len(self.factors) != 2, "factors must be 1 (no tuning) or 3 and more, so that a best can lie inside"),
+            *tuning_checks(self),
             (all(decay >= 0 for decay in self.weight_decays), "weight_decays must be 0 or more"),
-            *within(self, "[0, 8]", "extend"),
-            *within(self, "[0, 0.5]", "warmup"),
             (
                 not self.branched or len(self.budgets) > 1,
                 "branched needs several budgets: the shorter ones branch off from the longest",
@@ -98,10 +93,7 @@ class ScalingLaw:
             ConfigError: axes, rates or budgets with which nothing can be compared.
         """
         problems = seed_problems(study.seeds) + _axes(self, study)
-        problems = problems or _lengths(Plan(self, study, {}))
-        if problems:
-            told = "\n".join(f"  {problem}" for problem in problems)
-            raise ConfigError(f"study {study.name}: {len(problems)} problem(s)\n{told}")
+        refuse_all(f"study {study.name}", problems or _lengths(Plan(self, study, {})))
 
     def trials(self, study: Study, done: Mapping[str, Outcome]) -> Sequence[Trial]:
         """Return the tuning of each size, and when that is done the best with each seed."""
@@ -122,16 +114,9 @@ def _axes(question: ScalingLaw, study: Study) -> list[str]:
     problems = []
     if len(study.axes["size"]) < 2:
         problems.append("axes.size: a law needs two sizes or more, and four to be worth its name")
-    if len(optimizers) < 2:
-        problems.append("axes.optimizer: a ratio needs two optimizers or more")
-    if question.baseline not in optimizers:
-        problems.append(f"question.baseline: must be one of {', '.join(optimizers)}, not {question.baseline!r}")
     if question.reuse and question.reuse not in optimizers:
         problems.append(f"question.reuse: must be empty or one of {', '.join(optimizers)}, not {question.reuse!r}")
-    needed = [question.reuse] if question.reuse else [*optimizers]
-    missing = [name for name in needed if not question.rates.get(name, 0) > 0]
-    if missing:
-        problems.append(f"question.rates: needs a learning rate above 0 for {', '.join(missing)}")
+    problems += optimizer_problems(question, optimizers, [question.reuse] if question.reuse else optimizers)
     return problems
 
 

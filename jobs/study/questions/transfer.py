@@ -242,15 +242,7 @@ def _drifts(sweeps: Sequence[Sweep], key: str) -> Plot:
         bounded = bool(known) and all(
             math.isfinite(at.low) and at.low > 0 and math.isfinite(at.high) for _, at in known
         )
-        curves.append(
-            Curve(
-                label=sweep.rule,
-                x=[size for size, _ in known],
-                y=[at.value for _, at in known],
-                low=[at.low for _, at in known] if bounded else (),
-                high=[at.high for _, at in known] if bounded else (),
-            )
-        )
+        curves.append(Curve.of(sweep.rule, [size for size, _ in known], [at for _, at in known], bounded))
     name = f"best-{key.rpartition('.')[2]}"
     return Plot(name=name, title=f"Best {key}", x="width", y=key, curves=curves, log_x=True, log_y=True)
 

@@ -7,10 +7,10 @@ the very run that it would have been from the start.
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from math import floor, inf
+from math import floor
 from typing import TYPE_CHECKING
 
-from jobs.study.combinations import usable
+from jobs.study.combinations import final_loss
 from jobs.study.configs import config_of
 from jobs.study.question import Branch, Outcome, Study, Trial, points, trial_name
 from jobs.study.tuning import Choice, Grid, Tuned, tune
@@ -147,9 +147,7 @@ class Plan:
     def loss(self, size: str, optimizer: str, choice: Choice, seed: int, budget: float) -> float | None:
         """Return the loss at the end of a trial's schedule; infinite where it failed, None where it is not done."""
         outcome = self.outcome(size, optimizer, choice, seed, budget)
-        if outcome is None:
-            return None
-        return outcome.val_loss if usable(outcome) and outcome.val_loss is not None else inf
+        return None if outcome is None else final_loss(outcome)
 
     def config(self, size: str, optimizer: str) -> RunConfig:
         """Return the config of a size, as long as its base."""

@@ -75,13 +75,7 @@ def _ratio(plan: Plan, laws: Laws, cost: str, name: str) -> Plot:
 
 def _band(label: str, ratios: Sequence[Ratio]) -> Curve:
     known = all(isfinite(one.value.low + one.value.high) for one in ratios)
-    return Curve(
-        label=label,
-        x=[one.loss for one in ratios],
-        y=[one.value.value for one in ratios],
-        low=[one.value.low for one in ratios] if known else (),
-        high=[one.value.high for one in ratios] if known else (),
-    )
+    return Curve.of(label, [one.loss for one in ratios], [one.value for one in ratios], bounded=known)
 
 
 def _tuning(plan: Plan, size: str) -> Plot:
