@@ -69,6 +69,8 @@ class Outcome:
     """Of the optimizer, for all steps."""
     seconds: float = 0.0
     """Spent in steps that count."""
+    noise_scale: float | None = None
+    """The gradient's, in tokens, the last that was logged; None without telemetry, or where noise hides it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,8 @@ PARENT = "mlflow.parentRunId"
 """MLflow's own: its UI nests a run below that one."""
 FILE, BASE, REPORT = "study.yaml", "base", "report"
 """Artifacts of a study's run: its file, and folders with the config of its trials and its report."""
+NOISE_SCALE = "telemetry/gradient_noise/scale"
+"""Metric of a trial's run."""
 PAGE = 100
 """Runs that MLflow is asked for at a time."""
 SAME = ("model.", "data.", "optim.", "train.", "telemetry.every", "seed", "checkpoint.url")
@@ -363,6 +365,7 @@ def _outcome(client: "MlflowClient", run: "Run") -> Outcome | None:
         flops=begun.size.flops_per_token * tokens,
         optimizer_flops=begun.size.optimizer_flops * steps,
         seconds=sum(value for _, value in seconds),
+        noise_scale=newest(run.data.metrics, NOISE_SCALE),
     )
 
 

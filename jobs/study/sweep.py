@@ -8,12 +8,13 @@ from statistics import fmean
 from typing import Any
 
 from jobs.study.combinations import final_loss
+from jobs.study.configs import config_of
 from jobs.study.fits.drift import Drift, drift
 from jobs.study.fits.estimate import Estimate, Unidentified
 from jobs.study.fits.minimum import minimum
 from jobs.study.question import Outcome, Settings, Study, Trial, points, trial_name
 from jobs.study.telescope import At, Axis, Level, first_level, telescope
-from optim.config import MOST_DECAY, OptimConfig
+from optim.config import MOST_DECAY
 
 WIDTH, RULE, RATE, DECAY = "width", "optim.width_rule", "optim.lr", "optim.weight_decay"
 HIDDEN, BASE = "model.hidden_size", "optim.base_width"
@@ -62,7 +63,7 @@ class Sweep:
     def allowed(self, at: At) -> bool:
         """Tell whether a config takes a point: a rate of 1 at most, a decay of a tenth of the weights in a step."""
         values = self.values(at)
-        decay = values[DECAY] if DECAY in values else float(self.study.settings.get(DECAY, OptimConfig().weight_decay))
+        decay = values[DECAY] if DECAY in values else config_of(self.study, {}).optim.weight_decay
         return values[RATE] <= 1 and values[RATE] * decay <= MOST_DECAY
 
     def of(self, width: str, at: At) -> list[Trial]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.study.batches.devices import pareto_curves
 from jobs.study.batches.found import Branches, Level, found_in, per_doubling
-from jobs.study.batches.levels import Run
+from jobs.study.batches.levels import Run, noise_scales
 from jobs.study.batches.plan import Plan
 from jobs.study.batches.plots import plots_of
 from jobs.study.batches.tables import tables_of
@@ -26,7 +26,7 @@ def answer_of(plan: Plan) -> Answer:
     notes = _notes(plan, levels, branches) + ([problem] if problem else [])
     return Answer(
         headline=headline(plan, levels),
-        facts=_facts(levels, branches, places),
+        facts=_facts(runs, levels, branches, places),
         tables=tables_of(plan, runs, levels, branches, places),
         plots=plots_of(plan, runs, levels, places),
         notes=notes,
@@ -76,7 +76,9 @@ def _trend(slope: Estimate | None) -> str:
     return f"; it {'rises' if slope.value > 0 else 'falls'} by {text_of(per_doubling(slope))} per doubling of the batch"
 
 
-def _facts(levels: Sequence[Level], branches: dict[str, Branches], places: dict[str, list[Place]]) -> dict[str, Any]:
+def _facts(
+    runs: Sequence[Run], levels: Sequence[Level], branches: dict[str, Branches], places: dict[str, list[Place]]
+) -> dict[str, Any]:
     return {
         "levels": [
             {
@@ -108,6 +110,10 @@ def _facts(levels: Sequence[Level], branches: dict[str, Branches], places: dict[
                 "schedule": [asdict(growth) for growth in one.schedule],
             }
             for name, one in branches.items()
+        },
+        "noise_scale_heuristic": {
+            name: {f"{batch:g}": scales for (one, batch), scales in noise_scales(runs).items() if one == name}
+            for name in dict.fromkeys(run.optimizer for run in runs)
         },
         "pareto_simulated": {name: [asdict(place) for place in of] for name, of in places.items()},
     }

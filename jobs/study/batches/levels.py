@@ -75,6 +75,15 @@ def tokens_until(runs: Sequence[Run], optimizer: str, loss: float) -> dict[float
     return {batch: of if len(of) == len(found[batch]) else [] for batch, of in whole.items()}
 
 
+def noise_scales(runs: Sequence[Run]) -> dict[tuple[str, float], list[float]]:
+    """Return the gradient's noise scale of each seed that has one, in tokens, by optimizer and tokens of a batch."""
+    found: dict[tuple[str, float], list[float]] = {}
+    for run in runs:
+        if (scale := run.outcome.noise_scale) is not None:
+            found.setdefault((run.optimizer, run.tokens_per_step), []).append(scale)
+    return found
+
+
 def _after(curve: Curve, share: float) -> float:
     """Return the loss of the first record after a share of the tokens."""
     return next(loss for tokens, loss in curve if tokens >= share * curve[-1][0])

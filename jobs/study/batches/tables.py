@@ -1,9 +1,10 @@
 """The tables of a batch-size study."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from jobs.study.batches.found import Branches, Level
-from jobs.study.batches.levels import Run
+from jobs.study.batches.levels import Run, noise_scales
 from jobs.study.batches.plan import WHOLE, Plan
 from jobs.study.fits.batch import Place
 from jobs.study.numbers import text_of
@@ -18,7 +19,8 @@ def tables_of(
     places: dict[str, list[Place]],
 ) -> list[Table]:
     """Return all tables that have a row."""
-    tables = [_tokens(plan, levels), _critical(levels), _branches(branches), _schedule(branches), _pareto(places)]
+    critical = [_critical(levels), _noise(runs)]
+    tables = [_tokens(plan, levels), *critical, _branches(branches), _schedule(branches), _pareto(places)]
     return [table for table in (*tables, _runs(runs), _tuning(plan)) if table.rows]
 
 
@@ -55,6 +57,17 @@ def _critical(levels: Sequence[Level]) -> Table:
         columns=["loss, nats per token", "optimizer", "token-optimal", "critical, B*", "m beyond it"],
         rows=rows,
         note="Two pieces: ln S = -ln B + b1 up to B*, m ln B + b2 beyond (arXiv 2505.02222, appendix F).",
+    )
+
+
+def _noise(runs: Sequence[Run]) -> Table:
+    rows = [[name, int(batch), fmean(scales), len(scales)] for (name, batch), scales in noise_scales(runs).items()]
+    return Table(
+        title="Heuristic: the gradient's noise scale at the end, in tokens",
+        columns=["optimizer", "batch, tokens", "noise scale, mean", "seeds"],
+        rows=rows,
+        note="tr(Sigma) / |G|^2 (arXiv 1812.06162), of runs whose steps have several micro-batches. It is no "
+        "measurement of the critical batch, from which it was found to lie far off (arXiv 2505.23971).",
     )
 
 

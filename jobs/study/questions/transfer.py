@@ -17,6 +17,9 @@ from jobs.study.sweep import BASE, HIDDEN, RATE, RULE, WIDTH, Sweep
 from jobs.study.telescope import Axis, Level
 from workers.common.errors import ConfigError
 
+HOLDS = 2.0
+"""The factor below which a learning rate that moves is still good at both widths."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
@@ -282,18 +285,23 @@ def _notes(question: Transfer, study: Study, sweeps: Sequence[Sweep]) -> list[st
 
 
 def _settings(sweeps: Sequence[Sweep]) -> dict[str, Setting]:
-    """Return those of the rule under which the best rate moves least."""
+    """Return those of a rule whose best rate holds over the widths: of several, the one with the lowest loss."""
     known = [(abs(math.log(moved.value)), sweep) for sweep in sweeps if (moved := sweep.moved(RATE))]
     if not known:
         return {}
-    _, sweep = min(known, key=lambda one: one[0])
-    label = sweep.labels[-1]
+    label = known[0][1].labels[-1]
+    holding = [sweep for distance, sweep in known if distance < math.log(HOLDS)]
+    if holding:
+        sweep = min(holding, key=lambda one: one.bests[RATE, label].loss)
+        why = f"the lowest loss at width {label} of the rules whose best learning rate moves by less than {HOLDS:g}"
+    else:
+        sweep = min(known, key=lambda one: one[0])[1]
+        why = "the best learning rate moves least under it"
     found = {}
     for axis in sweep.axes:
         at = sweep.bests[axis.key, label].at
         low, high = (one if math.isfinite(one) else None for one in (at.low, at.high))
         found[axis.key] = Setting(value=float(f"{at.value:.3g}"), low=low, high=high, why=f"best at width {label}")
-    why = "the best learning rate moves least under it"
     found[RULE] = Setting(value=sweep.rule, why=why)
     if sweep.rule != "none":
         found[BASE] = Setting(value=sweep.sizes[0], why="the smallest width of the study")

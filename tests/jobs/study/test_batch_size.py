@@ -75,6 +75,7 @@ def outcome_of(trial: Trial, steps: int, per_step: float, losses, at_end: float)
         losses=losses,
         validation=losses,
         seconds=10.0,
+        noise_scale=None if per_step == BATCHES[0] * SEQ else 100.0 + trial.seed,
     )
 
 
@@ -141,6 +142,16 @@ def test_noise_has_intervals_that_hold_and_a_trend():
     assert answer.headline.startswith("R_L(B)") and "rises by" in answer.headline
     known = answer.facts["levels"][-1]["optimizers"]["muon"]["critical_batch"]
     assert known["low"] < CRITICAL["muon"] < known["high"]
+
+
+def test_the_noise_scale_stands_beside_where_it_is_logged():
+    study = study_of(seeds=(0, 1))
+    done, _ = run(study, partial(train, study))
+    answer = study.question.answer(study, done)
+    known = {f"{batch * SEQ:g}": [100.0, 101.0] for batch in BATCHES[1:]}
+    assert answer.facts["noise_scale_heuristic"] == {"adamw": known, "muon": known}
+    rows = next(table for table in answer.tables if "noise scale" in table.title).rows
+    assert rows[0] == ["adamw", BATCHES[1] * SEQ, 100.5, 2] and len(rows) == 2 * len(known)
 
 
 def test_no_difference_is_within_the_noise():

@@ -36,10 +36,11 @@ BASE = {
     | {"intermediate_size": 48, "init_std": 0.1},
     "data": {"source": str(TEXT), "held_out_fraction": 0.2},
     "optim": {"lr": 1e-2, "eps": 1e-3, "grad_clip": 1.0},
-    "train": {"steps": STEPS, "global_batch": 4, "micro_batch": 4, "seq_len": 32, "validate_every": 12}
-    | {"validate_sequences": 4, "sample_prompt": "", "micro_batch": 4, "recompute": "none", "logits": "whole"}
+    "train": {"steps": STEPS, "global_batch": 4, "seq_len": 32, "validate_every": 12}
+    | {"validate_sequences": 4, "sample_prompt": "", "micro_batch": 2, "recompute": "none", "logits": "whole"}
     | {"gradients": "whole", "accumulate": "weights"},
     "scaling": {"settle_s": 0.0},
+    "telemetry": {"every": 6},
     "checkpoint": {"every": 8, "snapshot_every": 1},
 }
 
@@ -142,6 +143,7 @@ def test_a_study_trains_what_it_asks_for_and_asks_again(unbroken):
         assert outcome.status == "finished" and outcome.steps == STEPS and outcome.tokens == STEPS * 4 * 32
         assert outcome.val_loss == dict(outcome.validation)[STEPS] < dict(outcome.validation)[0]
         assert outcome.seconds > 0 and outcome.coordinates["seed"] == 0
+        assert outcome.noise_scale is not None and outcome.noise_scale > 0, "of steps with two micro-batches"
     last = unbroken.shown.accounts[-1]
     assert (last.finished, last.left, last.running) == (4, 0, 0) and last.flops == last.expected_flops
     assert max(account.running for account in unbroken.shown.accounts) == 2

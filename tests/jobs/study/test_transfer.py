@@ -155,9 +155,13 @@ def test_two_keys_are_tuned_at_once_with_the_papers_numbers_of_points():
     assert len(done) == 64 + 25 + 9 + 1 + 64
 
 
-def test_points_beyond_what_a_config_takes_are_left_out():
+@pytest.mark.parametrize("place", ["settings", "base"])
+def test_points_beyond_what_a_config_takes_are_left_out(place, tmp_path):
     axes = {**study_of().axes, "optim.lr": [0.25, 0.5, 1.0], "optim.width_rule": ["none"]}
-    done, *_ = run(study_of(axes=axes, settings={"optim.weight_decay": 0.2}), trainer())
+    base = tmp_path / "base.yaml"
+    base.write_text("model: {name: llama}\noptim: {weight_decay: 0.2}\n")
+    changed = {"settings": {"optim.weight_decay": 0.2}} if place == "settings" else {"base": str(base)}
+    done, *_ = run(study_of(axes=axes, **changed), trainer())
     assert max(one.coordinates["optim.lr"] for one in done.values()) == 0.5
 
 
@@ -184,6 +188,25 @@ def test_a_study_that_cannot_answer_is_refused(axes, question, text):
     study = study_of(axes=changed, question=Transfer(**question))
     with pytest.raises(ConfigError, match=text):
         study.question.check(study)
+
+
+def test_the_settings_are_those_of_the_lowest_loss_where_several_rules_hold():
+    """Under `rms` the rate moves least and the loss is higher; under `none` it moves by a factor of 8."""
+    best = {"none": lambda n: 0.08 * 32 / n, "rms": lambda n: 0.03, "spectral": lambda n: 0.03 * math.exp(-8 / n)}
+
+    def train(trial: Trial) -> Outcome:
+        rule, size = trial.settings["optim.width_rule"], trial.settings["model.hidden_size"]
+        loss = 2 + 0.04 * math.log(trial.settings["optim.lr"] / best[rule](size)) ** 2 + 0.1 * (rule == "rms")
+        return Outcome(
+            trial=trial.name, run_id=trial.name, status="finished", val_loss=loss, coordinates=trial.coordinates
+        )
+
+    _, answer, _ = run(study_of(axes={**study_of().axes, "optim.width_rule": [*best]}), train)
+    rule = answer.settings["optim.width_rule"]
+    assert rule.value == "spectral" and "lowest loss" in rule.why
+    _, answer, _ = run(study_of(axes={**study_of().axes, "optim.width_rule": ["none"]}), train)
+    rule = answer.settings["optim.width_rule"]
+    assert rule.value == "none" and "moves least" in rule.why
 
 
 def test_a_base_width_among_the_settings_is_refused():
