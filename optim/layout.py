@@ -87,6 +87,12 @@ class GroupLayout:
                 found.append(Fragment(name, low - start, high - low, low - begin))
         return found
 
+    def sharing(self, rank: int, other: "GroupLayout") -> range:
+        """Return the ranks of the group's other layout whose partitions have anything of what this one's rank has."""
+        begin = rank * self.partition
+        end = min(begin + self.partition, self.starts[-1] + self.numels[-1]) if self.names else 0
+        return range(other.owner(begin), other.owner(end - 1) + 1) if begin < end else range(0)
+
     def split(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Cut the flat interval at partition boundaries into `(rank, offset in the partition, length)`."""
         pieces = []

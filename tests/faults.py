@@ -15,7 +15,7 @@ from workers import member
 from workers.member import Member, Ready
 from workers.phases import Phase
 from workers.reports import Report, Validated
-from workers.task import Place, Task
+from workers.task import KeeperLinks, Place, Task
 
 ACTIONS = ("kill", "terminate", "stop", "raise", "exit", "exit soon", "spin")
 
@@ -38,11 +38,11 @@ class FaultyMember(Member):
         """Have the next start fail."""
         self.refuses = True
 
-    def start(self, member: Place, task: Task) -> None:
+    def start(self, rank: int, links: KeeperLinks, common: Place, task: Task) -> None:
         if self.refuses:
             self.refuses = False
             raise Injected("a test kept this worker from starting")
-        super().start(member, task)
+        super().start(rank, links, common, task)
 
     def measure(self) -> dict[str, int]:
         """Return what a leak would show in."""

@@ -160,6 +160,9 @@ class ProcessCluster:
     def hand_back_keeper(self, node: str, keeper: ProcessHandle) -> None:
         keeper.kill()
 
+    def share(self, value: Any) -> Any:
+        return value
+
     def alive(self, node: str) -> bool:
         return node in self.nodes
 

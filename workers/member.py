@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from workers.common.errors import RaymuonError
@@ -134,8 +134,16 @@ class Member:
         self._store = TCPStore(self._host, 0, world_size, is_master=True, wait_for_workers=False)
         return self._store.port
 
-    def start(self, member: Place, task: Task) -> None:
-        """Become a member of a generation, in a thread of its own; reports tell of the rest."""
+    def start(self, rank: int, links: KeeperLinks, common: Place, task: Task) -> None:
+        """Become a member of a generation, in a thread of its own; reports tell of the rest.
+
+        Args:
+            rank: of this worker.
+            links: its keeper and that one's buddy.
+            common: the rest of its place.
+            task: what is trained.
+        """
+        member = replace(common, rank=rank, links=links)
         previous, self._generation, self._rank = self._thread, member.generation, member.rank
         self._told = -1
         self._mark = (member.generation, -1, Phase.JOIN, time.monotonic())  # It may hang before it has begun.

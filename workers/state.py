@@ -75,6 +75,12 @@ def shard_map(engine: Engine, world_size: int, rank: int) -> ShardMap:
     return ShardMap.of(engine.optimizer.layouts(world_size), sizes, rank)
 
 
+def overlapping(engine: Engine, world_size: int) -> set[int]:
+    """Return the ranks of a group of any size in whose shards there is anything of this rank's."""
+    ours, theirs = engine.optimizer.layouts(engine.world_size), engine.optimizer.layouts(world_size)
+    return {rank for (one, _), (other, _) in zip(ours, theirs, strict=True) for rank in one.sharing(engine.rank, other)}
+
+
 def shard_tensors(engine: Engine) -> Iterator[Tensor]:
     """Yield this rank's flat tensors, in the order of its `shard_map`."""
     for group in engine.optimizer.flat_state(engine.rank):

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from workers.objective import batch_of, gradient_weight, summed_loss
 from workers.phases import Phase
 from workers.reports import CheckpointDamaged, Planned, Restored
 from workers.snapshots.reader import SnapshotReader
-from workers.state import Counters, WeightsOnly, first_not_finite, load_state, shard_map
+from workers.state import Counters, WeightsOnly, first_not_finite, load_state, overlapping, shard_map
 from workers.task import Place, Task
 from workers.telemetry import cool_down, warm_up
 
@@ -90,7 +91,8 @@ def take_state(
         checkpoint = CheckpointReader(task.store(task.manifest_url or task.run_url), task.manifest, progress)
     if (snapshot := member.snapshot) is not None:
         rest = checkpoint if snapshot.saved else None
-        reader = SnapshotReader(snapshot, lambda world, rank: shard_map(engine, world, rank), member.links.keeper, rest)
+        maps, ranks = partial(shard_map, engine), overlapping(engine, snapshot.world_size)
+        reader = SnapshotReader(snapshot, maps, ranks, member.links.keeper, rest)
         counters = Counters(**snapshot.counters)
         try:
             load_state(engine, reader, counters)

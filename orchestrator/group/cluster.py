@@ -263,6 +263,10 @@ class RayCluster:
         options = actor.options(num_cpus=0, max_concurrency=8, scheduling_strategy=strategy)
         return RayHandle(options.remote(*arguments))
 
+    def share(self, value: Any) -> Any:
+        """Put a value into Ray's object store; each node fetches it once, from whichever has it."""
+        return ray.put(value)
+
     def alive(self, node: str) -> bool:
         """Tell whether Ray takes the node for alive."""
         self._look()

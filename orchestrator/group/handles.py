@@ -64,6 +64,10 @@ class Cluster(Protocol):
         """Give back a keeper that is well and needed no more."""
         ...
 
+    def share(self, value: Any) -> Any:
+        """Return what a call can have in the place of an argument; the value then travels once, not with every call."""
+        ...
+
     def alive(self, node: str) -> bool:
         """Tell whether the cluster takes the node for alive; it may learn of a death seconds late."""
         ...

@@ -284,6 +284,10 @@ class _Slots:
         assert isinstance(keeper, _Lent)
         self._kept.park_keeper(node, keeper)
 
+    def share(self, value: Any) -> Any:
+        """Return what a call can have in the place of an argument."""
+        return self._cluster.share(value)
+
     def alive(self, node: str) -> bool:
         """Tell whether the cluster takes the node for alive."""
         return self._cluster.alive(node)

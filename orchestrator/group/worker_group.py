@@ -4,6 +4,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from queue import SimpleQueue
+from typing import Any
 
 from orchestrator.group.handles import Gone
 from orchestrator.group.pool import Pool
@@ -50,6 +51,8 @@ class WorkerGroup:
         """By rank, until they are answered."""
         self._answered: SimpleQueue[tuple[int, Future[Pulse]]] = SimpleQueue()
         self._links: dict[str, KeeperLinks] = {}
+        self._shared: list[Any] = []
+        """What members are given in common; there as long as the group is."""
 
     @property
     def world_size(self) -> int:
@@ -71,7 +74,8 @@ class WorkerGroup:
 
         Args:
             task: what to train.
-            common: what is alike for all ranks in their places.
+            common: what is alike for all ranks in their places: with the task it is shared, for together they are
+                megabytes, of each rank's part of the state.
             links: the keepers of each node's ranks.
         """
         self.watchdog.begin(range(self.world_size), self.pool.look())
@@ -84,9 +88,9 @@ class WorkerGroup:
             self._lose(0, str(error) or type(error).__name__)
             return
         self._links = links
+        self._shared = [self.pool.cluster.share(it) for it in (replace(common, host=first.ready.host, port=port), task)]
         for rank, member in enumerate(self.members):
-            place = replace(common, rank=rank, host=first.ready.host, port=port, links=links[member.node])
-            self._starts[rank] = member.handle.call("start", place, task)
+            self._starts[rank] = member.handle.call("start", rank, links[member.node], *self._shared)
             self._started.add(rank)
             self._poll(rank)
 

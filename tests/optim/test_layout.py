@@ -48,6 +48,7 @@ def test_any_world_size_can_be_filled_from_any_other(sizes, before, after):
         target = [None] * new.partition
         plan, missing = copies(have, want)
         assert missing == []
+        assert {*new.sharing(rank, old)} == {copy.source for copy in plan}, "no rank too many, none too few"
         for copy in plan:
             piece = buffers[copy.source][copy.source_offset : copy.source_offset + copy.length]
             target[copy.target_offset : copy.target_offset + copy.length] = piece

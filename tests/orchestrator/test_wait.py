@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,9 @@ class Cluster:
 
     def hand_back_keeper(self, node: str, keeper: Handle) -> None:
         keeper.kill()
+
+    def share(self, value: Any) -> Any:
+        return value
 
     def alive(self, node: str) -> bool:
         return True

@@ -1,6 +1,6 @@
 """Reading intervals of tensors out of a snapshot, whatever world size it was taken at."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import numpy as np
 
@@ -20,6 +20,7 @@ class SnapshotReader:
     Args:
         snapshot: what to read.
         shard_map: `(world size, rank) -> ShardMap`, of the model that is being trained.
+        ranks: whose parts are read; what the others have is not looked up.
         here: this node's keeper.
         checkpoint: of the same step, for what is in no keeper any more.
     """
@@ -28,23 +29,23 @@ class SnapshotReader:
         self,
         snapshot: Snapshot,
         shard_map: Callable[[int, int], ShardMap],
+        ranks: Container[int],
         here: Address | None,
         checkpoint: CheckpointReader | None = None,
     ) -> None:
         self.snapshot, self.here, self.checkpoint = snapshot, here, checkpoint
         self._regions: dict[str, Region] = {}
         self._connections: dict[Address, Connection] = {}
-        self._sources: list[KeptShard] = []
         self._have: dict[str, list[tuple[int, Fragment]]] = {}
         best: dict[int, KeptShard] = {}
         for shard in sorted(snapshot.shards, key=lambda shard: shard.keeper == here):
             best[shard.rank] = shard
         agreed = next(shard for shard in reversed(list(best.values()) + list(snapshot.shards)) if shard.agreed)
-        for shard in (*best.values(), agreed):
-            source = len(self._sources)
-            self._sources.append(shard)
+        self._sources = [*(shard for rank, shard in best.items() if rank in ranks), agreed]
+        for source, shard in enumerate(self._sources):
+            last = source == len(self._sources) - 1
             for kind, fragment in shard_map(snapshot.world_size, shard.rank).fragments:
-                if (kind == BUFFER) == (source == len(best)):  # What is replicated is read from an agreed copy alone.
+                if (kind == BUFFER) == last:  # What is replicated is read from an agreed copy alone.
                     self._have.setdefault(kind, []).append((source, fragment))
 
     def fill(self, kind: str, want: Iterable[Fragment], target: np.ndarray) -> None:
