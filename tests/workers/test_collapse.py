@@ -13,8 +13,8 @@ from workers.config import TelemetryConfig
 from workers.reports import StepDone
 from workers.task import Task
 
-STEPS, FORCED_AT, IDLE = 750, 30, 600
-"""The experts have momentum by then, and at its decay of a tenth hardly a float is as small in the end."""
+STEPS, FORCED_AT, IDLE, MOMENTUM = 250, 30, 100, 0.5
+"""The experts have momentum by then, and halved in every step hardly a float is as small in the end."""
 
 
 def collapsed(rank: int, world_size: int, task: Task, forced: bool) -> dict:
@@ -52,7 +52,7 @@ def test_experts_that_get_no_token_for_long_stay_as_they_are(tmp_path, forced):
     task = replace(
         task,
         model=replace(task.model, router_bias_rate=0.0, num_experts=16),
-        optim=OptimConfig(lr=3e-2 if forced else 0.2, weight_decay=0.02, momentum=0.9),
+        optim=OptimConfig(lr=3e-2 if forced else 0.2, weight_decay=0.02, momentum=MOMENTUM),
         telemetry=TelemetryConfig(every=50),
     )
     (result,) = run_ranks(1, collapsed, task, forced)

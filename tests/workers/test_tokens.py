@@ -302,7 +302,7 @@ class Reader:
     def read(self, seed: int) -> tuple[int, str]:
         digest = hashlib.sha256()
         found = {}
-        for part in np.array_split(np.random.default_rng(seed).permutation(self.split.num_samples), 60):
+        for part in np.array_split(np.random.default_rng(seed).permutation(self.split.num_samples), 20):
             self.split.prefetch(part)
             for index, row in zip(part.tolist(), self.split.batch(part), strict=True):
                 found[index] = row

@@ -80,7 +80,7 @@ def test_a_choice_holds_for_a_group_about_as_large_while_it_fits():
 
 
 def test_as_many_layers_as_fit():
-    machines = machines_of(need_of(replace(config_of(), train=config_of().train.plain())))
+    machines = machines_of(need_of(replace(config_of(), train=config_of(micro_batch=2).train.plain())))
     deep = deepest(config_of(micro_batch=0, global_batch=8), machines)  # One sequence at once, or two.
     assert deep.model.num_layers > config_of().model.num_layers
     plan_run(deep, machines).require_fit()
