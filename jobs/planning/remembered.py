@@ -1,7 +1,7 @@
 """What ops return of tensors without data, remembered: a model's layers call the same ones on the same shapes.
 
 torch works shapes out in Python, at a third of a millisecond for an op; an answer that is known takes a hundredth. What
-is remembered follows from the op and from shapes, strides, types and plain arguments, and from nothing else. A result is
+is remembered follows from the op, from shapes, strides, types and plain arguments, and from nothing else. A result is
 made again where all of its memory is new; views, and what is changed in place, are always torch's own.
 """
 

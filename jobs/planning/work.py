@@ -52,7 +52,7 @@ HEAP_BLOCK = 32 * 1024**2
 """Larger blocks go back to the system when they are freed, smaller ones stay with the process once it has freed some:
 the largest that glibc's threshold for `mmap` gets by itself (`mallopt`, M_MMAP_THRESHOLD)."""
 _KNOWN: dict[Hashable, tuple[Fresh | None, Work]] = {}
-"""What an op returns, None where torch is to be asked, and what it does, by the kind of device and what it depends on."""
+"""What an op returns (None: torch is asked) and what it does, by the kind of device and what it depends on."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,17 @@ class OpRecorder(TorchDispatchMode):
         self._events: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        question = self.kind, question_of(func, args, kwargs or {})
-        if (known := _KNOWN.get(question)) is not None:
-            fresh, work = known
-            self.works[work] += 1
-            return func(*args, **(kwargs or {})) if fresh is None else self._again(fresh)
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        question = self.kind, question_of(func, args, kwargs)
+        if (known := _KNOWN.get(question)) is None:
+            return self._observe(question, func, args, kwargs)
+        fresh, work = known
+        self.works[work] += 1
+        return func(*args, **kwargs) if fresh is None else self._again(fresh)
+
+    def _observe(self, question: tuple[str, Hashable | None], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call an op of which nothing is known, note what it does, and remember it where the question says all."""
+        result = func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         fresh = [tensor for tensor in made if self._is_fresh(tensor, given)]
