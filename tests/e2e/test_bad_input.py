@@ -99,10 +99,10 @@ def test_a_place_that_cannot_be_written(place):
 
 @pytest.fixture
 def small_disk(place):
-    """A disk of 3 MB at `small/`: room for a few checkpoints."""
+    """A disk of 1.5 MB at `small/`: room for a few checkpoints."""
     small = place.folder / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(small)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"not run, mounting needs root: {mounted.stderr.decode().strip()}")
     yield small

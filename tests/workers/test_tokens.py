@@ -302,7 +302,7 @@ class Reader:
     def read(self, seed: int) -> tuple[int, str]:
         digest = hashlib.sha256()
         found = {}
-        for part in np.array_split(np.random.default_rng(seed).permutation(self.split.num_samples), 60):
+        for part in np.array_split(np.random.default_rng(seed).permutation(self.split.num_samples), 20):
             self.split.prefetch(part)
             for index, row in zip(part.tolist(), self.split.batch(part), strict=True):
                 found[index] = row
@@ -325,7 +325,7 @@ def test_processes_share_a_cache_whatever_its_size(tmp_path, remote, folder, cac
         expected.update(tokens[index * 4096 : (index + 1) * 4096 + 1].astype(np.int64).tobytes())
     readers = [ProcessHandle(Reader, tempfile.gettempdir(), corpus, cache_mib * MIB / 1e9) for _ in range(2)]
     results = [reader.call("read", seed) for seed, reader in enumerate(readers)]
-    found = [result.result(60) for result in results]
+    found = [result.result(300) for result in results]
     for reader in readers:
         reader.kill()
     assert {digest for _, digest in found} == {expected.hexdigest()}

@@ -80,12 +80,13 @@ def test_a_choice_holds_for_a_group_about_as_large_while_it_fits():
 
 
 def test_as_many_layers_as_fit():
-    machines = machines_of(need_of(replace(config_of(), train=config_of().train.plain())))
+    less, more = (need_of(replace(config_of(), train=config_of(micro_batch=size).train.plain())) for size in (2, 4))
+    machines = machines_of(int(0.65 * less + 0.35 * more))
     deep = deepest(config_of(micro_batch=0, global_batch=8), machines)  # One sequence at once, or two.
     assert deep.model.num_layers > config_of().model.num_layers
     plan_run(deep, machines).require_fit()
-    more = replace(deep, model=replace(deep.model, num_layers=deep.model.num_layers + 1))
-    assert need_of(decided(more, machines)) > (1 - SPARE) * machines.device().memory_bytes
+    deeper = replace(deep, model=replace(deep.model, num_layers=deep.model.num_layers + 1))
+    assert need_of(decided(deeper, machines)) > (1 - SPARE) * machines.device().memory_bytes
 
 
 def test_the_16b_moonlight_fits_80_gigabytes():
