@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,7 @@ def train(
         for left_out in run_config.recipe.cut_short():
             watcher.warn(left_out)
         if look and is_local(address):
-            with stop.abruptly():  # It imports torch.
-                _look(run_config, watcher)
+            options = replace(options, look=partial(_look, run_config, watcher))
         options = replace(options, corpora=prepared(run_config, address, stop, watcher.console))
         result = run(run_config, resume, address, watcher, stop, options)
     summary = _summary(run_config, result, plots[0] if plots else None)
@@ -164,14 +164,15 @@ def _keep_curve(config: RunConfig, result: RunResult, record: Any) -> Path | Non
 
 def _summary(config: RunConfig, result: RunResult, plot: Path | None) -> dict[str, Any]:
     started = psutil.Process(os.getpid()).create_time()
-    kept = {key: value for key, value in asdict(result).items() if key not in ("losses", "first_step_time")}
+    kept = {key: value for key, value in asdict(result).items() if key not in ("losses", "first_step")}
     return {
         **kept,
         "changes": [change.record() for change in result.changes],
         "loss_curve": plot and str(plot),
         "mlflow_tracking_uri": config.tracking.uri,
         "wall_s": round(time.time() - started, 2),
-        "first_step_s": result.first_step_time and round(result.first_step_time - started, 2),
+        "first_step_s": round(sum(result.first_step.values()), 2) if result.first_step else None,
+        "first_step_parts": {part: round(seconds, 3) for part, seconds in result.first_step.items()},
     }
 
 
