@@ -7,6 +7,7 @@ same time, each in a thread of its own, with processes, a signal to stop and a r
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -68,8 +69,8 @@ class Options:
     """For demonstrations: SIGKILL one worker after this step."""
     decide: Decide = plainly
     """Decides what is automatic in `train`, for each number of workers."""
-    look: Callable[[], object] = lambda: None
-    """Called beside Ray's start: raises where the run does not fit."""
+    looked: Future[None] | None = None
+    """Whether the run fits, which is found out beside Ray's start; raises where it does not."""
     meanwhile: Callable[[], object] = lambda: None
     """Called while the workers start, which takes seconds."""
 
@@ -134,7 +135,7 @@ def _preflight(config: RunConfig, resume: str, watcher: Watcher, stop: StopSigna
         config = replace(config, train=replace(config.train, init=options.branch.init, init_state="run"))
     if options.living:
         options.living.check(config)
-    return Preflight(config, resume, stop, watcher.warn, corpora, options.take_over, known, options.look)
+    return Preflight(config, resume, stop, watcher.warn, corpora, options.take_over, known, options.looked)
 
 
 def _run(joined: Joined, preflight: Preflight, watcher: Watcher, options: Options, start: Start) -> RunResult:

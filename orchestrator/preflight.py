@@ -87,7 +87,7 @@ class Preflight:
         corpora: to train on; None prepares what the config names.
         take_over: do not wait until no other driver leads the run.
         known: the checkpoint that `train.init` names, where somebody has it already.
-        look: raises where the run does not fit; takes seconds.
+        looked: raises where the run does not fit.
 
     Raises:
         RaymuonError: something is refused.
@@ -102,29 +102,29 @@ class Preflight:
         corpora: tuple[Corpus, ...] | None = None,
         take_over: bool = False,
         known: Origin | None = None,
-        look: Callable[[], object] = lambda: None,
+        looked: Future[None] | None = None,
     ) -> None:
-        self.config, self.stop, self.warn = config, stop, warn
+        self.config, self.stop, self.warn, self._looked = config, stop, warn, looked
         self.inputs = self._await(in_background(lambda: check_inputs(config, corpora), may_be_torn=True))
         if self.inputs.warning:
             warn(self.inputs.warning)
         self._found = in_background(lambda: find_run(config, self.inputs.corpora, resume, known), may_be_torn=False)
         if resume != "never" and self.found.notice:  # Told, or refused, before Ray starts.
             warn(self.found.notice)
-        self._looked = in_background(look, may_be_torn=True)
         self._free = in_background(lambda: take_over or await_free_run(config, self._found.result()), may_be_torn=True)
 
     def check(self) -> None:
         """Raise where a person wants an end, or where something has been refused by now."""
         self.stop.check()
         for answer in (self._found, self._looked, self._free):
-            if answer.done():
+            if answer is not None and answer.done():
                 answer.result()  # A refusal does not wait for slots or workers.
 
     def finish(self) -> None:
         """Wait for what is still being checked."""
         self._await(self._free)
-        self._await(self._looked)
+        if self._looked is not None:
+            self._await(self._looked)
         if (origin := self.found.origin) and (
             told := other_tokens(origin.manifest.identity, self.inputs.corpora[0].tokenizer)
         ):

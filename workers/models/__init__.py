@@ -4,7 +4,7 @@ import importlib
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from optim.config import OptimConfig
 from optim.mup import STANDARD
