@@ -31,11 +31,11 @@ def _without_mlflow() -> Iterator[None]:
 def _without_compiling() -> Iterator[None]:
     """Have torch taken for one that cannot compile, as DeepSpeed itself does where it is too old."""
     compiler = importlib.import_module("deepspeed.runtime.compiler")
-    made, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    made, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        compiler.compile = made
+        compiler.compile = made  # type: ignore[attr-defined]
 
 
 def import_compiler() -> None:
