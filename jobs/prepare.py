@@ -1,6 +1,7 @@
 """`raymuon prepare`: text to tokens, before a run or by the run itself."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from jobs.screen import Screen
@@ -36,10 +37,23 @@ def prepare(config: RunConfig, address: str | None, stop: StopSignal, as_json: b
         tell(found)
 
 
-def prepared(config: RunConfig, address: str | None, stop: StopSignal, console: Screen) -> tuple[Corpus, ...]:
+def prepared(
+    config: RunConfig,
+    address: str | None,
+    stop: StopSignal,
+    console: Screen,
+    before: Callable[[], object] = lambda: None,
+) -> tuple[Corpus, ...]:
     """Return the prepared sources of a run.
 
     What is not there yet is made: what is small here, the rest by tasks, for it is not to be in a driver's memory.
+
+    Args:
+        config: of the run.
+        address: of a Ray cluster for the tasks.
+        stop: tells when a person wants it to end.
+        console: shows what is done.
+        before: called before anything is made; raises where nothing is to be.
 
     Raises:
         RaymuonError: with its exit code.
@@ -49,6 +63,8 @@ def prepared(config: RunConfig, address: str | None, stop: StopSignal, console: 
         check_vocabulary(works[0].tokenizer.vocab_size, config.model.vocab_size)  # Before hours of work.
         found = [work.prepared() for work in works]
         missing = [work for work, corpus in zip(works, found, strict=True) if corpus is None]
+        if missing:
+            before()
         small = sum(group.size for work in missing for group in work.groups) <= GROUP_BYTES
         made = [prepare_work(work) for work in missing] if small else []
     if not small:

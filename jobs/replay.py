@@ -24,6 +24,7 @@ from optim.config import precision_on
 from orchestrator.config import DEFAULT_TRACKING_URI, RunConfig, absolute
 from orchestrator.driver import Options, run
 from orchestrator.group.cluster import is_local
+from orchestrator.group.usage import memory_here
 from orchestrator.identity import identity, refuse_other
 from orchestrator.log.run_log import RunLog
 from orchestrator.origin import read_origin
@@ -96,7 +97,7 @@ def replay(request: Request, stop: StopSignal, as_json: bool) -> None:
     if is_local(request.address):
         from jobs.planning.here import look_here  # Imports torch.
 
-        look_here(config, config.scaling.max_workers, warn)
+        look_here(config, config.scaling.max_workers, memory_here()[1], warn)
     for line in changes(attempt.provenance, provenance()):
         warn(f"the code is not the run's: {line}")
     source = f"the checkpoint of step {manifest.step}" if manifest else "the run's start"

@@ -5,7 +5,9 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from orchestrator.config import RunConfig, absolute
 from orchestrator.driver import Options, run
 from orchestrator.generation import Decide
 from orchestrator.group.cluster import JOB_VARIABLE, is_local
+from orchestrator.group.usage import memory_here
 from orchestrator.origin import find_origin
+from orchestrator.preflight import in_background
 from orchestrator.record.result import RunResult
 from orchestrator.stop import StopSignal
 from workers.common.errors import ConfigError
@@ -75,10 +79,14 @@ def train(
         options = replace(options, files={"config.yaml": replace(found, config=run_config).yaml().encode()})
         for left_out in run_config.recipe.cut_short():
             watcher.warn(left_out)
+        looked: Future[None] = Future()
         if look and is_local(address):
-            with stop.abruptly():  # It imports torch.
-                _look(run_config, watcher)
-        options = replace(options, corpora=prepared(run_config, address, stop, watcher.console))
+            free = memory_here()[1]  # Before anything of the run takes some.
+            looked = in_background(partial(_look, run_config, free, watcher), may_be_torn=True)
+        else:
+            looked.set_result(None)
+        corpora = prepared(run_config, address, stop, watcher.console, before=looked.result)
+        options = replace(options, corpora=corpora, looked=looked)
         result = run(run_config, resume, address, watcher, stop, options)
     summary = _summary(run_config, result, plots[0] if plots else None)
     console = Screen(stderr=as_json)
@@ -134,12 +142,12 @@ def _check_kill(step: int, config: RunConfig) -> None:
         raise ConfigError(f"--kill-worker {step}: needs scaling.max_workers=2 or more, so that somebody goes on")
 
 
-def _look(config: RunConfig, watcher: TerminalWatcher) -> None:
+def _look(config: RunConfig, free: int, watcher: TerminalWatcher) -> None:
     """Say what the run needs and what this machine has; refuse what clearly does not fit."""
     from jobs.planning.here import look_here, workers_here  # Imports torch.
 
     try:
-        told = look_here(config, workers_here(config), watcher.warn)
+        told = look_here(config, workers_here(config), free, watcher.warn)
     except ConfigError as error:
         raise ConfigError(f"{error}\n  this is an estimate: --no-look starts the run all the same") from error
     watcher.console.print(told, style="dim")
@@ -164,14 +172,15 @@ def _keep_curve(config: RunConfig, result: RunResult, record: Any) -> Path | Non
 
 def _summary(config: RunConfig, result: RunResult, plot: Path | None) -> dict[str, Any]:
     started = psutil.Process(os.getpid()).create_time()
-    kept = {key: value for key, value in asdict(result).items() if key not in ("losses", "first_step_time")}
+    kept = {key: value for key, value in asdict(result).items() if key not in ("losses", "first_step")}
     return {
         **kept,
         "changes": [change.record() for change in result.changes],
         "loss_curve": plot and str(plot),
         "mlflow_tracking_uri": config.tracking.uri,
         "wall_s": round(time.time() - started, 2),
-        "first_step_s": result.first_step_time and round(result.first_step_time - started, 2),
+        "first_step_s": round(sum(result.first_step.values()), 2) if result.first_step else None,
+        "first_step_parts": {part: round(seconds, 3) for part, seconds in result.first_step.items()},
     }
 
 

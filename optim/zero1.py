@@ -10,6 +10,7 @@ The class's name has no "muon" in it, and no parameter gets an attribute `use_mu
 its own Muon and orthogonalize a second time.
 """
 
+import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,10 @@ class Zero1Optimizer(torch.optim.Optimizer):
         self.exchange: Exchange | None = None
         """Of the matrices; there once it is bound."""
         super().__init__(groups, {"lr": config.lr, "weight_decay": config.weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does, but not by way of its compiler, which takes 1.5 s to import."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def bind(self, zero_optimizer: Any) -> None:
         """Learn the layout of DeepSpeed's wrapper (`engine.optimizer`) and create all state, before the first step.

@@ -7,6 +7,7 @@ same time, each in a thread of its own, with processes, a signal to stop and a r
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -28,6 +29,7 @@ from orchestrator.record.provenance import provenance
 from orchestrator.record.recorder import RunRecorder, go_on_with
 from orchestrator.record.report import Links
 from orchestrator.record.result import RunResult
+from orchestrator.record.start import Start
 from orchestrator.record.watcher import Watcher
 from orchestrator.stop import StopSignal
 from orchestrator.stretch import Stretch
@@ -67,6 +69,8 @@ class Options:
     """For demonstrations: SIGKILL one worker after this step."""
     decide: Decide = plainly
     """Decides what is automatic in `train`, for each number of workers."""
+    looked: Future[None] | None = None
+    """Whether the run fits, which is found out beside Ray's start; raises where it does not."""
     meanwhile: Callable[[], object] = lambda: None
     """Called while the workers start, which takes seconds."""
 
@@ -95,10 +99,14 @@ def run(
     Raises:
         RaymuonError: with the exit code of what went wrong.
     """
+    start = Start.of_process()
+    start.end("command")
     preflight = _preflight(config, resume, watcher, stop, options)
+    start.end("checks")
     watcher.phase("starting Ray")
     with connected(address, stop) as joined:
-        return _run(joined, preflight, watcher, options)
+        start.end("ray")
+        return _run(joined, preflight, watcher, options, start)
 
 
 def run_on(
@@ -110,8 +118,11 @@ def run_on(
     options: Options = Options(),
 ) -> RunResult:
     """Do the same on a cluster that is joined already, perhaps beside other runs in other threads."""
+    start = Start()
     try:
-        return _run(joined, _preflight(config, resume, watcher, stop, options), watcher, options)
+        preflight = _preflight(config, resume, watcher, stop, options)
+        start.end("checks")
+        return _run(joined, preflight, watcher, options, start)
     finally:
         if options.branch:
             options.branch.done()
@@ -124,10 +135,10 @@ def _preflight(config: RunConfig, resume: str, watcher: Watcher, stop: StopSigna
         config = replace(config, train=replace(config.train, init=options.branch.init, init_state="run"))
     if options.living:
         options.living.check(config)
-    return Preflight(config, resume, stop, watcher.warn, corpora, options.take_over, known)
+    return Preflight(config, resume, stop, watcher.warn, corpora, options.take_over, known, options.looked)
 
 
-def _run(joined: Joined, preflight: Preflight, watcher: Watcher, options: Options) -> RunResult:
+def _run(joined: Joined, preflight: Preflight, watcher: Watcher, options: Options, start: Start) -> RunResult:
     """Start the workers while the last checks are made, and lead."""
     config = preflight.config
     cluster = joined.slots(config.scaling)
@@ -136,11 +147,14 @@ def _run(joined: Joined, preflight: Preflight, watcher: Watcher, options: Option
         rehearsal = task_of(config, preflight.inputs.corpora, run_url="", attempt=0, manifest=None)
         pool.rehearsal = replace(rehearsal, train=rehearsal.train.plain())
         _await_slots(pool, watcher, preflight.check)
+        start.end("slots")
         watcher.phase(f"starting {min(pool.num_slots, config.scaling.max_workers)} worker(s)")
         options.meanwhile()
         pool.wait(lambda: not pool.num_starting, preflight.check, config.scaling.wait_s)
+        start.end("processes", time.time() - pool.imports_s)
+        start.end("imports")
         preflight.finish()
-        return _lead(preflight, pool, watcher, options)
+        return _lead(preflight, pool, watcher, options, start)
 
 
 def _await_slots(pool: Pool, watcher: Watcher, check: Callable[[], object]) -> None:
@@ -167,7 +181,7 @@ def _await_slots(pool: Pool, watcher: Watcher, check: Callable[[], object]) -> N
     pool.wait(lambda: pool.num_slots >= scaling.max_workers + scaling.standby, check, GRACE_S)
 
 
-def _lead(preflight: Preflight, pool: Pool, watcher: Watcher, options: Options) -> RunResult:
+def _lead(preflight: Preflight, pool: Pool, watcher: Watcher, options: Options, start: Start) -> RunResult:
     """Make or take over the run, train with the pool's workers, and close the record whatever happens."""
     from orchestrator.record.tracking import RunRecord
 
@@ -185,7 +199,7 @@ def _lead(preflight: Preflight, pool: Pool, watcher: Watcher, options: Options) 
             record.tag(key, value)
         restored, now = task.manifest.step if task.manifest else 0, time.time()
         tally, events = go_on_with(config, record, journal, restored, now, watcher.warn)
-        recorder = RunRecorder(config, record, journal, watcher, links, task.last_step, tally, events)
+        recorder = RunRecorder(config, record, journal, watcher, links, task.last_step, tally, events, start)
         if task.manifest:
             recorder.checkpoint = f"{task.manifest_url or task.run_url}@{restored}"
         recorder.event(

@@ -133,6 +133,8 @@ class Intake:
             case Restored():
                 self.generation.ready.add(report.rank)
                 self.generation.storage_bytes += report.storage_bytes
+                if self.generation.in_step:  # The last one's: the others wait for it.
+                    self.recorder.report(report)
             case Terminating():
                 if (worker := self.pool.workers.get(self.generation.members[report.rank])) is not None:
                     worker.leaving = True

@@ -87,6 +87,7 @@ class Preflight:
         corpora: to train on; None prepares what the config names.
         take_over: do not wait until no other driver leads the run.
         known: the checkpoint that `train.init` names, where somebody has it already.
+        looked: raises where the run does not fit.
 
     Raises:
         RaymuonError: something is refused.
@@ -101,8 +102,9 @@ class Preflight:
         corpora: tuple[Corpus, ...] | None = None,
         take_over: bool = False,
         known: Origin | None = None,
+        looked: Future[None] | None = None,
     ) -> None:
-        self.config, self.stop, self.warn = config, stop, warn
+        self.config, self.stop, self.warn, self._looked = config, stop, warn, looked
         self.inputs = self._await(in_background(lambda: check_inputs(config, corpora), may_be_torn=True))
         if self.inputs.warning:
             warn(self.inputs.warning)
@@ -114,13 +116,15 @@ class Preflight:
     def check(self) -> None:
         """Raise where a person wants an end, or where something has been refused by now."""
         self.stop.check()
-        for answer in (self._found, self._free):
-            if answer.done():
+        for answer in (self._found, self._looked, self._free):
+            if answer is not None and answer.done():
                 answer.result()  # A refusal does not wait for slots or workers.
 
     def finish(self) -> None:
         """Wait for what is still being checked."""
         self._await(self._free)
+        if self._looked is not None:
+            self._await(self._looked)
         if (origin := self.found.origin) and (
             told := other_tokens(origin.manifest.identity, self.inputs.corpora[0].tokenizer)
         ):

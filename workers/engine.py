@@ -5,10 +5,8 @@ one alive through its hooks.
 """
 
 import gc
-import importlib
 import logging
 import os
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,31 +20,19 @@ from optim.config import OptimConfig
 from optim.zero1 import Zero1Optimizer
 from workers.config import ModelConfig
 from workers.gather import Gather
+from workers.lean import deepspeed, groups, import_compiler
 from workers.models import LanguageModel, build
 from workers.models.compiled import compile_layers
 from workers.models.recompute import recompute
 from workers.recipe import TrainConfig
 from workers.settings import deepspeed_config, overlapped
 
-# DeepSpeed's autotuner imports MLflow where it is installed: a second per worker, for nothing.
-_mlflow = sys.modules.get("mlflow")
-sys.modules["mlflow"] = None  # type: ignore[assignment]
-import deepspeed  # noqa: E402
-from deepspeed.utils import groups  # noqa: E402
-
-if _mlflow is None:
-    del sys.modules["mlflow"]
-else:
-    sys.modules["mlflow"] = _mlflow
-
-# `deepspeed.initialize` would import these, two seconds' worth, when everybody waits for the first step.
-for _module in ("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "torch._inductor.compile_fx"):
-    importlib.import_module(_module)
-
 # The CPU backend would compile a shared-memory op with g++ at the first start (a minute on two cores), and that op
 # spins for ever when a peer dies. Gloo alone starts at once and raises.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+if torch.cuda.is_available():  # A GPU's kernels are compiled.
+    import_compiler()
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 CONNECT_TIMEOUT = timedelta(seconds=3)

@@ -47,6 +47,8 @@ class Ready:
     pid: int
     code: str
     """Hash of the code that it trains with."""
+    imports_s: float = 0.0
+    """Seconds that it took to import what training needs, and to rehearse."""
     device: str = "cpu"
     """Name of its GPU, or `cpu`."""
 
@@ -87,6 +89,7 @@ class Member:
 
     def prepare(self, task: Task | None) -> Ready:
         """Import everything that training needs; with a task, also rehearse one step, for whoever comes later."""
+        began = time.monotonic()
         from workers.training import rehearse  # The slow imports.
 
         if task is not None:
@@ -98,7 +101,8 @@ class Member:
         import torch
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        return Ready(host=self._host, pid=os.getpid(), code=training_code(), device=device)
+        seconds = time.monotonic() - began
+        return Ready(host=self._host, pid=os.getpid(), code=training_code(), imports_s=seconds, device=device)
 
     def ping(self) -> bool:
         """Tell whether the training thread is out of its generation."""

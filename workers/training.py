@@ -1,6 +1,7 @@
 """One generation in one process: join the group, build the engine, take the state, train."""
 
 import gc
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from workers.common.heap import trim
 from workers.config import MoonlightConfig
 from workers.controls import Controls
 from workers.engine import Engine, build_engine, default_device, join_process_group, leave_process_group
+from workers.lean import import_compiler
 from workers.loop import Trainer
 from workers.models.compiled import compile_ahead
 from workers.objective import batch_of, gradient_weight, summed_loss
@@ -120,7 +122,8 @@ def forget() -> None:
 
     Torch compiles the code of a layer so many times and no more, whatever the model: those of all runs would add up.
     """
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # Else nothing was compiled, and it would be imported for that.
+        torch.compiler.reset()
     cool_down()
     gc.collect()
     trim()
@@ -147,6 +150,8 @@ def rehearse(task: Task) -> None:
         num_experts_per_token=2,
         num_shared_experts=1,
     )
+    if task.train.compile:
+        import_compiler()
     device = default_device()
     join_process_group(0, 1, HashStore(), device)
     optim = replace(task.optim, width_rule="none")  # So narrow a model may be beyond what the run's rule allows.

@@ -1,4 +1,4 @@
-"""What a run takes of this machine, before a local Ray starts: a model that is too large is else killed by the system.
+"""What a run takes of this machine, while a local Ray starts: a model that is too large is else killed by the system.
 
 The plan is an estimate, within a quarter of what was measured, so only what is beyond that is refused.
 """
@@ -14,7 +14,6 @@ from jobs.planning.memory import PROCESS_BYTES
 from jobs.planning.plan import require_fit
 from jobs.planning.state import layout_of
 from orchestrator.config import RunConfig
-from orchestrator.group.usage import memory_here
 
 CLEARLY = 1.25
 """Times the memory that is there: more cannot fit, however wrong the plan is (docs/commands/plan.md)."""
@@ -30,19 +29,19 @@ def workers_here(config: RunConfig) -> int:
     return max(1, min(config.scaling.max_workers, slots))
 
 
-def look_here(config: RunConfig, workers: int, warn: Callable[[str], object]) -> str:
+def look_here(config: RunConfig, workers: int, free: int, warn: Callable[[str], object]) -> str:
     """Return a line about what the run needs and what is there.
 
     Args:
         config: of the run.
         workers: on this machine.
+        free: bytes of memory that this machine has left without the run.
         warn: is told where memory is tight.
 
     Raises:
         ConfigError: it clearly does not fit; with its parts, and with what would.
     """
     cuda = _on_gpus(config)
-    _, free = memory_here()
     name, room = "this machine", free
     if cuda:
         name, room = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory

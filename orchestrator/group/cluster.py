@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from orchestrator.config import ScalingConfig
 from orchestrator.group.handles import Gone, Handle
 from orchestrator.group.keeper import Keeper
-from orchestrator.group.local_ray import ready_for_local_ray
+from orchestrator.group.local_ray import bare, ready_for_local_ray
 from orchestrator.reach import reach
 from orchestrator.stop import StopSignal
 from workers.actor import Worker
@@ -44,6 +44,9 @@ logging.getLogger("ray._private.authentication.authentication_token_setup").setL
 
 LOCAL = "local"
 """The address that keeps Ray from joining whatever cluster happens to run on this machine."""
+# Ray starts workers at niceness 15, behind everything else on the machine; training is what it is for. It also starts
+# one for each processor at once, and ends those that are idle when slots have taken the processors: all of them.
+LOCAL_CONFIG = {"worker_niceness": 0, "prestart_worker_first_driver": False}
 LOOK_S = 0.5
 """How old the list of living nodes may be."""
 PLACED_S = 0.1
@@ -122,15 +125,14 @@ def connected(address: str | None, stop: StopSignal) -> Iterator[Joined]:
         ready_for_local_ray()
     _reach(address)
     try:
-        with signals_apart(), stop.abruptly():
+        with signals_apart(), bare() if local else nullcontext(), stop.abruptly():
             context = ray.init(
                 address,
                 include_dashboard=False if local else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=False,
-                # Ray starts workers at niceness 15, behind everything else on the machine; training is what it is for.
-                _system_config={"worker_niceness": 0} if local else None,
+                _system_config=LOCAL_CONFIG if local else None,
                 job_config=_own_code(address),  # type: ignore[arg-type]  (None is Ray's default)
             )
     except Interrupted:

@@ -3,9 +3,13 @@
 import os
 import secrets
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+
+from ray._private import parameter, services
 
 from orchestrator.group.access import auth_token, home
 from workers.common.disk import publish, temporary_beside
@@ -45,6 +49,22 @@ def ready_for_local_ray() -> None:
     elif token.readable_by_others:
         with suppress(OSError):  # It is somebody else's.
             file.chmod(0o600)
+
+
+@contextmanager
+def bare() -> Iterator[None]:
+    """Have Ray start without what nobody looks at in one that is ours alone: autoscaler, log monitor, API server.
+
+    That is three processes and 3 s of a processor, and `ray.init` waits for the last one, which runs without a
+    dashboard, too. It cannot be told so by what is public of Ray.
+    """
+    parameters, api_server = parameter.RayParams, services.start_api_server
+    parameter.RayParams = partial(parameters, include_log_monitor=False, no_monitor=True)  # type: ignore[misc]
+    services.start_api_server = lambda *_, **__: (None, None)  # As where it could not be started.
+    try:
+        yield
+    finally:
+        parameter.RayParams, services.start_api_server = parameters, api_server  # type: ignore[misc]
 
 
 def _check_temporary() -> None:

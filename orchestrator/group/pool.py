@@ -151,6 +151,11 @@ class Pool:
         """Workers that have a slot, and are not ready yet or have no keeper, where one may still come."""
         return sum(not self._is_ready(one) and not self._is_hopeless(one.node) for one in self.workers.values())
 
+    @property
+    def imports_s(self) -> float:
+        """Seconds that the slowest of the workers took for its imports."""
+        return max((worker.ready.imports_s for worker in self.workers.values() if worker.ready), default=0.0)
+
     def _is_ready(self, worker: PoolWorker) -> bool:
         return worker.ready is not None and worker.node not in self._unstarted
 

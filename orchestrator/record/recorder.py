@@ -16,10 +16,11 @@ from orchestrator.record.journal import Alive, Journal, Row, read_journal
 from orchestrator.record.metrics import NodeUsage, memory_saving
 from orchestrator.record.report import DESCRIPTION, Links, describe, recovery_report
 from orchestrator.record.result import RunResult
+from orchestrator.record.start import Start
 from orchestrator.record.watcher import Watcher
 from workers.common.errors import StorageError
 from workers.recipe import UNSAVING
-from workers.reports import Planned, Profiled, Report, Sampled, StepDone, Validated
+from workers.reports import Planned, Profiled, Report, Restored, Sampled, StepDone, Validated
 
 BULKY = ("config", "provenance")
 """Fields of events that stay in the journal alone."""
@@ -43,6 +44,7 @@ class RunRecorder:
         last_step: after which it ends.
         tally: what adds up.
         events: of earlier attempts.
+        start: takes note of the parts of the start that a run's reports tell.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class RunRecorder:
         last_step: int,
         tally: Tally,
         events: list[Event],
+        start: Start,
     ) -> None:
         self.config, self.record, self.journal, self.watcher = config, record, journal, watcher
         self.links, self.last_step, self.tally, self.events = links, last_step, tally, events
@@ -63,7 +66,7 @@ class RunRecorder:
         self.val_bits_per_byte: float | None = None
         self.sample = ""
         self.checkpoint = ""
-        self.first_step_time: float | None = None
+        self.start = start
         self._artifacts: list[threading.Thread] = []
         self._begun = False
         self._faults = sum(isinstance(event, Fault) for event in events)
@@ -78,7 +81,8 @@ class RunRecorder:
 
     def step(self, report: StepDone, world_size: int) -> None:
         """Record a step, once."""
-        self.first_step_time = self.first_step_time or report.time
+        self.start.end("validation", report.time - report.seconds)
+        self.start.end("step", report.time)
         values = {
             "loss": report.loss,
             "lr": report.lr,
@@ -117,8 +121,10 @@ class RunRecorder:
         return {"stage": recipe.stages.index(stage) + 1, "global_batch": stage.global_batch}
 
     def report(self, report: Report) -> None:
-        """Record a validation, a plan, a sample or a trace."""
+        """Record a validation, a plan, a sample or a trace, and when a rank has its state."""
         match report:
+            case Restored():
+                self.start.end("engine", report.time)
             case Validated():
                 self.val_loss, self.val_bits_per_byte = report.loss, report.bits_per_byte
                 values = {"val_loss": report.loss}
@@ -169,6 +175,7 @@ class RunRecorder:
             self.record.tag_later(f"raymuon.train.{key}", str(getattr(train, key)))
         if not self._begun:
             self._begun = True
+            self.start.end("record", event.time)
             steps = event.restored_step, self.last_step
             self.watcher.begin(self.record.run_id, *steps, event.world_size, self.config.recipe)
 
@@ -229,7 +236,7 @@ class RunRecorder:
         """Fill in what the record alone knows of the run: its losses are those of all attempts."""
         self.record.flush()
         result.checkpoint, result.sample = self.checkpoint, self.sample
-        result.first_step_time, result.val_loss = self.first_step_time, self.val_loss
+        result.first_step, result.val_loss = self.start.seconds, self.val_loss
         result.val_bits_per_byte = self.val_bits_per_byte
         bits: dict[int, float] = {}
         try:

@@ -21,8 +21,8 @@ class RunResult:
     val_bits_per_byte_start: float | None = None
     val_bits_per_byte: float | None = None
     checkpoint: str = ""
-    first_step_time: float | None = None
-    """Seconds since the epoch at which the first step of this attempt was finished."""
+    first_step: dict[str, float] = field(default_factory=dict)
+    """Seconds from the beginning to the end of this attempt's first step, part after part (`record/start.py`)."""
     sample: str = ""
     recoveries: int = 0
     """Faults that the run has survived."""

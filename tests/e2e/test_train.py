@@ -18,7 +18,7 @@ from workers.common.storage import Store
 from workers.models.language_model import KINDS
 
 KEYS = {"run_id", "status", "steps", "tokens", "val_loss", "val_bits_per_byte", "world_size", "checkpoint"}
-KEYS |= {"mlflow_tracking_uri", "wall_s", "first_step_s", "loss_curve", "sample"}
+KEYS |= {"mlflow_tracking_uri", "wall_s", "first_step_s", "first_step_parts", "loss_curve", "sample"}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,10 @@ def test_the_last_line_is_one_json_object(finished):
     assert result["val_loss"] < result["val_loss_start"] and result["sample"].startswith("def ")
     assert result["val_bits_per_byte"] == pytest.approx(result["val_loss"] / 0.6931471805599453)
     assert 0 < result["first_step_s"] < result["wall_s"]
+    parts = result["first_step_parts"]
+    assert sum(parts.values()) == pytest.approx(result["first_step_s"], abs=0.02)
+    # A part that nobody ends would be taken for one of the next.
+    assert min(seconds for part, seconds in parts.items() if part != "slots") > 0
     assert Path(result["loss_curve"]).read_bytes().startswith(b"\x89PNG")
     assert not {"raylet", "gcs_server"} & {*left}, "the local Ray is left"
 

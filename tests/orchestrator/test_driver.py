@@ -1,6 +1,7 @@
 """A driver whose members are simulated in its process: what becomes of the record when something takes it away."""
 
 import sqlite3
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
 
@@ -11,14 +12,14 @@ from jobs.bench.simulated import SimulatedCluster
 from jobs.curves import plot_losses
 from jobs.load import load
 from orchestrator.config import RunConfig
-from orchestrator.driver import run_on
+from orchestrator.driver import Options, run_on
 from orchestrator.log.run_log import FencedError, RunLog
 from orchestrator.record.recorder import rate_jump
 from orchestrator.record.result import RunResult
 from orchestrator.record.tracking import Tracking
 from orchestrator.record.watcher import Watcher
 from orchestrator.stop import StopSignal
-from workers.common.errors import StorageError
+from workers.common.errors import ConfigError, StorageError
 from workers.common.storage import Store
 from workers.reports import Report, StepDone
 
@@ -51,9 +52,26 @@ class At(Watcher):
         self.warnings.append(text)
 
 
-def drive(config: RunConfig, watcher: Watcher, resume: str = "never", stop: StopSignal | None = None) -> RunResult:
+def drive(
+    config: RunConfig,
+    watcher: Watcher,
+    resume: str = "never",
+    stop: StopSignal | None = None,
+    options: Options | None = None,
+) -> RunResult:
     with SimulatedCluster(100.0, real_time=True) as cluster:
-        return run_on(cluster, config, resume, watcher, stop or StopSignal())
+        return run_on(cluster, config, resume, watcher, stop or StopSignal(), options or Options())
+
+
+def test_a_run_of_which_is_found_late_that_it_does_not_fit_is_refused_before_it_is_made(tmp_path):
+    """It is looked at while Ray and the workers start."""
+    config, looked = config_of(tmp_path, steps=60), Future()
+    looked.set_exception(ConfigError("does not fit"))
+    with pytest.raises(ConfigError, match="does not fit"):
+        drive(config, At(0, lambda run_id: None), options=Options(looked=looked))
+    client = Tracking(config.tracking).client
+    (experiment,) = (one for one in client.search_experiments() if one.name == config.tracking.experiment)
+    assert not client.search_runs([experiment.experiment_id])
 
 
 def test_a_fenced_driver_leaves_the_record_to_its_successor(tmp_path):

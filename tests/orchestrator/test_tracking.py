@@ -22,6 +22,7 @@ from orchestrator.record.provenance import provenance
 from orchestrator.record.recorder import RunRecorder, trained_otherwise
 from orchestrator.record.registry import register
 from orchestrator.record.report import Links
+from orchestrator.record.start import Start
 from orchestrator.record.tracking import RunRecord, Tracking, look_up, read_artifact
 from orchestrator.record.watcher import Watcher
 from tests.leading import config_of
@@ -104,7 +105,7 @@ class _Nobody(Watcher):
 
 def recorder_of(record: RunRecord, folder, **train) -> RunRecorder:
     links, journal = Links(str(folder), 10, provenance(), "", ""), Journal(Store(str(folder)), 1)
-    return RunRecorder(config_of(folder, train=train), record, journal, _Nobody(), links, 10, Tally(0.0), [])
+    return RunRecorder(config_of(folder, train=train), record, journal, _Nobody(), links, 10, Tally(0.0), [], Start())
 
 
 def done(step: int, **values) -> StepDone:

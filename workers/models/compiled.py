@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo_config
 
 from workers.models.attention import CausalAttention, take_logits, watch
 from workers.models.language_model import LanguageModel
@@ -31,6 +30,8 @@ def compile_layers(model: LanguageModel, watched: bool = False) -> None:
         model: in which the layers are replaced in place.
         watched: whether training watches attention in every step; steps that do otherwise run as written.
     """
+    from torch._dynamo import config as dynamo_config  # Torch's compiler takes seconds to import.
+
     dynamo_config.recompile_limit = max(VARIANTS, dynamo_config.recompile_limit)
     for block in model.blocks:
         block.forward = _in_training(block, block.forward, watched)

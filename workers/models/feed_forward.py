@@ -6,6 +6,7 @@ costs no product is computed again, gradients are written as the weights lie, an
 of its experts: bitwise the same every time, with neither an indexed addition nor a second sort.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,29 +18,45 @@ from workers.models.kernels import Cost, Kernel, compiled
 from workers.work import Work, elementwise, nbytes_of, product
 
 
-@torch.library.custom_op("raymuon::rows_product", mutates_args=())
+def _opaque(fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Make a function of tensors an op that torch's compiler does not look into, of its name and with this fake form.
+
+    `torch.library.custom_op` makes such ones, too, but they import the compiler at their first call: 1.5 s, for nothing
+    where nothing is compiled. Autograd does not know the op, so it is called within an `autograd.Function`.
+    """
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        name = f"raymuon::{function.__name__}"
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(name, "default", function)
+        torch.library.register_fake(name, fake)
+        return getattr(torch.ops.raymuon, function.__name__)
+
+    return register
+
+
+# Torch's own fake form has the checks of a GPU's kernel, and refuses fp32, which a CPU's takes.
+def _fake_rows_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    whole = x.dtype == torch.bfloat16
+    return F.grouped_mm(x, weights, offs=ends) if whole else x.new_empty(len(x), weights.size(2))
+
+
+def _fake_stacked_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    whole = a.dtype == torch.bfloat16
+    return F.grouped_mm(a.mT, b, offs=ends) if whole else a.new_empty(len(ends), a.size(1), b.size(1))
+
+
+@_opaque(_fake_rows_product)
 def rows_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Return rows `[rows, k]`, of expert e up to `ends[e]`, times their experts' matrices `[experts, k, n]`."""
     return F.grouped_mm(x, weights, offs=ends)
 
 
-@rows_product.register_fake
-def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    # Torch's own has the checks of a GPU's kernel, and refuses fp32, which a CPU's takes.
-    whole = x.dtype == torch.bfloat16
-    return F.grouped_mm(x, weights, offs=ends) if whole else x.new_empty(len(x), weights.size(2))
-
-
-@torch.library.custom_op("raymuon::stacked_product", mutates_args=())
+@_opaque(_fake_stacked_product)
 def stacked_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Return `a^T b` of each expert's rows `[rows, m]` and `[rows, n]`: `[experts, m, n]`, 0 where it has none."""
     return F.grouped_mm(a.mT, b, offs=ends)
-
-
-@stacked_product.register_fake
-def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    whole = a.dtype == torch.bfloat16
-    return F.grouped_mm(a.mT, b, offs=ends) if whole else a.new_empty(len(ends), a.size(1), b.size(1))
 
 
 def work_of_grouped(kind: str, experts: int, rows: int, k: int, n: int, itemsize: int) -> Work:

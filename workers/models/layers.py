@@ -9,6 +9,15 @@ from workers.models.kernels import rms_norm
 from workers.models.language_model import LanguageModel
 
 
+class Embedding(nn.Embedding):
+    """A table of vectors; on the meta device nothing is drawn, for which torch would import its compiler, 1.5 s."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights, as torch does."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 def rotary(time: int, dim: int, theta: float, device: torch.device, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of the rotary positions in fp32: `[time, dim / 2]`, or `[batch, 1, time, dim / 2]`.
 

@@ -13,7 +13,7 @@ from workers.config import LlamaConfig, LlamaMoeConfig
 from workers.models.attention import CausalAttention
 from workers.models.cache import KeyValueCache, Mask
 from workers.models.language_model import LanguageModel
-from workers.models.layers import RMSNorm, SwiGLU, rotary, training_flops
+from workers.models.layers import Embedding, RMSNorm, SwiGLU, rotary, training_flops
 from workers.models.masks import DocumentMask
 
 
@@ -82,7 +82,7 @@ class Trunk(nn.Module):
     def __init__(self, config: LlamaConfig | LlamaMoeConfig, feed_forward: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, feed_forward(i)) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 

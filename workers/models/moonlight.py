@@ -13,7 +13,7 @@ from workers.config import MoonlightConfig
 from workers.models.attention import CausalAttention
 from workers.models.cache import KeyValueCache, Mask
 from workers.models.experts import MixtureModel, feed_forward
-from workers.models.layers import RMSNorm, rotary, training_flops
+from workers.models.layers import Embedding, RMSNorm, rotary, training_flops
 from workers.models.masks import DocumentMask
 
 LATENT_NORM_EPS = 1e-6
@@ -94,7 +94,7 @@ class Trunk(nn.Module):
     def __init__(self, config: MoonlightConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 

@@ -24,18 +24,17 @@ def test_what_clearly_does_not_fit_is_refused_before_anything_starts(tmp_path, m
 
 
 @pytest.mark.parametrize(("share", "outcome"), [(0.5, "refused"), (0.85, "tight"), (1.05, "tight"), (3.0, "fits")])
-def test_an_estimate_refuses_only_what_is_far_beyond(monkeypatch, share, outcome):
+def test_an_estimate_refuses_only_what_is_far_beyond(share, outcome):
     config, warned = load("demo", []), []
-    monkeypatch.setattr(here, "memory_here", lambda: (10**12, 10**12))
-    told = here.look_here(config, 2, warned.append)
+    told = here.look_here(config, 2, 10**12, warned.append)
     assert told.startswith("1,0") and "parameters; 2 workers of about" in told and not warned
     needed = float(told.split(" need ")[1].split(" ")[0].replace(",", "")) * 1e9
-    monkeypatch.setattr(here, "memory_here", lambda: (10**12, int(share * needed)))
+    free = int(share * needed)
     if outcome == "refused":
         with pytest.raises(ConfigError, match="demo does not fit"):
-            here.look_here(config, 2, warned.append)
+            here.look_here(config, 2, free, warned.append)
     else:
-        assert here.look_here(config, 2, warned.append)
+        assert here.look_here(config, 2, free, warned.append)
         assert len(warned) == (outcome == "tight")
 
 
