@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from matplotlib import rc_context
+from matplotlib.ticker import LogFormatter
 
 from jobs.drawing import FAINT, as_it_is, name_lines, new_figure, save
 from jobs.study.question import Curve, Plot
@@ -16,6 +17,8 @@ CONTEXT = "published, not measured here"
 """What a curve of others is labelled with."""
 BAND = 0.18
 """How dense an interval is."""
+PLAIN = 1e-3, 1e4
+"""Numbers in between are written out on a logarithmic axis; beyond they are products with powers of ten."""
 LABELS_INSIDE = 5
 """More of them would cover what they name."""
 LOOKS: Mapping[str, Mapping[str, Any]] = {
@@ -50,6 +53,10 @@ def draw(plot: Plot, path: Path | IO[bytes], style: Mapping[str, Any] = {}) -> N
         for text in (axes.set_xlabel(plot.x), axes.set_ylabel(plot.y), axes.set_title(plot.title)):
             as_it_is(text)
             text.set_fontsize(10)
+        for log, axis, ends in ((plot.log_x, axes.xaxis, axes.get_xlim()), (plot.log_y, axes.yaxis, axes.get_ylim())):
+            if log and PLAIN[0] < ends[0] and ends[1] < PLAIN[1]:
+                axis.set_major_formatter(_Plain())
+                axis.set_minor_formatter(_Plain())
         axes.grid(alpha=FAINT, which="major")
         axes.tick_params(which="both", labelsize=8)
         if plot.names:
@@ -79,6 +86,13 @@ def shown(plot: Plot, curve: Curve) -> Iterator[Point]:
 def label_of(curve: Curve) -> str:
     """Return what a curve is called: one of others says so."""
     return f"{curve.label} ({CONTEXT})" if curve.context else curve.label
+
+
+class _Plain(LogFormatter):
+    """Writes the numbers out that others write with powers of ten."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def _fits(value: float | None, log: bool) -> bool:
