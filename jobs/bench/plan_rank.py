@@ -27,6 +27,7 @@ from workers.calibrate import (
 from workers.controls import Controls, Pause
 from workers.data.prepare import prepare
 from workers.engine import Engine
+from workers.lean import import_compiler
 from workers.loop import Trainer
 from workers.reports import Report, StepDone
 from workers.state import Counters
@@ -43,6 +44,7 @@ def main(config_path: str, run_url: str, turns: int) -> None:
     store, rank, world_size = next(rendezvous("env://"))
     member = Place(generation=1, rank=rank, world_size=world_size, host="", port=0, keepers=False)
     task = task_of(config, prepare(config.data), run_url, attempt=1, manifest=None)
+    import_compiler()  # Recomputed layers do; what a process imports is no part of what it grows.
     before = _memory("VmRSS")
     engine, counters = join(member, task, store), Counters()
     seconds, shares, calibrations, growth = [], [], [], 0
