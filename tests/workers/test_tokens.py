@@ -363,8 +363,9 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(remote, folder, server)
         split = TokenSplit(away, away.train, 1000)
         until[0] = time.monotonic() + 1.5
         split.prefetch([0, 1500])
+        left = until[0] - time.monotonic()  # Less than it was where the machine is busy.
         assert split.batch([0, 1500, 900]).tolist() == [wanted(tokens, i, 1000) for i in (0, 1500, 900)]
-        assert split.wait_s > 1
+        assert split.wait_s > 0.9 * left
         split.close()
 
 
