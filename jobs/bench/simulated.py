@@ -6,13 +6,11 @@ the watchdog, the record, MLflow, the journal, the commits. Their shards are fil
 
 import heapq
 import itertools
-import pickle
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -45,17 +43,6 @@ MEASURED = (
 """What a member measures every `telemetry.every` steps (docs/telemetry.md)."""
 
 
-class _Shared:
-    """A value that many are given, who make it of its bytes: here once for all."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    @cached_property
-    def value(self) -> Any:
-        return pickle.loads(self.data)
-
-
 class SimulatedCluster:
     """Nodes of eight slots each, for one run.
 
@@ -77,8 +64,6 @@ class SimulatedCluster:
         """The same on the simulation's clock."""
         self.polls = 0
         """Of workers, answered."""
-        self.sent_bytes = 0
-        """To members, when they were to start."""
         self.ended = False
         self.open = 0
         """Polls of workers that wait for an answer."""
@@ -140,16 +125,9 @@ class SimulatedCluster:
         """No node goes away."""
         return {}
 
-    def share(self, value: Any) -> "_Shared":
-        """Take what travels once, as bytes."""
-        data = pickle.dumps(value)
-        self.sent_bytes += len(data)
-        return _Shared(data)
-
-    def received(self, arguments: tuple[Any, ...]) -> list[Any]:
-        """Return what a worker gets of a call that travels as bytes, too."""
-        self.sent_bytes += len(pickle.dumps([it for it in arguments if not isinstance(it, _Shared)]))
-        return [it.value if isinstance(it, _Shared) else it for it in arguments]
+    def share(self, value: Any) -> Any:
+        """Return it: all are in one process."""
+        return value
 
     def _keeps_up(self) -> bool:
         """Tell whether the driver polls at least half of the members."""
@@ -208,7 +186,7 @@ class _Worker:
             case "open_rendezvous":
                 answer.set_result(1)
             case "start":
-                rank, links, common, task = self.cluster.received(arguments)
+                rank, links, common, task = arguments
                 place, self.task = replace(common, rank=rank, links=links), task
                 self.place = place
                 self.cluster.join(place.rank, self.node, task)
