@@ -187,11 +187,10 @@ class _Worker:
                 answer.set_result(1)
             case "start":
                 rank, links, common, task = arguments
-                place, self.task = replace(common, rank=rank, links=links), task
-                self.place = place
-                self.cluster.join(place.rank, self.node, task)
-                common = {"generation": place.generation, "rank": place.rank, "time": time.time()}
-                self._waiting.append(Restored(**common, step=0, storage_bytes=0))
+                self.place, self.task = replace(common, rank=rank, links=links), task
+                self.cluster.join(rank, self.node, task)
+                about = {"generation": common.generation, "rank": rank, "time": time.time()}
+                self._waiting.append(Restored(**about, step=0, storage_bytes=0))
                 answer.set_result(None)
             case "poll":
                 self._poll(answer, arguments[0])
